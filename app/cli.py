@@ -1,0 +1,105 @@
+"""The `dots` command: LightningCLI with our trainer, one-line errors, and a resume that goes on in the same folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+# Set before torch and tokenizers are imported by what follows.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from lightning.pytorch.cli import LightningCLI
+
+from app.parsing import DotsArgumentParser, run_or_exit
+from app.run_folder import find_last
+from app.trainer import DotsTrainer
+
+_TRAINER_DEFAULTS = {
+    # Steps, not epochs, are the unit of everything: the training loader never ends.
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    # Selection is global; Lightning must not wrap the loader in a sampler of its own.
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class DotsCLI(LightningCLI):
+    """`dots fit|validate|test|predict|describe|export`, models and data named by `class_path`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            trainer_class=DotsTrainer,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_class=DotsArgumentParser,
+            parser_kwargs={"prog": "dots", "description": "Data-efficient reinforcement fine-tuning of language models."},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {
+            "describe": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
+        }
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            self._resume_last(config)
+        if "weights_only" in config and config.weights_only is None:
+            # Our checkpoints need no pickle, and no pickle is ever loaded.
+            config.weights_only = True
+        if self.subcommand == "describe":
+            _describe_here(config)
+        if self.subcommand in ("describe", "export"):
+            # Neither trains: they leave no run folder.
+            config.trainer.logger = False
+
+    def _resume_last(self, config: Any) -> None:
+        """Finds the newest run of the logger's name and, when training, lets it go on in its own folder."""
+        logger = config.trainer.logger
+        options = getattr(logger, "init_args", None)
+        save_dir, name = getattr(options, "save_dir", None), getattr(options, "name", None)
+        version, checkpoint = find_last(Path(save_dir or "."), name or "lightning_logs")
+        config.ckpt_path = str(checkpoint)
+        if options is not None and self.subcommand == "fit":
+            options.version = version
+
+
+def _describe_here(config: Any) -> None:
+    """Describes a run of any size on this machine: its processes are counted, not started."""
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
+        config.world_size = int(devices) * int(nodes)
+    config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
+    config.trainer.strategy, config.trainer.precision = "auto", None
+
+
+def _quiet() -> None:
+    """Drops notices that say nothing about the user's run."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; `args` default to the process's own."""
+    _quiet()
+    run_or_exit(lambda: DotsCLI(args))
+
+
+if __name__ == "__main__":
+    main()

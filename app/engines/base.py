@@ -1,0 +1,81 @@
+"""The interface of whatever generates rollouts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.errors import UserError
+from datamodules.types import Completion, Prompt
+
+
+@dataclass
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        num_generations: completions per prompt, `G`.
+        max_completion_length: tokens, the end token included.
+        temperature: logits are divided by it; 0 means greedy.
+        top_p: keep the smallest set of tokens whose probability reaches it; 1.0 keeps all.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        stop: strings that end a completion (kept in its text).
+    """
+
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("num_generations", self.num_generations, self.num_generations >= 1, "at least 1"),
+            ("max_completion_length", self.max_completion_length, self.max_completion_length >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+        ]
+        for name, given, fine, expected in checks:
+            if not fine:
+                raise UserError(f"sampling.{name}={given}: expected {expected}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn, so that importance ratios against the full policy are biased."""
+        return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
+
+
+class RolloutEngine(ABC):
+    """Generates completions with the log-probabilities of the distribution that was really sampled from."""
+
+    def setup(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Called once with the policy, before the first `generate`."""
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
+    ) -> list[tuple[Completion, ...]]:
+        """Completions of every prompt, in order.
+
+        Args:
+            prompts: `B` prompts, of any lengths.
+            sampling: `G` and the sampling distribution.
+            seeds: int64 `[B, G]`; completion (b, g) depends on the policy, its prompt and `seeds[b, g]` alone: not on
+                the batch it is generated in.
+        """
+
+    @abstractmethod
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Makes the engine's weights those of the policy after `version` optimizer updates."""
+
+    def close(self) -> None:
+        """Ends processes and frees memory. May be called twice."""

@@ -1,0 +1,287 @@
+"""The LightningModule: one GRPO step over the groups of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
+
+from app.engines import RolloutEngine, Sampling, Transformers
+from app.metrics import Update, batch_metrics, update_metrics
+from app.minibatch import MiniBatch, advantages_of, minibatches
+from app.objective.advantages import Scale
+from app.objective.packing import PackedBatch, ScoredSequence, collate, plan_microbatches
+from app.objective.statistics import Statistics
+from app.objective.surrogate import Aggregation, SurrogateOptions, policy_loss
+from app.optimization import Optimization
+from app.pass_at_k import CORRECT, PassAtK
+from app.policy import Policy, causal_lm
+from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
+from app.rollouts import RolloutPipeline
+from app.run_table import print_run_table
+from app.scoring import score
+from datamodules.errors import UserError
+from datamodules.seeding import generator, run_seed
+from datamodules.types import TrainBatch
+
+
+class GRPOModule(LightningModule):
+    """Group relative policy optimization (Shao et al., arXiv 2402.03300) on fresh and replayed groups.
+
+    It holds the policy and what rolls it out (engine, rewards, sampling); callbacks decide when that happens and put
+    the groups into the batch. A step computes advantages, splits the groups into mini-batches and takes one optimizer
+    step for each, its gradient accumulated over micro-batches of at most `max_tokens_per_microbatch` tokens.
+
+    Args:
+        policy: which model is trained.
+        rewards: what completions are scored by; one of them marked as the correctness reward.
+        engine: what generates completions; None is `engines.Transformers`, on the policy itself.
+        sampling: how training completions are drawn.
+        val_sampling: how validation completions are drawn; None is as in training.
+        pass_at_k: the k of `val/pass@k`; at most `val_sampling.num_generations`.
+        optimization: optimizer and schedule.
+        surrogate: clipping, importance correction, KL and entropy terms.
+        advantage_scale: "group" divides a group's centred rewards by their standard deviation, "batch" by that of the
+            batch, "none" does not divide.
+        aggregation: "token" averages over all completion tokens of a mini-batch, "sequence" over tokens and then
+            sequences, "constant" divides by the completion limit times sequences.
+        mini_batches: optimizer steps per batch.
+        max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
+        reward_workers: the processes that score completions, and their time and memory limits.
+        on_reward_failure: a completion whose score timed out or crashed is left out of its group ("drop") or scored
+            0 ("zero").
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rewards: list[Reward],
+        engine: RolloutEngine | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  # jsonargparse shows the defaults of a dataclass only so
+        val_sampling: Sampling | None = None,
+        pass_at_k: int = 4,
+        optimization: Optimization = Optimization(),  # noqa: B008
+        surrogate: SurrogateOptions = SurrogateOptions(),  # noqa: B008
+        advantage_scale: Scale = "group",
+        aggregation: Aggregation = "token",
+        mini_batches: int = 1,
+        max_tokens_per_microbatch: int = 16384,
+        reward_workers: WorkerOptions = WorkerOptions(),  # noqa: B008
+        on_reward_failure: Literal["drop", "zero"] = "drop",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy = policy
+        self.engine = engine or Transformers()
+        self.sampling = sampling
+        self.val_sampling = val_sampling or sampling
+        self.optimization = optimization
+        self.surrogate = surrogate
+        self.advantage_scale = advantage_scale
+        self.aggregation = aggregation
+        self.mini_batches = mini_batches
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self._check(pass_at_k)
+        self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
+        self.accuracy, self.val_reward, self.val_length = MeanMetric(), MeanMetric(), MeanMetric()
+        self.pass_at_k = PassAtK(min(pass_at_k, self.val_sampling.num_generations))
+
+    @property
+    def policy_path(self) -> str:
+        """Folder or hub name of the initial weights."""
+        return self.policy.path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.policy.load_tokenizer()
+
+    @cached_property
+    def pipeline(self) -> RolloutPipeline:
+        """Rolls prompts out with the current policy and scores them."""
+        self.engine.setup(causal_lm(self.policy_model), self.tokenizer)
+        return RolloutPipeline(
+            self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state
+        )
+
+    def _trainer_state(self) -> TrainerState:
+        return TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "policy_model"):
+            self.policy_model = self.policy.load()
+            # In a tuple, so that a frozen copy is neither trained nor saved.
+            self._reference = self._load_reference()
+            self.scorer.start()
+
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero:
+            print_run_table(
+                self,
+                self.trainer.datamodule,  # type: ignore[attr-defined]  # Lightning leaves it untyped
+                self.trainer.callbacks,  # type: ignore[attr-defined]
+                policy=self.policy_model,
+                world_size=self.trainer.world_size,
+                max_steps=self.trainer.max_steps,
+            )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimization.optimizer(self.policy_model)
+        scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def teardown(self, stage: str) -> None:
+        self.scorer.close()
+        self.engine.close()
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        with batch.ledger.phase("update"):
+            batch.advantages = advantages_of(batch.groups, self.advantage_scale)
+            parts = self._minibatches(batch)
+            if self.mini_batches > 1:
+                parts = [self._with_old_logprobs(part) for part in parts]
+            done = [self._update(part) for part in parts]
+        metrics = batch_metrics(batch.groups, self.sampling.max_completion_length) | update_metrics(done, parts)
+        metrics["learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log_dict(metrics | batch.metrics, batch_size=1)
+
+    def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def predict_step(self, batch: TrainBatch, batch_idx: int) -> TrainBatch:
+        return batch
+
+    def _minibatches(self, batch: TrainBatch) -> list[MiniBatch]:
+        return minibatches(
+            batch.groups,
+            batch.advantages,
+            parts=self.mini_batches,
+            generator=generator(run_seed(), "minibatches", batch.step),
+            aggregation=self.aggregation,
+            max_completion_length=self.sampling.max_completion_length,
+            keep_zero_advantage=bool(self.surrogate.beta or self.surrogate.entropy_coef),
+        )
+
+    def _update(self, part: MiniBatch) -> Update:
+        """One optimizer step."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        loss = torch.zeros((), device=self.device)
+        everything, replayed = Statistics.empty(self.device), Statistics.empty(self.device)
+        for packed in self._microbatches(part.sequences):
+            logprobs, entropy = score(self.policy_model, packed, self.sampling.temperature, with_entropy=True)
+            found = policy_loss(
+                logprobs,
+                packed.behaviour_logprobs,
+                packed.advantages,
+                packed.weights,
+                self.surrogate,
+                old_logprobs=packed.old_logprobs if self.mini_batches > 1 else None,
+                sequences=packed.sequences,
+                entropy=entropy,
+                reference_logprobs=self._reference_logprobs(packed),
+            )
+            self.manual_backward(found.loss)
+            loss += found.loss.detach()
+            everything = everything.merge(found.statistics)
+            replayed = replayed.merge(found.terms.statistics(packed.replayed))
+        norm = self._clip()
+        # Without gradients (nothing to learn, or not finite) AdamW leaves every weight alone, and the schedule and
+        # Lightning's step counter still advance.
+        optimizer.step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return Update(loss, norm, everything, replayed)
+
+    def _clip(self) -> Tensor:
+        """Scales gradients to the clip norm and returns the norm before; drops gradients that are not finite."""
+        limit = self.optimization.clip_norm or float("inf")
+        trained = [parameter for parameter in self.policy_model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+        if not torch.isfinite(norm):
+            self.zero_grad(set_to_none=True)
+        return norm
+
+    def _microbatches(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
+        plan = plan_microbatches([len(sequence) for sequence in sequences], self.max_tokens_per_microbatch)
+        return [self._collate([sequences[index] for index in rows]) for rows in plan]
+
+    def _collate(self, sequences: Sequence[ScoredSequence]) -> PackedBatch:
+        return collate(sequences, self.tokenizer.pad_token_id, self.device)
+
+    @torch.no_grad()
+    def _with_old_logprobs(self, part: MiniBatch) -> MiniBatch:
+        """Adds log pi_old to replayed sequences; a fresh one's behaviour policy is the policy before the update."""
+        sequences = list(part.sequences)
+        replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
+        plan = plan_microbatches([len(sequences[index]) for index in replayed], self.max_tokens_per_microbatch)
+        for rows in plan:
+            chosen = [replayed[row] for row in rows]
+            packed = self._collate([sequences[index] for index in chosen])
+            logprobs, _ = score(self.policy_model, packed, self.sampling.temperature, with_entropy=False)
+            sizes = [len(sequences[index].completion_ids) for index in chosen]
+            for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
+                sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())
+        return dataclasses.replace(part, sequences=sequences)
+
+    def _load_reference(self) -> tuple[torch.nn.Module, ...]:
+        if not self.surrogate.beta or self.policy.lora is not None:
+            return ()
+        return (self.policy.load().eval().requires_grad_(False).to(self.device),)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, packed: PackedBatch) -> Tensor | None:
+        """log ref `[T]` when the loss has a KL term: under the frozen copy, or the policy without its adapters."""
+        if not self.surrogate.beta:
+            return None
+        if self._reference:
+            return score(self._reference[0], packed, self.sampling.temperature, with_entropy=False)[0]
+        with self.policy_model.disable_adapter():  # type: ignore[operator]
+            return score(self.policy_model, packed, self.sampling.temperature, with_entropy=False)[0]
+
+    def _measure(self, batch: TrainBatch, stage: str) -> None:
+        for group in batch.groups:
+            correct = torch.from_numpy(group.correctness) > CORRECT
+            self.accuracy.update(correct.float(), 1.0)
+            self.pass_at_k.update(correct)
+            self.val_reward.update(torch.from_numpy(group.rewards))
+            self.val_length.update([float(len(one.token_ids)) for one in group.completions])
+        self.log_dict(
+            {
+                f"{stage}/accuracy": self.accuracy,
+                f"{stage}/pass@{self.pass_at_k.k}": self.pass_at_k,
+                f"{stage}/reward": self.val_reward,
+                f"{stage}/completions/mean_length": self.val_length,
+            },
+            on_step=False,
+            on_epoch=True,
+            batch_size=max(1, len(batch.groups)),
+        )
+
+    def _check(self, pass_at_k: int) -> None:
+        numbers = [
+            ("mini_batches", self.mini_batches),
+            ("max_tokens_per_microbatch", self.max_tokens_per_microbatch),
+            ("pass_at_k", pass_at_k),
+        ]
+        for name, given in numbers:
+            if given < 1:
+                raise UserError(f"model.{name}={given}: expected at least 1")
+        if self.sampling.num_generations < 2:
+            raise UserError(
+                f"model.sampling.num_generations={self.sampling.num_generations}: expected at least 2, "
+                "because advantages are relative to the other completions of a prompt"
+            )
+        if self.sampling.truncates:
+            raise UserError(
+                "model.sampling truncates the distribution (temperature 0, top_p < 1 or top_k > 0): importance ratios "
+                "would be wrong; set temperature > 0, top_p 1.0 and top_k 0 for training (val_sampling may truncate)"
+            )

@@ -1,0 +1,292 @@
+"""Log-probability and entropy of given tokens from hidden states, without ever holding a tokens x vocabulary tensor.
+
+The head's logits are computed in tiles of some tokens x some of the vocabulary. The forward pass keeps three numbers
+per token and tile, which combine into the log-sum-exp and the entropy (the online softmax, arXiv 1805.02867); the
+backward pass computes every tile again and turns it into its gradient in place. Sums are in float32 (float64 for
+float64 inputs) whatever the type of the inputs; logits are not rounded to half precision in between.
+
+With logits `z` (after scale, soft cap and temperature), `p = softmax(z)`, `S = logsumexp(z)`, `M = sum_j p_j z_j`:
+
+    log p_y = z_y - S              d(log p_y) / dz_j = [j = y] - p_j
+    entropy = S - M                d(entropy) / dz_j = -p_j (z_j - M)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CPU_TILE_BYTES = 4 * 2**20
+DEVICE_TILE_BYTES = 64 * 2**20
+"""Size of one buffer of logits, of which at most three are alive at once: on a CPU what its cache holds, elsewhere
+enough to keep the device busy."""
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    with_entropy: bool = True,
+    tile_bytes: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target, and the entropy of the distribution it comes from.
+
+    Both outputs are differentiable in `hidden`, `weight` and `bias`, once. An output that the loss does not use costs
+    nothing in the backward pass. A tied head passes the embedding matrix as `weight`; a head with LoRA passes the sum
+    of base weight and update.
+
+    Args:
+        hidden: `[T, H]`: the last hidden states at the positions that predict the targets.
+        weight: `[V, H]`: the output embedding.
+        targets: int `[T]`, each in `0 .. V - 1`.
+        bias: `[V]`.
+        temperature: logits are divided by it, last; above 0. It must be the one that the tokens were sampled with.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
+        scale: logits are multiplied by it, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        with_entropy: whether to compute the entropy.
+        tile_bytes: size of one buffer of logits; 4 MiB on a CPU and 64 MiB elsewhere by default.
+
+    Returns:
+        `logprobs [T]` and `entropy [T]` (None without `with_entropy`), in nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not match, a temperature of 0 or less, or a target outside the vocabulary (looked
+            at on the CPU; on another device its log-probability is NaN, because looking would wait for the device).
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes}: expected [T, H], [V, H] and [T]")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: expected above 0 (a greedy policy has no log-probabilities)")
+    if (
+        targets.device.type == "cpu"
+        and targets.numel()
+        and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight)
+    ):
+        raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())}: expected 0 .. {len(weight) - 1}")
+    if tile_bytes is None:
+        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
+    logits = _Logits(scale=scale, softcap=softcap, temperature=temperature)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, logits, with_entropy, tile_bytes)
+    return logprobs, entropy
+
+
+@dataclass(frozen=True, slots=True)
+class _Logits:
+    """What is done to `hidden @ weight.T + bias` before the softmax."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    def tile(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits `[t, v]` of a tile, in one buffer."""
+        z = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+        if self.softcap is None:
+            factor = self.scale / self.temperature
+            return z if factor == 1 else z.mul_(factor)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def chain_(self, grad: Tensor, z: Tensor) -> Tensor:
+        """Turns the gradient of the logits into that of `hidden @ weight.T + bias`, in place; uses `z` up."""
+        if self.softcap is not None:
+            slope = z.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
+            grad.mul_(slope)
+        factor = self.scale / self.temperature
+        return grad if factor == 1 else grad.mul_(factor)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Forward and backward of `token_logprobs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        logits: _Logits,
+        with_entropy: bool,
+        tile_bytes: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            target, lse, mean = _forward(hidden, weight, bias, targets, logits, with_entropy, tile_bytes)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, mean)
+        ctx.logits, ctx.tile_bytes = logits, tile_bytes
+        ctx.set_materialize_grads(False)
+        return target - lse, None if mean is None else lse - mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
+        outputs = (lse, mean, grad_logprobs, grad_entropy)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = _backward(hidden, weight, bias, targets, *outputs, ctx.logits, ctx.tile_bytes, ctx.needs_input_grad)
+        return (*grads, None, None, None, None)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logits: _Logits,
+    with_entropy: bool,
+    tile_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logit of each target, log-sum-exp and (for the entropy) mean logit; `[T]` each."""
+    dtype = _sum_type(hidden, weight)
+    target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
+    mean = torch.empty_like(lse) if with_entropy else None
+    token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
+    for rows in _slices(len(hidden), token_tile):
+        tokens = hidden[rows].to(dtype)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for columns in _slices(len(weight), vocab_tile):
+            z = logits.tile(tokens, weight[columns].to(dtype), None if bias is None else bias[columns].to(dtype))
+            inside, place = _place(targets[rows], columns)
+            target[rows] = torch.where(inside, z.gather(1, place).squeeze(1), target[rows])
+            parts.append(_summary_(z, with_entropy))
+        lse[rows], mean_logit = _combine(parts)
+        if mean is not None:
+            mean[rows] = mean_logit
+    return target, lse, mean
+
+
+def _summary_(z: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tile: `m = max z`, `s = sum e^(z - m)`, `u = sum e^(z - m) (z - m)`; `[t]` each. Uses `z` up."""
+    top = z.amax(1)
+    z.sub_(top.unsqueeze(1))
+    if not with_entropy:
+        total = z.exp_().sum(1)
+        return top, total, torch.zeros_like(total)
+    exponentials = z.exp()
+    return top, exponentials.sum(1), exponentials.mul_(z).sum(1)
+
+
+def _combine(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and mean logit `[t]` of a row of tiles."""
+    tops, totals, moments = (torch.stack(part) for part in zip(*parts, strict=True))
+    top = tops.amax(0)
+    shift = tops - top
+    rescale = shift.exp()
+    total = (totals * rescale).sum(0)
+    moment = ((moments + shift * totals) * rescale).sum(0)
+    return top + total.log(), top + moment / total
+
+
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    mean: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: _Logits,
+    tile_bytes: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias. The vocabulary is the outer loop, so that only one tile's gradient
+    of the weight is held in the wide type."""
+    dtype = lse.dtype
+    tokens = hidden.to(dtype)
+    grad_hidden = torch.zeros_like(tokens) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    grad_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
+    token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
+    for columns in _slices(len(weight), vocab_tile):
+        head = weight[columns].to(dtype)
+        head_bias = None if bias is None else bias[columns].to(dtype)
+        weight_sum = torch.zeros_like(head) if needed[1] else None
+        bias_sum = torch.zeros_like(head[:, 0]) if needed[2] else None
+        for rows in _slices(len(hidden), token_tile):
+            z = logits.tile(tokens[rows], head, head_bias)
+            keep = logits.softcap is not None or grad_entropy is not None
+            parts = (_rows(mean, rows), _rows(grad_logprobs, rows), _rows(grad_entropy, rows))
+            grad = logits.chain_(_tile_gradient(z, targets[rows], columns, lse[rows], *parts, keep=keep), z)
+            if grad_hidden is not None:
+                grad_hidden[rows].addmm_(grad, head)
+            if weight_sum is not None:
+                weight_sum.addmm_(grad.T, tokens[rows])
+            if bias_sum is not None:
+                bias_sum.add_(grad.sum(0))
+        if grad_weight is not None and weight_sum is not None:
+            grad_weight[columns] = weight_sum
+        if grad_bias is not None and bias_sum is not None:
+            grad_bias[columns] = bias_sum
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _tile_gradient(
+    z: Tensor,
+    targets: Tensor,
+    columns: slice,
+    lse: Tensor,
+    mean: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    *,
+    keep: bool,
+) -> Tensor:
+    """Gradient of the tile's logits `[t, v]`: `g [j = y] - p_j (g + h (z_j - M))`, g and h the outputs' gradients.
+
+    Overwrites `z` with it, unless `keep`."""
+    grad = (z.clone() if keep else z).sub_(lse.unsqueeze(1)).exp_()
+    if grad_entropy is not None and mean is not None:
+        inner = (z - mean.unsqueeze(1)).mul_(grad_entropy.unsqueeze(1))
+        if grad_logprobs is not None:
+            inner.add_(grad_logprobs.unsqueeze(1))
+        grad.mul_(inner.neg_())
+    elif grad_logprobs is not None:
+        grad.mul_(-grad_logprobs.unsqueeze(1))
+    if grad_logprobs is not None:
+        inside, place = _place(targets, columns)
+        grad.scatter_add_(1, place, torch.where(inside, grad_logprobs, 0).unsqueeze(1))
+    return grad
+
+
+def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether each target is in the tile `[t]`, and its column there (0 where it is not) `[t, 1]`."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return inside, torch.where(inside, targets - columns.start, 0).unsqueeze(1)
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _sum_type(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _tile_shape(tokens: int, vocabulary: int, itemsize: int, tile_bytes: int) -> tuple[int, int]:
+    """Tokens and vocabulary of a tile: square where both are large, because that needs the least memory traffic."""
+    budget = max(tile_bytes // itemsize, 1)
+    token_tile = max(min(tokens, math.isqrt(budget)), 1)
+    vocab_tile = max(min(vocabulary, budget // token_tile), 1)
+    return max(min(tokens, budget // vocab_tile), 1), vocab_tile
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,0 +1,131 @@
+"""What the loss saw, as sums and maxima: they add up over micro-batches and ranks, and become metrics at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUMS = (
+    "tokens",
+    "clipped_low",
+    "clipped_high",
+    "ratio",
+    "approx_kl",
+    "importance",
+    "importance_squared",
+    "logp_difference",
+    "entropy",
+    "entropy_tokens",
+    "kl",
+    "kl_tokens",
+)
+MAXIMA = ("ratio", "importance", "minus_importance", "logp_difference")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """Sums and maxima over completion tokens. Reduce over ranks by summing `sums` and taking the maximum of `maxima`.
+
+    Attributes:
+        sums: float32 `[len(SUMS)]`, on the loss's device.
+        maxima: float32 `[len(MAXIMA)]`; -inf where there was no token.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Statistics:
+        """Of no token: `empty.merge(x)` is `x`."""
+        return cls(torch.zeros(len(SUMS), device=device), torch.full((len(MAXIMA),), -torch.inf, device=device))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Of both sets of tokens together."""
+        return Statistics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+
+    def metrics(self) -> dict[str, float]:
+        """Means and extremes over the tokens, under TRL's names where the meaning is TRL's. Empty without tokens.
+
+        `policy/ratio_*` is the clipped ratio (`w`, or `rho` when the clip is centred on the behaviour policy),
+        `policy/approx_kl` the k3 estimate of KL(pi_old || pi), `sampling/importance_sampling_ratio/*` the importance
+        weight as used, and `sampling/effective_sample_fraction` its `(sum x)^2 / (T sum x^2)`, 1 on policy.
+        """
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
+        tokens = sums["tokens"]
+        if not tokens:
+            return {}
+        squared = tokens * sums["importance_squared"]
+        metrics = {
+            "clip_ratio/low_mean": sums["clipped_low"] / tokens,
+            "clip_ratio/high_mean": sums["clipped_high"] / tokens,
+            "clip_ratio/region_mean": (sums["clipped_low"] + sums["clipped_high"]) / tokens,
+            "policy/ratio_mean": sums["ratio"] / tokens,
+            "policy/ratio_max": maxima["ratio"],
+            "policy/approx_kl": sums["approx_kl"] / tokens,
+            "sampling/importance_sampling_ratio/min": -maxima["minus_importance"],
+            "sampling/importance_sampling_ratio/mean": sums["importance"] / tokens,
+            "sampling/importance_sampling_ratio/max": maxima["importance"],
+            "sampling/effective_sample_fraction": sums["importance"] ** 2 / squared if squared else 0.0,
+            "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
+            "sampling/sampling_logp_difference/max": maxima["logp_difference"],
+        }
+        for name in ("entropy", "kl"):
+            if sums[f"{name}_tokens"]:
+                metrics[name] = sums[name] / sums[f"{name}_tokens"]
+        return metrics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTerms:
+    """What the loss was made of, token by token; all `[T]`, without gradient.
+
+    Attributes:
+        ratio: the ratio that is clipped: `pi / pi_old`, or `pi / mu`.
+        log_update: `log(pi / pi_old)`, bounded.
+        importance: the importance weight as used (truncated or masked), or `pi_old / mu` where none is used.
+        logp_difference: `|log pi_old - log mu|`: how far the policy is from the one that sampled.
+        clipped_low: bool: `ratio` below the clip range and the advantage negative, so that no gradient flows.
+        clipped_high: bool: `ratio` above the clip range and the advantage positive.
+        entropy: of the policy at the token, where it was computed.
+        kl: estimate of KL(pi || ref), where there is a reference.
+    """
+
+    ratio: Tensor
+    log_update: Tensor
+    importance: Tensor
+    logp_difference: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+    def statistics(self, where: Tensor | None = None) -> Statistics:
+        """Sums and maxima over all tokens, or over those that the bool mask `where` `[T]` selects."""
+
+        def chosen(values: Tensor | None) -> Tensor:
+            values = self.ratio.new_empty(0) if values is None else values if where is None else values[where]
+            return values.float()
+
+        ratio, importance, difference = chosen(self.ratio), chosen(self.importance), chosen(self.logp_difference)
+        if not ratio.numel():
+            return Statistics.empty(ratio.device)
+        log_update, entropy, kl = chosen(self.log_update), chosen(self.entropy), chosen(self.kl)
+        sums = [
+            torch.ones_like(ratio).sum(),
+            chosen(self.clipped_low).sum(),
+            chosen(self.clipped_high).sum(),
+            ratio.sum(),
+            (torch.expm1(log_update) - log_update).sum(),
+            importance.sum(),
+            importance.square().sum(),
+            difference.sum(),
+            entropy.sum(),
+            torch.ones_like(entropy).sum(),
+            kl.sum(),
+            torch.ones_like(kl).sum(),
+        ]
+        maxima = [ratio.amax(), importance.amax(), -importance.amin(), difference.amax()]
+        return Statistics(torch.stack(sums), torch.stack(maxima))

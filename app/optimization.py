@@ -1,0 +1,62 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from datamodules.errors import UserError, nearest
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+@dataclass
+class Optimization:
+    """How gradients become updates.
+
+    Args:
+        learning_rate: the peak, when the schedule varies it.
+        weight_decay: of AdamW, on matrices only (not on biases and norms).
+        betas: of AdamW.
+        clip_norm: gradients of a larger norm are scaled down to it; 0 turns clipping off.
+        schedule: "constant", "constant_with_warmup", "linear" or "cosine", over `trainer.max_steps`.
+        warmup_steps: optimizer steps over which the rate rises to its peak.
+    """
+
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip_norm", self.clip_norm >= 0, "0 (off) or more"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+        ]
+        for name, fine, expected in checks:
+            if not fine:
+                raise UserError(f"optimization.{name}={getattr(self, name)}: expected {expected}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimization.schedule={self.schedule!r}: {nearest(self.schedule, SCHEDULES)}")
+
+    def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
+        """AdamW over the trainable parameters."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [one for one in trained if one.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+        """The learning-rate schedule, one step of it per optimizer step."""
+        return get_scheduler(self.schedule, optimizer, self.warmup_steps, max(total_steps, 1))

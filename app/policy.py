@@ -1,0 +1,153 @@
+"""The policy: any Hugging Face causal language model, loaded, adapted and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from datamodules.errors import UserError
+
+
+@dataclass
+class Lora:
+    """Low-rank adaptation through peft: only small added matrices are trained (Hu et al., arXiv 2106.09685).
+
+    Args:
+        rank: of the added matrices.
+        alpha: their product is scaled by `alpha / rank`.
+        dropout: on the adapters' input while training.
+        target_modules: names of the linear layers to adapt; "all-linear" takes all but the head.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+
+
+@dataclass
+class Policy:
+    """Which model is trained, and how it is held.
+
+    Args:
+        path: folder or hub name of a Hugging Face causal language model with its tokenizer.
+        dtype: of the weights; "auto" keeps the file's.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
+        lora: train low-rank adapters instead of all weights.
+        trust_remote_code: run code that comes with the model. Off unless you trust its author.
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    lora: Lora | None = None
+    trust_remote_code: bool = False
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, with a padding token (the end token where the model has none)."""
+        tokenizer = self._load(AutoTokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"policy.path={self.path}: its tokenizer has no end token; expected eos_token to be set")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self) -> torch.nn.Module:
+        """The model with its weights, adapted if `lora` is set, in training mode."""
+        model = self._load(AutoModelForCausalLM, dtype=self._torch_dtype(), **self._attention())
+        return self._adapt(model).train()
+
+    def on_meta(self) -> torch.nn.Module:
+        """The same model without memory or weights: for counting parameters before a run."""
+        config = self._load(AutoConfig)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        return self._adapt(model)
+
+    def _load(self, kind: Any, **options: Any) -> Any:
+        folder = Path(self.path).expanduser()
+        looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise UserError(f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name")
+        try:
+            where = str(folder) if folder.is_dir() else self.path
+            return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}); "
+                "expected a folder or hub name with config.json, weights in safetensors and a tokenizer"
+            ) from error
+
+    def _torch_dtype(self) -> torch.dtype | str:
+        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def _attention(self) -> dict[str, str]:
+        return {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+
+    def _adapt(self, model: PreTrainedModel) -> torch.nn.Module:
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model if self.lora is None else add_lora(model, self.lora)
+
+
+def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
+    """`model` wrapped by peft, its own weights frozen. Needs the `lora` extra."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("policy.lora is set but peft is not installed: pip install 'dots-grpo[lora]'") from error
+    model.enable_input_require_grads()
+    targets: str | list[str] = lora.target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation says int, its arithmetic takes any number
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself, inside a peft wrapper or not; adapters stay active in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating."""
+    if not hasattr(model, "merge_adapter"):
+        yield from model.state_dict().items()
+        return
+    model.merge_adapter()
+    try:
+        for name, tensor in causal_lm(model).state_dict().items():
+            if "lora_" not in name:
+                yield name.replace(".base_layer", ""), tensor
+    finally:
+        model.unmerge_adapter()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """All parameters and the trainable ones among them."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a Hugging Face folder that `from_pretrained` loads; adapters are merged into the weights.
+
+    The model itself is used up when it has adapters (peft unloads them).
+    """
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    merged.save_pretrained(folder)  # type: ignore[operator,union-attr]
+    tokenizer.save_pretrained(folder)

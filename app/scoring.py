@@ -1,0 +1,55 @@
+"""Log-probabilities of completion tokens under a Hugging Face causal language model, without its logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.objective.logprobs import token_logprobs
+from app.objective.packing import PackedBatch
+from app.policy import causal_lm
+
+
+def score(
+    model: torch.nn.Module, packed: PackedBatch, temperature: float, *, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability and entropy of every completion token, float32 `[T]` each, differentiable.
+
+    The head is applied to the predicting positions only, tile by tile; the tensor tokens x vocabulary never exists.
+    `temperature` is the one that the completions were sampled with.
+    """
+    lm = causal_lm(model)
+    hidden = lm.base_model(
+        input_ids=packed.input_ids,
+        # On the right of causal attention padding is unseen; the mask is for models that mix positions otherwise.
+        attention_mask=packed.attention_mask if packed.padding_fraction else None,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    head = lm.get_output_embeddings()
+    return token_logprobs(
+        packed.predicting(hidden),
+        head_weight(head),
+        packed.targets,
+        getattr(head, "bias", None),
+        temperature=temperature,
+        softcap=getattr(lm.config, "final_logit_softcapping", None),
+        scale=logit_scale(lm),
+        with_entropy=with_entropy,
+    )
+
+
+def head_weight(head: torch.nn.Module) -> Tensor:
+    """`[V, H]`: the output embedding, with its LoRA update added when it has one."""
+    base = head.get_base_layer().weight if hasattr(head, "get_base_layer") else head.weight  # type: ignore[operator]
+    for adapter in getattr(head, "active_adapters", []):
+        base = base + head.get_delta_weight(adapter)  # type: ignore[operator]
+    return base  # type: ignore[return-value]
+
+
+def logit_scale(lm: PreTrainedModel) -> float:
+    """Factor between head output and logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    if (scale := getattr(lm.config, "logit_scale", None)) is not None:
+        return float(scale)
+    return 1.0 / float(getattr(lm.config, "logits_scaling", None) or 1.0)

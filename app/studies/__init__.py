@@ -1,0 +1,1 @@
+"""Studies of runs and of recorded traces, and the pictures they make."""

@@ -1,0 +1,78 @@
+"""Pictures of a run, drawn from its TensorBoard events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Curve = tuple[list[int], list[float]]
+
+_PANELS = (
+    ("Accuracy", ("val/accuracy", "val/pass@4"), (0.0, 1.0)),
+    ("Reward", ("reward", "selection/mean_success"), (0.0, 1.0)),
+    ("What teaches", ("selection/informative_fraction", "selection/fresh_informative_fraction"), (0.0, 1.0)),
+    ("Forecast quality", ("difficulty/reference_pearson", "selection/forecast_brier"), (-0.2, 1.0)),
+    ("Replay", ("replay/age_mean", "replay/age_max"), None),
+    ("Completion length", ("completions/mean_length", "completions/max_length"), None),
+)
+_PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
+
+
+def read_scalars(folder: Path) -> dict[str, Curve]:
+    """Steps and values of every scalar in a run folder, all event files (a resumed run has several) in order."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    curves = {}
+    for tag in accumulator.Tags()["scalars"]:
+        # A step that was repeated after a resume counts once, the last time.
+        points = {event.step: event.value for event in accumulator.Scalars(tag)}
+        curves[tag] = (sorted(points), [points[step] for step in sorted(points)])
+    return curves
+
+
+def draw_curves(folder: Path, picture: Path) -> None:
+    """Draws accuracy, reward, informative fraction, forecast, replay, length and the phases' seconds into a PNG."""
+    curves = read_scalars(folder)
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 9), layout="constrained")
+        panels = figure.subplots(3, 3).flatten()
+        for axes, (title, tags, limits) in zip(panels, _PANELS, strict=False):
+            _draw_panel(axes, title, {tag: curves[tag] for tag in tags if tag in curves}, limits)
+        _draw_phases(panels[6], curves)
+        _draw_panel(panels[7], "Tokens per second", _chosen(curves, "tokens_per_second"), None)
+        _draw_panel(panels[8], "Gradient norm", _chosen(curves, "grad_norm"), None)
+        figure.suptitle(f"{folder.parent.name} / {folder.name}")
+        figure.savefig(picture, dpi=110)
+
+
+def _chosen(curves: dict[str, Curve], *tags: str) -> dict[str, Curve]:
+    return {tag: curves[tag] for tag in tags if tag in curves}
+
+
+def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], limits: tuple[float, float] | None) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("step")
+    for tag, (steps, values) in curves.items():
+        axes.plot(steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=tag)
+    if limits:
+        axes.set_ylim(*limits)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "not measured in this run", ha="center", transform=axes.transAxes, color="gray")
+
+
+def _draw_phases(axes: Axes, curves: dict[str, Curve]) -> None:
+    axes.set_title("Seconds per step, by phase", loc="left", fontweight="bold")
+    axes.set_xlabel("step")
+    tags = [f"time/{phase}" for phase in _PHASES if f"time/{phase}" in curves]
+    if tags:
+        steps = curves[tags[0]][0]
+        rows = [curves[tag][1] for tag in tags if curves[tag][0] == steps]
+        axes.stackplot(steps, rows, labels=[tag for tag in tags if curves[tag][0] == steps], alpha=0.8)
+        axes.legend(frameon=False, fontsize=7)

@@ -1,0 +1,27 @@
+"""Dots: what happens around a step. The callbacks listed in a config, in their order, are the algorithm."""
+
+from callbacks.checkpoint import RunCheckpoint
+from callbacks.completions import CompletionsLog
+from callbacks.progress import RunProgress
+from callbacks.random_state import RandomState
+from callbacks.references import ReferenceRollouts
+from callbacks.replay import RolloutReplay
+from callbacks.rollouts import Rollouts
+from callbacks.run_ledger import RunLedger
+from callbacks.selection_monitor import SelectionMonitor
+from callbacks.start_validation import StartValidation
+from callbacks.weight_sync import WeightSync
+
+__all__ = [
+    "CompletionsLog",
+    "RandomState",
+    "ReferenceRollouts",
+    "RolloutReplay",
+    "Rollouts",
+    "RunCheckpoint",
+    "RunLedger",
+    "RunProgress",
+    "SelectionMonitor",
+    "StartValidation",
+    "WeightSync",
+]

@@ -1,0 +1,40 @@
+"""The order in which callbacks must stand, checked before anything is generated."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+
+from datamodules.errors import UserError
+
+# A push comes before the rollouts that need it; reference groups are offered before prompts are rolled out; replayed
+# groups complete what the rollouts left open; whatever reports stands behind whatever does.
+_ORDER = (
+    "WeightSync",
+    "ReferenceRollouts",
+    "Rollouts",
+    "DynamicSampling",
+    "RolloutReplay",
+    "SelectionMonitor",
+    "CompletionsLog",
+    "RandomState",
+    "RunLedger",
+)
+
+
+def check_order(trainer: Trainer) -> None:
+    """Raises UserError when two of our callbacks stand in the wrong order, or `Rollouts` is missing or doubled."""
+    names = [name for callback in trainer.callbacks if (name := _known_name(callback))]
+    if names.count("Rollouts") != 1:
+        raise UserError(
+            f"trainer.callbacks holds callbacks.Rollouts {names.count('Rollouts')} times: list it exactly once"
+        )
+    ranks = [_ORDER.index(name) for name in names]
+    for (first, rank), (second, next_rank) in zip(
+        zip(names, ranks, strict=True), list(zip(names, ranks, strict=True))[1:], strict=False
+    ):
+        if rank > next_rank:
+            raise UserError(f"trainer.callbacks lists {first} before {second}: put {second} before {first}")
+
+
+def _known_name(callback: Callback) -> str | None:
+    return next((kind.__name__ for kind in type(callback).__mro__ if kind.__name__ in _ORDER), None)

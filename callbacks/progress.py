@@ -1,0 +1,47 @@
+"""The progress bar, and one line per validation for logs that show no bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+from app.module import GRPOModule
+
+_SHOWN = {
+    "reward": "reward",
+    "selection/informative_fraction": "informative",
+    "tokens_per_second": "tok/s",
+    "val/accuracy": "val",
+}
+
+
+class RunProgress(RichProgressBar):
+    """Steps done of all, with reward, informative fraction, tokens per second and the last validation accuracy."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        steps = self.trainer.max_steps
+        if steps < 0:
+            return float("inf")
+        return -(-steps // getattr(self.trainer.lightning_module, "mini_batches", 1))
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict[str, float]]:
+        shown: dict[str, int | str | float | dict[str, float]] = {}
+        for name, label in _SHOWN.items():
+            if name in trainer.callback_metrics:
+                value = float(trainer.callback_metrics[name])
+                shown[label] = f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+        return shown
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        metrics = self.get_metrics(trainer, pl_module)
+        line = "  ".join(f"{label} {value}" for label, value in metrics.items())
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {line}", flush=True)

@@ -1,0 +1,99 @@
+"""Rolls out a uniform reference set now and then, from which the difficulty of all other prompts is predicted."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import Callback, Trainer
+
+from app.module import GRPOModule
+from app.stats import brier, pearson
+from callbacks.group_codec import pack_groups, unpack_groups
+from datamodules.errors import UserError
+from datamodules.ledger import Ledger
+from datamodules.types import Outcomes, RolloutGroup, TrainBatch
+
+
+class ReferenceRollouts(Callback):
+    """Every `every` steps, rolls out `size` prompts with the new policy and hands their success to the selector.
+
+    DOTS (arXiv 2506.05316, section 3) discards these rollouts. They are exact on-policy groups, so here, by default,
+    a reference prompt that the selector chooses for the very next step is trained on without rolling it out again,
+    and the other informative ones are offered to the replay buffer. A group used so was also what its prompt was
+    chosen by: the estimate is then conditioned on its own outcome, as it is in any dynamic sampling.
+
+    Args:
+        size: reference prompts, `K`.
+        every: steps between two reference sets, `mu`.
+        reuse: "train" as above; "buffer" offers them to the replay buffer only; "discard" as in the paper.
+    """
+
+    def __init__(
+        self, size: int = 256, every: int = 2, reuse: Literal["train", "buffer", "discard"] = "train"
+    ) -> None:
+        if size < 2 or every < 1:
+            raise UserError(f"ReferenceRollouts(size={size}, every={every}): expected size >= 2 and every >= 1")
+        self.size = size
+        self.every = every
+        self.reuse = reuse
+        self._groups: list[RolloutGroup] = []
+        self._before_first = Ledger()
+        self._restored = False
+        self._metrics: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
+        self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if not self._restored:
+            self._measure(pl_module, self._before_first, step=0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
+        batch.ledger.add(self._before_first)
+        batch.metrics.update(self._metrics)
+        self._before_first, self._metrics = Ledger(), {}
+        offered, self._groups = self._groups, []
+        if self.reuse == "discard":
+            return
+        chosen = {prompt.id for prompt in batch.prompts} if self.reuse == "train" else set()
+        for group in offered:
+            (batch.groups if group.prompt.id in chosen else batch.surplus).append(group)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        step = batch.step + 1
+        if step % self.every == 0 and trainer.global_step < trainer.max_steps:
+            self._measure(pl_module, batch.ledger, step)
+
+    def _measure(self, pl_module: GRPOModule, ledger: Ledger, step: int) -> None:
+        selector, pool = self._datamodule.selector, self._datamodule.pools["train"]
+        prompts = [pool[position] for position in pool.positions(selector.choose_references(self.size))]
+        self._groups = pl_module.pipeline.roll(
+            prompts, pl_module.sampling, ledger, purpose="reference", step=step, source="reference"
+        )
+        outcomes = Outcomes.of(self._groups, step, "reference")
+        with ledger.phase("reference"):
+            self._metrics = _forecast_quality(selector.forecast(), pool.positions(outcomes.prompt_ids), outcomes)
+            selector.observe(outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"groups": pack_groups(self._groups), "metrics": dict(self._metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._groups = unpack_groups(state_dict["groups"], self._datamodule.pools["train"])
+        self._metrics = state_dict["metrics"]
+        self._restored = True
+
+
+def _forecast_quality(forecast: np.ndarray | None, positions: np.ndarray, outcomes: Outcomes) -> dict[str, float]:
+    """How well the forecast made before these rollouts met them; a uniform draw, so an unbiased view of the pool."""
+    found = {
+        "difficulty/reference_success": float(np.mean(outcomes.success_rate)),
+        "difficulty/reference_informative_fraction": float(np.mean(outcomes.reward_std > 0)),
+    }
+    if forecast is not None:
+        found["difficulty/reference_pearson"] = pearson(forecast[positions], outcomes.success_rate)
+        found["difficulty/reference_brier"] = brier(forecast[positions], outcomes.success_rate)
+    return found

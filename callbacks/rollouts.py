@@ -1,0 +1,50 @@
+"""Fills every batch with scored groups, and tells the selector what they showed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from app.module import GRPOModule
+from callbacks.order import check_order
+from datamodules.errors import UserError
+from datamodules.types import Outcomes, TrainBatch
+
+
+class Rollouts(Callback):
+    """Rolls out a batch's prompts before its step: `G` completions each, scored, appended to `batch.groups`.
+
+    Prompts that already have a group in the batch are left alone (`ReferenceRollouts` offers those that it has just
+    rolled out with the same policy). Validation, test and prediction batches take the same road with the module's
+    validation sampling.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.world_size > 1:
+            raise UserError(
+                f"{trainer.world_size} processes asked for: this version trains in one process "
+                "(set trainer.devices=1 and trainer.num_nodes=1)"
+            )
+        check_order(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
+        selector = trainer.datamodule.selector  # type: ignore[attr-defined]  # Lightning leaves it untyped
+        offered = {group.prompt.id for group in batch.groups}
+        prompts = [prompt for prompt in batch.prompts if prompt.id not in offered]
+        fresh = pl_module.pipeline.roll(
+            prompts, pl_module.sampling, batch.ledger, purpose="train", step=batch.step, source="fresh"
+        )
+        batch.groups.extend(fresh)
+        with batch.ledger.phase("select"):
+            selector.observe(Outcomes.of(fresh, batch.step, "fresh"))
+
+    def _measure(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, *_: Any) -> None:
+        groups = pl_module.pipeline.roll(
+            batch.prompts, pl_module.val_sampling, batch.ledger, purpose="validate", step=0, source="fresh"
+        )
+        batch.groups.extend(groups)
+
+    on_validation_batch_start = _measure
+    on_test_batch_start = _measure
+    on_predict_batch_start = _measure

@@ -1,0 +1,154 @@
+"""The account of a run: where its seconds and tokens went, and what it reached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning.pytorch import Callback
+
+from app.module import GRPOModule
+from app.run_folder import run_folder
+from app.studies.plots import draw_curves
+from callbacks.checkpoint import RunCheckpoint
+from datamodules.ledger import PHASES, Ledger
+from datamodules.seeding import run_seed
+from datamodules.types import TrainBatch
+
+
+class RunLedger(Callback):
+    """Logs `time/*` and token counts each step; writes `summary.json` and `curves.png` when the run ends.
+
+    Interrupted runs leave both as well, with `"completed": false`. Sums go on through a resume.
+    """
+
+    def __init__(self) -> None:
+        self.total = Ledger()
+        self.steps = 0
+        self.informative_sum = 0.0
+        self.validations: list[float] = []
+        self._before = 0.0
+        self._started = time.perf_counter()
+        self._step_started = 0.0
+        self._checkpoint_seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._started = self._step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self._take_checkpoint_time(trainer)
+        self.total.add(batch.ledger)
+        self.steps = batch.step + 1
+        groups = [group for group in batch.groups if group.completions]
+        informative = sum(group.informative for group in groups)
+        self.informative_sum += informative / max(1, len(groups))
+        self.total.count("discarded_groups", sum(group.source != "replay" for group in batch.surplus))
+        pl_module.log_dict(self._metrics(batch), batch_size=1)
+        self._step_started = time.perf_counter()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self.total.add(batch.ledger)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        # Validation is not part of the next step's time.
+        self._step_started = time.perf_counter()
+        if trainer.state.fn == "fit" and "val/accuracy" in trainer.callback_metrics:
+            self.validations.append(float(trainer.callback_metrics["val/accuracy"]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._write(trainer, completed=trainer.global_step >= trainer.max_steps > 0)
+
+    def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and self.steps:
+            self._write(trainer, completed=False)
+
+    def _metrics(self, batch: TrainBatch) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._step_started
+        counts, seconds = batch.ledger.counts, batch.ledger.seconds
+        rolled = counts["train/tokens"] + counts["reference/tokens"]
+        metrics = {f"time/{phase}": seconds[phase] for phase in PHASES if phase not in ("validate", "checkpoint")}
+        metrics["step_time"] = elapsed
+        metrics["num_tokens"] = self.total.counts["train/tokens"] + self.total.counts["reference/tokens"]
+        metrics["tokens_per_second"] = rolled / elapsed if elapsed else 0.0
+        metrics["rewards/timed_out"] = counts["rewards/timed_out"]
+        metrics["rewards/crashed"] = counts["rewards/crashed"]
+        prefix = "reward_metric/"
+        return metrics | {name.removeprefix(prefix): counts[name] for name in counts if name.startswith(prefix)}
+
+    def _take_checkpoint_time(self, trainer: Trainer) -> None:
+        spent = sum(one.seconds for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
+        self.total.seconds["checkpoint"] += spent - self._checkpoint_seconds
+        self._checkpoint_seconds = spent
+
+    def _write(self, trainer: Trainer, *, completed: bool) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._take_checkpoint_time(trainer)
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        for logger in trainer.loggers:
+            logger.save()
+        _write_text(folder / "summary.json", json.dumps(self.summary(folder, completed=completed), indent=2) + "\n")
+        draw_curves(folder, folder / "curves.png")
+
+    def summary(self, folder: Path, *, completed: bool) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        counts = self.total.counts
+        seconds = {"total": self._before + time.perf_counter() - self._started}
+        seconds |= {phase: self.total.seconds[phase] for phase in PHASES}
+        accuracy = self.validations
+        return {
+            "steps": self.steps,
+            "prompts_rolled_out": int(counts["train/prompts"]),
+            "completions": int(counts["train/completions"]),
+            "completion_tokens": int(counts["train/tokens"]),
+            "replayed_groups": int(counts["replayed_groups"]),
+            "informative_fraction": self.informative_sum / max(1, self.steps),
+            "reference": {name: int(counts[f"reference/{name}"]) for name in ("prompts", "completions", "tokens")},
+            "validation": {name: int(counts[f"validate/{name}"]) for name in ("prompts", "completions", "tokens")},
+            "discarded_groups": int(counts["discarded_groups"]),
+            "failed_rewards": int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
+            "val": {"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seed": run_seed(),
+            "config_sha256": _sha256(folder / "config.yaml"),
+            "completed": completed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": dict(self.total.seconds),
+            "counts": dict(self.total.counts),
+            "steps": self.steps,
+            "informative_sum": self.informative_sum,
+            "validations": list(self.validations),
+            "before": self._before + time.perf_counter() - self._started,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total.seconds.update(state_dict["seconds"])
+        self.total.counts.update(state_dict["counts"])
+        self.steps = state_dict["steps"]
+        self.informative_sum = state_dict["informative_sum"]
+        self.validations = list(state_dict["validations"])
+        self._before = state_dict["before"]
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

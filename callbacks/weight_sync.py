@@ -1,0 +1,30 @@
+"""Gives the engine the policy that the optimizer has just made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from app.module import GRPOModule
+from app.policy import plain_weights
+from datamodules.types import TrainBatch
+
+
+class WeightSync(Callback):
+    """Pushes the policy's weights to the engine after every step, and once before the first rollout.
+
+    The version pushed is the number of optimizer updates that the weights have seen; every completion carries it.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._push(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        with batch.ledger.phase("sync"):
+            self._push(trainer, pl_module)
+
+    def _push(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        pl_module.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)

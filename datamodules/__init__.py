@@ -1,0 +1,1 @@
+"""Dots: what flows. Prompts, selectors, difficulty."""

@@ -1,0 +1,22 @@
+"""Forecasting how hard every prompt of a pool is for the policy now."""
+
+from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
+from datamodules.difficulty.calibration import Calibration, CalibrationName, fit_calibration, refit_line
+from datamodules.difficulty.embeddings import TextEncoder, embed_questions
+from datamodules.difficulty.forecaster import Forecast, predict
+from datamodules.difficulty.kernel import KernelSpace
+
+__all__ = [
+    "AttentionPredictor",
+    "AttentionSpace",
+    "Calibration",
+    "CalibrationName",
+    "Forecast",
+    "KernelSpace",
+    "PredictorConfig",
+    "TextEncoder",
+    "embed_questions",
+    "fit_calibration",
+    "predict",
+    "refit_line",
+]

@@ -1,0 +1,177 @@
+"""One vector per question: pooled last hidden states of a frozen model, computed once per pool and kept on disk.
+
+DOTS (arXiv 2506.05316, section 4) embeds the raw question text by the mean of the last hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
+from datamodules.difficulty.pooling import PoolingRecipe, pool, read_recipe
+from datamodules.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = 16384
+QUESTIONS_PER_BLOCK = 4096
+FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
+
+
+class TextEncoder:
+    """A frozen text encoder; its weights are loaded at the first `encode`.
+
+    Args:
+        name: folder or hub name of any Hugging Face model (of a causal LM the language-model head is left out), or a
+            sentence-transformers folder.
+        device: where it runs, e.g. "cuda:0"; chosen when None.
+    """
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        self.folder = _locate(name)
+        self.recipe: PoolingRecipe = read_recipe(self.folder)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything that a vector depends on beside the text: configuration, tokenizer and weights."""
+        digest = hashlib.blake2b(repr((*self._settings(), "v1")).encode(), digest_size=16)
+        for path in sorted(self.recipe.model.iterdir()):
+            if path.suffix in FILES and path.is_file():
+                digest.update(path.name.encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def width(self) -> int:
+        """Components `E` of a vector."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    def encode(self, questions: Sequence[str]) -> np.ndarray:
+        """float32 `[Q, E]`: the vectors of raw question texts. A text without tokens gets the zero vector."""
+        out = np.zeros((len(questions), self.width), dtype=np.float32)
+        self.encode_into(out, questions)
+        return out
+
+    def encode_into(self, out: np.ndarray, questions: Sequence[str]) -> None:
+        """Writes `encode(questions)` into the zeroed `out` `[Q, E]`, in batches of texts of similar length."""
+        by_length = np.argsort([len(question) for question in questions], kind="stable")[::-1]
+        for start in range(0, len(by_length), QUESTIONS_PER_BLOCK):
+            positions = by_length[start : start + QUESTIONS_PER_BLOCK]
+            tokens = self._tokenize([questions[position] for position in positions])
+            for rows in _batches(tokens):
+                out[positions[rows]] = self._forward([tokens[row] for row in rows])
+            log.info("embedded %d of %d questions", start + len(positions), len(by_length))
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[list[int]]) -> np.ndarray:
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        padded = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.long)
+        for row, ids in enumerate(tokens):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        states = self._model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        vectors = pool(states.float(), lengths.to(self.device), self.recipe.pooling)
+        if self.recipe.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        if not bool(torch.isfinite(vectors).all()):
+            raise UserError(
+                f"encoder {self.folder} gives infinite or NaN vectors, expected finite ones: use other weights"
+            )
+        return vectors.cpu().numpy()
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        texts = [self.recipe.prefix + text for text in texts]
+        if self.recipe.lower:
+            texts = [text.lower() for text in texts]
+        return self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
+
+    def _settings(self) -> tuple[Any, ...]:
+        recipe = self.recipe
+        # Reduced-precision weights run as they are on an accelerator only, so the kind of device is part of the result.
+        return recipe.pooling, recipe.normalize, recipe.max_length, recipe.prefix, recipe.lower, self.device.type
+
+    @cached_property
+    def _max_length(self) -> int:
+        limits = [
+            self.recipe.max_length,
+            getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
+        ]
+        return int(min([self._tokenizer.model_max_length, 1 << 20, *(limit for limit in limits if limit)]))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.recipe.model)
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModel
+
+        dtype: Any = torch.float32 if self.device.type == "cpu" else "auto"
+        model = AutoModel.from_pretrained(self.recipe.model, dtype=dtype).to(self.device).eval().requires_grad_(False)
+        model.config.use_cache = False
+        return model
+
+    def unload(self) -> None:
+        """Frees the model's memory."""
+        self.__dict__.pop("_model", None)
+
+
+def embed_questions(questions: Sequence[str], encoder: TextEncoder, cache_dir: Path) -> tuple[np.ndarray, str]:
+    """Vectors of a pool's questions, from the disk cache where they are known.
+
+    Args:
+        questions: `Q` raw question texts.
+        encoder: what embeds them.
+        cache_dir: folder of the cache; `~` is expanded.
+
+    Returns:
+        float32 `[Q, E]`, memory-mapped, and the key that names their content.
+    """
+    key = content_key("embeddings", encoder.identity, hash_texts(questions))
+    matrix = cached_matrix(
+        cache_dir.expanduser() / "embeddings" / f"{key}.npy",
+        rows=len(questions),
+        width=lambda: encoder.width,
+        fill=lambda out: encoder.encode_into(out, questions),
+    )
+    encoder.unload()
+    return matrix, key
+
+
+def _batches(tokens: list[list[int]]) -> Iterator[np.ndarray]:
+    """Row numbers of non-empty texts, longest first, `TOKENS_PER_BATCH` padded tokens at a time."""
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    while len(order):
+        count = max(1, TOKENS_PER_BATCH // int(lengths[order[0]]))
+        yield order[:count]
+        order = order[count:]
+
+
+def _locate(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in FILES]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"encoder {name!r} is neither a folder nor a model of the hub ({str(error).splitlines()[0]}): "
+            "name a model folder, or a hub model that can be reached from here"
+        ) from None

@@ -1,0 +1,19 @@
+"""The one exception that means "the user's input is wrong": the command prints its line and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message is one line: what was given, what is expected, what to do."""
+
+
+def nearest(given: str, valid: Iterable[str]) -> str:
+    """A hint naming the closest of `valid` to `given`, or the whole choice when none is close."""
+    choices = sorted(valid)
+    close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "choose one of " + ", ".join(repr(choice) for choice in choices)

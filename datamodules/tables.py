@@ -1,0 +1,68 @@
+"""Rows in random access, on disk or in memory, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+
+BATCH = 1000
+
+
+class Table(Protocol):
+    """`len(table)` rows; a row is a mapping from column to value."""
+
+    def __len__(self) -> int: ...
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]: ...
+    def narrow(self, columns: Sequence[str]) -> Table: ...
+
+
+class DatasetTable:
+    """Rows of a `datasets.Dataset`, which stay in its memory-mapped file until they are asked for."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+        if not len(positions):
+            return []
+        first, last = int(positions[0]), int(positions[-1])
+        adjacent = last - first + 1 == len(positions) and bool(np.all(np.diff(positions) == 1))
+        columns = self.dataset[first : last + 1] if adjacent else self.dataset[[int(place) for place in positions]]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def narrow(self, columns: Sequence[str]) -> DatasetTable:
+        """The same rows with only those of `columns` that there are (so that a scan decodes no more than it needs)."""
+        return DatasetTable(
+            self.dataset.select_columns([name for name in columns if name in self.dataset.column_names])
+        )
+
+
+class ListTable:
+    """Rows that are in memory, as they are."""
+
+    def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+        return [self.items[int(place)] for place in positions]
+
+    def narrow(self, columns: Sequence[str]) -> ListTable:
+        return self
+
+
+def batches(
+    table: Table, positions: Sequence[int] | np.ndarray
+) -> Iterator[tuple[Sequence[int] | np.ndarray, list[Mapping[str, Any]]]]:
+    """Positions and their rows, `BATCH` at a time, in the given order."""
+    for start in range(0, len(positions), BATCH):
+        part = positions[start : start + BATCH]
+        yield part, table.rows(part)

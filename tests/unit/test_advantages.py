@@ -1,0 +1,70 @@
+"""Group-relative advantages against numbers worked by hand and a loop over groups."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from app.objective.advantages import group_advantages
+from datamodules.errors import UserError
+
+
+def test_by_hand() -> None:
+    # Group 7: rewards 1, 0, 0: mean 1/3, deviations 2/3, -1/3, -1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3.
+    # Group 2: rewards 1, 1, 0, 0: mean 1/2, deviations +-1/2, unbiased variance 4 (1/4) / 3 = 1/3 as well.
+    # All seven: sum 3, mean 3/7, squared deviations 3 (4/7)^2 + 4 (3/7)^2 = 84/49, unbiased variance 84/49/6 = 2/7.
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    groups = torch.tensor([7, 2, 2, 2, 7, 7, 2])
+    centred = torch.tensor([2 / 3, 1 / 2, -1 / 2, 1 / 2, -1 / 3, -1 / 3, -1 / 2], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, groups, "none"), centred)
+    torch.testing.assert_close(group_advantages(rewards, groups, "group"), centred / ((1 / 3) ** 0.5 + 1e-6))
+    torch.testing.assert_close(group_advantages(rewards, groups, "batch"), centred / ((2 / 7) ** 0.5 + 1e-6))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equals_a_loop_over_groups(scale: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.randint(0, 12, (60,), generator=generator)
+    rewards = torch.rand(60, generator=generator, dtype=torch.float64)
+    everything = statistics.stdev(rewards.tolist())
+    expected = []
+    for reward, group in zip(rewards.tolist(), groups.tolist(), strict=True):
+        mates = [r for r, g in zip(rewards.tolist(), groups.tolist(), strict=True) if g == group]
+        divisor = {"group": statistics.stdev(mates) + 1e-6, "batch": everything + 1e-6, "none": 1.0}[scale]
+        expected.append((reward - statistics.fmean(mates)) / divisor)
+    actual = group_advantages(rewards, groups, scale)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_teaches_nothing_is_exactly_zero(scale: str, dtype: torch.dtype) -> None:
+    # 0.1 cannot be written in binary, and the mean of seven of them is not 0.1; the group of one has no deviation; the
+    # third group's rewards differ by less than the tolerance.
+    rewards = torch.tensor([0.1] * 7 + [0.7] + [0.3, 0.3 + 5e-7] + [0.0, 1.0], dtype=dtype)
+    groups = torch.tensor([0] * 7 + [1] + [2, 2] + [3, 3])
+    advantages = group_advantages(rewards, groups, scale)  # type: ignore[arg-type]
+    assert advantages[:10].tolist() == [0.0] * 10
+    assert advantages[10] < 0 < advantages[11]
+
+
+def test_one_completion_and_none() -> None:
+    for scale in ("group", "batch", "none"):
+        assert group_advantages(torch.tensor([1.0]), torch.tensor([0]), scale).tolist() == [0.0]
+        assert group_advantages(torch.tensor([]), torch.tensor([], dtype=torch.int64), scale).tolist() == []
+
+
+def test_integer_rewards() -> None:
+    # One right of two: deviations +-1/2, unbiased std sqrt(1/2).
+    advantages = group_advantages(torch.tensor([1, 0]), torch.tensor([0, 0]))
+    torch.testing.assert_close(advantages, torch.tensor([0.5, -0.5]) / 0.5**0.5, rtol=2e-6, atol=0)
+    assert advantages.dtype == torch.float32
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(UserError, match=r"scale='grup'.*did you mean 'group'\?"):
+        group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "grup")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
+        group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))

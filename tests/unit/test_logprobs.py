@@ -1,0 +1,217 @@
+"""Tiled log-probabilities and entropy against the plain softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.objective.logprobs import token_logprobs
+
+ONE_TILE = 2**20
+# Tiles of 8 numbers at float64 in which 23 tokens x 31 words leave ragged edges on both sides.
+MANY_TILES = 64
+
+
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The whole table of logits at once, as a Hugging Face model would."""
+    z = hidden @ weight.T * 1.0 if bias is None else hidden @ weight.T + bias
+    z = z * scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    distribution = torch.distributions.Categorical(logits=z / temperature)
+    return distribution.log_prob(targets), distribution.entropy()
+
+
+def example(tokens: int = 23, words: int = 31, width: int = 6, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    targets = torch.randint(0, words, (tokens,), generator=generator)
+    return {"hidden": leaf(tokens, width), "weight": leaf(words, width), "targets": targets, "bias": leaf(words)}
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"temperature": 0.6}, {"scale": 0.125}, {"softcap": 2.0}]
+OPTIONS.append({"temperature": 1.7, "scale": 3.0, "softcap": 1.5})
+
+
+def test_by_hand() -> None:
+    # Logits 0, log 2, log 5 from one-hot hidden states: probabilities 1/8, 2/8, 5/8.
+    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], dtype=torch.float64)
+    logprobs, entropy = token_logprobs(torch.ones(3, 1, dtype=torch.float64), weight, torch.tensor([0, 1, 2]))
+    p = torch.tensor([1 / 8, 2 / 8, 5 / 8], dtype=torch.float64)
+    torch.testing.assert_close(logprobs, p.log())
+    torch.testing.assert_close(entropy, -(p * p.log()).sum().expand(3))
+    # Temperature 1/2 squares the odds: 1, 4, 25 of 30.
+    logprobs, _ = token_logprobs(torch.ones(1, 1).double(), weight, torch.tensor([1]), temperature=0.5)
+    torch.testing.assert_close(logprobs, torch.tensor([4 / 30], dtype=torch.float64).log())
+
+
+@pytest.mark.parametrize("tile_bytes", [1, MANY_TILES, 1000, ONE_TILE])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_and_gradients_equal_the_plain_formula(
+    tile_bytes: int, options: dict[str, Any], with_bias: bool
+) -> None:
+    given = example()
+    leaves = [given["hidden"], given["weight"]] + ([given["bias"]] if with_bias else [])
+    if not with_bias:
+        given.pop("bias")
+    mix = torch.randn(2, 23, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = plain(**given, **options)
+    actual = token_logprobs(**given, **options, tile_bytes=tile_bytes)
+    for factor in (mix, mix * torch.tensor([[1.0], [0.0]]), mix * torch.tensor([[0.0], [1.0]])):
+        grads = []
+        for logprobs, entropy in (expected, actual):
+            assert entropy is not None
+            loss = (factor[0] * logprobs).sum() + (factor[1] * entropy).sum()
+            grads.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        for there, here in zip(*grads, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile_bytes", [MANY_TILES, ONE_TILE])
+def test_each_output_alone(tile_bytes: int) -> None:
+    """An output the loss does not use leaves the other's gradient as it was (a different path in the backward)."""
+    given = example()
+    leaves = [given["hidden"], given["weight"], given["bias"]]
+    for output in (0, 1):
+        factor = torch.linspace(-1, 1, 23, dtype=torch.float64)
+        expected = torch.autograd.grad((plain(**given)[output] * factor).sum(), leaves)
+        result = token_logprobs(**given, tile_bytes=tile_bytes)[output]
+        assert result is not None
+        torch.testing.assert_close(torch.autograd.grad((result * factor).sum(), leaves), expected)
+    logprobs, nothing = token_logprobs(**given, with_entropy=False, tile_bytes=tile_bytes)
+    assert nothing is None
+    torch.testing.assert_close(logprobs, plain(**given)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(logprobs.sum(), leaves), torch.autograd.grad(plain(**given)[0].sum(), leaves)
+    )
+
+
+@pytest.mark.parametrize("tile_bytes", [MANY_TILES, ONE_TILE])
+def test_gradcheck(tile_bytes: int) -> None:
+    given = example(tokens=4, words=5, width=3)
+    targets = given.pop("targets")
+
+    def outputs(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = token_logprobs(
+            hidden, weight, targets, bias, softcap=2.0, temperature=0.8, tile_bytes=tile_bytes
+        )
+        assert entropy is not None
+        return logprobs, entropy
+
+    assert torch.autograd.gradcheck(outputs, tuple(given.values()))
+
+
+def test_tied_head_adds_both_gradients() -> None:
+    """The same parameter embeds the input and scores the output."""
+    inputs, targets = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([1, 4, 1, 5, 0])
+    table = example()["weight"]
+    expected = torch.autograd.grad(plain(torch.tanh(table[inputs]), table, targets)[0].sum(), table)
+    actual = token_logprobs(torch.tanh(table[inputs]), table, targets, tile_bytes=MANY_TILES)[0]
+    torch.testing.assert_close(torch.autograd.grad(actual.sum(), table), expected)
+
+
+def test_frozen_head_and_frozen_body() -> None:
+    given = example()
+    expected = torch.autograd.grad(plain(**given)[0].sum(), [given["hidden"], given["weight"]])
+    for position, name in enumerate(("hidden", "weight")):
+        frozen = {k: v.detach() if k != "targets" else v for k, v in given.items()}
+        frozen[name] = given[name]
+        logprobs, _ = token_logprobs(**frozen, tile_bytes=MANY_TILES)
+        torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), given[name])[0], expected[position])
+
+
+def test_extreme_logits() -> None:
+    """Logits of +-800, whose exponentials overflow float32, and a certain token."""
+    hidden = torch.tensor([[800.0], [-800.0], [0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 0, 2]), tile_bytes=4)
+    assert entropy is not None
+    torch.testing.assert_close(logprobs, torch.tensor([0.0, -1600.0, -math.log(3)]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, 0.0, math.log(3)]))
+    (logprobs + entropy).sum().backward()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    """As exact as if the bfloat16 inputs were float32: logits themselves in bfloat16 would be wrong by 1e-2."""
+    narrow = example(tokens=40, words=300, width=64, dtype=torch.bfloat16)
+    wide = {k: v.detach().float().requires_grad_() if k != "targets" else v for k, v in narrow.items()}
+    logprobs, entropy = token_logprobs(**narrow, tile_bytes=4000)
+    expected, expected_entropy = plain(**wide)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    logprobs.sum().backward()
+    expected.sum().backward()
+    for name in ("hidden", "weight", "bias"):
+        # The gradient is rounded once, at the end: half a unit in the last of bfloat16's 8 bits.
+        torch.testing.assert_close(narrow[name].grad.float(), wide[name].grad, rtol=2**-8, atol=1e-5)
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    given = {k: v.detach() for k, v in example(dtype=torch.float32).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = token_logprobs(**given)
+    torch.testing.assert_close(inside, token_logprobs(**given), rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def test_no_tokens_by_vocabulary_tensor() -> None:
+    given = example(tokens=300, words=500, width=4, dtype=torch.float32)
+    with LargestTensor() as seen:
+        logprobs, entropy = token_logprobs(**given, tile_bytes=4 * 2500)
+        assert entropy is not None
+        (logprobs + entropy).sum().backward()
+    # A tile has 2,500 numbers, the weight 2,000; all logits would be 150,000.
+    assert 2000 <= seen.largest <= 2500
+
+
+def test_no_tokens() -> None:
+    given = example()
+    weight = given["weight"]
+    logprobs, entropy = token_logprobs(torch.zeros(0, 6).double(), weight, torch.zeros(0, dtype=torch.int64))
+    assert entropy is not None
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (0,)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_wrong_input_is_refused() -> None:
+    given = {k: v.detach() for k, v in example().items()}
+    with pytest.raises(ValueError, match="temperature=0"):
+        token_logprobs(**given, temperature=0)
+    with pytest.raises(ValueError, match=r"expected 0 \.\. 30"):
+        token_logprobs(**{**given, "targets": torch.full((23,), 31)})
+    with pytest.raises(ValueError, match=r"hidden \(22, 6\)"):
+        token_logprobs(**{**given, "hidden": given["hidden"][:22]})

@@ -1,0 +1,135 @@
+"""Every usual schema is told from its columns, and its answer is brought to the text that a reward compares with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from datamodules.answers import extract, gsm8k_answer, last_boxed
+from datamodules.errors import UserError
+from datamodules.prompts import PromptFile
+from datamodules.schemas import SchemaOverrides, detect
+from tests.unit.reading_helpers import character_tokenizer, shared, write_jsonl
+
+USER = [{"role": "user", "content": "2+3?"}]
+SHOWN = [*USER, {"role": "assistant", "content": "It is 5."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer", "identity"),
+    [
+        ({"prompt": "2+3?", "solution": "$5$"}, "2+3?", "$5$", None),
+        ({"prompt": USER, "solution": r"so \boxed{5}"}, USER, "5", None),
+        (
+            {"data_source": "d", "prompt": USER, "reward_model": {"ground_truth": "5"}, "extra_info": {"index": 41}},
+            USER,
+            "5",
+            "41",
+        ),
+        ({"data_source": "d", "prompt": USER, "reward_spec": {"ground_truth": "5", "method": "rule"}}, USER, "5", None),
+        ({"input": "2+3?", "label": 5}, "2+3?", "5", None),
+        ({"input": USER, "label": "5"}, USER, "5", None),
+        ({"messages": SHOWN, "ground_truth": ["5"], "dataset": "gsm8k"}, USER, "5", None),
+        ({"input": "2+3?", "output": "5"}, "2+3?", "5", None),
+        ({"question": "2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}, "2+3?", "5", None),
+        ({"question": "2+3?", "answer": "1,5"}, "2+3?", "1,5", None),
+        ({"problem": "2+3?", "answer": "5", "solution": r"\boxed{7}"}, "2+3?", "5", None),
+        ({"problem": "2+3?", "solution": r"not \boxed{4} but $\boxed{5}$"}, "2+3?", "5", None),
+        ({"id": "sum-1", "question": "2+3?", "answer": "5"}, "2+3?", "5", "sum-1"),
+    ],
+)
+def test_schemas_are_told_from_their_columns(tmp_path: Path, row, prompt, answer, identity) -> None:
+    pool = PromptFile(write_jsonl(tmp_path / "data.jsonl", [row])).load(character_tokenizer(), 0)
+    read = pool[0]
+    assert read.prompt == prompt
+    assert read.question == "2+3?" == pool.questions[0]
+    assert read.columns["answer"] == answer
+    if identity is not None:
+        assert read.id == identity
+    for name in ("solution", "ground_truth"):
+        assert read.columns[name] == row.get(name, answer)
+    for name in set(row) - {"prompt", "messages", "input", "problem", "answer"}:
+        assert read.columns[name] == row[name]
+
+
+def test_worked_solution_moves_to_rationale(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"question": "how many?", "answer": "a lot\n#### 70,000"}])
+    columns = PromptFile(path).load(character_tokenizer(), 0)[0].columns
+    assert columns == {
+        "answer": "70000",
+        "solution": "70000",
+        "ground_truth": "70000",
+        "rationale": "a lot\n#### 70,000",
+        "question": "how many?",
+    }
+
+
+def test_overrides_beat_detection(tmp_path: Path) -> None:
+    row = {"prompt": "no", "meta": {"q": "2+3?", "key": "x7"}, "answer": "no", "gold": r"thus \boxed{5}"}
+    path = write_jsonl(tmp_path / "data.jsonl", [row])
+    source = PromptFile(path, prompt_column="meta.q", answer_column="gold", answer_format="boxed", id_column="meta.key")
+    read = source.load(character_tokenizer(), 0)[0]
+    assert (read.prompt, read.id) == ("2+3?", "x7")
+    assert (read.columns["answer"], read.columns["solution"]) == ("no", "5")  # `answer` is the data's own column
+
+
+def test_columns_without_a_prompt_are_named() -> None:
+    with pytest.raises(UserError, match=r"found 'text', 'label'; accepted 'prompt', 'messages', 'input', 'question'"):
+        detect(["text", "label"], [{"text": "a", "label": "b"}], SchemaOverrides(), "data.csv")
+    with pytest.raises(UserError, match=r"data.csv has no column 'quesion': did you mean 'question'"):
+        detect(["question", "answer"], [], SchemaOverrides(prompt_column="quesion"), "data.csv")
+
+
+def test_unusable_prompts_are_named_by_row(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": USER}, {"prompt": [{"from": "human", "value": "hi"}]}])
+    with pytest.raises(UserError, match=r"row 2: a list holds .*: expected messages with 'role' and 'content'"):
+        PromptFile(path).load(character_tokenizer(), 0)
+
+
+def test_reward_arguments_are_not_passed_twice(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completions": "b", "level": 3}])
+    pool = PromptFile(path).load(character_tokenizer(), 0)
+    assert dict(pool[0].columns) == {"level": 3, "question": "a"}
+    assert "not handed to rewards: completions" in str(pool.report)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{\frac{3}{7}}", r"\frac{3}{7}"),
+        (r"\boxed{1} then \boxed{ 2 }", "2"),
+        (r"\boxed{4} then cut \boxed{\frac{1", "4"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.} end}", r"\left\{ x \right."),
+        (r"\fbox{6}", None),
+        (r"\fboxed{6}", "6"),
+        (r"$\boxed 9$.", "9"),
+        ("nothing", None),
+    ],
+)
+def test_last_balanced_box(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
+
+
+def test_gsm8k_answer_is_the_last_line() -> None:
+    assert gsm8k_answer("x\n#### 1,234,567\n") == "1234567"
+    assert gsm8k_answer("####-5") == "-5"
+    assert gsm8k_answer("#### heading\nmore text") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(72, "72"), (72.0, "72"), (0.5, "0.5"), (["72"], "72"), (["a", "b"], ["a", "b"]), ("  ", None), (None, None)],
+)
+def test_values_become_text(value, expected) -> None:
+    assert extract(value, "verbatim") == expected
+
+
+def test_boxed_answers_of_math500_are_its_answer_column() -> None:
+    """The answers of MATH-500 were taken out of its solutions by its makers: an independent extraction."""
+    rows = [json.loads(line) for line in Path(shared("math500.jsonl")).read_text().splitlines()]
+    different = [row["unique_id"] for row in rows if last_boxed(row["solution"]) != row["answer"]]
+    assert len(rows) == 500
+    assert different == []

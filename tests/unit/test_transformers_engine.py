@@ -1,0 +1,216 @@
+"""The engine on tiny random models, against plain forwards without a cache."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from app.engines import Sampling, Transformers
+from app.engines.kv_cache import RowLayer
+from app.engines.schedule import fill_holes, plan, take_bucket
+from datamodules.errors import UserError
+from datamodules.types import Completion, Prompt
+
+V, EOS, G = 53, 1, 4
+SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "bos_token_id": None}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": EOS}
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return _random(name).eval()
+
+
+def _random(name: str) -> PreTrainedModel:
+    if name == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=V, n_embd=32, n_layer=2, n_head=2, n_positions=256, bos_token_id=None, eos_token_id=EOS
+            )
+        )
+    if name == "sliding":
+        return MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=8))
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    letters = {"<pad>": 0, "<eos>": EOS} | {chr(63 + i): i for i in range(2, V)}
+    backend = Tokenizer(WordLevel(letters, unk_token="<pad>"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def prompts(lengths: list[int]) -> list[Prompt]:
+    ids = [tuple(np.random.default_rng(n).integers(2, V, length).tolist()) for n, length in enumerate(lengths)]
+    return [Prompt(f"p{n}", n, "", "", token_ids, {}) for n, token_ids in enumerate(ids)]
+
+
+def engine(model: PreTrainedModel, **options: int) -> Transformers:
+    made = Transformers(**options)
+    made.setup(model, tokenizer())
+    return made
+
+
+LENGTHS = [3, 17, 9, 30, 3]
+SEEDS = np.arange(len(LENGTHS) * G).reshape(-1, G)
+
+
+def assert_same(left: tuple[Completion, ...], right: tuple[Completion, ...]) -> None:
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        assert (a.finish_reason, a.text) == (b.finish_reason, b.text)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "sliding"])
+@pytest.mark.parametrize("options", [{}, {"max_rows": 6}, {"max_rows": 3, "prefill_tokens": 20}])
+def test_logprobs_are_those_of_a_plain_forward(name: str, options: dict[str, int]) -> None:
+    model, batch = build(name), prompts(LENGTHS)
+    sampling = Sampling(num_generations=G, max_completion_length=40, temperature=0.9)
+    for prompt, group in zip(batch, engine(model, **options).generate(batch, sampling, SEEDS), strict=True):
+        for completion in group:
+            T = len(completion.token_ids)
+            ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
+            with torch.no_grad():
+                expected = (model(ids).logits[0, -T - 1 : -1] / 0.9).log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]
+            np.testing.assert_allclose(completion.logprobs, expected.numpy(), atol=2e-5)
+            ended = completion.token_ids[-1] == EOS
+            assert EOS not in completion.token_ids[:-1]
+            assert completion.finish_reason == ("stop" if ended else "length")
+            assert ended or T == 40
+
+
+@pytest.mark.parametrize("name", ["qwen2", "sliding"])
+@pytest.mark.parametrize("sampling", [Sampling(G, 40), Sampling(G, 40, temperature=1.2, top_p=0.9, top_k=20)])
+def test_draws_do_not_depend_on_batch_order_or_neighbours(name: str, sampling: Sampling) -> None:
+    model, batch = build(name), prompts(LENGTHS)
+    together = engine(model).generate(batch, sampling, SEEDS)
+    assert len({len(c.token_ids) for group in together for c in group}) > 5  # rows did leave at different times
+    for max_rows in (5, 9):
+        for left, right in zip(
+            together, engine(model, max_rows=max_rows).generate(batch, sampling, SEEDS), strict=True
+        ):
+            assert_same(left, right)
+    order = [4, 0, 2, 1, 3]
+    shuffled = engine(model).generate([batch[i] for i in order], sampling, SEEDS[order])
+    alone = [engine(model).generate([p], sampling, SEEDS[i : i + 1])[0] for i, p in enumerate(batch)]
+    for i, group in zip(order, shuffled, strict=True):
+        assert_same(together[i], group)
+        assert_same(together[i], alone[i])
+
+
+def test_greedy_agrees_with_model_generate() -> None:
+    model = build("qwen2")
+    for prompt in prompts(LENGTHS):
+        greedy = Sampling(1, 40, temperature=0)
+        [[completion]] = engine(model).generate([prompt], greedy, np.zeros((1, 1), dtype=np.int64))
+        ids = torch.tensor([prompt.token_ids])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0
+        )
+        assert completion.token_ids.tolist() == expected[0, len(prompt.token_ids) :].tolist()
+        assert (completion.logprobs == 0).all()
+
+
+def test_stop_strings_cut_at_the_token_that_completes_them() -> None:
+    model, batch = build("qwen2"), prompts(LENGTHS)
+    free = engine(model).generate(batch, Sampling(G, 60), SEEDS)
+    text = free[3][0].text
+    stop = text[5:7]
+    stopped = engine(model).generate(batch, Sampling(G, 60, stop=[stop, "~none~"]), SEEDS)
+    for whole, cut in zip([c for g in free for c in g], [c for g in stopped for c in g], strict=True):
+        if stop in whole.text:
+            assert cut.text == whole.text[: whole.text.index(stop) + 2]
+            assert cut.finish_reason == "stop"
+        else:
+            assert cut.text == whole.text
+
+
+def test_end_tokens_of_the_model_and_of_the_tokenizer_both_end() -> None:
+    model, batch = build("qwen2"), prompts(LENGTHS)
+    model.generation_config.eos_token_id = [5, 6]
+    groups = engine(model).generate(batch, Sampling(G, 80), SEEDS)
+    last = {int(c.token_ids[-1]) for group in groups for c in group if c.finish_reason == "stop"}
+    assert last == {EOS, 5, 6}
+
+
+def test_modes_and_gradients_are_left_as_they_were() -> None:
+    model, batch = build("qwen2"), prompts([4, 6])
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    made = engine(model)
+    made.push(iter(()), version=7)
+    groups = made.generate(batch, Sampling(2, 8), np.arange(4).reshape(2, 2))
+    assert {c.policy_version for group in groups for c in group} == {7}
+    assert [module.training for module in model.modules()] == before
+    model(torch.tensor([batch[0].token_ids])).logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_bfloat16_logprobs_are_float32_and_normalised() -> None:
+    model, batch = build("qwen2").bfloat16(), prompts([4, 6])
+    groups = engine(model).generate(batch, Sampling(2, 1), np.arange(4).reshape(2, 2))
+    logits = model(torch.tensor([batch[0].token_ids])).logits[0, -1].float().detach()
+    for completion in groups[0]:
+        assert completion.logprobs.dtype == np.float32
+        assert completion.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[completion.token_ids[0]]), abs=0.02)
+
+
+def test_user_errors_and_empty_input() -> None:
+    made = engine(build("qwen2"))
+    assert made.generate([], Sampling(2), np.zeros((0, 2), dtype=np.int64)) == []
+    with pytest.raises(UserError, match=r"'p0': 100 tokens.*=157.*256"):
+        made.generate(prompts([100]), Sampling(1, 157), np.zeros((1, 1), dtype=np.int64))
+    with pytest.raises(UserError, match="no tokens"):
+        made.generate(prompts([0]), Sampling(1, 5), np.zeros((1, 1), dtype=np.int64))
+    with pytest.raises(UserError, match="max_rows=0"):
+        Transformers(max_rows=0)
+
+
+def test_diverged_policy_is_named() -> None:
+    model = build("qwen2")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        engine(model).generate(prompts([4]), Sampling(1, 5), np.zeros((1, 1), dtype=np.int64))
+
+
+def test_schedule_by_hand() -> None:
+    waiting = plan([(1,), (1, 2, 3, 4), (1, 2, 3)], num_generations=3, max_rows=2)
+    assert [(len(w.token_ids), w.samples.tolist()) for w in waiting] == [
+        (4, [3, 4]), (4, [5]), (3, [6, 7]), (3, [8]), (1, [0, 1]), (1, [2]),
+    ]  # fmt: skip
+    assert [len(w.token_ids) for w in take_bucket(waiting, free_rows=100, prefill_tokens=12)] == [4, 4, 3]
+    assert [len(w.token_ids) for w in take_bucket(waiting, free_rows=100, prefill_tokens=100)] == [3]
+    assert take_bucket(waiting, free_rows=1, prefill_tokens=100) == []
+    assert fill_holes(np.array([True, False, True, False, True, True])).tolist() == [0, 4, 2, 5]
+
+
+def test_rows_that_join_for_long_move_the_cache_window_and_keep_their_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewinds = []
+    rewind = RowLayer.rewind
+    monkeypatch.setattr(RowLayer, "rewind", lambda layer: (rewinds.append(layer.first), rewind(layer)))
+    model, batch = build("qwen2"), prompts([6] * 40)
+    seeds = np.arange(40).reshape(40, 1)
+    joined = engine(model, max_rows=3).generate(batch, Sampling(1, 30), seeds)
+    assert len(rewinds) > 0
+    assert min(rewinds) >= 64
+    for left, right in zip(joined, engine(model).generate(batch, Sampling(1, 30), seeds), strict=True):
+        assert_same(left, right)
