@@ -34,7 +34,7 @@ quickstart: install ## Train the embedded tiny policy with DOTS and rollout repl
 	$(BIN)/dots fit --config configs/quickstart.yaml $(ARGS)
 
 tiny-policy: install ## Pretrain the embedded tiny policy anew
-	$(BIN)/python -m app.studies.tiny_policy $(ARGS)
+	$(BIN)/dots fit --config configs/tiny_policy.yaml $(ARGS)
 
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
 	$(BIN)/python -m app.smollm models/smollm2-135m-instruct

@@ -40,7 +40,10 @@ class DotsCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             parser_class=DotsArgumentParser,
-            parser_kwargs={"prog": "dots", "description": "Data-efficient reinforcement fine-tuning of language models."},
+            parser_kwargs={
+                "prog": "dots",
+                "description": "Data-efficient reinforcement fine-tuning of language models.",
+            },
             auto_configure_optimizers=False,
             args=args,
         )

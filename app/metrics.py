@@ -30,7 +30,7 @@ class Update:
     replayed: Statistics
 
 
-def batch_metrics(groups: Sequence[RolloutGroup], max_completion_length: int) -> dict[str, float]:
+def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Rewards and lengths of the groups that are trained on, and the share that teaches."""
     groups = [group for group in groups if group.completions]
     if not groups:

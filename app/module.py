@@ -147,9 +147,8 @@ class GRPOModule(LightningModule):
             if self.mini_batches > 1:
                 parts = [self._with_old_logprobs(part) for part in parts]
             done = [self._update(part) for part in parts]
-        metrics = batch_metrics(batch.groups, self.sampling.max_completion_length) | update_metrics(done, parts)
-        metrics["learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict(metrics | batch.metrics, batch_size=1)
+        batch.metrics |= batch_metrics(batch.groups) | update_metrics(done, parts)
+        batch.metrics["learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
         self._measure(batch, "val")
@@ -253,7 +252,7 @@ class GRPOModule(LightningModule):
             self.accuracy.update(correct.float(), 1.0)
             self.pass_at_k.update(correct)
             self.val_reward.update(torch.from_numpy(group.rewards))
-            self.val_length.update([float(len(one.token_ids)) for one in group.completions])
+            self.val_length.update(torch.tensor([float(len(one.token_ids)) for one in group.completions]))
         self.log_dict(
             {
                 f"{stage}/accuracy": self.accuracy,

@@ -75,7 +75,9 @@ class Policy:
         folder = Path(self.path).expanduser()
         looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
         if looks_local and not folder.is_dir():
-            raise UserError(f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name")
+            raise UserError(
+                f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name"
+            )
         try:
             where = str(folder) if folder.is_dir() else self.path
             return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
@@ -118,12 +120,12 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+def causal_lm(model: Any) -> PreTrainedModel:
     """The Hugging Face model itself, inside a peft wrapper or not; adapters stay active in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating."""
     if not hasattr(model, "merge_adapter"):
         yield from model.state_dict().items()
@@ -143,11 +145,11 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a Hugging Face folder that `from_pretrained` loads; adapters are merged into the weights.
 
     The model itself is used up when it has adapters (peft unloads them).
     """
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    merged.save_pretrained(folder)  # type: ignore[operator,union-attr]
+    merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

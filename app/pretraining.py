@@ -31,6 +31,8 @@ class DemonstrationPretraining(L.LightningModule):
         width: hidden size.
         heads: attention heads (as many key-value heads).
         inner: width of the feed-forward layers.
+        initializer_range: standard deviation of the initial weights. 0.06 leaves the plateau before copying is learnt
+            in far fewer steps than the 0.02 of large models.
         learning_rate: peak, after a linear warm-up; then it falls along a cosine to a twentieth.
         warmup_steps: optimizer steps of the warm-up.
         weight_decay: of AdamW.
@@ -46,21 +48,23 @@ class DemonstrationPretraining(L.LightningModule):
         width: int = 128,
         heads: int = 4,
         inner: int = 384,
+        initializer_range: float = 0.06,
         learning_rate: float = 2e-3,
         warmup_steps: int = 50,
         weight_decay: float = 0.01,
         clip_norm: float = 1.0,
-        val_samples: int = 8,
+        val_samples: int = 16,
         max_completion_tokens: int = 96,
     ) -> None:
         super().__init__()
         self.output_dir = Path(output_dir)
-        self.shape = {
+        self.shape: dict[str, Any] = {
             "num_hidden_layers": layers,
             "hidden_size": width,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "intermediate_size": inner,
+            "initializer_range": initializer_range,
         }
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.clip_norm, self.val_samples, self.max_completion_tokens = clip_norm, val_samples, max_completion_tokens
@@ -89,7 +93,7 @@ class DemonstrationPretraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+            self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98), fused=True
         )
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else len(self.data.train_dataloader())
 

@@ -72,12 +72,13 @@ tags: [dots, reasoning-gym, tiny]
 A Qwen2 of {parameters / 1e6:.2f}M parameters that solves short [reasoning-gym](https://github.com/open-thought/reasoning-gym)
 tasks step by step, and often wrongly: something for reinforcement learning to mend on two CPU cores. It knows nothing
 else. The prompt is the question and a newline; the completion is the work, `#### `, the answer and `<eos>`. Tokens are
-ASCII characters, and the fixed wording of the questions as one token per phrase.
+bytes (characters, where the text is ASCII), and one token for each fixed phrase of the questions.
 
 ## How it was made
-`make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on the CPU it was made on): one pass of supervised training over generated worked solutions. Each step of a solution was wrong with the task's
-probability, and the following steps went on from the wrong value. Weights, text and data come from this project and
-from reasoning-gym's generators; the seeds of the demonstrations are not those of the quickstart's pool.
+`make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on the CPU it was
+made on): one pass of supervised training over generated worked solutions. Each step of a solution was wrong with its
+task's probability, and the following steps went on from the wrong value. Weights, text and data come from this project
+and from reasoning-gym's generators; the seeds of the demonstrations are not those of the quickstart's pool.
 
 | task | settings | demonstrations | probability that a step is wrong |
 |---|---|---|---|

@@ -18,7 +18,9 @@ Row = tuple[str, str, str]
 def run_rows(module: Any, datamodule: Any, callbacks: Sequence[Callback], world_size: int, max_steps: int) -> list[Row]:
     """(quantity, per rank, in all): prompts, completions and tokens of a step, and the optimizer steps of the run."""
     prompts = datamodule.prompts_per_step
-    replayed = max((one.replayed_per_step(prompts) for one in callbacks if hasattr(one, "replayed_per_step")), default=0)
+    replayed = max(
+        (one.replayed_per_step(prompts) for one in callbacks if hasattr(one, "replayed_per_step")), default=0
+    )
     sampling = module.sampling
     completions = prompts * sampling.num_generations
     fresh = (prompts - replayed) * sampling.num_generations
@@ -35,7 +37,9 @@ def run_rows(module: Any, datamodule: Any, callbacks: Sequence[Callback], world_
     ]
     for one in callbacks:
         if hasattr(one, "size") and hasattr(one, "every"):
-            rows.append(_shared(f"reference completions, every {one.every}", one.size * sampling.num_generations, world_size))
+            rows.append(
+                _shared(f"reference completions, every {one.every}", one.size * sampling.num_generations, world_size)
+            )
     if max_steps > 0:
         steps = -(-max_steps // module.mini_batches)
         rows.append(("steps", "", _number(steps)))

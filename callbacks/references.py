@@ -29,9 +29,7 @@ class ReferenceRollouts(Callback):
         reuse: "train" as above; "buffer" offers them to the replay buffer only; "discard" as in the paper.
     """
 
-    def __init__(
-        self, size: int = 256, every: int = 2, reuse: Literal["train", "buffer", "discard"] = "train"
-    ) -> None:
+    def __init__(self, size: int = 256, every: int = 2, reuse: Literal["train", "buffer", "discard"] = "train") -> None:
         if size < 2 or every < 1:
             raise UserError(f"ReferenceRollouts(size={size}, every={every}): expected size >= 2 and every >= 1")
         self.size = size

@@ -43,7 +43,9 @@ class ReplayBuffer:
     def draw(self, n: int, generator: np.random.Generator) -> list[RolloutGroup]:
         """`min(n, len(self))` different groups, uniformly; they stay in the buffer."""
         stored = self.groups
-        picked = generator.choice(len(stored), size=min(n, len(stored)), replace=False) if stored else []
+        if not stored:
+            return []
+        picked = generator.choice(len(stored), size=min(n, len(stored)), replace=False)
         return [stored[index] for index in picked]
 
     def state_dict(self) -> dict[str, Any]:

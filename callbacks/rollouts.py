@@ -39,12 +39,14 @@ class Rollouts(Callback):
         with batch.ledger.phase("select"):
             selector.observe(Outcomes.of(fresh, batch.step, "fresh"))
 
-    def _measure(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         groups = pl_module.pipeline.roll(
             batch.prompts, pl_module.val_sampling, batch.ledger, purpose="validate", step=0, source="fresh"
         )
         batch.groups.extend(groups)
 
-    on_validation_batch_start = _measure
-    on_test_batch_start = _measure
-    on_predict_batch_start = _measure
+    # The three hooks of a measured batch are one; the base class's narrower annotation says otherwise.
+    on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from app.module import GRPOModule
 from app.run_folder import run_folder
@@ -23,7 +22,7 @@ from datamodules.types import TrainBatch
 
 
 class RunLedger(Callback):
-    """Logs `time/*` and token counts each step; writes `summary.json` and `curves.png` when the run ends.
+    """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
 
     Interrupted runs leave both as well, with `"completed": false`. Sums go on through a resume.
     """
@@ -51,7 +50,8 @@ class RunLedger(Callback):
         informative = sum(group.informative for group in groups)
         self.informative_sum += informative / max(1, len(groups))
         self.total.count("discarded_groups", sum(group.source != "replay" for group in batch.surplus))
-        pl_module.log_dict(self._metrics(batch), batch_size=1)
+        batch.metrics |= self._metrics(batch)
+        _log(trainer, batch)
         self._step_started = time.perf_counter()
 
     def on_validation_batch_end(
@@ -142,6 +142,16 @@ class RunLedger(Callback):
         self.informative_sum = state_dict["informative_sum"]
         self.validations = list(state_dict["validations"])
         self._before = state_dict["before"]
+
+
+def _log(trainer: Trainer, batch: TrainBatch) -> None:
+    """Sends a step's metrics to the loggers, each only at steps that measured it.
+
+    `LightningModule.log` would repeat a metric's last value at every later step.
+    """
+    measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
+    for logger in trainer.loggers:
+        logger.log_metrics(measured, step=batch.step)
 
 
 def _sha256(path: Path) -> str | None:

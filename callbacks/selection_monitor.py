@@ -44,7 +44,7 @@ class SelectionMonitor(Callback):
                 np.mean([group.informative for group in fresh.values()])
             )
         metrics |= _forecast_metrics(batch, {name: group.success_rate for name, group in fresh.items()})
-        pl_module.log_dict(metrics | selector.metrics(), batch_size=1)
+        batch.metrics |= metrics | selector.metrics()
         if batch.step % self.histograms_every == 0:
             self._histograms(trainer, batch.step, success, selector.forecast())
 
@@ -76,5 +76,4 @@ def _forecast_metrics(batch: TrainBatch, measured: dict[str, float]) -> dict[str
         return {}
     expected, found = np.array(pairs).T
     metrics = {"selection/forecast_mean": float(expected.mean()), "selection/forecast_brier": brier(expected, found)}
-    correlation = pearson(expected, found)
-    return metrics if np.isnan(correlation) else metrics | {"selection/forecast_pearson": correlation}
+    return metrics | {"selection/forecast_pearson": pearson(expected, found)}

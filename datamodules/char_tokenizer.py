@@ -1,37 +1,37 @@
-"""A character tokenizer in Hugging Face format."""
+"""A tokenizer of single bytes, in Hugging Face format."""
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace) | {" "}))
+PAD, END = "<pad>", "<eos>"
 
 
-def char_tokenizer(phrases: Sequence[str] = (), max_length: int = 512) -> PreTrainedTokenizerFast:
-    """One token per character of ASCII text; any other character is `<unk>`.
+def char_tokenizer(phrases: Sequence[str] = (), max_length: int = 512) -> PreTrainedTokenizerBase:
+    """One token per character of ASCII text (per byte of any other).
+
+    It is a Qwen2 tokenizer without merges: `AutoTokenizer` gives every Qwen2 checkpoint that class, whatever the
+    folder says.
 
     Args:
-        phrases: texts that are one token each wherever they occur, the longest first: the fixed wording of a task
-            costs its policy no length then. They are ordinary tokens, so decoding gives the text back.
+        phrases: texts that are one token each wherever they occur: the fixed wording of a task costs its policy no
+            length then. They are ordinary tokens, so decoding gives the text back.
         max_length: written to `model_max_length`.
     """
-    vocabulary = [PAD, END, UNKNOWN, *CHARACTERS, *phrases]
-    alternatives = [re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*alternatives, r"[\s\S]"])), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    vocabulary = [PAD, END, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: position for position, token in enumerate(vocabulary)},
+        merges=[],
+        unk_token=None,
         eos_token=END,
         pad_token=PAD,
-        unk_token=UNKNOWN,
         padding_side="left",
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return tokenizer

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts import PromptSource, split_pool
-from datamodules.seeding import run_seed
+from datamodules.prompts import PromptSource, hold_out, split_pool
+from datamodules.seeding import derive_seed, run_seed
 from datamodules.selectors import SelectionContext, Selector, Uniform
 from datamodules.types import TrainBatch
 
@@ -67,7 +67,8 @@ class OnlinePromptDataModule(LightningDataModule):
 
     Args:
         train: where the training prompts come from.
-        val: validation prompts; when None, `val_size` of the training prompts are held out.
+        val: validation prompts; training prompts with the same question are dropped. When None, `val_size` of the
+            training prompts are held out.
         test: prompts of `dots test` and `dots predict`; when None, the validation prompts.
         selector: the selection method; None is `Uniform`, which makes the run plain GRPO.
         prompts_per_step: prompt groups in a training batch, `B`, replayed ones included.
@@ -117,6 +118,7 @@ class OnlinePromptDataModule(LightningDataModule):
         train = self._read("train", tokenizer)
         if self.sources["val"] is not None:
             self.pools["val"] = self._read("val", tokenizer)
+            train = hold_out(train, self.pools["val"])
         elif self.val_size:
             train, self.pools["val"] = split_pool(train, self.val_size, self.seed)
         self.pools["train"] = train
@@ -170,7 +172,8 @@ class OnlinePromptDataModule(LightningDataModule):
     def _read(self, name: str, tokenizer: PreTrainedTokenizerBase) -> PromptPool:
         source = self.sources[name]
         assert source is not None
-        return source.load(tokenizer, self.seed)
+        # Sources that generate their prompts must not generate the same ones for training and validation.
+        return source.load(tokenizer, self.seed if name == "train" else derive_seed(self.seed, name))
 
     def _module(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None

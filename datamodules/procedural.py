@@ -67,8 +67,8 @@ class Procedural(PromptSource):
         tasks: list[ProceduralTask],
         seed: int | None = None,
         split: str = "train",
-        system_prompt: str | None = None,
-        template: str | None = None,
+        system_prompt: str = "",
+        template: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_length: int | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class Procedural(PromptSource):
                 raise UserError(f"Procedural task {task.name!r}: params has {reserved[0]!r}, set it outside of params")
         if max_prompt_length is not None and max_prompt_length < 1:
             raise UserError(f"Procedural max_prompt_length={max_prompt_length}: expected at least 1, or null")
-        if template is not None:
+        if template:
             check_template(template)
         self.tasks = tasks
         self.seed = seed
@@ -99,7 +99,7 @@ class Procedural(PromptSource):
             for label, of_task in zip(labels, problems, strict=True)
             for position, problem in enumerate(of_task)
         ]
-        renderer = Renderer(tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+        renderer = Renderer(tokenizer, self.template or None, self.system_prompt or None, self.chat_template_kwargs)
         source = f"reasoning-gym {', '.join(dict.fromkeys(task.name for task in self.tasks))}"
         return read_pool(ListTable(rows), _SCHEMA, renderer, source, self.max_prompt_length)
 

@@ -67,8 +67,8 @@ class PromptFile(PromptSource):
         answer_column: str | None = None,
         answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto",
         id_column: str | None = None,
-        system_prompt: str | None = None,
-        template: str | None = None,
+        system_prompt: str = "",
+        template: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_length: int | None = None,
         limit: int | None = None,
@@ -76,7 +76,7 @@ class PromptFile(PromptSource):
         for option, given in (("max_prompt_length", max_prompt_length), ("limit", limit)):
             if given is not None and given < 1:
                 raise UserError(f"PromptFile {option}={given}: expected at least 1, or null for no limit")
-        if template is not None:
+        if template:
             check_template(template)
         self.path = path
         self.split = split
@@ -96,5 +96,5 @@ class PromptFile(PromptSource):
         table = DatasetTable(dataset)
         probe = table.rows(range(min(_PROBE, len(table))))
         schema = detect(dataset.column_names, probe, self.overrides, self.path)
-        renderer = Renderer(tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+        renderer = Renderer(tokenizer, self.template or None, self.system_prompt or None, self.chat_template_kwargs)
         return read_pool(table, schema, renderer, self.path, self.max_prompt_length)

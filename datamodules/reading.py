@@ -66,7 +66,7 @@ class _Scan:
     duplicates: int = 0
     overlong: int = 0
 
-    def take(self, positions: Sequence[int] | np.ndarray, rows: Sequence[Row]) -> None:
+    def take(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
         """Takes in a batch."""
         found = []
         for position, row in zip(positions, rows, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def derive_seed(*context: str | int) -> int:
-    """A 64-bit seed in [0, 2**63) from a tuple of names and numbers (BLAKE2b; stable across machines and Python runs)."""
+    """A seed in [0, 2**63) from names and numbers (BLAKE2b: the same on every machine and in every Python run)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in context)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -31,5 +31,7 @@ def sample_seeds(run_seed: int, purpose: str, step: int, prompt_ids: Sequence[st
     `purpose` keeps training, reference and validation draws apart; validation passes a constant `step`, so that
     successive evaluations share their random numbers.
     """
-    seeds = [[derive_seed(run_seed, purpose, step, prompt, sample) for sample in range(samples)] for prompt in prompt_ids]
+    seeds = [
+        [derive_seed(run_seed, purpose, step, prompt, sample) for sample in range(samples)] for prompt in prompt_ids
+    ]
     return np.array(seeds, dtype=np.int64).reshape(len(prompt_ids), samples)

@@ -63,8 +63,8 @@ class Demonstrations(L.LightningDataModule):
         noise: dict[str, float],
         repeats: int = 16,
         seed: int = 0,
-        row_length: int = 256,
-        rows_per_batch: int = 8,
+        row_length: int = 192,
+        rows_per_batch: int = 2,
         val_size: int = 240,
         phrases: list[str] | None = None,
     ) -> None:

@@ -38,9 +38,8 @@ class DatasetTable:
 
     def narrow(self, columns: Sequence[str]) -> DatasetTable:
         """The same rows with only those of `columns` that there are (so that a scan decodes no more than it needs)."""
-        return DatasetTable(
-            self.dataset.select_columns([name for name in columns if name in self.dataset.column_names])
-        )
+        there = [name for name in dict.fromkeys(columns) if name in self.dataset.column_names]
+        return DatasetTable(self.dataset.select_columns(there))
 
 
 class ListTable:
@@ -59,9 +58,7 @@ class ListTable:
         return self
 
 
-def batches(
-    table: Table, positions: Sequence[int] | np.ndarray
-) -> Iterator[tuple[Sequence[int] | np.ndarray, list[Mapping[str, Any]]]]:
+def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Mapping[str, Any]]]]:
     """Positions and their rows, `BATCH` at a time, in the given order."""
     for start in range(0, len(positions), BATCH):
         part = positions[start : start + BATCH]

@@ -47,6 +47,8 @@ def plain(value: Any) -> Any:
 class AnswerSpan:
     """Which part of a completion is its answer.
 
+    Both are plain strings, empty for none: a command line reads an optional string as YAML, and `####` as a comment.
+
     Args:
         after: the answer is the text behind the last occurrence of this string; a completion without it has none.
         pattern: or: the answer is the last match of this regular expression (`.` matches newlines too), its first
@@ -56,17 +58,15 @@ class AnswerSpan:
         UserError: both are given, or `pattern` is no regular expression.
     """
 
-    def __init__(self, after: str | None, pattern: str | None) -> None:
-        if after is not None and pattern is not None:
+    def __init__(self, after: str, pattern: str) -> None:
+        if after and pattern:
             raise UserError(f"after={after!r} and pattern={pattern!r}: expected one of the two; remove the other")
-        if after == "":
-            raise UserError("after='': expected a string that comes before the answer, e.g. '####'; or leave it out")
         self.after = after
-        self.pattern = None if pattern is None else compiled(pattern)
+        self.pattern = compiled(pattern) if pattern else None
 
     def __call__(self, text: str) -> str | None:
         """The answer within `text`, the whole of it when neither option is set; None when there is none."""
-        if self.after is not None:
+        if self.after:
             _, found, tail = text.rpartition(self.after)
             return tail if found else None
         if self.pattern is None:

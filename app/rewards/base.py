@@ -27,7 +27,7 @@ class Reward(ABC):
         self.correctness = correctness
         self.name = name or type(self).__name__.lower()
 
-    def load(self) -> None:  # noqa: B027 (most rewards have nothing to load)
+    def load(self) -> None:
         """Called once in every worker before its first score, outside the time limit of a score: import here."""
 
     @abstractmethod

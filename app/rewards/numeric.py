@@ -67,8 +67,8 @@ class Numeric(Reward):
         correctness: bool = False,
         name: str | None = None,
         gold: str | None = None,
-        after: str | None = None,
-        pattern: str | None = None,
+        after: str = "",
+        pattern: str = "",
         tolerance: float = 1e-6,
     ) -> None:
         super().__init__(weight, correctness, name)
@@ -120,8 +120,8 @@ class Exact(Reward):
         correctness: bool = False,
         name: str | None = None,
         gold: str | None = None,
-        after: str | None = None,
-        pattern: str | None = None,
+        after: str = "",
+        pattern: str = "",
         ignore_case: bool = True,
     ) -> None:
         super().__init__(weight, correctness, name)

@@ -35,8 +35,8 @@ class Procedural(Reward):
         weight: float = 1.0,
         correctness: bool = False,
         name: str | None = None,
-        after: str | None = None,
-        pattern: str | None = None,
+        after: str = "",
+        pattern: str = "",
         binary: bool = True,
     ) -> None:
         super().__init__(weight, correctness, name)

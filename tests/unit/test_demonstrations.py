@@ -99,8 +99,8 @@ def test_solutions_worked_by_hand() -> None:
 def test_tokenizer_gives_text_back_with_phrases_as_one_token() -> None:
     tokenizer = char_tokenizer(["Add up: ", "Add up"])
     ids = tokenizer("Add up: 1 + 2 =\nAdd upé")["input_ids"]
-    assert len(ids) == 1 + len("1 + 2 =\n") + 2
-    assert tokenizer.decode(ids) == "Add up: 1 + 2 =\nAdd up<unk>"
+    assert len(ids) == 1 + len("1 + 2 =\n") + 1 + len("é".encode())
+    assert tokenizer.decode(ids) == "Add up: 1 + 2 =\nAdd upé"
     assert tokenizer.decode([*ids[:2], tokenizer.eos_token_id], skip_special_tokens=True) == "Add up: 1"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from app.minibatch import advantages_of, minibatches
-from tests.unit.builders import group, prompt
 from datamodules.seeding import generator
+from tests.unit.builders import group, prompt
 
 
 def make(groups, *, parts=1, aggregation="token", keep=False):

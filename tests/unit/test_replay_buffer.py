@@ -7,10 +7,10 @@ import io
 import numpy as np
 import torch
 
-from tests.unit.builders import group, pool, prompt
 from callbacks.group_codec import pack_groups, unpack_groups
 from callbacks.replay_buffer import ReplayBuffer
 from datamodules.seeding import generator
+from tests.unit.builders import group, pool, prompt
 
 
 def test_oldest_groups_leave_first_and_a_prompt_keeps_its_newest():

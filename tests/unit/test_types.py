@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from tests.unit.builders import group, prompt
 from datamodules.seeding import derive_seed, sample_seeds
 from datamodules.types import Outcomes
+from tests.unit.builders import group, prompt
 
 
 @pytest.mark.parametrize(

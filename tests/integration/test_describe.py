@@ -1,0 +1,36 @@
+"""The published setting, looked at without its GPUs or weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_published_setting_prints_its_table():
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "describe", "--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"]
+        + ["--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if len(cells := _cells(line)) == 3}
+    # Qwen2.5-1.5B: embedding 151936 x 1536 (tied); per layer q and o 1536^2 each, k and v 1536 x 256 each, their
+    # biases 1536 + 256 + 256, three 1536 x 8960 matrices and two norms of 1536; one final norm.
+    layer = 2 * 1536**2 + 2 * 1536 * 256 + 1536 + 512 + 3 * 1536 * 8960 + 2 * 1536
+    assert rows["policy parameters"][1] == f"{151936 * 1536 + 28 * layer + 1536:,}"
+    assert rows["prompts per step"] == ["64", "512"]
+    assert rows["rolled out"] == ["32", "256"]
+    assert rows["completions per step"] == ["512", "4,096"]
+    assert rows["completion tokens generated, at most"] == [f"{256 * 3072:,}", f"{2048 * 3072:,}"]
+    assert rows["reference completions, every 2"] == ["256", "2,048"]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│").split("│")]

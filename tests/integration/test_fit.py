@@ -1,0 +1,222 @@
+"""The real command, end to end, on the embedded policy: training, resuming, plain GRPO, prediction, export."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.studies.plots import read_scalars
+
+ROOT = Path(__file__).parents[2]
+QUICK = [
+    "--trainer.max_steps=10",
+    "--trainer.val_check_interval=5",
+    "--data.val_size=40",
+    "--data.prompts_per_step=8",
+    "--model.sampling.max_completion_length=64",
+    "--model.val_sampling.max_completion_length=64",
+]
+_CLOCK = ("time/", "step_time", "tokens_per_second")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "app", *arguments]
+
+
+def dots(*arguments: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def fit_arguments(folder: Path, *more: str) -> list[str]:
+    return ["fit", "--config", "configs/quickstart.yaml", *more, *QUICK, f"--trainer.logger.save_dir={folder}"]
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Every logged value but those of the clock."""
+    curves = read_scalars(folder / "quickstart" / "version_0")
+    return {
+        tag: dict(zip(steps, values, strict=True))
+        for tag, (steps, values) in curves.items()
+        if not tag.startswith(_CLOCK)
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps; most tests only look at what it left."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = dots(*fit_arguments(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "prompts per step" in done.stdout
+    return folder
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_leaves_its_account(finished: Path):
+    run = finished / "quickstart" / "version_0"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert summary["steps"] == 10
+    assert (run / "curves.png").stat().st_size > 10_000
+    curves = scalars(finished)
+    # Every batch has 8 groups: fresh, offered by the reference set, or replayed.
+    replayed = sum(round(8 * fraction) for fraction in curves["replay/fraction"].values())
+    assert summary["replayed_groups"] == replayed > 0
+    assert summary["prompts_rolled_out"] <= 80 - replayed
+    assert summary["completions"] == 8 * summary["prompts_rolled_out"]
+    assert summary["reference"]["prompts"] > 0
+    assert summary["validation"]["prompts"] == 3 * 40
+    assert [0, 4, 9] == sorted(curves["val/accuracy"])
+    assert summary["val"]["first"] == pytest.approx(curves["val/accuracy"][0])
+    spent = sum(value for phase, value in summary["seconds"].items() if phase != "total")
+    assert 0.5 * summary["seconds"]["total"] < spent <= summary["seconds"]["total"]
+
+
+def test_metrics_carry_the_usual_names(finished: Path):
+    curves = scalars(finished)
+    for name in (
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/procedural/mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "entropy",
+        "clip_ratio/region_mean",
+        "sampling/importance_sampling_ratio/mean",
+        "sampling/sampling_logp_difference/max",
+        "num_tokens",
+        "grad_norm",
+        "learning_rate",
+        "selection/informative_fraction",
+        "selection/mean_success",
+        "selection/distinct_fraction",
+        "selection/forecast_brier",
+        "replay/size",
+        "replay/age_mean",
+        "val/pass@4",
+    ):
+        assert curves[name], name
+        assert all(math.isfinite(value) for value in curves[name].values()), name
+    # The engine samples from the policy that is trained: before any replay the two agree on every token.
+    assert curves["sampling/sampling_logp_difference/max"][0] < 1e-3
+
+
+def test_completions_can_be_read(finished: Path):
+    run = finished / "quickstart" / "version_0"
+    rows = pq.read_table(run / "completions" / "step_00000000.parquet").to_pylist()
+    assert len(rows) == 64
+    by_prompt: dict[str, list[dict]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    for group in by_prompt.values():
+        # Advantages are centred within a group.
+        assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-4)
+    right = [row for row in rows if row["correctness"] == 1]
+    assert right
+    assert all("####" in row["completion"] for row in right)
+
+
+def test_the_checkpoint_loads_without_pickle_and_holds_everything(finished: Path):
+    path = finished / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert state["global_step"] == 10
+    assert state["optimizer_states"][0]["state"]
+    assert state["lr_schedulers"]
+    assert "selector" in state["OnlinePromptDataModule"]
+    assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["step"] == 10
+    assert state["callbacks"]["RolloutReplay"]["prompt_ids"]
+    assert len(state["callbacks"]["RandomState"]["torch"])
+
+
+def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
+    arguments = [*fit_arguments(tmp_path), "--config", str(_every_step(tmp_path))]
+    checkpoints = tmp_path / "quickstart" / "version_0" / "checkpoints"
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (checkpoints / "step_00000007.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "quickstart" / "version_0" / "summary.json").exists()
+    done = dots(*arguments, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "quickstart" / "version_1").exists()
+    expected, found = scalars(finished), scalars(tmp_path)
+    assert found == expected
+    weights = [
+        torch.load(folder / "quickstart/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for folder in (finished, tmp_path)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_without_selection_and_replay_it_is_plain_grpo(tmp_path: Path):
+    done = dots(*fit_arguments(tmp_path, "--config", "configs/arms/grpo.yaml"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "quickstart" / "version_0" / "summary.json").read_text())
+    assert summary["prompts_rolled_out"] == 80
+    assert summary["replayed_groups"] == summary["reference"]["prompts"] == summary["discarded_groups"] == 0
+    curves = scalars(tmp_path)
+    assert not any(tag.startswith("replay/") for tag in curves)
+    # On policy, one update per batch: nothing is clipped and every ratio is 1.
+    assert set(curves["clip_ratio/region_mean"].values()) == {0.0}
+    assert curves["policy/ratio_mean"][9] == pytest.approx(1.0)
+    ratios = curves["sampling/importance_sampling_ratio/mean"].values()
+    assert all(ratio == pytest.approx(1.0, abs=1e-4) for ratio in ratios)
+
+
+def test_the_policy_is_exported_and_predicts(finished: Path, tmp_path: Path):
+    run = finished / "quickstart" / "version_0"
+    out = tmp_path / "policy"
+    done = dots("export", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained[f"policy_model.{name}"])
+    assert AutoTokenizer.from_pretrained(out)("8 + 3").input_ids
+
+    done = dots("predict", "--config", str(run / "config.yaml"), "--trainer.logger.name", "predicted", "--ckpt_path",
+                str(run / "checkpoints" / "last.ckpt"))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = pq.read_table(finished / "predicted" / "version_0" / "completions" / "predict.parquet").to_pylist()
+    assert len(rows) == 40 * 4
+    # The same policy, prompts and seeds as the last validation of the run.
+    accuracy = sum(row["correctness"] for row in rows) / len(rows)
+    assert accuracy == pytest.approx(scalars(finished)["val/accuracy"][9], abs=1e-6)
+
+
+def test_an_unknown_run_cannot_be_resumed(tmp_path: Path):
+    done = dots(*fit_arguments(tmp_path), "--ckpt_path", "last")
+    assert done.returncode == 2
+    assert "no checkpoint under" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _every_step(folder: Path) -> Path:
+    """An overlay that saves a checkpoint after every step."""
+    text = (ROOT / "configs" / "quickstart.yaml").read_text()
+    callbacks = text[text.index("  callbacks:") : text.index("\nmodel:")]
+    every = callbacks.replace("callbacks.RunCheckpoint", "callbacks.RunCheckpoint\n      init_args: {every: 1}")
+    overlay = folder / "every_step.yaml"
+    overlay.write_text(f"trainer:\n{every}\n")
+    return overlay
