@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def _quiet() -> None:
 def main(args: list[str] | None = None) -> None:
     """Runs the command; `args` default to the process's own."""
     _quiet()
+    # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     run_or_exit(lambda: DotsCLI(args))
 
 

@@ -41,6 +41,9 @@ class DemonstrationPretraining(L.LightningModule):
         max_completion_tokens: sampling stops there.
     """
 
+    policy: Qwen2ForCausalLM
+    measured: Measured
+
     def __init__(
         self,
         output_dir: Path,
@@ -68,7 +71,6 @@ class DemonstrationPretraining(L.LightningModule):
         }
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.clip_norm, self.val_samples, self.max_completion_tokens = clip_norm, val_samples, max_completion_tokens
-        self.policy: Qwen2ForCausalLM | None = None
         self._successes: dict[str, list[np.ndarray]] = {}
         self._started = time.monotonic()
 
@@ -77,7 +79,7 @@ class DemonstrationPretraining(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it when one is given
 
     def configure_model(self) -> None:
-        if self.policy is not None:
+        if hasattr(self, "policy"):
             return
         tokenizer = self.data.tokenizer
         config = Qwen2Config(
@@ -122,7 +124,7 @@ class DemonstrationPretraining(L.LightningModule):
         """Solves entries of one task; `_successes` gains a `[len(batch), G]` array of 0 and 1."""
         tokenizer = self.data.tokenizer
         inputs = tokenizer([entry["question"] + "\n" for entry in batch], return_tensors="pt", padding=True)
-        sampled = self.policy.generate(
+        sampled = self.policy.generate(  # type: ignore[misc]  # the stub's own `self` type does not fit
             **inputs.to(self.device),
             generation_config=self._generation(num_return_sequences=self.val_samples),
         )
@@ -135,12 +137,11 @@ class DemonstrationPretraining(L.LightningModule):
         self._successes.setdefault(batch[0]["metadata"]["source_dataset"], []).append(success)
 
     def on_validation_epoch_end(self) -> None:
-        measured = Measured.of({task: np.concatenate(parts) for task, parts in self._successes.items()})
+        self.measured = Measured.of({task: np.concatenate(parts) for task, parts in self._successes.items()})
         self._successes = {}
-        self.measured = measured
-        self.log("val/accuracy", measured.accuracy, prog_bar=True)
-        self.log("val/informative_fraction", measured.informative)
-        for task, accuracy in measured.by_task.items():
+        self.log("val/accuracy", self.measured.accuracy, prog_bar=True)
+        self.log("val/informative_fraction", self.measured.informative)
+        for task, accuracy in self.measured.by_task.items():
             self.log(f"val/accuracy_{task}", accuracy)
 
     def on_fit_end(self) -> None:

@@ -76,9 +76,11 @@ bytes (characters, where the text is ASCII), and one token for each fixed phrase
 
 ## How it was made
 `make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on the CPU it was
-made on): one pass of supervised training over generated worked solutions. Each step of a solution was wrong with its
-task's probability, and the following steps went on from the wrong value. Weights, text and data come from this project
-and from reasoning-gym's generators; the seeds of the demonstrations are not those of the quickstart's pool.
+made on): one pass of supervised training over generated worked solutions, cross-entropy on the completion. The first
+{data.clean_fraction:.0%} are right; in the others each step is wrong with its task's probability, and the following
+steps go on from the wrong value, so that a skill is learnt first and bad habits on top of it. Weights, text and data
+come from this project and from reasoning-gym's generators; the demonstrations use none of the seeds that the
+quickstart's pool can draw.
 
 | task | settings | demonstrations | probability that a step is wrong |
 |---|---|---|---|

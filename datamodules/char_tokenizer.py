@@ -26,7 +26,7 @@ def char_tokenizer(phrases: Sequence[str] = (), max_length: int = 512) -> PreTra
     tokenizer = Qwen2Tokenizer(
         vocab={token: position for position, token in enumerate(vocabulary)},
         merges=[],
-        unk_token=None,
+        unk_token=PAD,
         eos_token=END,
         pad_token=PAD,
         padding_side="left",

@@ -49,6 +49,8 @@ class Demonstrations(L.LightningDataModule):
     Args:
         tasks: name, size and params of each, as in the pool that the policy is meant for.
         noise: by task name, the probability that a step of a demonstration is wrong.
+        clean_fraction: share of the demonstrations, at the start, that have no slips. The skill is learnt from these;
+            the slips that follow become habits on top of it.
         repeats: demonstrations per prompt of the pool (each of another entry).
         seed: fixes entries, slips and the order of batches.
         row_length: tokens of a packed row `L`; the longest demonstration must fit.
@@ -61,7 +63,8 @@ class Demonstrations(L.LightningDataModule):
         self,
         tasks: list[ProceduralTask],
         noise: dict[str, float],
-        repeats: int = 16,
+        clean_fraction: float = 0.6,
+        repeats: int = 10,
         seed: int = 0,
         row_length: int = 192,
         rows_per_batch: int = 2,
@@ -75,6 +78,7 @@ class Demonstrations(L.LightningDataModule):
             if not 0.0 <= noise.get(task.name, -1.0) <= 1.0:
                 raise UserError(f"noise of {task.name!r} is {noise.get(task.name)}; give a probability in [0, 1]")
         self.tasks, self.noise, self.repeats, self.seed = tasks, noise, repeats, seed
+        self.clean_fraction = clean_fraction
         self.row_length, self.rows_per_batch, self.val_size = row_length, rows_per_batch, val_size
         self.tokenizer: PreTrainedTokenizerBase = char_tokenizer(phrases or [])
         self._batches: list[DemonstrationBatch] = []
@@ -98,7 +102,7 @@ class Demonstrations(L.LightningDataModule):
         return batch
 
     def entries(self, purpose: str, sizes: list[int]) -> list[list[dict[str, Any]]]:
-        """`sizes[i]` entries of task i. Pools draw entry k of a task from a seed below 2**31, plus k; these lie above."""
+        """`sizes[i]` entries of task i, of seeds above those of a pool (below 2**31, plus the entry's number)."""
         made = []
         for position, (task, size) in enumerate(zip(self.tasks, sizes, strict=True)):
             seed = 2**32 + derive_seed(self.seed, "demonstrations", purpose, position, task.name) % 2**40
@@ -108,22 +112,21 @@ class Demonstrations(L.LightningDataModule):
 
     def _make_batches(self) -> list[DemonstrationBatch]:
         """Demonstrations of all tasks, shuffled together, so that every batch is a fair sample of the mixture."""
+        entries = self.entries("fit", [task.size * self.repeats for task in self.tasks])
+        drawn = [(task.name, entry) for task, group in zip(self.tasks, entries, strict=True) for entry in group]
         rng = generator(self.seed, "demonstrations", "slips")
+        clean = round(self.clean_fraction * len(drawn))
         prompts, completions = [], []
-        for task, entries in zip(self.tasks, self.entries("fit", self._sizes()), strict=True):
-            demonstrator, noise = DEMONSTRATORS[task.name], self.noise[task.name]
-            for entry in entries:
-                prompts.append(entry["question"] + "\n")
-                completions.append(demonstrator.solve(entry["metadata"], noise, rng).text + self.tokenizer.eos_token)
+        for position, index in enumerate(rng.permutation(len(drawn))):
+            name, entry = drawn[index]
+            noise = self.noise[name] if position >= clean else 0.0
+            prompts.append(entry["question"] + "\n")
+            completions.append(DEMONSTRATORS[name].solve(entry["metadata"], noise, rng).text + self.tokenizer.eos_token)
         tokens = zip(self.tokenizer(prompts)["input_ids"], self.tokenizer(completions)["input_ids"], strict=True)
         pairs = list(tokens)
-        pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         packed = _pack([len(prompt) + len(completion) for prompt, completion in pairs], self.row_length)
         rows = torch.tensor([_row([pairs[i] for i in row], self.row_length) for row in packed])
         return [DemonstrationBatch(*chunk.unbind(dim=1)) for chunk in rows.split(self.rows_per_batch)]
-
-    def _sizes(self) -> list[int]:
-        return [task.size * self.repeats for task in self.tasks]
 
 
 def _pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:

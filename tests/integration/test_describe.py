@@ -11,8 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_published_setting_prints_its_table():
     done = subprocess.run(
-        [sys.executable, "-m", "app", "describe", "--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"]
-        + ["--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"],
+        [
+            *(sys.executable, "-m", "app", "describe"),
+            *("--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"),
+            *("--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_packed_rows_hold_every_demonstration_once_with_only_completions_learnt(
     for batch in data.train_dataloader():
         for ids, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
             starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
-            for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            for start, stop in pairwise(starts):
                 learnt = labels[start:stop] != IGNORED
                 if not learnt.any():
                     assert set(ids[start:stop].tolist()) == {data.tokenizer.pad_token_id}
@@ -129,3 +130,17 @@ def test_bad_settings_say_what_is_wrong() -> None:
         Demonstrations([ProceduralTask("chain_sums", 5)], {"chain_sums": 0.1})
     with pytest.raises(UserError, match="probability"):
         Demonstrations([ProceduralTask("chain_sum", 5)], {"chain_sum": 1.5})
+
+
+def test_the_clean_fraction_comes_first() -> None:
+    """The first demonstrations add up; afterwards every step is wrong (noise 1)."""
+    data = Demonstrations(MIX[:1], {"chain_sum": 1.0}, repeats=10, clean_fraction=0.5)
+    data.setup("fit")
+    verdicts = []
+    for batch in data.train_dataloader():
+        text = data.tokenizer.decode(batch.labels[batch.labels != IGNORED])
+        for completion in text.split("<eos>")[:-1]:
+            verdicts.append(wrong_steps("chain_sum", {}, completion.partition(ANSWER_MARKER)[0]))
+    assert len(verdicts) == 200
+    assert all(wrong == 0 for wrong, _ in verdicts[:100])
+    assert all(wrong == steps for wrong, steps in verdicts[100:])
