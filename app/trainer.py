@@ -19,7 +19,12 @@ class DotsTrainer(Trainer):
     """Lightning's Trainer plus `describe` and `export`; its arguments are Lightning's."""
 
     def describe(
-        self, model: LightningModule, datamodule: LightningDataModule | None = None, world_size: int | None = None
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        world_size: int | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Prints the table of a run without loading weights or data.
 
@@ -27,6 +32,8 @@ class DotsTrainer(Trainer):
             model: the module of the run.
             datamodule: the data of the run.
             world_size: processes to describe; those of trainer.devices and trainer.num_nodes by default.
+            ckpt_path: not used; the config.yaml of a run names it.
+            weights_only: not used, likewise.
         """
         print_run_table(
             model,
@@ -38,7 +45,12 @@ class DotsTrainer(Trainer):
         )
 
     def export(
-        self, model: LightningModule, ckpt_path: str, out: str, datamodule: LightningDataModule | None = None
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        out: str,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Writes the policy of a checkpoint as a Hugging Face folder that `from_pretrained` loads.
 
@@ -46,7 +58,8 @@ class DotsTrainer(Trainer):
             model: the module of the run.
             ckpt_path: a checkpoint file, or "last".
             out: the folder to write; it must not exist or be empty.
-            datamodule: not used; the run's config may name one.
+            datamodule: not used; the config.yaml of a run names one.
+            weights_only: not used, likewise: a checkpoint is never unpickled.
         """
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

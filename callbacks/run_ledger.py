@@ -37,8 +37,11 @@ class RunLedger(Callback):
         self._step_started = 0.0
         self._checkpoint_seconds = 0.0
 
+    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._started = time.perf_counter()
+
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        self._started = self._step_started = time.perf_counter()
+        self._step_started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int

@@ -95,7 +95,7 @@ class Numeric(Reward):
         found = find_numbers(self.span(text) or "")
         if not found:
             return 0.0
-        given = found[0] if self.span.after is not None else found[-1]
+        given = found[0] if self.span.after else found[-1]
         return float(any(abs(given - right) <= self.tolerance * max(Fraction(1), abs(right)) for right in accepted))
 
 

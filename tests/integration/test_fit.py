@@ -21,6 +21,7 @@ from app.studies.plots import read_scalars
 ROOT = Path(__file__).parents[2]
 QUICK = [
     "--trainer.max_steps=10",
+    "--model.mini_batches=1",
     "--trainer.val_check_interval=5",
     "--data.val_size=40",
     "--data.prompts_per_step=8",

