@@ -69,6 +69,7 @@ def write_whole(trainer: Trainer, path: Path) -> None:
     """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
     trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
         with open(temporary, "rb") as written:
