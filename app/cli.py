@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lightning.pytorch.cli import LightningCLI
 
+from app.commands import COMMANDS, epilog
 from app.parsing import DotsArgumentParser, run_or_exit
 from app.run_folder import find_last
 from app.trainer import DotsTrainer
@@ -44,6 +45,7 @@ class DotsCLI(LightningCLI):
             parser_kwargs={
                 "prog": "dots",
                 "description": "Data-efficient reinforcement fine-tuning of language models.",
+                "epilog": epilog(),
             },
             auto_configure_optimizers=False,
             args=args,
@@ -105,7 +107,11 @@ def main(args: list[str] | None = None) -> None:
     # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    run_or_exit(lambda: DotsCLI(args))
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] in COMMANDS:
+        run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
+    else:
+        run_or_exit(lambda: DotsCLI(args))
 
 
 if __name__ == "__main__":
