@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,26 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_the_trained_model(tmp_path
     card = (tmp_path / "policy" / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert f"{module.measured.accuracy:.2f} of the completions" in card
+
+
+def test_the_same_seed_pretrains_the_same_weights(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "app", "fit", "--config", "configs/tiny_policy.yaml"),
+        *("--trainer.limit_train_batches=25", "--trainer.logger=false", "--data.repeats=1", "--data.val_size=5"),
+        "--trainer.enable_progress_bar=false",
+    ]
+    weights = []
+    for name in ("first", "second"):
+        done = subprocess.run(
+            [*command, f"--model.output_dir={tmp_path / name}", f"--trainer.default_root_dir={tmp_path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_measured_by_hand() -> None:
