@@ -31,7 +31,7 @@ _TRAINER_DEFAULTS = {
 
 
 class DotsCLI(LightningCLI):
-    """`dots fit|validate|test|predict|describe|export`, models and data named by `class_path`."""
+    """`dots fit|validate|test|predict|describe|export|select`, models and data named by `class_path`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -56,6 +56,7 @@ class DotsCLI(LightningCLI):
         return LightningCLI.subcommands() | {
             "describe": {"model", "datamodule"},
             "export": {"model", "datamodule"},
+            "select": {"model", "datamodule"},
         }
 
     def before_instantiate_classes(self) -> None:
@@ -67,8 +68,8 @@ class DotsCLI(LightningCLI):
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
-        if self.subcommand in ("describe", "export"):
-            # Neither trains: they leave no run folder.
+        if self.subcommand in ("describe", "export", "select"):
+            # They leave no run folder (the warm-up of a selection stands beside its result).
             config.trainer.logger = False
 
     def _resume_last(self, config: Any) -> None:

@@ -28,7 +28,6 @@ class Command:
 
 
 COMMANDS = {
-    "select": Command("choose a subset of a pool before training (LearnAlign, UFO-RL)", "app.offline.command:main"),
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast:main"),
 }

@@ -6,12 +6,12 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import yaml
 
-from app.given_config import Section, config_files, read, sections
+from app.given_config import Section, config_files, configured_class, read, sections, short_names
 from datamodules.errors import nearest
 
 _LONGEST = 300
@@ -32,6 +32,7 @@ def explain(message: str, args: list[str], option_names: set[str]) -> str:
         lambda: _missing_file(flat),
         lambda: _invalid_choice(flat),
         lambda: _bad_class_path(flat, given),
+        lambda: _bad_short_name(flat, given),
         lambda: _required(flat, given),
         lambda: _unknown_key(flat, given),
         lambda: _bad_value(message, given),
@@ -95,6 +96,20 @@ def _bad_class_path(flat: str, given: list[Section]) -> str | None:
     base = section.base if section is not None and section.class_path == wrong else None
     reason, names = _importable(wrong, base)
     return f"{place}class_path {wrong}: {reason}{_hint(wrong, names)}"
+
+
+def _bad_short_name(flat: str, given: list[Section]) -> str | None:
+    """A class named without its module, where no class of the expected kind has that name."""
+    found = re.search(r"dot import path string: (\w+)", flat)
+    if not found:
+        return None
+    for section in given:
+        for key, value in section.values.items():
+            named = value.get("class_path") if isinstance(value, Mapping) else value
+            base = configured_class((section.options or {}).get(key))
+            if named == found[1] and base is not None:
+                return f"{section.dotted(key)}: {named} is no {base.__name__}{_hint(named, short_names(base))}"
+    return None
 
 
 def _place_of_class(section: Section | None, wrong: str) -> str:

@@ -57,7 +57,7 @@ def read(args: list[str]) -> dict[str, Any]:
             _merge(tree, content)
     for name, value in _options(args):
         if name not in ("config", "c", "print_config", "help", "h"):
-            _assign(tree, name.removesuffix("+").split("."), _scalar(value))
+            _assign(tree, name.removesuffix("+").split("."), _scalar(value), append=name.endswith("+"))
     return tree
 
 
@@ -127,6 +127,11 @@ def configured_class(hint: Any) -> type | None:
     return next((found for found in candidates if found), None)
 
 
+def short_names(base: type) -> dict[str, type]:
+    """`base` and every class below it that has been imported and can be made, by class name."""
+    return {kind.__name__: kind for kind in _subclasses(base) if not inspect.isabstract(kind)}
+
+
 def _subclasses(base: type) -> Iterator[type]:
     yield base
     children: list[type] = base.__subclasses__()
@@ -170,19 +175,24 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
             into[key] = value
 
 
-def _assign(node: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Sets a dotted option, going through `init_args` and the last item of lists as the parser does."""
+def _assign(node: dict[str, Any], keys: list[str], value: Any, append: bool = False) -> None:
+    """Sets or appends to a dotted option, going through `init_args` and the last item of lists as the parser does."""
     head, *tail = keys
     if "class_path" in node and head not in ("class_path", "init_args", "dict_kwargs"):
         node = node.setdefault("init_args", {})
     if not tail:
         old = node.get(head)
+        if append:
+            node[head] = [*(old if isinstance(old, list) else []), value]
+            return
         node[head] = {**old, "class_path": value} if isinstance(old, dict) and isinstance(value, str) else value
         return
     child: Any = node.get(head)
-    if isinstance(child, list) and child and isinstance(child[-1], dict):
-        _assign(child[-1], tail, value)
-        return
+    if isinstance(child, list) and child:
+        child[-1] = {"class_path": child[-1]} if isinstance(child[-1], str) else child[-1]
+        if isinstance(child[-1], dict):
+            _assign(child[-1], tail, value, append)
+            return
     if not isinstance(child, dict):
         node[head] = child = {"class_path": child} if isinstance(child, str) else {}
-    _assign(child, tail, value)
+    _assign(child, tail, value, append)

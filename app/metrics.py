@@ -22,12 +22,14 @@ class Update:
         grad_norm: scalar, before clipping.
         all: statistics of every completion token.
         replayed: statistics of replayed tokens.
+        skipped: whether loss or gradient was not finite, so that the weights were left alone.
     """
 
     loss: Tensor
     grad_norm: Tensor
     all: Statistics
     replayed: Statistics
+    skipped: bool = False
 
 
 def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -76,7 +78,8 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
     metrics = {
         "loss": float(np.mean([float(update.loss) for update in updates])),
         "grad_norm": float(np.mean(norms)),
-        "updates/skipped": float(sum(not np.isfinite(norm) for norm in norms)),
+        "updates/skipped": float(sum(update.skipped for update in updates)),
+        "updates/empty": float(sum(not part.sequences for part in parts)),
         "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),
     }
     return metrics | merged.metrics() | _replay_metrics(replayed.metrics())

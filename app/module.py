@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.metrics import Update, batch_metrics, update_metrics
-from app.minibatch import MiniBatch, advantages_of, minibatches
-from app.objective.advantages import Scale
+from app.minibatch import CompletionId, MiniBatch, advantages_of, minibatches
+from app.nonfinite import NonFiniteGuard, offenders
+from app.objective.advantages import Baseline, Scale
 from app.objective.packing import PackedBatch, ScoredSequence, collate, plan_microbatches
 from app.objective.statistics import Statistics
-from app.objective.surrogate import Aggregation, SurrogateOptions, policy_loss
+from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.objective.weights import Aggregation
 from app.optimization import Optimization
 from app.pass_at_k import CORRECT, PassAtK
 from app.policy import Policy, causal_lm
@@ -30,6 +34,11 @@ from app.scoring import score
 from datamodules.errors import UserError
 from datamodules.seeding import generator, run_seed
 from datamodules.types import TrainBatch
+
+_NOTHING_TO_LEARN = (
+    "no completion of a batch had an advantage: rewards were equal within every group, so the weights stayed as they "
+    "were. Look at reward_std and frac_reward_zero_std, and count such updates by updates/empty (said once)."
+)
 
 
 class GRPOModule(LightningModule):
@@ -47,9 +56,15 @@ class GRPOModule(LightningModule):
         val_sampling: how validation completions are drawn; None is as in training.
         pass_at_k: the k of `val/pass@k`; at most `val_sampling.num_generations`.
         optimization: optimizer and schedule.
-        surrogate: clipping, importance correction, KL and entropy terms.
+        surrogate: which loss: its form, clipping, importance correction, KL and entropy terms.
         advantage_scale: "group" divides a group's centred rewards by their standard deviation, "batch" by that of the
             batch, "none" does not divide.
+        advantage_baseline: what is subtracted from a reward: "mean" of the group, or "leave_one_out", the mean of the
+            group's others.
+        multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum"
+            normalises each reward within its group first (GDPO), and divides the sums by the batch's standard
+            deviation when `advantage_scale` is "batch".
+        mask_truncated_completions: completions cut at the length limit count nothing in the loss.
         aggregation: "token" averages over all completion tokens of a mini-batch, "sequence" over tokens and then
             sequences, "constant" divides by the completion limit times sequences.
         mini_batches: optimizer steps per batch.
@@ -70,6 +85,9 @@ class GRPOModule(LightningModule):
         optimization: Optimization = Optimization(),  # noqa: B008
         surrogate: SurrogateOptions = SurrogateOptions(),  # noqa: B008
         advantage_scale: Scale = "group",
+        advantage_baseline: Baseline = "mean",
+        multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+        mask_truncated_completions: bool = False,
         aggregation: Aggregation = "token",
         mini_batches: int = 1,
         max_tokens_per_microbatch: int = 16384,
@@ -85,11 +103,15 @@ class GRPOModule(LightningModule):
         self.optimization = optimization
         self.surrogate = surrogate
         self.advantage_scale = advantage_scale
+        self.advantage_baseline = advantage_baseline
+        self.multi_objective_aggregation = multi_objective_aggregation
+        self.mask_truncated_completions = mask_truncated_completions
         self.aggregation = aggregation
         self.mini_batches = mini_batches
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self._check(pass_at_k)
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
+        self._nonfinite = NonFiniteGuard()
         self.accuracy, self.val_reward, self.val_length = MeanMetric(), MeanMetric(), MeanMetric()
         self.pass_at_k = PassAtK(min(pass_at_k, self.val_sampling.num_generations))
 
@@ -142,13 +164,24 @@ class GRPOModule(LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         with batch.ledger.phase("update"):
-            batch.advantages = advantages_of(batch.groups, self.advantage_scale)
-            parts = self._minibatches(batch)
+            batch.advantages = self.advantages_of(batch)
+            parts = self.minibatches_of(batch)
             if self.mini_batches > 1:
                 parts = [self._with_old_logprobs(part) for part in parts]
-            done = [self._update(part) for part in parts]
+            done = [self._update(part, batch.step) for part in parts]
+        if not any(part.sequences for part in parts):
+            rank_zero_warn(_NOTHING_TO_LEARN)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(done, parts)
         batch.metrics["learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        # After the callbacks' hooks: the checkpoint of this step is written.
+        self._nonfinite.check(batch.step)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether this step is the last because updates are not finite any more."""
+        return self._nonfinite.exhausted
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
         self._measure(batch, "val")
@@ -159,7 +192,18 @@ class GRPOModule(LightningModule):
     def predict_step(self, batch: TrainBatch, batch_idx: int) -> TrainBatch:
         return batch
 
-    def _minibatches(self, batch: TrainBatch) -> list[MiniBatch]:
+    def advantages_of(self, batch: TrainBatch) -> list[np.ndarray]:
+        """Of every completion of the batch's groups; float32 `[G]` per group."""
+        apart = self.multi_objective_aggregation == "normalize_then_sum"
+        return advantages_of(
+            batch.groups,
+            self.advantage_scale,
+            self.advantage_baseline,
+            dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True)) if apart else None,
+        )
+
+    def minibatches_of(self, batch: TrainBatch) -> list[MiniBatch]:
+        """The mini-batches of a batch whose advantages are known."""
         return minibatches(
             batch.groups,
             batch.advantages,
@@ -168,48 +212,66 @@ class GRPOModule(LightningModule):
             aggregation=self.aggregation,
             max_completion_length=self.sampling.max_completion_length,
             keep_zero_advantage=bool(self.surrogate.beta or self.surrogate.entropy_coef),
+            mask_truncated=self.mask_truncated_completions,
         )
 
-    def _update(self, part: MiniBatch) -> Update:
+    def _update(self, part: MiniBatch, step: int) -> Update:
         """One optimizer step."""
         optimizer = self.optimizers()
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         loss = torch.zeros((), device=self.device)
         everything, replayed = Statistics.empty(self.device), Statistics.empty(self.device)
-        for packed in self._microbatches(part.sequences):
-            logprobs, entropy = score(self.policy_model, packed, self.sampling.temperature, with_entropy=True)
-            found = policy_loss(
-                logprobs,
-                packed.behaviour_logprobs,
-                packed.advantages,
-                packed.weights,
-                self.surrogate,
-                old_logprobs=packed.old_logprobs if self.mini_batches > 1 else None,
-                sequences=packed.sequences,
-                entropy=entropy,
-                reference_logprobs=self._reference_logprobs(packed),
-            )
+        for packed in self.microbatches_of(part.sequences):
+            found = self.loss_of(packed)
             self.manual_backward(found.loss)
             loss += found.loss.detach()
             everything = everything.merge(found.statistics)
             replayed = replayed.merge(found.terms.statistics(packed.replayed))
         norm = self._clip()
+        # One decision for all ranks: a loss belongs to one of them.
+        finite = self.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(loss) & torch.isfinite(norm)))
+        if not finite:
+            self.zero_grad(set_to_none=True)
+            self._nonfinite.skipped(step, loss, norm, self._offenders(part))
+        elif part.sequences:
+            self._nonfinite.passed()
         # Without gradients (nothing to learn, or not finite) AdamW leaves every weight alone, and the schedule and
         # Lightning's step counter still advance.
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        return Update(loss, norm, everything, replayed)
+        return Update(loss, norm, everything, replayed, skipped=not finite)
+
+    def loss_of(self, packed: PackedBatch) -> PolicyLoss:
+        """The loss of one micro-batch, with gradient: those of a mini-batch's micro-batches add up to its loss."""
+        logprobs, entropy = score(self.policy_model, packed, self.sampling.temperature, with_entropy=True)
+        return policy_loss(
+            logprobs,
+            packed.behaviour_logprobs,
+            packed.advantages,
+            packed.weights,
+            self.surrogate,
+            old_logprobs=packed.old_logprobs if self.mini_batches > 1 else None,
+            sequences=packed.sequences,
+            entropy=entropy,
+            reference_logprobs=self._reference_logprobs(packed),
+        )
 
     def _clip(self) -> Tensor:
-        """Scales gradients to the clip norm and returns the norm before; drops gradients that are not finite."""
+        """Scales gradients to the clip norm and returns the norm before."""
         limit = self.optimization.clip_norm or float("inf")
         trained = [parameter for parameter in self.policy_model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
-        if not torch.isfinite(norm):
-            self.zero_grad(set_to_none=True)
-        return norm
+        return torch.nn.utils.clip_grad_norm_(trained, limit)
 
-    def _microbatches(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
+    def _offenders(self, part: MiniBatch) -> list[CompletionId]:
+        """The completions that made an update not finite; over several ranks all of this rank's."""
+        if self.trainer.world_size > 1:
+            # Ranks hold different numbers of completions: passes over single ones would leave some rank waiting.
+            return part.ids
+        trained = [parameter for parameter in self.policy_model.parameters() if parameter.requires_grad]
+        return offenders(part, lambda sequence: self.loss_of(self._collate([sequence])).loss, trained)
+
+    def microbatches_of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
+        """Sequences as micro-batches within the token budget, on the module's device."""
         plan = plan_microbatches([len(sequence) for sequence in sequences], self.max_tokens_per_microbatch)
         return [self._collate([sequences[index] for index in rows]) for rows in plan]
 
@@ -274,6 +336,11 @@ class GRPOModule(LightningModule):
         for name, given in numbers:
             if given < 1:
                 raise UserError(f"model.{name}={given}: expected at least 1")
+        if (self.multi_objective_aggregation, self.advantage_scale) == ("normalize_then_sum", "none"):
+            raise UserError(
+                "model.advantage_scale=none with multi_objective_aggregation=normalize_then_sum: nothing would be "
+                "normalised; set advantage_scale to batch (GDPO) or group"
+            )
         if self.sampling.num_generations < 2:
             raise UserError(
                 f"model.sampling.num_generations={self.sampling.num_generations}: expected at least 2, "

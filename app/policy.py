@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from datamodules.errors import UserError
 
+_CHECKPOINT_PREFIX = "policy_model."
+
 
 @dataclass
 class Lora:
@@ -153,3 +155,20 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def checkpoint_weights(path: Path) -> dict[str, Any]:
+    """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
+    if not path.is_file():
+        raise UserError(
+            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error
+    return {
+        name.removeprefix(_CHECKPOINT_PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(_CHECKPOINT_PREFIX)
+    }

@@ -40,6 +40,8 @@ def run_rows(module: Any, datamodule: Any, callbacks: Sequence[Callback], world_
             rows.append(
                 _shared(f"reference completions, every {one.every}", one.size * sampling.num_generations, world_size)
             )
+        if hasattr(one, "max_refills"):
+            rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))
     if max_steps > 0:
         steps = -(-max_steps // module.mini_batches)
         rows.append(("steps", "", _number(steps)))

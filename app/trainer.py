@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from app import policy as policies
+from app.offline.command import Request, select
+from app.offline.learnalign import LearnAlignOptions
+from app.offline.ufo import UfoOptions
 from app.run_table import print_run_table
 from datamodules.errors import UserError
 
-_PREFIX = "policy_model."
-
 
 class DotsTrainer(Trainer):
-    """Lightning's Trainer plus `describe` and `export`; its arguments are Lightning's."""
+    """Lightning's Trainer plus `describe`, `export` and `select`; its arguments are Lightning's."""
 
     def describe(
         self,
@@ -66,21 +66,45 @@ class DotsTrainer(Trainer):
             raise UserError(f"--out {out}: exists and is not an empty folder; give a new one")
         module: Any = model
         module.configure_model()
-        weights = policy_weights(Path(ckpt_path))
+        weights = policies.checkpoint_weights(Path(ckpt_path))
         module.policy_model.load_state_dict(weights)
         policies.export(module.policy_model, module.tokenizer, folder)
         module.teardown("export")
         print(f"wrote {folder}")
 
+    def select(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        method: Literal["learnalign", "ufo"],
+        keep: int,
+        out: str,
+        learnalign: LearnAlignOptions = LearnAlignOptions(),  # noqa: B008  # jsonargparse shows the defaults only so
+        ufo: UfoOptions = UfoOptions(),  # noqa: B008
+        prompts_per_batch: int = 32,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Chooses a subset of the training pool before training, and writes it as a prompt file.
 
-def policy_weights(path: Path) -> dict[str, Any]:
-    """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
-    if not path.is_file():
-        raise UserError(
-            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
+        Beside OUT.jsonl stand OUT.yaml (a config that makes `dots fit` train on it), OUT.scores.parquet, OUT.png, and
+        the folder OUT.select with what was measured: the same command goes on from it when it was stopped, and another
+        --keep needs no new measurement.
+
+        Args:
+            model: the module of the run.
+            datamodule: the data of the run; its training pool is chosen from.
+            method: "learnalign" keeps prompts whose gradients teach what the others teach (arXiv 2506.11480), "ufo"
+                those that the policy is neither sure nor at a loss about (arXiv 2505.12457).
+            keep: prompts to keep.
+            out: the file to write; its name ends in .jsonl.
+            learnalign: settings of LearnAlign.
+            ufo: settings of UFO-RL.
+            prompts_per_batch: prompts rolled out together; a stopped selection repeats no more than these.
+            ckpt_path: a checkpoint file, or "last": the policy that looks at the prompts; the initial one by default,
+                for learnalign after its warm-up.
+            weights_only: not used; the config.yaml of a run names it: a checkpoint is never unpickled.
+        """
+        checkpoint = None if ckpt_path is None else Path(ckpt_path)
+        request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
+        select(self, model, datamodule, request)  # type: ignore[arg-type]  # our own classes, checked there

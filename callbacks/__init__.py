@@ -1,7 +1,9 @@
 """Dots: what happens around a step. The callbacks listed in a config, in their order, are the algorithm."""
 
+from callbacks.balanced import Balanced
 from callbacks.checkpoint import RunCheckpoint
 from callbacks.completions import CompletionsLog
+from callbacks.dynamic_sampling import DynamicSampling
 from callbacks.progress import RunProgress
 from callbacks.random_state import RandomState
 from callbacks.references import ReferenceRollouts
@@ -13,7 +15,9 @@ from callbacks.start_validation import StartValidation
 from callbacks.weight_sync import WeightSync
 
 __all__ = [
+    "Balanced",
     "CompletionsLog",
+    "DynamicSampling",
     "RandomState",
     "ReferenceRollouts",
     "RolloutReplay",

@@ -17,7 +17,8 @@ from datamodules.types import TrainBatch
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves every `every` steps, after the last step, and on Ctrl-C or SIGTERM at the end of the step in progress.
+    """Saves every `every` steps, after the last step, when updates are no longer finite, and on Ctrl-C or SIGTERM at
+    the end of the step in progress.
 
     A checkpoint is written next to its final name, flushed to the disk and renamed. It is taken after all feedback of
     its step, and after the validation that follows it when one is due: a resumed run goes on as if never stopped.
@@ -42,9 +43,9 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         step = batch.step + 1
         last = trainer.global_step >= trainer.max_steps > 0
-        if step % self.every == 0 or last or trainer.received_sigterm:
+        if step % self.every == 0 or last or trainer.received_sigterm or pl_module.diverged:
             self._due = step
-            if not _validation_follows(trainer, batch_idx):
+            if pl_module.diverged or not _validation_follows(trainer, batch_idx):
                 self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:

@@ -23,6 +23,9 @@ _SHOWN_CHARACTERS = 2000
 class CompletionsLog(Callback):
     """Writes `completions/step_*.parquet` and the text of sampled completions with their rewards.
 
+    A file holds every completion that its step trained on, and those of groups that a filter dropped or the batch had
+    no place for: these have no `advantage`. They are as much a record of difficulty as the others.
+
     `dots predict` writes all its completions to `completions/predict.parquet`.
 
     Args:
@@ -41,7 +44,9 @@ class CompletionsLog(Callback):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
         if batch.step % self.every == 0:
-            _write(trainer, f"step_{batch.step:08d}", list(_rows(batch.groups, batch.advantages, batch.step)))
+            untrained = [*batch.dropped, *(group for group in batch.surplus if group.source == "fresh")]
+            rows = [*_rows(batch.groups, batch.advantages, batch.step), *_rows(untrained, [], batch.step)]
+            _write(trainer, f"step_{batch.step:08d}", rows)
             self._show(trainer, "completions/train", batch.groups, batch.step)
 
     def on_validation_batch_end(

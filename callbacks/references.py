@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from app.module import GRPOModule
@@ -39,6 +40,7 @@ class ReferenceRollouts(Callback):
         self._before_first = Ledger()
         self._restored = False
         self._metrics: dict[str, float] = {}
+        self._forecast: np.ndarray | None = None
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -50,7 +52,8 @@ class ReferenceRollouts(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         batch.ledger.add(self._before_first)
         batch.metrics.update(self._metrics)
-        self._before_first, self._metrics = Ledger(), {}
+        batch.reference_forecast = self._forecast
+        self._before_first, self._metrics, self._forecast = Ledger(), {}, None
         offered, self._groups = self._groups, []
         if self.reuse == "discard":
             return
@@ -73,25 +76,35 @@ class ReferenceRollouts(Callback):
         )
         outcomes = Outcomes.of(self._groups, step, "reference")
         with ledger.phase("reference"):
-            self._metrics = _forecast_quality(selector.forecast(), pool.positions(outcomes.prompt_ids), outcomes)
+            forecast = selector.forecast()
+            if forecast is not None:
+                expected = forecast[pool.positions(outcomes.prompt_ids)]
+                self._forecast = np.stack([expected, outcomes.success_rate], axis=1)
+            self._metrics = _reference_metrics(outcomes, self._forecast)
             selector.observe(outcomes)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"groups": pack_groups(self._groups), "metrics": dict(self._metrics)}
+        forecast = None if self._forecast is None else torch.from_numpy(self._forecast.copy())
+        return {"groups": pack_groups(self._groups), "metrics": dict(self._metrics), "forecast": forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._groups = unpack_groups(state_dict["groups"], self._datamodule.pools["train"])
         self._metrics = state_dict["metrics"]
+        forecast = state_dict["forecast"]
+        self._forecast = None if forecast is None else forecast.numpy()
         self._restored = True
 
 
-def _forecast_quality(forecast: np.ndarray | None, positions: np.ndarray, outcomes: Outcomes) -> dict[str, float]:
-    """How well the forecast made before these rollouts met them; a uniform draw, so an unbiased view of the pool."""
+def _reference_metrics(outcomes: Outcomes, forecast: np.ndarray | None) -> dict[str, float]:
+    """What the references showed, and how well the forecast made before (`[K, 2]`, with what was measured) met it.
+
+    A uniform draw, so an unbiased view of the pool.
+    """
     found = {
         "difficulty/reference_success": float(np.mean(outcomes.success_rate)),
         "difficulty/reference_informative_fraction": float(np.mean(outcomes.reward_std > 0)),
     }
     if forecast is not None:
-        found["difficulty/reference_pearson"] = pearson(forecast[positions], outcomes.success_rate)
-        found["difficulty/reference_brier"] = brier(forecast[positions], outcomes.success_rate)
+        found["difficulty/reference_pearson"] = pearson(*forecast.T)
+        found["difficulty/reference_brier"] = brier(*forecast.T)
     return found

@@ -19,8 +19,9 @@ class RolloutReplay(Callback):
     """Rolls out only a fraction of each batch and completes it with stored groups (arXiv 2506.05316, section 4).
 
     The draw comes before the new groups enter, and does not remove what it draws. While the buffer holds too few
-    groups, more fresh prompts are chosen: the batch is never smaller than `data.prompts_per_step`. The objective
-    corrects for the age of replayed tokens by their stored behaviour log-probabilities.
+    groups, more fresh prompts are chosen: the batch is never smaller than `data.prompts_per_step`. Stored groups also
+    take the places that `DynamicSampling` could not fill. The objective corrects for the age of replayed tokens by
+    their stored behaviour log-probabilities.
 
     Args:
         fresh_fraction: share of a batch that is rolled out anew, `delta`.
@@ -50,7 +51,7 @@ class RolloutReplay(Callback):
         return prompts_per_step - max(1, round(self.fresh_fraction * prompts_per_step))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
-        wanted = self._datamodule.prompts_per_step - len(batch.prompts)
+        wanted = max(0, self._datamodule.prompts_per_step - len(batch.groups))
         drawn = self.buffer.draw(wanted, generator(self._datamodule.seed, "replay", batch.step))
         batch.groups.extend(dataclasses.replace(group, source="replay") for group in drawn)
         ages = [batch.step - group.birth_step for group in drawn]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -9,7 +10,23 @@ from lightning.pytorch import Callback, Trainer
 from app.module import GRPOModule
 from callbacks.order import check_order
 from datamodules.errors import UserError
-from datamodules.types import Outcomes, TrainBatch
+from datamodules.selectors import Selector
+from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
+
+
+def roll_fresh(
+    selector: Selector, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]
+) -> list[RolloutGroup]:
+    """Rolls prompts out with the policy of the batch's step and tells the selector what they showed.
+
+    A prompt may be rolled out once in a step: its samples' seeds derive from the step and the prompt.
+    """
+    groups = pl_module.pipeline.roll(
+        prompts, pl_module.sampling, batch.ledger, purpose="train", step=batch.step, source="fresh"
+    )
+    with batch.ledger.phase("select"):
+        selector.observe(Outcomes.of(groups, batch.step, "fresh"))
+    return groups
 
 
 class Rollouts(Callback):
@@ -32,12 +49,7 @@ class Rollouts(Callback):
         selector = trainer.datamodule.selector  # type: ignore[attr-defined]  # Lightning leaves it untyped
         offered = {group.prompt.id for group in batch.groups}
         prompts = [prompt for prompt in batch.prompts if prompt.id not in offered]
-        fresh = pl_module.pipeline.roll(
-            prompts, pl_module.sampling, batch.ledger, purpose="train", step=batch.step, source="fresh"
-        )
-        batch.groups.extend(fresh)
-        with batch.ledger.phase("select"):
-            selector.observe(Outcomes.of(fresh, batch.step, "fresh"))
+        batch.groups.extend(roll_fresh(selector, pl_module, batch, prompts))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0

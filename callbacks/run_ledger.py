@@ -52,7 +52,6 @@ class RunLedger(Callback):
         groups = [group for group in batch.groups if group.completions]
         informative = sum(group.informative for group in groups)
         self.informative_sum += informative / max(1, len(groups))
-        self.total.count("discarded_groups", sum(group.source != "replay" for group in batch.surplus))
         batch.metrics |= self._metrics(batch)
         _log(trainer, batch)
         self._step_started = time.perf_counter()
@@ -105,11 +104,20 @@ class RunLedger(Callback):
         draw_curves(folder, folder / "curves.png")
 
     def summary(self, folder: Path, *, completed: bool) -> dict[str, Any]:
-        """What `summary.json` holds."""
+        """What `summary.json` holds.
+
+        `prompts_rolled_out`, `completions` and `completion_tokens` are of all training rollouts; of these, `discarded`
+        were refused by a filter and `wasted` passed it but were neither needed nor kept; `discarded_groups` is the sum
+        of both.
+        """
         counts = self.total.counts
         seconds = {"total": self._before + time.perf_counter() - self._started}
         seconds |= {phase: self.total.seconds[phase] for phase in PHASES}
         accuracy = self.validations
+
+        def account(purpose: str) -> dict[str, int]:
+            return {name: int(counts[f"{purpose}/{name}"]) for name in ("prompts", "completions", "tokens")}
+
         return {
             "steps": self.steps,
             "prompts_rolled_out": int(counts["train/prompts"]),
@@ -117,9 +125,11 @@ class RunLedger(Callback):
             "completion_tokens": int(counts["train/tokens"]),
             "replayed_groups": int(counts["replayed_groups"]),
             "informative_fraction": self.informative_sum / max(1, self.steps),
-            "reference": {name: int(counts[f"reference/{name}"]) for name in ("prompts", "completions", "tokens")},
-            "validation": {name: int(counts[f"validate/{name}"]) for name in ("prompts", "completions", "tokens")},
-            "discarded_groups": int(counts["discarded_groups"]),
+            "reference": account("reference"),
+            "validation": account("validate"),
+            "discarded": account("discarded"),
+            "wasted": account("wasted"),
+            "discarded_groups": int(counts["discarded/prompts"] + counts["wasted/prompts"]),
             "failed_rewards": int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
             "val": {"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
             "seconds": {name: round(value, 3) for name, value in seconds.items()},

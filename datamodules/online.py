@@ -14,7 +14,7 @@ from datamodules.pool import PromptPool
 from datamodules.prompts import PromptSource, hold_out, split_pool
 from datamodules.seeding import derive_seed, run_seed
 from datamodules.selectors import SelectionContext, Selector, Uniform
-from datamodules.types import TrainBatch
+from datamodules.types import Prompt, TrainBatch
 
 _ENDLESS = 10**9
 
@@ -130,15 +130,25 @@ class OnlinePromptDataModule(LightningDataModule):
 
     def next_batch(self, step: int) -> TrainBatch:
         """The batch of a step: `fresh_prompts` prompts chosen now, with what the selector expects of them."""
-        pool = self.pools["train"]
         batch = TrainBatch(step, ())
-        with batch.ledger.phase("select"):
-            chosen = self.selector.choose(self.fresh_prompts) if self.fresh_prompts else []
-            positions = pool.positions(chosen)
-            forecast = self.selector.forecast()
-            batch.prompts = tuple(pool[index] for index in positions)
-            batch.forecast = None if forecast is None else forecast[positions]
+        if self.fresh_prompts:
+            self._choose(batch, self.fresh_prompts, refill=False)
         return batch
+
+    def add_prompts(self, batch: TrainBatch, n: int) -> tuple[Prompt, ...]:
+        """Adds `n` more prompts to a batch that has begun, fewer when the pool holds no others, and returns them."""
+        return self._choose(batch, n, refill=True)
+
+    def _choose(self, batch: TrainBatch, n: int, *, refill: bool) -> tuple[Prompt, ...]:
+        pool = self.pools["train"]
+        with batch.ledger.phase("select"):
+            positions = pool.positions(self.selector.choose(n, refill=refill))
+            forecast = self.selector.forecast()
+            if forecast is not None and not refill:
+                batch.pool_forecast = forecast.copy()
+            prompts = tuple(pool[index] for index in positions)
+            batch.add_prompts(prompts, None if forecast is None else forecast[positions])
+        return prompts
 
     def train_dataloader(self) -> OnlineLoader:
         return OnlineLoader(self)

@@ -33,6 +33,9 @@ ANSWERS = (
 REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """What a reward function is called with beside the columns: a column of that name cannot be handed to it."""
 
+SUBSET_ID = "dots_id"
+"""The column in which a file that we wrote keeps the ids of its prompts. None of its rows is empty."""
+
 Row = Mapping[str, Any]
 
 
@@ -92,7 +95,8 @@ class Schema:
         `answer`, `solution` and `ground_truth` all hold it, except where the data has such a column of its own. A
         worked solution that stood in the `answer` column is moved to `rationale`.
         """
-        columns = {name: row[name] for name in row if name != self.prompt and name not in REWARD_ARGUMENTS}
+        hidden = REWARD_ARGUMENTS | {self.prompt, SUBSET_ID}
+        columns = {name: row[name] for name in row if name not in hidden}
         _fill(columns, "question", question)
         answer = self.answer_of(row)
         if answer is None:
@@ -129,13 +133,14 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
         found, accepted = ", ".join(map(repr, columns)), ", ".join(map(repr, PROMPTS))
         raise UserError(f"{source} has no prompt column: found {found}; accepted {accepted}, or name it: prompt_column")
     answer = overrides.answer_column or _first_present(ANSWERS, probe, besides=prompt)
-    index = None if overrides.id_column else _first_present(("extra_info.index",), probe)
+    index = None if overrides.id_column else _first_present((SUBSET_ID, "extra_info.index"), probe)
     return Schema(
         prompt=prompt,
         answer=answer,
         answer_format=_format(answer, probe, overrides),
         id=overrides.id_column or index or ("id" if "id" in columns else None),
         id_is_index=bool(overrides.id_column or index),
+        answer_required=SUBSET_ID not in columns,
     )
 
 

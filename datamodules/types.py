@@ -108,28 +108,58 @@ class TrainBatch:
 
     Attributes:
         step: steps begun before this one; validation batches carry the batch's position instead.
-        prompts: to be rolled out: `B` of them, fewer when replayed groups will complete the batch.
+        prompts: to be rolled out: `B` of them, fewer when replayed groups will complete the batch; prompts chosen to
+            replace dropped groups follow behind.
         groups: what is trained on (or measured), in a fixed order.
         forecast: float64 `[len(prompts)]`: success rate that the selector expected of each prompt before its rollouts;
-            None where it makes no forecast.
+            None where it makes no forecast, NaN for prompts chosen before it could make one.
+        pool_forecast: float64 `[Q]`: what it expected of every prompt of the pool before the step's first rollout, or
+            None.
+        reference_forecast: float64 `[K, 2]`: success rate expected and then measured of the reference prompts rolled
+            out since the step before; None where there were none, or no forecast.
         surplus: on-policy groups that were generated but will not be trained on in this step; a replay callback may
             keep them.
+        dropped: on-policy groups that a filter refused: neither trained on nor kept.
         advantages: float32 `[G]` per group, filled by the training step.
         metrics: scalars to be logged with this step, by their full name.
         ledger: seconds and counts of this step.
     """
 
-    __slots__ = ("advantages", "forecast", "groups", "ledger", "metrics", "prompts", "step", "surplus")
+    __slots__ = (
+        "advantages",
+        "dropped",
+        "forecast",
+        "groups",
+        "ledger",
+        "metrics",
+        "pool_forecast",
+        "prompts",
+        "reference_forecast",
+        "step",
+        "surplus",
+    )
 
     def __init__(self, step: int, prompts: Sequence[Prompt], forecast: np.ndarray | None = None) -> None:
         self.step = step
         self.prompts = tuple(prompts)
         self.groups: list[RolloutGroup] = []
         self.surplus: list[RolloutGroup] = []
+        self.dropped: list[RolloutGroup] = []
         self.forecast = forecast
+        self.pool_forecast: np.ndarray | None = None
+        self.reference_forecast: np.ndarray | None = None
         self.advantages: list[np.ndarray] = []
         self.metrics: dict[str, float] = {}
         self.ledger = Ledger()
+
+    def add_prompts(self, prompts: Sequence[Prompt], forecast: np.ndarray | None) -> None:
+        """Appends prompts and what is expected of them (float64 `[len(prompts)]`, None for no forecast)."""
+        if self.forecast is not None or forecast is not None:
+            parts = ((self.prompts, self.forecast), (prompts, forecast))
+            self.forecast = np.concatenate(
+                [np.full(len(asked), np.nan) if expected is None else expected for asked, expected in parts]
+            )
+        self.prompts = (*self.prompts, *prompts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

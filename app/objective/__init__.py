@@ -3,11 +3,12 @@
 A mini-batch passes through the files in this order:
 
 1. `advantages`: rewards `[N]` of groups -> one advantage per completion.
-2. `surrogate.token_weights`: lengths `[N]` -> what each completion token counts in the loss.
+2. `weights`: lengths `[N]` -> what each completion token counts in the loss.
 3. `packing`: prompts and completions -> token-budget micro-batches; each is a padded rectangle for the model and flat
    per-token tensors for everything else.
 4. `logprobs`: hidden states at the predicting positions -> log-probability and entropy of every completion token.
 5. `surrogate.policy_loss`: -> a weighted sum over tokens, to be added up over micro-batches, and `statistics` of it.
+   `options` says which loss; `ratios`, `forms` and `kl` are its parts.
 
 Legend, beyond the project's letters (`datamodules.types`):
 

@@ -20,6 +20,8 @@ SUMS = (
     "entropy_tokens",
     "kl",
     "kl_tokens",
+    "capped",
+    "capped_tokens",
 )
 MAXIMA = ("ratio", "importance", "minus_importance", "logp_difference")
 
@@ -51,6 +53,8 @@ class Statistics:
         `policy/ratio_*` is the clipped ratio (`w`, or `rho` when the clip is centred on the behaviour policy),
         `policy/approx_kl` the k3 estimate of KL(pi_old || pi), `sampling/importance_sampling_ratio/*` the importance
         weight as used, and `sampling/effective_sample_fraction` its `(sum x)^2 / (T sum x^2)`, 1 on policy.
+        `clip_ratio/*` is 0 where the form has no clip range; `clip_ratio/capped_mean` is there where the form has a
+        second bound (CISPO's cap, dual clip's).
         """
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
@@ -72,9 +76,9 @@ class Statistics:
             "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
             "sampling/sampling_logp_difference/max": maxima["logp_difference"],
         }
-        for name in ("entropy", "kl"):
+        for name, metric in (("entropy", "entropy"), ("kl", "kl"), ("capped", "clip_ratio/capped_mean")):
             if sums[f"{name}_tokens"]:
-                metrics[name] = sums[name] / sums[f"{name}_tokens"]
+                metrics[metric] = sums[name] / sums[f"{name}_tokens"]
         return metrics
 
 
@@ -89,6 +93,7 @@ class TokenTerms:
         logp_difference: `|log pi_old - log mu|`: how far the policy is from the one that sampled.
         clipped_low: bool: `ratio` below the clip range and the advantage negative, so that no gradient flows.
         clipped_high: bool: `ratio` above the clip range and the advantage positive.
+        capped: bool: `ratio` beyond the form's second bound, where it has one (`forms.capped_tokens`).
         entropy: of the policy at the token, where it was computed.
         kl: estimate of KL(pi || ref), where there is a reference.
     """
@@ -99,6 +104,7 @@ class TokenTerms:
     logp_difference: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
+    capped: Tensor | None = None
     entropy: Tensor | None = None
     kl: Tensor | None = None
 
@@ -113,6 +119,7 @@ class TokenTerms:
         if not ratio.numel():
             return Statistics.empty(ratio.device)
         log_update, entropy, kl = chosen(self.log_update), chosen(self.entropy), chosen(self.kl)
+        capped = chosen(self.capped)
         sums = [
             torch.ones_like(ratio).sum(),
             chosen(self.clipped_low).sum(),
@@ -126,6 +133,8 @@ class TokenTerms:
             torch.ones_like(entropy).sum(),
             kl.sum(),
             torch.ones_like(kl).sum(),
+            capped.sum(),
+            torch.ones_like(capped).sum(),
         ]
         maxima = [ratio.amax(), importance.amax(), -importance.amin(), difference.amax()]
         return Statistics(torch.stack(sums), torch.stack(maxima))

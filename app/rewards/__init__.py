@@ -5,6 +5,7 @@ from app.rewards.formatting import Format
 from app.rewards.function import Function
 from app.rewards.math import Math
 from app.rewards.numeric import Exact, Numeric
+from app.rewards.overlong import SoftOverlong
 from app.rewards.procedural import Procedural
 from app.rewards.scorer import RewardScorer, ScoreResult
 from app.rewards.task import TrainerState
@@ -21,6 +22,7 @@ __all__ = [
     "RewardScorer",
     "RewardWorkers",
     "ScoreResult",
+    "SoftOverlong",
     "TrainerState",
     "WorkerOptions",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from app.rewards.answers import AnswerSpan, plain, text_of
 from app.rewards.base import Reward
+from datamodules import exact_json
 from datamodules.errors import UserError, nearest
 from datamodules.types import Messages
 
@@ -83,7 +83,7 @@ class Procedural(Reward):
 def _entry(columns: dict[str, Any], row: int) -> dict[str, Any]:
     """One item as reasoning-gym generated it; parquet and JSON have turned its lists into arrays or text."""
     metadata = columns["metadata"][row]
-    metadata = json.loads(metadata) if isinstance(metadata, str) else plain(metadata)
+    metadata = exact_json.loads(metadata) if isinstance(metadata, str) else plain(metadata)
     if not isinstance(metadata, dict):
         raise UserError(f"metadata={metadata!r}: expected an object with the key 'source_dataset'")
     if "source_dataset" not in metadata and "source_dataset" in columns:

@@ -14,7 +14,15 @@ Curve = tuple[list[int], list[float]]
 _PANELS = (
     ("Accuracy", ("val/accuracy", "val/pass@4"), (0.0, 1.0)),
     ("Reward", ("reward", "selection/mean_success"), (0.0, 1.0)),
-    ("What teaches", ("selection/informative_fraction", "selection/fresh_informative_fraction"), (0.0, 1.0)),
+    (
+        "What teaches",
+        (
+            "selection/informative_fraction",
+            "selection/fresh_informative_fraction",
+            "selection/uniform_informative_measured",
+        ),
+        (0.0, 1.0),
+    ),
     ("Forecast quality", ("difficulty/reference_pearson", "selection/forecast_brier"), (-0.2, 1.0)),
     ("Replay", ("replay/age_mean", "replay/age_max"), None),
     ("Completion length", ("completions/mean_length", "completions/max_length"), None),

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from datamodules.difficulty.adapters import InputScale, KernelScore, mlp_adapter
 from datamodules.difficulty.cache import cached_matrix, content_key
 from datamodules.difficulty.calibration import BOUNDS, CalibrationName
 from datamodules.difficulty.heads import make_head
@@ -29,14 +30,21 @@ class PredictorConfig:
     Attributes:
         in_features: components `E` of the embeddings that it reads.
         width: hidden and output width `D` of the adapters.
+        depth: linear layers of an adapter.
         dropout: dropout probability in the adapters, in training.
+        input_dropout: dropout probability of embedding components, in training.
+        centres: 0 for DOTS' adapters; else both adapters are the score of a kernel ridge regression with so many
+            training questions, beside `width - 1` principal components of the text.
         calibration: head trained with it.
-        encoder: text encoder of its embeddings (folder or hub name); None for the policy's own initial weights.
+        encoder: text encoder of its embeddings (see `encoders.py`); None for the policy's own initial weights.
     """
 
     in_features: int
     width: int = 896
+    depth: int = 3
     dropout: float = 0.1
+    input_dropout: float = 0.0
+    centres: int = 0
     calibration: CalibrationName = "group_logit_temperature"
     encoder: str | None = None
 
@@ -51,14 +59,18 @@ class AttentionPredictor(nn.Module):
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.config = config
-        self.query = _adapter(config)
-        self.reference = _adapter(config)
+        self.inputs = InputScale(config.in_features, config.input_dropout)
+        self.query, self.reference = _adapter(config), _adapter(config)
         self.head = make_head(config.calibration)
 
     def base(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
         """Uncalibrated success rates `[N]` from embeddings `[N, E]`, `[K, E]` and the references' rates `[K]`."""
-        logits = self.query(queries) @ self.reference(references).T / self.config.width**0.5
-        return torch.softmax(logits, dim=-1) @ rates
+        return self.weights(queries, references) @ rates
+
+    def weights(self, queries: Tensor, references: Tensor) -> Tensor:
+        """`[N, K]`: what each reference counts for each query; rows sum to one."""
+        keys = self.reference(self.inputs(references))
+        return torch.softmax(self.query(self.inputs(queries)) @ keys.T / self.config.width**0.5, dim=-1)
 
     def forward(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
         """Calibrated success rates `[N]`; arguments as in `base`."""
@@ -117,13 +129,13 @@ class AttentionSpace:
             cache_dir.expanduser() / "embeddings" / f"{content_key('attention', predictor.fingerprint(), key)}.npy",
             rows=len(embeddings),
             width=lambda: config.width,
-            fill=lambda out: _adapt(predictor.query, embeddings, out),
+            fill=lambda out: _adapt(predictor, predictor.query, embeddings, out),
         )
 
     def keys(self, positions: np.ndarray) -> np.ndarray:
         """`[K, D]` reference vectors `z_i`."""
         out = np.empty((len(positions), self.predictor.config.width), dtype=np.float32)
-        _adapt(self.predictor.reference, self.embeddings[positions], out)
+        _adapt(self.predictor, self.predictor.reference, self.embeddings[positions], out)
         return out
 
     def scale(self, similarity: np.ndarray, rates: np.ndarray) -> float:
@@ -131,23 +143,14 @@ class AttentionSpace:
         return float(self.predictor.config.width**-0.5)
 
 
-def _adapter(config: PredictorConfig) -> nn.Sequential:
-    width = config.width
-    return nn.Sequential(
-        nn.LayerNorm(config.in_features),
-        nn.Linear(config.in_features, width),
-        nn.GELU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(width, width),
-        nn.GELU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(width, width),
-        nn.LayerNorm(width),
-    )
+def _adapter(config: PredictorConfig) -> nn.Module:
+    if config.centres:
+        return KernelScore(config.centres, config.in_features, config.width)
+    return mlp_adapter(config.in_features, config.width, config.depth, config.dropout)
 
 
 @torch.inference_mode()
-def _adapt(adapter: nn.Module, embeddings: np.ndarray, out: np.ndarray) -> None:
+def _adapt(predictor: AttentionPredictor, adapter: nn.Module, embeddings: np.ndarray, out: np.ndarray) -> None:
     for start in range(0, len(embeddings), CHUNK):
         chunk = torch.from_numpy(np.array(embeddings[start : start + CHUNK], dtype=np.float32))
-        out[start : start + CHUNK] = adapter(chunk).numpy()
+        out[start : start + CHUNK] = adapter(predictor.inputs(chunk)).numpy()

@@ -33,10 +33,14 @@ class TextEncoder:
         name: folder or hub name of any Hugging Face model (of a causal LM the language-model head is left out), or a
             sentence-transformers folder.
         device: where it runs, e.g. "cuda:0"; chosen when None.
+        layer: states taken after so many layers (0: the token embeddings), before any last normalisation; None for the
+            model's output. Of a language model the middle layers tell more about a text than the last one, which is
+            about the next token.
     """
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(self, name: str, device: str | None = None, layer: int | None = None) -> None:
         self.folder = _locate(name)
+        self.layer = layer
         self.recipe: PoolingRecipe = read_recipe(self.folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -79,7 +83,7 @@ class TextEncoder:
         for row, ids in enumerate(tokens):
             padded[row, : len(ids)] = torch.tensor(ids)
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        states = self._model(input_ids=padded.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        states = self._states(padded.to(self.device), mask.to(self.device))
         vectors = pool(states.float(), lengths.to(self.device), self.recipe.pooling)
         if self.recipe.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
@@ -88,6 +92,17 @@ class TextEncoder:
                 f"encoder {self.folder} gives infinite or NaN vectors, expected finite ones: use other weights"
             )
         return vectors.cpu().numpy()
+
+    def _states(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.layer is None:
+            return self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        if not 0 <= self.layer < len(states):
+            raise UserError(
+                f"layer {self.layer} of encoder {self.folder}, which has {len(states) - 1} layers: name one from 0 to "
+                f"{len(states) - 1}"
+            )
+        return states[self.layer]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         texts = [self.recipe.prefix + text for text in texts]
@@ -98,7 +113,8 @@ class TextEncoder:
     def _settings(self) -> tuple[Any, ...]:
         recipe = self.recipe
         # Reduced-precision weights run as they are on an accelerator only, so the kind of device is part of the result.
-        return recipe.pooling, recipe.normalize, recipe.max_length, recipe.prefix, recipe.lower, self.device.type
+        settings = recipe.pooling, recipe.normalize, recipe.max_length, recipe.prefix, recipe.lower, self.device.type
+        return settings if self.layer is None else (*settings, self.layer)
 
     @cached_property
     def _max_length(self) -> int:

@@ -1,7 +1,28 @@
 """Selection methods, one file each."""
 
-from datamodules.selectors.base import SelectionContext, Selector
+from datamodules.selectors.base import Ranker, SelectionContext, Selector
+from datamodules.selectors.composed import Composed
 from datamodules.selectors.dots import Dots
+from datamodules.selectors.dps import Dps
+from datamodules.selectors.filters import Filter
+from datamodules.selectors.greso import Greso, ZeroVarianceSkip
+from datamodules.selectors.mopps import Mopps
+from datamodules.selectors.pools import Pools
+from datamodules.selectors.posterior import Posterior
 from datamodules.selectors.uniform import Uniform
 
-__all__ = ["Dots", "SelectionContext", "Selector", "Uniform"]
+__all__ = [
+    "Composed",
+    "Dots",
+    "Dps",
+    "Filter",
+    "Greso",
+    "Mopps",
+    "Pools",
+    "Posterior",
+    "Ranker",
+    "SelectionContext",
+    "Selector",
+    "Uniform",
+    "ZeroVarianceSkip",
+]

@@ -10,18 +10,18 @@ import torch
 
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace
 from datamodules.difficulty.calibration import BOUNDS, CalibrationName
-from datamodules.difficulty.embeddings import TextEncoder, embed_questions
+from datamodules.difficulty.encoders import embed_with
 from datamodules.difficulty.forecaster import Forecast, Space, predict
 from datamodules.difficulty.heads import CalibrationHead
 from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError, nearest
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import SelectionContext, Selector
-from datamodules.selectors.sampling import gumbel_top_k
+from datamodules.selectors.base import Ranker, SelectionContext
+from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
 
 
-class Dots(Selector):
+class Dots(Ranker):
     """Draws prompts with P(q) ~ exp(-|p_hat_q - alpha| / tau) without replacement.
 
     `p_hat` comes from the measured success rates of the latest reference set: by a trained attention predictor, or,
@@ -82,7 +82,7 @@ class Dots(Selector):
         name = self.encoder or (trained and trained.config.encoder) or context.policy_path
         if name is None:
             raise UserError("selectors.Dots got no text encoder, expected a model folder or hub name: set `encoder`")
-        embeddings, key = embed_questions(pool.questions, TextEncoder(name), context.cache_dir)
+        embeddings, key = embed_with(name, pool.questions, context.cache_dir)
         if trained is None:
             self._space = KernelSpace(embeddings, key, context.cache_dir)
             return
@@ -90,12 +90,11 @@ class Dots(Selector):
         if self.calibration in (None, trained.config.calibration):
             self._head = trained.head
 
-    def select(self, n: int) -> np.ndarray:
-        rng = self.draw_generator()
+    def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
         expected = self.forecast()
         if expected is None:
-            return rng.choice(len(self.pool), size=n, replace=False)
-        return gumbel_top_k(-np.abs(expected - self.alpha) / self.tau, n, rng)
+            return np.zeros(len(self.pool))
+        return gumbel(-np.abs(expected - self.alpha) / self.tau, rng)
 
     def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
         if len(positions) == 0:

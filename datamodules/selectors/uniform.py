@@ -8,60 +8,48 @@ import numpy as np
 import torch
 
 from datamodules.pool import PromptPool
-from datamodules.seeding import generator
-from datamodules.selectors.base import SelectionContext, Selector
+from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
+from datamodules.selectors.passes import Passes
 
 
-class Uniform(Selector):
+class Uniform(Ranker):
     """Every prompt once per pass over the pool, in an order reshuffled for each pass.
 
     A choice that crosses the border of two passes takes what is left of the first; its own prompts come later in the
     second pass, so a choice never holds a prompt twice and every pass still covers the pool exactly. The order of a
-    pass depends on (run seed, pass) only: reference draws do not change it.
+    pass depends on (run seed, pass) only: reference draws do not change it. A prompt that a filter refuses has had its
+    turn in the pass; one that is excluded or rests keeps it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoch = 0
-        self._position = 0
-        self._deferred = np.empty(0, dtype=np.int64)
-        self._head = 0
-        self._order = np.empty(0, dtype=np.int64)
+        self._turns = NOBODY
+        """int64 `[Q]`: passes in which each prompt has had its turn."""
+        self._passes: Passes | None = None
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
-        self._order = self._ordered()
+        self._turns = np.zeros(len(pool), dtype=np.int64)
+        self._passes = Passes(context.seed, type(self).__name__, len(pool))
 
-    def select(self, n: int) -> np.ndarray:
-        chosen = self._order[self._position : self._position + n]
-        self._position += len(chosen)
-        if len(chosen) == n:
-            return chosen
-        self._epoch, self._position = self._epoch + 1, n - len(chosen)
-        self._deferred, self._head = chosen, self._position
-        self._order = self._ordered()
-        return np.concatenate([chosen, self._order[: self._position]])
+    def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        if self._passes is None:
+            raise RuntimeError("Uniform is used before setup()")
+        place = np.empty(len(self.pool))
+        for number in range(int(self._turns.min()), int(self._turns.max()) + 1):
+            now = self._turns == number
+            place[now] = number * len(self.pool) + self._passes.ranks(number)[now]
+        return -place
 
-    def _ordered(self) -> np.ndarray:
-        """This pass's order: none of `_deferred` among its first `_head` prompts."""
-        rng = generator(self.context.seed, type(self).__name__, "pass", self._epoch)
-        order = rng.permutation(len(self.pool))
-        allowed = order[~np.isin(order, self._deferred)][: self._head]
-        return np.concatenate([allowed, order[~np.isin(order, allowed)]])
+    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NOBODY) -> None:
+        self._turns[np.union1d(chosen, passed_over)] += 1
 
     def metrics(self) -> dict[str, float]:
-        return {"selection/pool_epoch": self._epoch + self._position / len(self.pool)}
+        return {"selection/pool_epoch": float(self._turns.mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "epoch": self._epoch,
-            "position": self._position,
-            "deferred": torch.from_numpy(self._deferred.copy()),
-            "head": self._head,
-        }
+        return super().state_dict() | {"turns": torch.from_numpy(self._turns.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._epoch, self._position, self._head = state["epoch"], state["position"], state["head"]
-        self._deferred = state["deferred"].numpy()
-        self._order = self._ordered()
+        self._turns = state["turns"].numpy().copy()

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from app.objective.advantages import group_advantages
+from app.objective.advantages import decoupled_advantages, group_advantages
 from datamodules.errors import UserError
 
 
@@ -68,3 +68,60 @@ def test_wrong_input_is_refused() -> None:
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "grup")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 1, 0, 0 minus the mean of the others: 1 - 0, 0 - 1/2, 0 - 1/2; a group of one and an equal group stay 0.
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.7, 0.1, 0.1], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    found = group_advantages(rewards, groups, "none", "leave_one_out")
+    torch.testing.assert_close(found, torch.tensor([1.0, -0.5, -0.5, 0, 0, 0], dtype=torch.float64))
+    # The spread that divides is the group's own, sqrt(1/3), not that of the enlarged differences.
+    found = group_advantages(rewards, groups, "group", "leave_one_out")
+    assert found[0].item() == pytest.approx(1 / ((1 / 3) ** 0.5 + 1e-6))
+
+
+def test_rewards_normalised_apart_by_hand() -> None:
+    # Two groups of two. Correctness differs in the first only, brevity (a hundredth as large) in the second only; a
+    # pair's deviations over its unbiased spread are +-1/sqrt(2) whatever its size.
+    components = torch.tensor([[1.0, 0.02], [0.0, 0.02], [0.0, 0.01], [0.0, 0.02]], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 1, 1])
+    weights = torch.tensor([1.0, 0.5])
+    apart = decoupled_advantages(components, weights, groups, "group")
+    half = 0.5**0.5
+    torch.testing.assert_close(
+        apart, torch.tensor([half, -half, -half / 2, half / 2], dtype=torch.float64), rtol=2e-4, atol=0
+    )
+    # The batch's unbiased deviation of these four: sqrt((2 (1/2) + 2 (1/8)) / 3) = sqrt(5/12).
+    whole = decoupled_advantages(components, weights, groups, "batch")
+    torch.testing.assert_close(whole, apart / (5 / 12) ** 0.5, rtol=2e-4, atol=0)
+
+
+def test_a_reward_that_does_not_apply_takes_no_part() -> None:
+    nan = float("nan")
+    components = torch.tensor([[1.0, nan], [0.0, 1.0], [0.5, 0.0], [0.5, nan]], dtype=torch.float64)
+    groups = torch.zeros(4, dtype=torch.int64)
+    found = decoupled_advantages(components, torch.tensor([1.0, 1.0]), groups, "group")
+    first = group_advantages(components[:, 0], groups)
+    second = group_advantages(components[1:3, 1], groups[:2])
+    torch.testing.assert_close(found, first + torch.cat([torch.zeros(1), second, torch.zeros(1)]))
+    assert not torch.isnan(found).any()
+
+
+def test_equal_components_are_exactly_zero() -> None:
+    components = torch.tensor([[0.1, 0.3]] * 7 + [[0.0, 1.0], [1.0, 0.0]])
+    groups = torch.tensor([0] * 7 + [1, 1])
+    found = decoupled_advantages(components, torch.tensor([1.0, 2.0]), groups, "batch")
+    assert found[:7].tolist() == [0.0] * 7
+    # Their sums are equal with equal weights, and a sum would teach nothing; apart they do.
+    assert found[7] > 0 > found[8]
+
+
+def test_wrong_components_are_refused() -> None:
+    zeros, groups = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"advantage_scale='none'.*nothing would be normalised"):
+        decoupled_advantages(zeros, torch.ones(2), groups, "none")
+    with pytest.raises(ValueError, match=r"expected \[N, R\], \[R\] and \[N\]"):
+        decoupled_advantages(zeros, torch.ones(3), groups)
+    with pytest.raises(UserError, match=r"baseline='leave-one-out'.*did you mean 'leave_one_out'\?"):
+        group_advantages(torch.zeros(2), groups, "none", "leave-one-out")  # type: ignore[arg-type]

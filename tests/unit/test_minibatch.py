@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from datamodules.seeding import generator
 from tests.unit.builders import group, prompt
 
 
-def make(groups, *, parts=1, aggregation="token", keep=False):
+def make(groups, *, parts=1, aggregation="token", keep=False, mask=False):
     return minibatches(
         groups,
         advantages_of(groups, "group"),
@@ -19,6 +21,7 @@ def make(groups, *, parts=1, aggregation="token", keep=False):
         aggregation=aggregation,
         max_completion_length=10,
         keep_zero_advantage=keep,
+        mask_truncated=mask,
     )
 
 
@@ -51,3 +54,42 @@ def test_every_group_goes_whole_into_one_mini_batch():
     # Two groups of 1 + 2 + 3 tokens: each token of a mini-batch weighs 1/12.
     weights = {sequence.weight for part in parts for sequence in part.sequences}
     assert [pytest.approx(1 / 12)] == list(weights)
+
+
+def test_completions_are_named_as_in_the_files_of_completions():
+    (part,) = make([group(prompt(0), [1, 1, 1]), group(prompt(1, "x/7"), [0, 0, 1])])
+    assert [str(one) for one in part.ids] == ["x/7[0]", "x/7[1]", "x/7[2]"]
+    assert len(part.sequences) == 3
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [
+        # Lengths 1, 2, 3, 1; the second and the third were cut.
+        ("token", [1 / 2, 1 / 2]),
+        ("sequence", [1 / 2, 1 / 2]),
+        ("constant", [1 / 20, 1 / 20]),
+    ],
+)
+def test_cut_completions_count_nothing_in_the_loss(aggregation, weights):
+    one = group(prompt(0), [0, 1, 1, 1])
+    cut = tuple(
+        dataclasses.replace(completion, finish_reason="length") if index in (1, 2) else completion
+        for index, completion in enumerate(one.completions)
+    )
+    one = dataclasses.replace(one, completions=cut)
+    (part,) = make([one], aggregation=aggregation, mask=True)
+    assert part.tokens == 2
+    assert [sequence.weight for sequence in part.sequences] == pytest.approx(weights)
+    # Their rewards still make the baseline: mean 3/4, deviation 1/2.
+    assert [sequence.advantage for sequence in part.sequences] == pytest.approx([-1.5, 0.5], rel=1e-5)
+    assert make([one], aggregation=aggregation)[0].tokens == 7
+
+
+def test_rewards_apart_use_the_weights_by_name():
+    one = group(prompt(0), [0.0, 1.0, 1.0])
+    one = dataclasses.replace(
+        one, components={"a": np.float32([0, 1, 2]), "b": np.float32([1, 1, 1]), "unused": np.float32([9, 0, 0])}
+    )
+    (found,) = advantages_of([one], "group", apart={"b": 3.0, "a": 2.0})
+    np.testing.assert_allclose(found, [-2, 0, 2], rtol=1e-5)

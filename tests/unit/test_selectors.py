@@ -1,7 +1,6 @@
 """Selection: the draw's distribution by enumeration, passes, restoring, and the recorded pass rates."""
 
 import importlib.util
-import io
 import json
 from itertools import permutations
 from pathlib import Path
@@ -12,43 +11,16 @@ import torch
 
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.errors import UserError
-from datamodules.pool import PromptPool
 from datamodules.selectors import Dots, SelectionContext, Uniform
-from datamodules.selectors.sampling import gumbel_top_k
-from datamodules.types import Outcomes
+from datamodules.selectors.sampling import gumbel, top_k
+from tests.unit.selector_builders import outcomes, pool_of, random_embeddings, saved_and_loaded
 
 SIZE, WIDTH = 60, 6
 
 
-def pool_of(questions):
-    return PromptPool([], [f"p{i}" for i in range(len(questions))], questions)
-
-
-def outcomes(positions, rates, source, step=0):
-    return Outcomes(
-        step,
-        [f"p{i}" for i in positions],
-        np.asarray(rates, float),
-        np.full(len(rates), 8),
-        source,
-        np.zeros(len(rates)),
-    )
-
-
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.fixture
 def embeddings(monkeypatch):
-    """Random vectors in the encoder's place: what an encoder gives is tested with the encoder."""
-    vectors = np.random.default_rng(0).normal(size=(SIZE, WIDTH)).astype(np.float32)
-    monkeypatch.setattr("datamodules.selectors.dots.TextEncoder", lambda name: name)
-    monkeypatch.setattr("datamodules.selectors.dots.embed_questions", lambda *_: (vectors, "key"))
-    return vectors
+    return random_embeddings(monkeypatch, SIZE, WIDTH)
 
 
 @pytest.fixture
@@ -61,12 +33,12 @@ def ready(selector, context):
     return selector
 
 
-def test_gumbel_top_k_has_the_sequential_distribution():
+def test_gumbel_has_the_sequential_distribution():
     logits, draws = np.array([0.0, 1.0, -0.5, 0.7]), 40000
     rng = np.random.default_rng(0)
     counts: dict[tuple[int, ...], int] = {}
     for _ in range(draws):
-        order = tuple(int(i) for i in gumbel_top_k(logits, 2, rng))
+        order = tuple(int(i) for i in top_k(gumbel(logits, rng), 2, rng))
         counts[order] = counts.get(order, 0) + 1
     weights = np.exp(logits)
     expected = {
@@ -77,10 +49,11 @@ def test_gumbel_top_k_has_the_sequential_distribution():
     assert chi_square < 31.3  # 0.1% point at 11 degrees of freedom
 
 
-def test_gumbel_top_k_does_not_underflow():
+def test_gumbel_does_not_underflow():
     logits = -np.arange(10.0) * 500
-    assert gumbel_top_k(logits, 10, np.random.default_rng(0)).tolist() == list(range(10))
-    assert gumbel_top_k(logits, 0, np.random.default_rng(0)).tolist() == []
+    rng = np.random.default_rng(0)
+    assert top_k(gumbel(logits, rng), 10, rng).tolist() == list(range(10))
+    assert top_k(gumbel(logits, rng), 0, rng).tolist() == []
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 59, 60])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.objective.kl import kl_estimate
 from app.objective.statistics import Statistics
-from app.objective.surrogate import PolicyLoss, SurrogateOptions, kl_estimate, policy_loss, token_weights
+from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.objective.weights import token_weights
 from datamodules.errors import UserError
 
 F64 = torch.float64

@@ -1,0 +1,68 @@
+"""Pictures of a selection: what was kept, against what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_BINS = 40
+
+
+def learnalign_figure(success_rate: np.ndarray, score: np.ndarray, kept: np.ndarray) -> Figure:
+    """Scores by rank, scores against success rates, and the success rates of what was kept.
+
+    Args:
+        success_rate: float64 `[Q]`.
+        score: float64 `[Q]`.
+        kept: bool `[Q]`.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        ranked, scattered, rates = figure.subplots(1, 3)
+        _draw_ranked(ranked, score, kept)
+        scattered.set_title("Score against success", loc="left", fontweight="bold")
+        # Rates are multiples of 1/G: a fixed pattern tells their dots apart.
+        spread = 0.03 * ((np.arange(len(score)) * 0.6180339887) % 1.0 - 0.5)
+        for chosen, label, color in ((~kept, "left out", "tab:gray"), (kept, "kept", "tab:blue")):
+            scattered.scatter((success_rate + spread)[chosen], score[chosen], s=6, alpha=0.5, color=color, label=label)
+        scattered.set(xlabel="success rate", ylabel="score")
+        scattered.legend(frameon=False)
+        _draw_histogram(rates, "Success of the kept", success_rate, kept, "success rate", np.linspace(0, 1, 18))
+    return figure
+
+
+def ufo_figure(confidence: np.ndarray, kept: np.ndarray) -> Figure:
+    """The confidences of the pool and those of what was kept; `[Q]` each."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        known = confidence[np.isfinite(confidence)]
+        edges = np.histogram_bin_edges(known, bins=_BINS)
+        _draw_histogram(figure.subplots(), "Confidence", confidence, kept, "mean token log-probability (nats)", edges)
+    return figure
+
+
+def _draw_ranked(axes: Axes, score: np.ndarray, kept: np.ndarray) -> None:
+    axes.set_title("Scores by rank", loc="left", fontweight="bold")
+    axes.plot(np.sort(score)[::-1], color="tab:gray", linewidth=1.5)
+    axes.axvline(int(kept.sum()) - 0.5, color="tab:blue", linewidth=1, label=f"{int(kept.sum())} kept")
+    axes.set(xlabel="rank", ylabel="score")
+    axes.legend(frameon=False)
+
+
+def _draw_histogram(
+    axes: Axes, title: str, values: np.ndarray, kept: np.ndarray, label: str, edges: np.ndarray
+) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.hist(
+        values[np.isfinite(values)], bins=edges.tolist(), color="tab:gray", alpha=0.5, label=f"pool ({len(values)})"
+    )
+    axes.hist(
+        values[kept & np.isfinite(values)], bins=edges.tolist(), color="tab:blue", label=f"kept ({int(kept.sum())})"
+    )
+    axes.set(xlabel=label, ylabel="prompts")
+    axes.legend(frameon=False)

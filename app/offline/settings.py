@@ -1,0 +1,75 @@
+"""What the measurements of a selection depend on, as plain values: another value means another selection."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.module import GRPOModule
+from datamodules.online import OnlinePromptDataModule
+from datamodules.pool import PromptPool
+from datamodules.seeding import run_seed
+
+_SAMPLED = 64
+"""Prompts whose tokens are looked at, to notice another template."""
+
+
+def settings_of(
+    module: GRPOModule, datamodule: OnlinePromptDataModule, method: str, options: Any, checkpoint: Path | None
+) -> dict[str, Any]:
+    """By name; values that JSON can hold. `options` is the method's dataclass."""
+    pool = datamodule.pools["train"]
+    settings = {
+        "method": method,
+        method: asdict(options),
+        "pool": pool.fingerprint,
+        "prompts": _token_hash(pool),
+        "seed": run_seed(),
+        "policy": asdict(module.policy),
+        "checkpoint": None if checkpoint is None else _file_hash(checkpoint),
+        "sampling": asdict(module.sampling),
+    }
+    if method == "ufo":  # it asks for no reward and computes no loss
+        return settings
+    return settings | {
+        "rewards": [{type(reward).__qualname__: _plain(vars(reward))} for reward in module.scorer.rewards],
+        "surrogate": asdict(module.surrogate),
+        "advantages": [
+            module.advantage_scale,
+            module.advantage_baseline,
+            module.multi_objective_aggregation,
+            module.aggregation,
+            module.mask_truncated_completions,
+        ],
+        "optimization": asdict(module.optimization),
+        "batches": [datamodule.prompts_per_step, module.mini_batches, module.max_tokens_per_microbatch],
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings among an object's attributes."""
+    simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
+    nested = {
+        name: _plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else vars(value))
+        for name, value in values.items()
+        if hasattr(value, "__dict__") and not isinstance(value, type) and not inspect.isroutine(value)
+    }
+    return simple | nested
+
+
+def _token_hash(pool: PromptPool) -> str:
+    places = np.unique(np.linspace(0, len(pool) - 1, min(_SAMPLED, len(pool))).astype(np.int64))
+    digest = hashlib.blake2b(digest_size=16)
+    for place in places:
+        digest.update(repr(pool[int(place)].token_ids).encode())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

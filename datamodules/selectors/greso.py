@@ -1,0 +1,178 @@
+"""GRESO: prompts whose groups keep coming out alike are skipped (Zheng et al. 2025, arXiv 2506.02177)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.errors import UserError
+from datamodules.pool import PromptPool
+from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
+from datamodules.selectors.composed import Composed
+from datamodules.selectors.filters import Filter
+from datamodules.selectors.uniform import Uniform
+from datamodules.types import REWARD_TOLERANCE, Outcomes
+
+_LOWEST, _HIGHEST = 0.05, 0.95
+
+
+class ZeroVarianceSkip(Filter):
+    """GRESO's skip rule, around any ranker.
+
+    With `z` the length of the run of all-right groups that a prompt's trace ends in, it is admitted with probability
+    `max(p_easy^z, min_keep)`; with p_hard for a run of all-wrong groups. A prompt never measured, or last seen with
+    differing rewards, is always admitted. Once as many groups as the pool holds have been rolled out (the first epoch),
+    each probability moves by `step_size` per training step: down, to skip more, when that class's share of the step's
+    groups is at or above its target, else up; it stays in [0.05, 0.95]. Reference groups extend the traces but do not
+    count as rollouts.
+
+    Args:
+        p_easy: starting probability of keeping a prompt after one all-right group, in [0.05, 0.95].
+        p_hard: the same after one all-wrong group.
+        target_easy: share of all-right groups among those rolled out, in [0, 1], that p_easy is steered to.
+        target_hard: the same for all-wrong groups and p_hard.
+        step_size: how far a probability moves per training step, >= 0.
+        min_keep: probability, in (0, 1], below which no prompt's falls: every prompt stays reachable.
+        min_refill: prompts that a refill asks for at least.
+        refill_margin: factor on the prompts that a refill is expected to need.
+    """
+
+    def __init__(
+        self,
+        p_easy: float = 0.5,
+        p_hard: float = 0.5,
+        target_easy: float = 1 / 12,
+        target_hard: float = 1 / 6,
+        step_size: float = 0.01,
+        min_keep: float = 0.01,
+        min_refill: int = 64,
+        refill_margin: float = 1.25,
+    ) -> None:
+        for name, value in (("p_easy", p_easy), ("p_hard", p_hard)):
+            if not _LOWEST <= value <= _HIGHEST:
+                raise UserError(f"{name} is {value}, expected a probability in [{_LOWEST}, {_HIGHEST}]: 0.5 is usual")
+        for name, value in (("target_easy", target_easy), ("target_hard", target_hard)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}, expected a share of the groups in [0, 1]")
+        if not 0 < min_keep <= 1:
+            raise UserError(f"min_keep is {min_keep}, expected a probability in (0, 1]: 0.01 is usual")
+        if step_size < 0 or min_refill < 1 or refill_margin < 1:
+            raise UserError(
+                f"step_size={step_size}, min_refill={min_refill}, refill_margin={refill_margin}: "
+                "expected step_size >= 0, min_refill >= 1 and refill_margin >= 1"
+            )
+        self.p_easy, self.p_hard = p_easy, p_hard
+        self.target_easy, self.target_hard = target_easy, target_hard
+        self.step_size, self.min_keep = step_size, min_keep
+        self.min_refill, self.refill_margin = min_refill, refill_margin
+        self._run = NOBODY
+        """int64 `[Q]`: +z for a trace that ends in z all-right groups, -z for z all-wrong ones, else 0."""
+        self._rolled_out = 0
+        self._step_groups = self._step_easy = self._step_hard = 0
+
+    def setup(self, pool: PromptPool, context: SelectionContext) -> None:
+        self._run = np.zeros(len(pool), dtype=np.int64)
+
+    def keep_probability(self) -> np.ndarray:
+        """float64 `[Q]`: probability of each prompt of being admitted."""
+        base = np.where(self._run > 0, self.p_easy, self.p_hard)
+        return np.maximum(base ** np.abs(self._run), self.min_keep)
+
+    def admits(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.random(len(self._run)) < self.keep_probability()
+
+    def begin_step(self) -> None:
+        if self._step_groups and self._rolled_out - self._step_groups >= len(self._run):
+            self.p_easy = self._moved(self.p_easy, self._step_easy / self._step_groups, self.target_easy)
+            self.p_hard = self._moved(self.p_hard, self._step_hard / self._step_groups, self.target_hard)
+        self._step_groups = self._step_easy = self._step_hard = 0
+
+    def _moved(self, probability: float, share: float, target: float) -> float:
+        moved = probability + (-self.step_size if share >= target else self.step_size)
+        return min(max(moved, _LOWEST), _HIGHEST)
+
+    def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
+        easy = outcomes.success_rate >= 1 - REWARD_TOLERANCE
+        hard = outcomes.success_rate <= REWARD_TOLERANCE
+        run = self._run[positions]
+        self._run[positions] = np.where(easy, np.maximum(run, 0) + 1, np.where(hard, np.minimum(run, 0) - 1, 0))
+        if outcomes.source == "fresh":
+            self._rolled_out += len(positions)
+            self._step_groups += len(positions)
+            self._step_easy += int(easy.sum())
+            self._step_hard += int(hard.sum())
+
+    def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
+        """The paper's adaptive rollout batch: what will probably give the missing groups, with a margin.
+
+        min(default, max(min_refill, refill_margin * missing / (1 - zero_variance_ratio))), rounded up.
+        """
+        if kept_fraction <= 0:
+            return default
+        # The slack keeps rounding of the shares from adding a prompt to a whole number.
+        expected = math.ceil(self.refill_margin * missing / kept_fraction - 1e-9)
+        return min(default, max(self.min_refill, expected))
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "selection/p_easy": self.p_easy,
+            "selection/p_hard": self.p_hard,
+            "selection/skip_fraction": float(1 - self.keep_probability().mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "p_easy": self.p_easy,
+            "p_hard": self.p_hard,
+            "run": torch.from_numpy(self._run.copy()),
+            "rolled_out": self._rolled_out,
+            "step_counts": [self._step_groups, self._step_easy, self._step_hard],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.p_easy, self.p_hard = state["p_easy"], state["p_hard"]
+        self._run, self._rolled_out = state["run"].numpy().copy(), state["rolled_out"]
+        self._step_groups, self._step_easy, self._step_hard = state["step_counts"]
+
+
+class Greso(Composed):
+    """GRESO as published: passes over the shuffled pool, each prompt met with its own probability of being skipped.
+
+    A skipped prompt has had its turn in the pass. The method is meant to stand under `callbacks.DynamicSampling`, which
+    drops the equal-reward groups that still come and asks `refill_size` how many prompts to roll out instead.
+
+    Args:
+        p_easy: starting probability of keeping a prompt after one all-right group, in [0.05, 0.95].
+        p_hard: the same after one all-wrong group.
+        target_easy: share of all-right groups, in [0, 1], that p_easy is steered to; 1/12 in the paper.
+        target_hard: share of all-wrong groups, in [0, 1], that p_hard is steered to; 1/6 in the paper.
+        step_size: how far a probability moves per training step, >= 0.
+        min_keep: probability, in (0, 1], below which no prompt's falls.
+        min_refill: prompts that a refill asks for at least.
+        refill_margin: factor on the prompts that a refill is expected to need, >= 1.
+        ranker: what the skip rule stands around; null for passes over the shuffled pool, as published.
+        cool_down: steps for which a chosen prompt is not chosen again, >= 0.
+        explore: share of all choices that is drawn uniformly, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        p_easy: float = 0.5,
+        p_hard: float = 0.5,
+        target_easy: float = 1 / 12,
+        target_hard: float = 1 / 6,
+        step_size: float = 0.01,
+        min_keep: float = 0.01,
+        min_refill: int = 64,
+        refill_margin: float = 1.25,
+        ranker: Ranker | None = None,
+        cool_down: int = 0,
+        explore: float = 0.0,
+    ) -> None:
+        self.skip = ZeroVarianceSkip(
+            p_easy, p_hard, target_easy, target_hard, step_size, min_keep, min_refill, refill_margin
+        )
+        super().__init__(ranker or Uniform(), [self.skip], cool_down, explore)

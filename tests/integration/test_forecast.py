@@ -1,0 +1,154 @@
+"""`dots forecast` as it is typed: files, labels, budgets and errors."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from app.cli import main
+from app.studies.forecast_options import forecast_parser, labels, read_options
+
+WORDS = ("triangle", "prime", "matrix", "coin", "ladder", "train")
+
+
+@pytest.fixture
+def traces(tmp_path):
+    rng = np.random.default_rng(5)
+    rates = np.clip(rng.uniform(size=(30, 1)) + rng.normal(0, 0.1, size=(30, 9)), 0, 1)
+    rows = [
+        {"question": f"a {WORDS[i % 6]} of {i}", "pass_rate_by_epoch": (np.round(row * 8) / 8).tolist()}
+        for i, row in enumerate(rates)
+    ]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def study(traces, out, *options):
+    main(["forecast", "--traces", str(traces), "--out", str(out), "--batch", "6", "--seeds", "2", *options])
+    return json.loads((out / "forecast.json").read_text())
+
+
+def test_figures_files_and_table(traces, tmp_path, capsys):
+    out = tmp_path / "study"
+    found = study(traces, out, "--selector", "Uniform", "--from", "3", "--shuffle", "true", "--resample", "true")
+    assert list(found) == ["Uniform", "oracle"]
+    uniform, oracle = found["Uniform"], found["oracle"]
+    assert set(uniform["informative"]) == {"mean", "sem"}
+    assert {"variance", "pearson", "brier", "distinct", "seconds_per_step"} < set(uniform)
+    assert uniform["pearson"] is None and uniform["brier"] is None
+    assert uniform["distinct"] == 1.0 and uniform["rollouts_per_step"] == 6
+    assert oracle["informative"]["mean"] > uniform["informative"]["mean"] and oracle["pearson"] > 0.8
+    with (out / "forecast.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["selector"] == "Uniform"]
+    assert [(row["seed"], row["visit"]) for row in rows] == [(s, str(v)) for s in "01" for v in range(3, 9)]
+    by_seed = [np.mean([float(row["informative"]) for row in rows if row["seed"] == s]) for s in "01"]
+    assert uniform["informative"]["mean"] == pytest.approx(np.mean(by_seed))
+    assert uniform["informative"]["sem"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2)
+    assert (out / "forecast.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "30 questions, shuffled, visits 3 to 8, B = 6, 2 seeds, draws of 8 shown" in printed
+    assert f"{uniform['informative']['mean']:.3f} +- {uniform['informative']['sem']:.3f}" in printed
+
+
+def test_the_written_config_repeats_the_study(traces, tmp_path):
+    options = ["--selectors.first", "Uniform", "--selector", "Uniform", "--visits", "5"]
+    once = study(traces, tmp_path / "once", *options)
+    again = tmp_path / "again"
+    main(["forecast", "--config", str(tmp_path / "once" / "config.yaml"), "--out", str(again)])
+    repeated = json.loads((again / "forecast.json").read_text())
+    for label, figures in repeated.items():
+        for name in ("informative", "variance", "pearson", "brier", "distinct"):
+            assert figures[name] == once[label][name]
+    assert list(repeated) == ["first", "Uniform", "oracle"]
+
+
+OWN = """
+import numpy as np
+from datamodules.selectors import Ranker
+
+class Nearest(Ranker):
+    uses_references = True
+
+    def __init__(self, target: float = 0.5):
+        super().__init__()
+        self.target = target
+
+    def setup(self, pool, context):
+        super().setup(pool, context)
+        self.seen = np.full(len(pool), 0.5)
+
+    def priorities(self, n, rng):
+        return -np.abs(self.seen - self.target)
+
+    def learn(self, positions, outcomes):
+        self.seen[positions] = outcomes.success_rate
+
+    def forecast(self):
+        return self.seen
+"""
+
+
+def test_references_are_counted_and_two_of_a_class_are_told_apart(traces, tmp_path, capsys, monkeypatch):
+    (tmp_path / "own_selectors.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    common = ["--references", "10", "--every", "2"]
+    own = ["--selector", "own_selectors.Nearest", "--selector.target", "0.4"]
+    two = [*own, "--selector=own_selectors.Nearest", "--selector.init_args.target=0.6"]
+    found = study(traces, tmp_path / "study", *common, *two)
+    one, other = "Nearest(target=0.4)", "Nearest(target=0.6)"
+    assert list(found) == [one, f"{one}, equal budget", other, f"{other}, equal budget", "oracle"]
+    assert found[one]["rollouts_per_step"] == pytest.approx(6 + 10 * 5 / 9)
+    assert found[f"{one}, equal budget"]["rollouts_per_step"] == pytest.approx(3 + 6 * 5 / 9)
+    printed = capsys.readouterr().out
+    assert "unmeasured" in printed and "ms / step" in printed
+    assert "6 references every 2 visits and 3 prompts chosen, 6 rolled out per visit" in printed
+    config = yaml.safe_load((tmp_path / "study" / "config.yaml").read_text())
+    assert [spec["init_args"]["target"] for spec in config["selector"]] == [0.4, 0.6]
+    alone = study(traces, tmp_path / "alone", *common, "--references", "0", *own)
+    assert list(alone) == ["Nearest", "oracle"]
+    assert alone["Nearest"]["rollouts_per_step"] == 6
+
+
+def test_labels_name_what_differs():
+    composed = ["--selector", "Composed", "--selector.ranker", "Mopps", "--selector.ranker.decay", "0.5"]
+    rules = ["--selector.filters+=ZeroVarianceSkip", "--selector.cool_down", "3"]
+    other = ["--selector", "Composed", "--init_args.ranker", "Uniform", "--selector", "Mopps", "--selector.decay", "0"]
+    given = ["--traces", "t", "--out", "o", "--selectors.mine", "Mopps", *composed, *rules, *other]
+    options = read_options(forecast_parser(), given)
+    assert labels(options) == {
+        "mine": ("selectors", "mine"),
+        "Composed(ranker=Mopps(decay=0.5), filters=[ZeroVarianceSkip], cool_down=3)": ("selector", 0),
+        "Composed(ranker=Uniform)": ("selector", 1),
+        "Mopps": ("selector", 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--selector", "Unifrm"], "--selector Unifrm: no such selector, did you mean 'Uniform'?"),
+        (["--selector", "--seeds", "3"], "--selector has no name behind it"),
+        (["--selector", "Dots", "--selector.alpho", "1", "--selector", "Uniform"], "did you mean 'alpha'?"),
+        (["--selector", "Dots", "--selector.alpha", "3"], "alpha is 3.0, expected a success rate in [0, 1]"),
+        (["--selector", "Uniform", "--selector", "Uniform"], "two selectors are both 'Uniform'"),
+        (["--selectors.oracle", "Uniform"], "'oracle' is the name of the ceiling's row"),
+        (["--selector", "Composed", "--selector.ranker", "Mops"], "ranker: Mops is no Ranker, did you mean 'Mopps'?"),
+        (["--selector", "Composed"], "selector[0].ranker is missing: datamodules.selectors.composed.Composed needs it"),
+        ([], "no selector was given"),
+        (["--selector", "Uniform", "--batch", "31"], "--batch asks for 31 prompts of a pool of 30"),
+        (["--selector", "Uniform", "--from", "8"], "the shortest trace has 9 visits"),
+        (["--selector", "Uniform", "--seeds", "0"], "--seeds is 0, expected a number of at least 1"),
+        (["--selector", "Uniform", "--references", "1"], "--references is 1, expected 0 (none) or at least 2"),
+        (["--selector", "Uniform", "--sead", "0"], "did you mean"),
+    ],
+)
+def test_wrong_options_are_one_line_errors(traces, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as caught:
+        study(traces, tmp_path / "study", *options)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dots: error: ") and error.count("\n") == 1
+    assert message in error

@@ -1,0 +1,148 @@
+"""The objective through the real command: every published variant, updates that are not finite, nothing to learn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.studies.plots import read_scalars
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
+BASE = ["--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml"]
+SMALL = [
+    "--model.mini_batches=1",
+    "--trainer.val_check_interval=100",
+    "--data.val_size=4",
+    '--data.train.tasks=[{"name":"chain_sum","size":80,"params":{"min_terms":2,"max_terms":5,"max_digits":1}}]',
+    "--data.prompts_per_step=6",
+    "--model.sampling.max_completion_length=32",
+    "--model.val_sampling.max_completion_length=8",
+]
+POISON = '''
+import dataclasses
+import numpy as np
+from lightning.pytorch import Callback
+
+class Poison(Callback):
+    """Makes the behaviour log-probs of one completion that has an advantage NaN."""
+    def __init__(self, steps: list[int]):
+        self.steps = steps
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch.step in self.steps:
+            place = next(i for i, group in enumerate(batch.groups) if group.informative)
+            group = batch.groups[place]
+            completions = list(group.completions)
+            completions[3] = dataclasses.replace(completions[3], logprobs=np.full_like(completions[3].logprobs, np.nan))
+            batch.groups[place] = dataclasses.replace(group, completions=tuple(completions))
+            print("poisoned", f"{group.prompt.id}[3]", flush=True)
+'''
+
+pytestmark = pytest.mark.slow
+
+
+def python(*arguments: str, path: Path = ROOT, seconds: int = 280) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def fit(folder: Path, *more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    done = python("-m", "app", "fit", *BASE, *SMALL, f"--trainer.logger.save_dir={folder}", *more, path=folder)
+    return done, folder / "quickstart" / "version_0"
+
+
+def poison(steps: list[int]) -> str:
+    """The option that adds `POISON`, which the test has written to its folder."""
+    return f'--trainer.callbacks+={{"class_path":"poison.Poison","init_args":{{"steps":{steps}}}}}'
+
+
+def scalars(run: Path, tag: str) -> list[float]:
+    return list(read_scalars(run)[tag][1])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("policy_model."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.timeout(600)
+def test_every_published_variant_takes_a_step(tmp_path: Path) -> None:
+    """All in one process, which spares the imports: each parses and updates the policy once."""
+    code = f"""
+from app.cli import main
+for name in {OBJECTIVES!r}:
+    main(["fit", *{BASE!r}, "--config", f"configs/objective/{{name}}.yaml", *{SMALL!r}, "--trainer.max_steps=1",
+          f"--trainer.logger.save_dir={tmp_path}/{{name}}"])
+"""
+    done = python("-c", code, seconds=580)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert OBJECTIVES == ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "sapo"]
+    losses = {}
+    for name in OBJECTIVES:
+        run = tmp_path / name / "quickstart" / "version_0"
+        assert scalars(run, "grad_norm")[0] > 0
+        assert scalars(run, "updates/skipped") == [0.0]
+        losses[name] = scalars(run, "loss")[0]
+        assert ("kl" in read_scalars(run)) == (name == "grpo")
+    # On policy and centred within groups, the clipped losses are 0 under a mean over completions; CISPO's is not.
+    assert losses["gspo"] == pytest.approx(0, abs=1e-5)
+    assert abs(losses["cispo"]) > 1e-3
+
+
+def test_one_update_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    done, run = fit(tmp_path, "--trainer.max_steps=3", poison([1]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    name = done.stdout.split("poisoned ")[1].split()[0]
+    assert f"step 1: update left out, not finite: loss nan, gradient norm nan, from {name}\n" in done.stderr
+    assert scalars(run, "updates/skipped") == [0.0, 1.0, 0.0]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+def test_three_in_a_row_end_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    done, run = fit(tmp_path, "--trainer.max_steps=6", "--trainer.val_check_interval=4", poison([1, 2, 3]))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dots: error:")]
+    assert "stopped at step 3: 3 updates in a row were not finite" in line and "Traceback" not in done.stderr
+    assert (run / "checkpoints" / "step_00000004.ckpt").is_file()
+    assert json.loads((run / "summary.json").read_text())["completed"] is False
+    before = weights(run)
+    assert all(torch.isfinite(tensor).all() for tensor in before.values())
+    done, _ = fit(tmp_path, "--trainer.max_steps=6", "--ckpt_path=last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    after = weights(run)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_batch_without_advantages_changes_nothing_and_says_so(tmp_path: Path) -> None:
+    always = '[{"class_path":"app.rewards.Format","init_args":{"pattern":"(?s).*"}}]'
+    done, run = fit(
+        tmp_path, "--trainer.max_steps=3", f"--model.rewards={always}", "--model.optimization.schedule=linear"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("no completion of a batch had an advantage") == 1
+    assert scalars(run, "updates/empty") == [1.0, 1.0, 1.0]
+    assert scalars(run, "loss") == scalars(run, "grad_norm") == [0.0, 0.0, 0.0]
+    # The optimizer's count and the schedule go on together: linear from 3e-4 to 0 over three steps.
+    assert scalars(run, "learning_rate") == pytest.approx([2e-4, 1e-4, 0.0], abs=1e-9)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    initial = load_file(ROOT / "configs" / "tiny_policy" / "model.safetensors")
+    trained = weights(run)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in initial.items())

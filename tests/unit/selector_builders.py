@@ -1,0 +1,57 @@
+"""Pools without prompts, outcomes, and the way through a file, for tests of selectors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.pool import PromptPool
+from datamodules.selectors import SelectionContext, Selector
+from datamodules.types import Outcomes, Source
+
+
+def pool_of(questions: Sequence[str]) -> PromptPool:
+    return PromptPool([], [f"p{i}" for i in range(len(questions))], questions)
+
+
+def ready(selector: Selector, size: int, seed: int = 7) -> Any:
+    """The selector, set up on a pool of `size` prompts."""
+    selector.setup(pool_of([str(i) for i in range(size)]), SelectionContext(seed))
+    return selector
+
+
+def random_embeddings(monkeypatch: pytest.MonkeyPatch, size: int, width: int) -> np.ndarray:
+    """Random vectors in the place of Dots' encoder: what an encoder gives is tested with the encoder."""
+    vectors = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
+    monkeypatch.setattr("datamodules.selectors.dots.embed_with", lambda *_: (vectors, "key"))
+    return vectors
+
+
+def outcomes(
+    positions: Iterable[int], rates: Sequence[float] | np.ndarray, source: Source = "fresh", step: int = 0
+) -> Outcomes:
+    return Outcomes(
+        step,
+        [f"p{i}" for i in positions],
+        np.asarray(rates, float),
+        np.full(len(rates), 8),
+        source,
+        np.zeros(len(rates)),
+    )
+
+
+def chosen(selector: Selector, n: int, **options: Any) -> np.ndarray:
+    """Positions of the next choice."""
+    return selector.pool.positions(selector.choose(n, **options))
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

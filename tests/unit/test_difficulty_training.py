@@ -1,0 +1,193 @@
+"""Training on worlds whose difficulty is known, and the closed forms against plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.stats import pearson
+from app.studies.difficulty_forecasters import Material, kernel, linear_ridge, trained
+from datamodules.difficulty import training
+from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
+from datamodules.difficulty.heads import make_head
+from datamodules.difficulty.outcomes import RecordedOutcomes
+from datamodules.difficulty.question_split import split_questions
+from datamodules.difficulty.ridge import RIDGES, fit_kernel_ridge, fit_ridge
+from datamodules.difficulty.training import TrainingOptions, train_attention
+from datamodules.difficulty.visit_loss import average_measured, soft_loss, visit_forecasts
+from datamodules.errors import UserError
+
+SMALL = PredictorConfig(in_features=32, width=32, depth=1, input_dropout=0.2)
+
+
+class World:
+    """Success depends on one direction of 32, a small part of what makes two texts alike; the policy improves."""
+
+    def __init__(self, folder: Path, size: int = 500, visits: int = 6, measured: float = 1.0) -> None:
+        rng = np.random.default_rng(0)
+        self.embeddings = rng.normal(size=(size, 32)).astype(np.float32)
+        logit = 2.0 * self.embeddings[:, 3:4] + np.linspace(-1, 1, visits)
+        self.truth = 1 / (1 + np.exp(-logit))
+        rates = rng.binomial(8, self.truth) / 8
+        rates[rng.uniform(size=rates.shape) >= measured] = np.nan
+        questions = [f"question {index}" for index in range(size)]
+        self.outcomes = RecordedOutcomes(questions, rates.astype(np.float32))
+        self.split = split_questions(questions, seed=0)
+        self.material = Material(self.outcomes, self.embeddings, "world", [32], folder)
+
+    def pearson(self, forecaster, visit: int = 2) -> float:
+        """Correlation with the true success of questions never seen, given 100 references measured at the visit."""
+        known = self.split.train[np.isfinite(self.outcomes.rates[self.split.train, visit])][:100]
+        forecast = forecaster(known, self.outcomes.rates[known, visit].astype(np.float64))
+        return pearson(forecast[self.split.test], self.truth[self.split.test, visit])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def fitted(world):
+    s = world.split
+    return train_attention(
+        SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation,
+        TrainingOptions(epochs=120, references=100, batch=100, learning_rate=3e-3),
+    )  # fmt: skip
+
+
+def test_training_finds_what_the_kernel_cannot(world, fitted):
+    untrained = world.pearson(kernel(world.material))
+    assert world.pearson(trained(fitted.predictor, world.material)) > max(0.85, untrained + 0.15)
+    rows = np.concatenate([world.split.train, world.split.validation])
+    ridge = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [32])
+    assert world.pearson(trained(ridge, world.material)) > max(0.85, untrained + 0.15)
+    assert world.pearson(linear_ridge(world.material, rows)) > max(0.85, untrained + 0.15)
+
+
+def test_forecasts_follow_the_references(world, fitted):
+    """The same predictor on a weaker and a stronger policy."""
+    forecaster, rows = trained(fitted.predictor, world.material), world.split.train[:100]
+    early, late = (forecaster(rows, world.outcomes.rates[rows, visit].astype(float)) for visit in (0, 5))
+    for forecast, visit in ((early, 0), (late, 5)):
+        test = world.split.test
+        assert forecast[test].mean() == pytest.approx(world.truth[test, visit].mean(), abs=0.06)
+
+
+def test_a_sparse_record_teaches_too(tmp_path):
+    world = World(tmp_path, size=600, visits=12, measured=0.2)
+    s = world.split
+    options = TrainingOptions(epochs=60, references=40, batch=80, learning_rate=3e-3)
+    made = train_attention(SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation, options)
+    untrained = world.pearson(kernel(world.material))
+    assert world.pearson(trained(made.predictor, world.material)) > untrained + 0.15
+
+
+def test_early_stopping_restores_the_best(world):
+    s = world.split
+    arguments = (SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation)
+    # So high a rate that training soon gets worse.
+    seen = []
+    options = TrainingOptions(epochs=30, references=100, batch=100, learning_rate=0.03, patience=4)
+    made = train_attention(*arguments, options, progress=lambda epoch, loss: seen.append((epoch, loss)))
+    assert [loss for _, loss in seen] == list(made.losses[1:])
+    assert 0 < made.best_epoch == len(made.losses) - 1 - options.patience < options.epochs - options.patience
+    assert made.losses[-1] > made.losses[made.best_epoch]
+    x, rates = torch.from_numpy(world.embeddings), torch.from_numpy(world.outcomes.rates)
+    held = training._split(rates, s.train, s.validation, options)
+    assert training._validate(made.predictor, x, rates, held) == pytest.approx(min(made.losses), abs=1e-7)
+    assert not made.predictor.training
+
+
+def test_equal_seeds_train_equal_predictors(world):
+    s, marks = world.split, []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(marks))  # the ambient generator plays no part
+        options = TrainingOptions(epochs=2, references=50, batch=50, seed=seed)
+        made = train_attention(SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation, options)
+        marks.append(made.predictor.fingerprint())
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_save_and_load_give_identical_forecasts(world, fitted, tmp_path):
+    rows = world.split.train
+    ridge = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [32], encoder="somewhere")
+    for number, predictor in enumerate((fitted.predictor, ridge)):
+        predictor.save(tmp_path / str(number))
+        loaded = AttentionPredictor.load(tmp_path / str(number))
+        assert loaded.config == predictor.config
+        rates = world.outcomes.rates[rows[:50], 1].astype(np.float64)
+        before, after = (trained(one, world.material)(rows[:50], rates) for one in (predictor, loaded))
+        np.testing.assert_array_equal(before, after)
+
+
+def test_no_common_visit_is_a_user_error(world):
+    rates = np.full_like(world.outcomes.rates, np.nan)
+    rates[world.split.train, 0] = 0.5
+    rates[world.split.validation, 1] = 0.5
+    outcomes = RecordedOutcomes(world.outcomes.questions, rates)
+    s = world.split
+    with pytest.raises(UserError, match="share no visit"):
+        train_attention(SMALL, world.embeddings, outcomes, [32], s.train, s.validation, TrainingOptions())
+
+
+def test_ridge_leave_one_out_against_refitting():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(25, 6)), rng.uniform(size=25)
+    kernel_matrix = np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1))
+    fit = fit_ridge(kernel_matrix, y)
+    errors = []
+    for ridge in RIDGES:
+        forecasts = []
+        for i in range(25):
+            kept = np.delete(np.arange(25), i)
+            weights = np.linalg.solve(kernel_matrix[np.ix_(kept, kept)] + ridge * np.eye(24), y[kept] - y.mean())
+            forecasts.append(y.mean() + kernel_matrix[i, kept] @ weights)
+        errors.append(np.mean((y - forecasts) ** 2))
+        if ridge == fit.ridge:
+            np.testing.assert_allclose(fit.without_itself, forecasts, atol=1e-9)
+    assert fit.ridge == RIDGES[np.argmin(errors)]
+    assert fit.error == pytest.approx(min(errors))
+    in_sample = y.mean() + kernel_matrix @ fit.coefficients
+    np.testing.assert_allclose(in_sample - fit.own, fit.without_itself, atol=1e-9)
+
+
+def test_kernel_score_is_the_regression_and_references_leave_themselves_out(world, tmp_path):
+    rows = world.split.train[:80]
+    predictor = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [12, 20])
+    scale = predictor.inputs.scale.numpy().astype(np.float64)
+    u = (world.embeddings - predictor.inputs.shift.numpy()) * scale
+    kernel_matrix = np.exp(-0.5 * ((u[:, None] - u[rows]) ** 2).sum(-1))
+    fit = fit_ridge(kernel_matrix[rows], world.outcomes.take(rows).means)
+    gain = float(predictor.query.gain)
+    space = AttentionSpace(predictor, world.embeddings, "score", tmp_path)
+    np.testing.assert_allclose(space.queries[:, 0], gain * kernel_matrix @ fit.coefficients, atol=2e-3)
+    keys = space.keys(rows)
+    np.testing.assert_allclose(keys[:, 0], gain * (fit.without_itself - fit.offset), atol=2e-3)
+    # The text's components: as long as the score, not read by attention.
+    assert not keys[:, 1:].any()
+    assert np.mean(np.sum(space.queries[rows, 1:] ** 2, axis=1)) == pytest.approx(np.var(keys[:, 0]), rel=0.01)
+
+
+def test_visits_average_over_their_own_references():
+    rng = np.random.default_rng(2)
+    logits, rates = torch.from_numpy(rng.normal(size=(5, 7))), torch.from_numpy(rng.uniform(size=(7, 3)))
+    rates[[0, 3], 1] = torch.nan
+    rates[:, 2] = torch.nan
+    found = average_measured(torch.softmax(logits, 1).float(), rates.float())
+    kept = [1, 2, 4, 5, 6]
+    torch.testing.assert_close(found[:, 0], (torch.softmax(logits, 1) @ rates[:, 0]).float())
+    torch.testing.assert_close(found[:, 1], (torch.softmax(logits[:, kept], 1) @ rates[kept, 1]).float())
+    assert found[:, 2].isnan().all()
+
+
+def test_loss_by_hand_counts_what_was_measured():
+    rates = torch.tensor([[1.0, torch.nan], [0.25, 0.5]])
+    forecasts = torch.tensor([[0.8, 0.3], [0.5, torch.nan]])
+    expected = -(np.log(0.8) + np.log(0.5)) / 2
+    assert float(soft_loss(forecasts, rates)) == pytest.approx(expected, rel=1e-6)
+    head = make_head("group_logit_temperature")
+    torch.testing.assert_close(visit_forecasts(head, forecasts[:, :1], rates[:, :1]), forecasts[:, :1])

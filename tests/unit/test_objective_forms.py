@@ -1,0 +1,142 @@
+"""Every form of the surrogate, the sequence ratio and the corrected KL against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.objective.kl import kl_estimate
+from app.objective.surrogate import SurrogateOptions, policy_loss
+from datamodules.errors import UserError
+
+F64 = torch.float64
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def run(
+    ratios: tuple[float, ...], advantages: tuple[float, ...], options: SurrogateOptions, **more: Any
+) -> tuple[float, Tensor, dict[str, float]]:
+    """Loss, gradient in the log-probs and metrics of tokens of weight 1 whose policy moved by `ratios` since 1/2."""
+    old = torch.full((len(ratios),), 0.5, dtype=F64).log()
+    logprobs = (old + tensor(*ratios).log()).requires_grad_()
+    weights = torch.ones(len(ratios), dtype=F64)
+    result = policy_loss(logprobs, old, tensor(*advantages), weights, options, old_logprobs=old, **more)
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    return float(result.loss.detach()), gradient, result.statistics.metrics()
+
+
+def test_dual_clip() -> None:
+    # c = 3, range [0.8, 1.2]. A = -1: ratio 2 -> -2, gradient; ratio 4 -> -3, none; ratio 0.5 -> -0.8, none.
+    # A = +1: ratio 4 -> 1.2, none.
+    loss, gradient, metrics = run((2, 4, 0.5, 4), (-1, -1, -1, 1), SurrogateOptions(dual_clip=3.0))
+    assert loss == pytest.approx(2 + 3 + 0.8 - 1.2)
+    torch.testing.assert_close(gradient, tensor(2, 0, 0, 0))
+    assert metrics["clip_ratio/capped_mean"] == 1 / 4
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (1 / 4, 1 / 4)
+
+
+def test_cispo_keeps_the_gradient_of_every_token() -> None:
+    # -min(w, 1.5) A log pi: pi = 0.5 w; the gradient is -min(w, 1.5) A, also where PPO's is 0.
+    loss, gradient, metrics = run((1.4, 1.8, 0.2), (1, 2, -1), SurrogateOptions(form="cispo", cispo_cap=1.5))
+    assert loss == pytest.approx(-(1.4 * math.log(0.7) + 1.5 * 2 * math.log(0.9) - 0.2 * math.log(0.1)))
+    torch.testing.assert_close(gradient, tensor(-1.4, -3.0, 0.2))
+    assert metrics["clip_ratio/capped_mean"] == pytest.approx(1 / 3)
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_sapo_fades_smoothly() -> None:
+    # s = sigmoid(tau (w - 1)): value 4 s / tau, slope in w 4 s (1 - s), in log pi w times it. At w = 1: 2 / tau, 1.
+    options = SurrogateOptions(form="sapo", sapo_tau_positive=1.0, sapo_tau_negative=2.0)
+    loss, gradient, metrics = run((1, 3, 3), (1, 1, -1), options)
+    s, t = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-4))
+    assert loss == pytest.approx(-2 - 4 * s + 2 * t)
+    torch.testing.assert_close(gradient, tensor(-1, -12 * s * (1 - s), 12 * t * (1 - t)))
+    assert "clip_ratio/capped_mean" not in metrics and metrics["clip_ratio/region_mean"] == 0
+
+
+def test_sequence_ratio_is_the_geometric_mean() -> None:
+    # Sequence 0: ratios 2, 1/2, 1 -> 1; sequence 1: 1.44, 1 -> 1.2. Its gradient spreads: s / |o| per token, times the
+    # number of its tokens because each has the same value and weight 1: 3 (1/3) A and 2 (1.2 / 2) A.
+    options = SurrogateOptions(ratio_level="sequence", epsilon_low=0.1, epsilon_high=0.3)
+    sequences = torch.tensor([0, 0, 0, 1, 1])
+    loss, gradient, metrics = run((2, 0.5, 1, 1.44, 1), (1, 1, 1, -2, -2), options, sequences=sequences)
+    assert loss == pytest.approx(-3 + 2 * 2 * 1.2)
+    torch.testing.assert_close(gradient, tensor(-1, -1, -1, 2.4, 2.4))
+    assert metrics["policy/ratio_max"] == pytest.approx(1.2)
+    # Clipped as a whole: with a range up to 1.1 and a positive advantage the second sequence stops.
+    options = SurrogateOptions(ratio_level="sequence", epsilon_high=0.1)
+    _, gradient, metrics = run((2, 0.5, 1, 1.44, 1), (1, 1, 1, 2, 2), options, sequences=sequences)
+    torch.testing.assert_close(gradient, tensor(-1, -1, -1, 0, 0))
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "corrected", "direction"),
+    [
+        ("k1", False, "none"),
+        ("k2", False, "reverse"),
+        ("k3", False, "forward"),
+        ("k1", True, "reverse"),
+        ("k3", True, "reverse"),
+    ],
+)
+def test_expected_gradient_of_the_kl_term(estimator: Any, corrected: bool, direction: str) -> None:
+    """Over all tokens of a distribution, weighted by their chance: which divergence each estimate descends.
+
+    Corrected, it does so for tokens of another policy too.
+    """
+    logits = tensor(0.2, -0.5, 1.1, 0.4).requires_grad_()
+    reference = tensor(-0.3, 0.6, 0.5, 0.1).log_softmax(0)
+    behaviour = tensor(0.9, 0.2, -0.1, 0.3).log_softmax(0) if corrected else logits.detach().log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    options = SurrogateOptions(
+        beta=1.0, kl_estimator=estimator, kl_corrected=corrected, importance_cap=float("inf")
+    )  # fmt: skip
+    loss = policy_loss(
+        logprobs, behaviour, torch.zeros(4, dtype=F64), behaviour.exp(), options, reference_logprobs=reference
+    ).loss
+    found = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    exact = {
+        "none": 0 * logprobs.sum(),
+        "reverse": (logprobs.exp() * (logprobs - reference)).sum(),
+        "forward": (reference.exp() * (reference - logprobs)).sum(),
+    }
+    torch.testing.assert_close(found, torch.autograd.grad(exact[direction], logits)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_kl_values_are_unbiased() -> None:
+    pi, reference = tensor(0.2, -0.5, 1.1).log_softmax(0), tensor(-0.3, 0.6, 0.5).log_softmax(0)
+    exact = float((pi.exp() * (pi - reference)).sum())
+    for estimator in ("k1", "k3"):
+        assert float((pi.exp() * kl_estimate(pi, reference, estimator)).sum()) == pytest.approx(exact)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "clipp"}, r"form='clipp'.*did you mean 'clip'\?"),
+        ({"dual_clip": 1.1}, r"dual_clip=1.1: expected null, or above 1 \+ epsilon_high"),
+        ({"cispo_cap": 0}, "cispo_cap=0: expected above 0"),
+        ({"sapo_tau_negative": -1}, "sapo_tau_negative=-1: expected above 0"),
+        ({"dual_clip": 3.0, "form": "sapo"}, r"dual_clip=3.0 with form='sapo'.*set dual_clip: null"),
+        ({"clip_center": "behaviour", "importance_level": "sequence"}, "clip_center='behaviour' with importance_level"),
+        ({"clip_center": "behaviour", "importance_mode": "mask"}, "has no importance weight.*set clip_center: old"),
+        ({"kl_corrected": True}, "kl_corrected=True with beta=0"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        SurrogateOptions(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_sequence_ratio_needs_sequences() -> None:
+    with pytest.raises(ValueError, match="needs the sequence index"):
+        run((1,), (1,), SurrogateOptions(ratio_level="sequence"))

@@ -1,0 +1,97 @@
+"""A mini-batch's gradient does not depend on how it is cut, nor on whether completions without advantage take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from app.minibatch import advantages_of, minibatches
+from app.module import GRPOModule
+from app.objective.surrogate import SurrogateOptions
+from datamodules.seeding import generator
+from datamodules.types import Prompt, RolloutGroup
+from tests.unit.policies import flat_gradient, gradient, group_of, module_on, tiny_model
+
+VOCABULARY = 11
+SIZE = 4
+TOLERANCE = 1e-6
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "kl_and_entropy": {"surrogate": SurrogateOptions(beta=0.1, entropy_coef=0.02)},
+    "gspo": {"surrogate": SurrogateOptions(ratio_level="sequence"), "aggregation": "sequence"},
+    "sequence_importance": {"surrogate": SurrogateOptions(importance_level="sequence"), "aggregation": "constant"},
+    "cispo": {"surrogate": SurrogateOptions(form="cispo", cispo_cap=1.1)},
+    "sapo": {"surrogate": SurrogateOptions(form="sapo"), "aggregation": "sequence"},
+    "two_updates": {"mini_batches": 2},
+}
+
+
+def groups() -> list[RolloutGroup]:
+    """Twelve groups of four, four of them without advantage, half replayed; completions of 1 to 19 tokens."""
+    draw = np.random.default_rng(0)
+    made = []
+    for index in range(12):
+        lengths = draw.integers(1, 20, SIZE)
+        rewards = [0.5] * SIZE if index % 3 == 1 else draw.random(SIZE).tolist()
+        made.append(
+            group_of(
+                Prompt(f"p{index}", index, "", "", tuple(draw.integers(3, VOCABULARY, 2 + index % 6).tolist()), {}),
+                [tuple(draw.integers(0, VOCABULARY, length).tolist()) for length in lengths],
+                [-2.4 + 0.4 * draw.standard_normal(length) for length in lengths],
+                rewards,
+                "replay" if index % 2 else "fresh",
+            )
+        )
+    return made
+
+
+def in_microbatches(module: GRPOModule, count: int) -> Tensor:
+    """The gradient with a token budget that cuts the (first) mini-batch into `count`."""
+    batch_groups = groups()
+    sequences = minibatches(
+        batch_groups, advantages_of(batch_groups, "group"), parts=module.mini_batches,
+        generator=generator(0, "minibatches", 0), aggregation="token", max_completion_length=19,
+        keep_zero_advantage=bool(module.surrogate.beta),
+    )[0].sequences  # fmt: skip
+    for budget in range(1300, 10, -1):
+        module.max_tokens_per_microbatch = budget
+        if len(module.microbatches_of(sequences)) == count:
+            return gradient(module, batch_groups)
+    raise AssertionError(f"no budget makes {count} micro-batches")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_number_of_microbatches(name: str) -> None:
+    module = module_on(tiny_model(VOCABULARY, seed=3), tiny_model(VOCABULARY, seed=4), **VARIANTS[name])
+    whole = in_microbatches(module, 1)
+    assert whole.norm() > 1e-3
+    for count in (2, 3, 7):
+        assert (in_microbatches(module, count) - whole).norm() <= TOLERANCE * whole.norm()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_completions_without_advantage_left_out_or_kept(aggregation: Any) -> None:
+    model = tiny_model(VOCABULARY, seed=3)
+    module = module_on(model, aggregation=aggregation)
+    left_out = gradient(module, groups())
+    model.zero_grad(set_to_none=True)
+    (part,) = minibatches(
+        groups(), advantages_of(groups(), "group"), parts=1, generator=generator(0, "minibatches", 0),
+        aggregation=aggregation, max_completion_length=module.sampling.max_completion_length, keep_zero_advantage=True,
+    )  # fmt: skip
+    assert len(part.sequences) == 12 * SIZE
+    for packed in module.microbatches_of(part.sequences):
+        module.loss_of(packed).loss.backward()
+    kept = flat_gradient(model)
+    assert (left_out - kept).norm() <= TOLERANCE * kept.norm()
+
+
+def test_a_batch_without_any_advantage_has_no_micro_batch() -> None:
+    module = module_on(tiny_model(VOCABULARY, seed=3))
+    silent = [group for group in groups() if not group.informative]
+    assert torch.equal(gradient(module, silent), torch.zeros_like(gradient(module, groups())))

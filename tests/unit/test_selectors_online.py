@@ -1,0 +1,143 @@
+"""What every online selector must do: continue after a restore, never repeat in a step, and stay fast on big pools."""
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from datamodules.pool import PromptPool
+from datamodules.selectors import (
+    Composed,
+    Dots,
+    Dps,
+    Greso,
+    Mopps,
+    Pools,
+    SelectionContext,
+    Uniform,
+    ZeroVarianceSkip,
+)
+from tests.unit.selector_builders import outcomes, random_embeddings, saved_and_loaded
+
+SIZE, MILLION = 60, 1_000_000
+SELECTORS = {
+    "Uniform": Uniform,
+    "Dots": lambda: Dots(tau=0.05),
+    "Greso": lambda: Greso(step_size=0.05),
+    "Mopps": lambda: Mopps(decay=0.9, candidates=3),
+    "Dps": Dps,
+    "Pools": Pools,
+    "Composed": lambda: Composed(Mopps(), [ZeroVarianceSkip()], cool_down=2, explore=0.3),
+    "Greso around Dots": lambda: Greso(ranker=Dots(), cool_down=1, explore=0.1),
+}
+
+
+@pytest.fixture(params=SELECTORS)
+def make(request, monkeypatch, tmp_path):
+    random_embeddings(monkeypatch, SIZE, 6)
+
+    def made():
+        selector = SELECTORS[request.param]()
+        questions = [f"question {i}" for i in range(SIZE)]
+        pool = PromptPool([], [f"p{i}" for i in range(SIZE)], questions)
+        selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=tmp_path))
+        return selector
+
+    return made
+
+
+def lived(selector, steps):
+    """Runs steps as a training would, outcomes drawn from the chosen ids; returns all that could be seen."""
+    seen = []
+    for step in steps:
+        first = selector.choose(9)
+        before = selector.forecast()
+        learn(selector, first, step, "fresh")
+        refill = selector.choose(4, exclude=["p0"], refill=True)
+        learn(selector, refill, step, "fresh")
+        references = selector.choose_references(12)
+        if step % 2 == 0:
+            learn(selector, references, step, "reference")
+        after = selector.forecast()
+        forecasts = [None if each is None else each.tolist() for each in (before, after)]
+        seen.append([first, refill, references, selector.metrics(), sorted(selector.explored_ids), forecasts])
+    return seen
+
+
+def learn(selector, ids, step, source):
+    positions = [int(name[1:]) for name in ids]
+    ability = np.linspace(-0.3, 1.3, SIZE)[positions].clip(0, 1)
+    rng = np.random.default_rng([step, len(ids), *positions])
+    selector.observe(outcomes(positions, rng.binomial(8, ability) / 8, source, step))
+
+
+@pytest.mark.parametrize("pause", [1, 4, 11])
+def test_a_restored_selector_continues_with_identical_choices(make, pause):
+    straight, stopped = make(), make()
+    expected = lived(straight, range(20))
+    assert lived(stopped, range(pause)) == expected[:pause]
+    resumed = make()
+    resumed.load_state_dict(saved_and_loaded(stopped.state_dict()))
+    assert lived(resumed, range(pause, 20)) == expected[pause:]
+
+
+def test_the_state_is_a_copy(make):
+    selector = make()
+    lived(selector, range(3))
+    state = selector.state_dict()
+    expected = lived(selector, range(3, 6))
+    other = make()
+    other.load_state_dict(state)
+    assert lived(other, range(3, 6)) == expected
+    other = make()
+    other.load_state_dict(state)
+    assert lived(other, range(3, 6)) == expected
+
+
+def test_no_step_holds_a_prompt_twice(make):
+    for first, refill, *_ in lived(make(), range(12)):
+        assert len({*first, *refill}) == 13
+        assert "p0" not in refill
+
+
+def test_another_seed_chooses_otherwise(make, tmp_path):
+    one, other = make(), make()
+    other.setup(other.pool, SelectionContext(seed=4, policy_path="policy", cache_dir=tmp_path))
+    assert [one.choose(9) for _ in range(3)] != [other.choose(9) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def million():
+    names = [f"p{i}" for i in range(MILLION)]
+    pool = PromptPool([], names, names)
+    pool.positions(names[:1])  # the index of ids belongs to the pool
+    return pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_million_prompts(million, name, monkeypatch, tmp_path):
+    """512 of 1,000,000, with outcomes all over the pool, forecasts included: 2 s of one core and 2 GB at most."""
+    random_embeddings(monkeypatch, MILLION if "Dots" in name else 1, 64)
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    selector = SELECTORS[name]()
+    selector.setup(million, SelectionContext(seed=0, policy_path="policy", cache_dir=tmp_path))
+    everywhere = np.arange(0, MILLION, 3)
+    selector.observe(outcomes(everywhere, rng.binomial(8, rng.random(len(everywhere))) / 8))
+    ids, seconds = selector.choose(512), []
+    for step in range(4):
+        selector.observe(outcomes([int(each[1:]) for each in ids], rng.binomial(8, 0.5, 512) / 8, step=step))
+        references = [int(each[1:]) for each in selector.choose_references(256)]
+        selector.observe(outcomes(references, rng.binomial(8, 0.5, 256) / 8, "reference", step))
+        start = time.process_time()
+        ids = selector.choose(512)
+        selector.forecast()
+        seconds.append(time.process_time() - start)
+        assert len(set(ids)) == 512
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"{name}: {max(seconds):.2f} s at most, peak of NumPy and Python {peak / 1e9:.2f} GB")
+    assert max(seconds) <= 2.0
+    assert peak <= 2e9
