@@ -40,10 +40,11 @@ smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-in
 	$(BIN)/python -m app.smollm models/smollm2-135m-instruct
 
 test: lint types $(VENV)/.smollm ## Everything continuous integration checks
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not timing" $(ARGS)
+	$(BIN)/pytest -m timing $(ARGS)
 
 test-fast: install ## The tests that take seconds
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not timing" $(ARGS)
 
 lint: install ## Lint, format and the layer rule
 	$(BIN)/ruff check .

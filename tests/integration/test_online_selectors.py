@@ -20,7 +20,7 @@ OWN_METRICS = {
     "Mopps": "selection/posterior_mean",
     "Dps": "selection/belief_partly",
     "Pools": "selection/normal_fraction",
-    "Posterior": "selection/forecast_mean",
+    "Posterior": "selection/posterior_mean",
 }
 COMPOSED = [
     "--data.selector=Composed",

@@ -65,6 +65,7 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_the_trained_model(tmp_path
     assert f"{module.measured.accuracy:.2f} of the completions" in card
 
 
+@pytest.mark.slow
 def test_the_same_seed_pretrains_the_same_weights(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "app", "fit", "--config", "configs/tiny_policy.yaml"),
@@ -117,6 +118,7 @@ def measured() -> Measured:
     return Measured.of(successes)
 
 
+@pytest.mark.slow
 def test_the_committed_policy_leaves_something_to_learn(measured: Measured) -> None:
     assert 0.15 <= measured.accuracy <= 0.50
     assert 0.25 <= measured.informative <= 0.60

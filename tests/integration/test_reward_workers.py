@@ -265,6 +265,7 @@ def test_nothing_to_score():
         assert [len(group.completions) for group in result.groups] == [0, 1]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("reward", [Procedural(), Numeric()])
 def test_cheap_rewards_score_256_completions_in_50_ms(reward):
     import reasoning_gym

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.posterior import Constants
@@ -123,6 +125,52 @@ def test_embeddings_tell_of_prompts_never_tried(embeddings, context):
     assert np.ptp(without.forecast()[rest]) == 0
 
 
+@pytest.fixture
+def predictor(tmp_path):
+    """An untrained predictor whose query adapter keeps the texts' second component only, and the folder it is in."""
+    predictor = AttentionPredictor(PredictorConfig(in_features=WIDTH, width=4, depth=1)).eval()
+    with torch.no_grad():
+        linear = [module for module in predictor.query.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(linear) == 1
+        linear[0].weight.zero_()
+        linear[0].bias.zero_()
+        linear[0].weight[0, 1] = 1.0
+    predictor.save(tmp_path / "predictor")
+    return predictor, tmp_path / "predictor"
+
+
+def test_a_predictor_decides_what_texts_have_in_common(embeddings, context, predictor):
+    """Rates that turn on the component which the predictor looks at are learnt, those that turn on another are not."""
+    network, folder = predictor
+    selector = ready(Posterior(predictor=str(folder), encoder="named"), context)
+    with torch.inference_mode():
+        queries = network.query(network.inputs(torch.from_numpy(embeddings))).numpy()
+    centred = queries[:, 0] - queries[:, 0].mean()
+    side = np.sign(centred)
+    tried, rest = np.arange(0, SIZE, 2), np.arange(1, SIZE, 2)
+    selector.observe(outcomes(tried, np.where(side[tried] > 0, 0.75, 0.125), "reference"))
+    forecast = selector.forecast()[rest]
+    assert np.ptp(forecast[side[rest] > 0]) < 0.02
+    assert np.ptp(forecast[side[rest] < 0]) < 0.02
+    assert forecast[side[rest] > 0].mean() == pytest.approx(0.75, abs=0.05)
+    assert forecast[side[rest] < 0].mean() == pytest.approx(0.125, abs=0.05)
+    other = ready(Posterior(predictor=str(folder), encoder="named"), context)
+    seen = embeddings[:, 4] > np.median(embeddings[:, 4])
+    other.observe(outcomes(tried, np.where(seen[tried], 0.75, 0.125), "reference"))
+    assert abs(np.corrcoef(other.forecast()[rest], seen[rest])[0, 1]) < 0.25
+
+
+def test_a_predictor_needs_the_encoder_that_it_was_trained_with(embeddings, tmp_path, context, predictor):
+    _, folder = predictor
+    with pytest.raises(UserError, match="got a predictor but no text encoder: set `encoder`"):
+        ready(Posterior(predictor=str(folder)), SelectionContext(seed=0, cache_dir=tmp_path))
+    with pytest.raises(UserError, match="holds no difficulty predictor"):
+        ready(Posterior(predictor=str(tmp_path / "missing")), context)
+    AttentionPredictor(PredictorConfig(in_features=WIDTH + 1, width=4)).save(tmp_path / "other")
+    with pytest.raises(UserError, match=f"gives {WIDTH} components, the difficulty predictor expects {WIDTH + 1}"):
+        ready(Posterior(predictor=str(tmp_path / "other")), context)
+
+
 def test_exploration_is_counted_against_greedy_choice(embeddings, context):
     bold, greedy = (ready(Posterior(knowledge=k, lookahead=0.0), context) for k in (1e6, 0.0))
     for selector in (bold, greedy):
@@ -168,17 +216,21 @@ def test_wrong_arguments_are_one_line_errors():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", "learning fast", "unlearning", "forgetful", "jumps"])
 def test_not_worse_than_mopps_in_worlds_of_other_character(kind, tmp_path):
-    """Where prompts are forgotten within ten steps, two seeds cannot tell the two apart; elsewhere it is ahead."""
-    found = {}
-    for name, make in (("posterior", Posterior), ("mopps", Mopps)):
+    """Six seeds: over two, the difference where prompts are forgotten within ten steps has an error as large as it."""
+    seeds, found = 6, {}
+    for make in (Posterior, Mopps):
         runs = []
-        for seed in range(2):
+        for seed in range(seeds):
             context = SelectionContext(seed=seed, cache_dir=tmp_path)
             runs.append(play(ready(make(), context, 300), synthetic(kind, seed), 24)[0].mean())
-        found[name] = float(np.mean(runs))
-    print(kind, found)
-    # 1440 choices each: the difference has a standard error of 0.017.
-    assert found["posterior"] >= found["mopps"] + (-0.03 if kind == "forgetful" else 0.0)
+        found[make] = np.array(runs)
+    difference = found[Posterior] - found[Mopps]
+    error = difference.std(ddof=1) / seeds**0.5
+    print(
+        f"{kind}: {found[Posterior].mean():.3f}, Mopps {found[Mopps].mean():.3f}, ahead by {difference.mean():.3f}"
+        f" +- {error:.3f}"
+    )
+    assert difference.mean() >= 0
 
 
 def recorded():
@@ -194,10 +246,14 @@ def recorded():
 
 @pytest.mark.slow
 def test_recorded_run(tmp_path):
-    """What was measured over 5 seeds less a margin; two seeds here."""
+    """What was measured less a margin: two seeds here, whose mean varies by 0.003 from pair to pair.
+
+    The aims were 0.90 and 0.84 (128 prompts per step), 0.74 (32), and 0.80 and 0.87 (128, cool-down of 3 steps); the
+    two shares for 128 prompts are missed.
+    """
     questions, rates, encoder = recorded()
     pool = pool_of(questions)
-    limits = {(128, 0): (0.88, 0.835), (32, 0): (0.85, 0.44), (128, 3): (0.755, 0.87)}
+    limits = {(128, 0): (0.885, 0.84), (32, 0): (0.86, 0.46), (128, 3): (0.76, 0.875)}
     for (n, rest), (informative, pearson) in limits.items():
         runs = []
         for seed in range(2):
