@@ -362,3 +362,20 @@ def test_float16_has_a_value_for_the_least_likely_token():
     values = np.zeros(1, np.float32)
     packed = pack(RolloutGroup(prompt(0), (least,), values, values, {}, "fresh", 0), "float16")
     assert packed.logprobs.tolist() == [-65504.0]
+
+
+def test_the_oldest_age_allowed_stays():
+    buffer = ReplayBuffer(9, max_age=2)
+    buffer.insert(group(prompt(index), [0, 1], birth=index) for index in range(5))
+    assert buffer.expire(4) == 2
+    assert [one.birth_step for one in buffer.groups] == [2, 3, 4]
+    assert ReplayBuffer(9).expire(10**6) == 0
+
+
+def test_a_checkpoint_takes_the_place_of_what_was_there():
+    before, after = ReplayBuffer(5), ReplayBuffer(5)
+    before.insert([group(prompt(1), [0, 1])])
+    after.insert([group(prompt(2), [0, 1, 1])])
+    after.load_state_dict(before.state_dict(), POOL)
+    assert [one.prompt.id for one in after.groups] == ["p1"]
+    assert after.nbytes == before.nbytes
