@@ -1,0 +1,196 @@
+"""Replay with every bound set, in real runs on the embedded policy: checked against what the run wrote, and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from app.studies.plots import read_scalars
+
+ROOT = Path(__file__).parents[2]
+STEPS, PER_STEP, MAX_AGE, MAX_BYTES = 10, 6, 2, 11000
+OVERLAY = f"""
+trainer:
+  callbacks:
+    - class_path: callbacks.WeightSync
+    - class_path: callbacks.Rollouts
+    - class_path: callbacks.RolloutReplay
+      init_args:
+        max_age: {MAX_AGE}
+        max_bytes: {MAX_BYTES}
+        draw: advantage
+        logprob_dtype: float16
+    - class_path: callbacks.CompletionsLog
+      init_args: {{every: 1}}
+    - class_path: callbacks.RandomState
+    - class_path: callbacks.RunLedger
+    - class_path: callbacks.RunCheckpoint
+      init_args: {{every: 1}}
+data:
+  class_path: datamodules.online.OnlinePromptDataModule
+  init_args:
+    selector: {{class_path: datamodules.selectors.Uniform}}
+    train:
+      class_path: datamodules.procedural.Procedural
+      init_args:
+        template: "{{question}}\\n"
+        tasks:
+          - {{name: chain_sum, size: 14, params: {{min_terms: 3, max_terms: 6, min_digits: 1, max_digits: 1}}}}
+"""
+_CLOCK = ("time/", "step_time", "tokens_per_second")
+
+pytestmark = pytest.mark.slow
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    overlay = folder / "overlay.yaml"
+    overlay.write_text(OVERLAY)
+    return [
+        *(sys.executable, "-m", "app", "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay)),
+        f"--trainer.max_steps={STEPS}",
+        "--trainer.limit_val_batches=0",
+        "--model.mini_batches=1",
+        "--data.val_size=0",
+        f"--data.prompts_per_step={PER_STEP}",
+        "--model.sampling.max_completion_length=48",
+        f"--trainer.logger.save_dir={folder}",
+        *more,
+    ]
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "quickstart" / "version_0"
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    curves = read_scalars(run_of(folder))
+    return {
+        tag: dict(zip(steps, values, strict=True))
+        for tag, (steps, values) in curves.items()
+        if not tag.startswith(_CLOCK)
+    }
+
+
+@dataclass
+class Written:
+    """A group as `completions/*.parquet` tells it."""
+
+    prompt: str
+    source: str
+    birth: int
+    rows: list[dict]
+
+    @property
+    def informative(self) -> bool:
+        return len({row["correctness"] for row in self.rows}) > 1
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["completion"] for row in self.rows]
+
+    @property
+    def bytes(self) -> int:
+        """Ids of 4 and log-probs of 2 bytes per token; 2 lengths of 4, 1 finish reason, 1 version of 8 and 3 rewards
+        of 4 per completion; its text."""
+        return sum(6 * row["completion_tokens"] + 29 + len(row["completion"].encode()) for row in self.rows)
+
+
+def groups_of(folder: Path, step: int) -> list[Written]:
+    found: dict[tuple[str, str], Written] = {}
+    for row in pq.read_table(run_of(folder) / "completions" / f"step_{step:08d}.parquet").to_pylist():
+        key = (row["source"], row["prompt_id"])
+        found.setdefault(key, Written(row["prompt_id"], row["source"], row["birth_step"], [])).rows.append(row)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_the_buffer_is_what_the_completions_written_say(finished: Path):
+    curves = scalars(finished)
+    kept: list[Written] = []
+    squeezed = 0
+    for step in range(STEPS):
+        logged = {name: curves[f"replay/{name}"][step] for name in (
+            "size", "bytes", "dropped_stale", "dropped_old", "age_mean", "age_max", "fraction"
+        )}  # fmt: skip
+        groups = groups_of(finished, step)
+        fresh = [one for one in groups if one.source == "fresh"]
+        replayed = [one for one in groups if one.source == "replay"]
+        assert len(groups) == PER_STEP
+        assert (logged["size"], logged["bytes"]) == (len(kept), sum(one.bytes for one in kept))
+        assert logged["bytes"] <= MAX_BYTES
+        assert len(fresh) == PER_STEP - min(PER_STEP // 2, len(kept))
+        for one in replayed:
+            (stored,) = [other for other in kept if other.prompt == one.prompt]
+            assert (one.birth, one.texts) == (stored.birth, stored.texts)
+        ages = [step - one.birth for one in replayed] or [0]
+        assert logged["age_max"] == max(ages) <= MAX_AGE
+        assert logged["age_mean"] == pytest.approx(sum(ages) / len(ages))
+        assert logged["fraction"] == pytest.approx(len(replayed) / PER_STEP)
+        if replayed:
+            assert 0 < curves["replay/effective_sample_fraction"][step] <= 1 + 1e-6
+            assert curves["replay/importance_ratio_mean"][step] <= curves["replay/importance_ratio_max"][step]
+            assert 0 <= curves["replay/clip_ratio"][step] <= 1
+
+        measured = {one.prompt for one in fresh}
+        assert logged["dropped_stale"] == sum(one.prompt in measured for one in kept)
+        kept = [one for one in kept if one.prompt not in measured]
+        kept += [one for one in fresh if one.informative]
+        while sum(one.bytes for one in kept) > MAX_BYTES:
+            del kept[0]
+            squeezed += 1
+        young = [one for one in kept if step + 1 - one.birth <= MAX_AGE]
+        assert logged["dropped_old"] == len(kept) - len(young)
+        kept = young
+    # Each rule had something to do.
+    assert squeezed > 0
+    assert sum(curves["replay/dropped_stale"].values()) > 0
+    assert sum(curves["replay/dropped_old"].values()) > 0
+    assert max(curves["replay/age_max"].values()) > 1
+
+    stored = torch.load(run_of(finished) / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["RolloutReplay"]
+    assert stored["prompt_ids"] == [one.prompt for one in kept]
+    assert stored["birth_steps"] == [one.birth for one in kept]
+    assert stored["arrays"]["logprobs"].dtype == torch.float16
+    assert sum(array.nbytes for array in stored["arrays"].values()) == sum(one.bytes for one in kept)
+
+
+def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
+    checkpoint = run_of(tmp_path) / "checkpoints" / f"step_{STEPS // 2:08d}.ckpt"
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert checkpoint.exists()
+    assert not (run_of(tmp_path) / "summary.json").exists()
+    done = subprocess.run(
+        command(tmp_path, "--ckpt_path", "last"), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert scalars(tmp_path) == scalars(finished)
+    weights = [
+        torch.load(run_of(folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (finished, tmp_path)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
