@@ -86,17 +86,17 @@ class SharedPrompts:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
         """Attention output `[N, heads, width]` from `[N, heads, width]` each (keys and values with as many heads)."""
         first = len(self.prompts.places)
-        read = [self.prompts.pad(states[:first]) for states in (query, key, value)]
-        outputs = F.scaled_dot_product_attention(*read, dropout_p=dropout, is_causal=True, scale=scale)
+        asked, keys, values = (self.prompts.pad(states[:first]) for states in (query, key, value))
+        outputs = F.scaled_dot_product_attention(asked, keys, values, dropout_p=dropout, is_causal=True, scale=scale)
         outputs = self.prompts.join(outputs)
         if not self.completions.shape[1]:
             return outputs
-        asked, *own = [self.completions.pad(states[first:]) for states in (query, key, value)]
-        seen = [
-            torch.cat([_Repeat.apply(of_prompts, self.owner), states], dim=2)
-            for of_prompts, states in zip(read[1:], own, strict=True)
-        ]
-        written = F.scaled_dot_product_attention(asked, *seen, attn_mask=self.mask, dropout_p=dropout, scale=scale)
+        asked, own_keys, own_values = (self.completions.pad(states[first:]) for states in (query, key, value))
+        keys = torch.cat([_Repeat.apply(keys, self.owner), own_keys], dim=2)
+        values = torch.cat([_Repeat.apply(values, self.owner), own_values], dim=2)
+        written = F.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=self.mask, dropout_p=dropout, scale=scale
+        )
         return torch.cat([outputs, self.completions.join(written)])
 
 

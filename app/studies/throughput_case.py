@@ -15,7 +15,11 @@ from datamodules.procedural import Procedural, ProceduralTask
 CASES = {"all_informative": 1.0, "half_informative": 0.5}
 """Share of the prompts whose completions get different rewards."""
 
-_TASKS = (("spell_backward", 0.4, {}), ("chain_sum", 0.4, {"min_terms": 4, "max_terms": 11}), ("leg_counting", 0.2, {}))
+_TASKS: tuple[tuple[str, float, dict[str, Any]], ...] = (
+    ("spell_backward", 0.4, {}),
+    ("chain_sum", 0.4, {"min_terms": 4, "max_terms": 11}),
+    ("leg_counting", 0.2, {}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def write_prompts(work: Work, informative: float, path: Path) -> None:
             file.write(json.dumps({"id": prompt.id, "prompt": prompt.prompt, "informative": differs}) + "\n")
 
 
-def scripted(completions: Sequence[str], informative: Sequence[bool], **_: object) -> list[float]:
+def scripted(completions: Sequence[str], informative: Sequence[bool], **_: object) -> list[float | None]:
     """The reward of both trainers: a hash of the completion where the prompt is to be informative, else 0.5."""
     return [
         zlib.crc32(text.encode()) % 997 / 997 if differs else 0.5
