@@ -9,8 +9,32 @@ import numpy as np
 from torch import Tensor
 
 from app.minibatch import MiniBatch
+from app.objective.packing import PackedBatch
 from app.objective.statistics import Statistics
 from datamodules.types import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRead:
+    """What the forward passes of an update cost.
+
+    Attributes:
+        positions: that the model computed, padding included.
+        tokens: without padding.
+        sequence_tokens: of prompts and completions, had every completion its own copy of its prompt.
+    """
+
+    positions: int = 0
+    tokens: int = 0
+    sequence_tokens: int = 0
+
+    def plus(self, packed: PackedBatch) -> TokensRead:
+        """With one more micro-batch."""
+        return TokensRead(
+            self.positions + packed.input_ids.numel(),
+            self.tokens + packed.real_tokens,
+            self.sequence_tokens + packed.sequence_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +46,7 @@ class Update:
         grad_norm: scalar, before clipping.
         all: statistics of every completion token.
         replayed: statistics of replayed tokens.
+        read: tokens of its forward passes.
         skipped: whether loss or gradient was not finite, so that the weights were left alone.
     """
 
@@ -29,6 +54,7 @@ class Update:
     grad_norm: Tensor
     all: Statistics
     replayed: Statistics
+    read: TokensRead = TokensRead()
     skipped: bool = False
 
 
@@ -75,6 +101,8 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
         merged, replayed = merged.merge(update.all), replayed.merge(update.replayed)
     norms = [float(update.grad_norm) for update in updates]
     tokens = sum(part.tokens for part in parts)
+    positions = sum(update.read.positions for update in updates)
+    whole = sum(update.read.sequence_tokens for update in updates)
     metrics = {
         "loss": float(np.mean([float(update.loss) for update in updates])),
         "grad_norm": float(np.mean(norms)),
@@ -82,6 +110,9 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
         "updates/empty": float(sum(not part.sequences for part in parts)),
         "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),
     }
+    if positions:
+        metrics["updates/padding_fraction"] = 1 - sum(update.read.tokens for update in updates) / positions
+        metrics["updates/positions_per_token"] = positions / whole
     return metrics | merged.metrics() | _replay_metrics(replayed.metrics())
 
 

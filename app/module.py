@@ -16,11 +16,11 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
-from app.metrics import Update, batch_metrics, update_metrics
+from app.metrics import TokensRead, Update, batch_metrics, update_metrics
 from app.minibatch import CompletionId, MiniBatch, advantages_of, minibatches
 from app.nonfinite import NonFiniteGuard, offenders
 from app.objective.advantages import Baseline, Scale
-from app.objective.packing import PackedBatch, ScoredSequence, collate, plan_microbatches
+from app.objective.packing import PackedBatch, ScoredSequence, collate, pack, plan_microbatches, plan_packs
 from app.objective.statistics import Statistics
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
 from app.objective.weights import Aggregation
@@ -30,7 +30,7 @@ from app.policy import Policy, causal_lm
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
 from app.run_table import print_run_table
-from app.scoring import score
+from app.scoring import can_share_prompts, score
 from datamodules.errors import UserError
 from datamodules.seeding import generator, run_seed
 from datamodules.types import TrainBatch
@@ -69,6 +69,8 @@ class GRPOModule(LightningModule):
             sequences, "constant" divides by the completion limit times sequences.
         mini_batches: optimizer steps per batch.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
+        share_prompts: read a prompt once for all its completions in a micro-batch, and nothing padded, where the model
+            allows it (full attention by torch's SDPA, no gradient checkpointing); else bucketed by length.
         reward_workers: the processes that score completions, and their time and memory limits.
         on_reward_failure: a completion whose score timed out or crashed is left out of its group ("drop") or scored
             0 ("zero").
@@ -91,6 +93,7 @@ class GRPOModule(LightningModule):
         aggregation: Aggregation = "token",
         mini_batches: int = 1,
         max_tokens_per_microbatch: int = 16384,
+        share_prompts: bool = True,
         reward_workers: WorkerOptions = WorkerOptions(),  # noqa: B008
         on_reward_failure: Literal["drop", "zero"] = "drop",
     ) -> None:
@@ -109,6 +112,7 @@ class GRPOModule(LightningModule):
         self.aggregation = aggregation
         self.mini_batches = mini_batches
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.share_prompts = share_prompts
         self._check(pass_at_k)
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self._nonfinite = NonFiniteGuard()
@@ -221,7 +225,9 @@ class GRPOModule(LightningModule):
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         loss = torch.zeros((), device=self.device)
         everything, replayed = Statistics.empty(self.device), Statistics.empty(self.device)
+        read = TokensRead()
         for packed in self.microbatches_of(part.sequences):
+            read = read.plus(packed)
             found = self.loss_of(packed)
             self.manual_backward(found.loss)
             loss += found.loss.detach()
@@ -239,7 +245,7 @@ class GRPOModule(LightningModule):
         # Lightning's step counter still advance.
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        return Update(loss, norm, everything, replayed, skipped=not finite)
+        return Update(loss, norm, everything, replayed, read, skipped=not finite)
 
     def loss_of(self, packed: PackedBatch) -> PolicyLoss:
         """The loss of one micro-batch, with gradient: those of a mini-batch's micro-batches add up to its loss."""
@@ -272,19 +278,29 @@ class GRPOModule(LightningModule):
 
     def microbatches_of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
         """Sequences as micro-batches within the token budget, on the module's device."""
-        plan = plan_microbatches([len(sequence) for sequence in sequences], self.max_tokens_per_microbatch)
-        return [self._collate([sequences[index] for index in rows]) for rows in plan]
+        return [self._collate([sequences[index] for index in rows]) for rows in self._plan(sequences)]
+
+    def _plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
+        """Which sequences share a micro-batch."""
+        if self._shares_prompts:
+            return plan_packs(sequences, self.max_tokens_per_microbatch)
+        return plan_microbatches([len(sequence) for sequence in sequences], self.max_tokens_per_microbatch)
 
     def _collate(self, sequences: Sequence[ScoredSequence]) -> PackedBatch:
+        if self._shares_prompts:
+            return pack(sequences, self.device)
         return collate(sequences, self.tokenizer.pad_token_id, self.device)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return self.share_prompts and can_share_prompts(self.policy_model)
 
     @torch.no_grad()
     def _with_old_logprobs(self, part: MiniBatch) -> MiniBatch:
         """Adds log pi_old to replayed sequences; a fresh one's behaviour policy is the policy before the update."""
         sequences = list(part.sequences)
         replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
-        plan = plan_microbatches([len(sequences[index]) for index in replayed], self.max_tokens_per_microbatch)
-        for rows in plan:
+        for rows in self._plan([sequences[index] for index in replayed]):
             chosen = [replayed[row] for row in rows]
             packed = self._collate([sequences[index] for index in chosen])
             logprobs, _ = score(self.policy_model, packed, self.sampling.temperature, with_entropy=False)

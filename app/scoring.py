@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
+from app.engines.kv_cache import full_attention_only
 from app.objective.logprobs import token_logprobs
 from app.objective.packing import PackedBatch
+from app.objective.shared_prompt import shared_prompt_attention
 from app.policy import causal_lm
+
+SHARED_PROMPT = "dots_shared_prompt"
+AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
 
 
 def score(
@@ -20,13 +25,7 @@ def score(
     `temperature` is the one that the completions were sampled with.
     """
     lm = causal_lm(model)
-    hidden = lm.base_model(
-        input_ids=packed.input_ids,
-        # On the right of causal attention padding is unseen; the mask is for models that mix positions otherwise.
-        attention_mask=packed.attention_mask if packed.padding_fraction else None,
-        position_ids=packed.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    hidden = _rectangle(lm, packed) if packed.layout is None else _shared(lm, packed)
     head = lm.get_output_embeddings()
     return token_logprobs(
         packed.predicting(hidden),
@@ -38,6 +37,48 @@ def score(
         scale=logit_scale(lm),
         with_entropy=with_entropy,
     )
+
+
+def can_share_prompts(model: torch.nn.Module) -> bool:
+    """Whether `score` takes batches of `packing.pack` for this model: full attention only, by transformers' interface.
+
+    Not with gradient checkpointing, which runs layers again in the backward pass, when attention is the model's own.
+    """
+    lm = causal_lm(model)
+    config = lm.config
+    return (
+        getattr(lm, "_supports_attention_backend", False)
+        and config._attn_implementation == "sdpa"
+        and full_attention_only(config)
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not lm.is_gradient_checkpointing
+    )
+
+
+def _rectangle(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
+    """Last hidden states `[n, L, H]` of a padded micro-batch."""
+    return lm.base_model(
+        input_ids=packed.input_ids,
+        # On the right of causal attention padding is unseen; the mask is for models that mix positions otherwise.
+        attention_mask=packed.attention_mask
+        if packed.padding_fraction and not full_attention_only(lm.config)
+        else None,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def _shared(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
+    """Last hidden states `[1, N, H]` of a micro-batch in one row."""
+    usual = lm.config._attn_implementation
+    # Only for this forward: generation keeps the model's own attention.
+    lm.config._attn_implementation = SHARED_PROMPT
+    try:
+        return lm.base_model(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, layout=packed.layout, use_cache=False
+        ).last_hidden_state
+    finally:
+        lm.config._attn_implementation = usual
 
 
 def head_weight(head: torch.nn.Module) -> Tensor:

@@ -198,7 +198,12 @@ def _row_numbers(rows: np.ndarray) -> torch.LongTensor:
 
 def row_cache(config: PreTrainedConfig, max_rows: int, columns: int) -> RowCache:
     """The in-place cache when `config` describes nothing but full attention, else the growing one."""
-    layers = DynamicCache(config=config).layers
-    if layers and all(type(layer) is DynamicLayer for layer in layers):
-        return InPlaceCache(len(layers), max_rows, columns)
+    if full_attention_only(config):
+        return InPlaceCache(len(DynamicCache(config=config).layers), max_rows, columns)
     return GrowingCache()
+
+
+def full_attention_only(config: PreTrainedConfig) -> bool:
+    """Whether every layer attends to the whole context: no sliding window, no linear attention or the like."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

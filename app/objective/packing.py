@@ -1,8 +1,9 @@
-"""Token-budget micro-batches, and the layout of one: a padded rectangle for the model, flat tensors for the loss.
+"""Token-budget micro-batches, and the layout of one: a padded rectangle, or one row in which prompts are shared
+(`shared_prompt`), for the model; flat tensors for the loss.
 
-Sequences are padded on the right. Under causal attention no real token then sees a pad, with or without the mask, and
-positions need no shift. Only completion tokens are scored: the hidden state at position `t` predicts the token at
-`t + 1`, so a completion of `T` tokens after a prompt of `P` is predicted from positions `P - 1 .. P + T - 2`.
+In a rectangle sequences are padded on the right. Under causal attention no real token then sees a pad, with or without
+the mask, and positions need no shift. Only completion tokens are scored: the hidden state at position `t` predicts the
+token at `t + 1`, so a completion of `T` tokens after a prompt of `P` is predicted from positions `P - 1 .. P + T - 2`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from app.objective.shared_prompt import SharedPrompts, plan_shared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +51,10 @@ class PackedBatch:
     """A micro-batch of `n` sequences, `L` long at most, with `T` completion tokens in all.
 
     Attributes:
-        input_ids: int64 `[n, L]`, padded on the right.
-        attention_mask: int64 `[n, L]`, 0 on padding.
-        position_ids: int64 `[n, L]`, 0 .. L - 1 in every row.
-        predictors: int64 `[T]`: positions in the flattened `[n * L]` whose hidden states predict `targets`.
+        input_ids: int64 `[n, L]`, padded on the right; `[1, N]` where prompts are shared.
+        attention_mask: int64, 0 on padding; of the same shape.
+        position_ids: int64, of the same shape: position of each token in its sequence.
+        predictors: int64 `[T]`: positions in the flattened `input_ids` whose hidden states predict `targets`.
         targets: int64 `[T]`: the completion tokens, sequence after sequence.
         sequences: int64 `[T]`: row that each token belongs to.
         behaviour_logprobs: float32 `[T]`.
@@ -73,7 +76,11 @@ class PackedBatch:
     weights: Tensor
     replayed: Tensor
     real_tokens: int
-    """Tokens of prompts and completions, without padding."""
+    """Tokens that are read, without padding."""
+    sequence_tokens: int
+    """Tokens of prompts and completions, every prompt as often as it has completions."""
+    layout: SharedPrompts | None = None
+    """Who attends to whom, where all tokens stand in one row."""
 
     @property
     def padding_fraction(self) -> float:
@@ -118,7 +125,7 @@ def plan_microbatches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> l
 def collate(
     sequences: Sequence[ScoredSequence], pad_token_id: int = 0, device: torch.device | str = "cpu"
 ) -> PackedBatch:
-    """Lays sequences out as one micro-batch.
+    """Lays sequences out as one micro-batch, a padded rectangle.
 
     Args:
         sequences: `n` of them, at least one, in the order of the rows.
@@ -128,43 +135,120 @@ def collate(
     Raises:
         ValueError: no sequences, an empty prompt or completion, or log-probs that are not one per completion token.
     """
-    if not sequences:
-        raise ValueError("no sequences to collate")
-    for row, sequence in enumerate(sequences):
-        _check(row, sequence)
-    prompt = np.array([len(sequence.prompt_ids) for sequence in sequences])
-    completion = np.array([len(sequence.completion_ids) for sequence in sequences])
+    prompt, completion = _lengths(sequences)
     length = int((prompt + completion).max())
     ids = np.full((len(sequences), length), pad_token_id, dtype=np.int64)
     for row, sequence in enumerate(sequences):
         ids[row, : prompt[row]] = sequence.prompt_ids
         ids[row, prompt[row] : prompt[row] + completion[row]] = sequence.completion_ids
-    positions = np.arange(length)
-    rows = np.repeat(np.arange(len(sequences)), completion)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(completion) - completion, completion)
-    predictors = rows * length + np.repeat(prompt, completion) - 1 + within
+    first = np.arange(len(sequences)) * length + prompt - 1
+    read = int((prompt + completion).sum())
+    positions = np.tile(np.arange(length), (len(sequences), 1))
+    mask = positions < (prompt + completion)[:, None]
+    return _batch(sequences, ids, mask, positions, np.repeat(first, completion) + _within(completion), read, device)
 
-    def flat(values: Sequence[Sequence[float] | np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.asarray(value, dtype=np.float32) for value in values])).to(device)
 
-    def spread(values: Sequence[float], dtype: type) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=dtype), completion)).to(device)
+def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu") -> PackedBatch:
+    """Lays sequences out as one micro-batch, one row without padding in which equal prompts appear once.
 
-    behaviour = [sequence.behaviour_logprobs for sequence in sequences]
+    Args:
+        sequences: `n` of them, at least one; those of a prompt need not be neighbours.
+        device: where the tensors are to be.
+
+    Raises:
+        ValueError: as `collate`.
+    """
+    _, completion = _lengths(sequences)
+    owner, chosen = owners(sequences)
+    prompts = [np.asarray(sequences[index].prompt_ids, dtype=np.int64) for index in chosen]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    # The last token of a completion predicts nothing, so it is not read.
+    written = completion - 1
+    ids = np.concatenate([*prompts, *(np.asarray(s.completion_ids, dtype=np.int64)[:-1] for s in sequences)])
+    positions = np.concatenate([_within(lengths), np.repeat(lengths[owner], written) + _within(written)])
+    # A completion's first token is predicted by the last one of its prompt, the others by the token before.
+    starts = lengths.sum() + np.cumsum(written) - written
+    predictors = np.repeat(starts - 1, completion) + _within(completion)
+    predictors[np.cumsum(completion) - completion] = (np.cumsum(lengths) - 1)[owner]
+    layout = SharedPrompts.of(lengths, written, owner, device)
+    mask = np.ones_like(ids)
+    return _batch(sequences, ids[None], mask[None], positions[None], predictors, len(ids), device, layout)
+
+
+def plan_packs(sequences: Sequence[ScoredSequence], max_tokens: int) -> list[list[int]]:
+    """`shared_prompt.plan_shared` for sequences: indices into them by micro-batch, each to be laid out by `pack`."""
+    owner, chosen = owners(sequences)
+    prompts = [len(sequences[index].prompt_ids) for index in chosen]
+    return plan_shared(owner, prompts, [len(sequence.completion_ids) for sequence in sequences], max_tokens)
+
+
+def owners(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, list[int]]:
+    """Number of each sequence's prompt among the different ones, int64 `[n]`, and a sequence that has each."""
+    number: dict[bytes, int] = {}
+    chosen: list[int] = []
+    owner = np.empty(len(sequences), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        key = np.asarray(sequence.prompt_ids, dtype=np.int64).tobytes()
+        if key not in number:
+            number[key] = len(chosen)
+            chosen.append(row)
+        owner[row] = number[key]
+    return owner, chosen
+
+
+def _lengths(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of prompts and of completions `[n]` each, after checking the sequences."""
+    if not sequences:
+        raise ValueError("no sequences to collate")
+    for row, sequence in enumerate(sequences):
+        _check(row, sequence)
+    prompt = np.array([len(sequence.prompt_ids) for sequence in sequences])
+    return prompt, np.array([len(sequence.completion_ids) for sequence in sequences])
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0 .. length - 1 of each run, one run after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _batch(
+    sequences: Sequence[ScoredSequence],
+    ids: np.ndarray,
+    mask: np.ndarray,
+    positions: np.ndarray,
+    predictors: np.ndarray,
+    read: int,
+    device: torch.device | str,
+    layout: SharedPrompts | None = None,
+) -> PackedBatch:
+    """The layout `ids`, `mask`, `positions`, `predictors` with what the loss needs of every completion token."""
+    completion = np.array([len(sequence.completion_ids) for sequence in sequences])
+
+    def tensor(array: np.ndarray, dtype: type) -> Tensor:
+        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+
+    def flat(values: Sequence[Sequence[float] | np.ndarray], dtype: type = np.float32) -> Tensor:
+        return tensor(np.concatenate([np.asarray(value, dtype=dtype) for value in values]), dtype)
+
+    def spread(values: Sequence[float], dtype: type = np.float32) -> Tensor:
+        return tensor(np.repeat(np.array(values, dtype=dtype), completion), dtype)
+
     old = [s.behaviour_logprobs if s.old_logprobs is None else s.old_logprobs for s in sequences]
     return PackedBatch(
-        input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=torch.from_numpy((positions < (prompt + completion)[:, None]).astype(np.int64)).to(device),
-        position_ids=torch.from_numpy(np.tile(positions, (len(sequences), 1))).to(device),
-        predictors=torch.from_numpy(predictors).to(device),
-        targets=torch.from_numpy(ids.reshape(-1)[predictors + 1]).to(device),
-        sequences=torch.from_numpy(rows).to(device),
-        behaviour_logprobs=flat(behaviour),
+        input_ids=tensor(ids, np.int64),
+        attention_mask=tensor(mask, np.int64),
+        position_ids=tensor(positions, np.int64),
+        predictors=tensor(predictors, np.int64),
+        targets=flat([sequence.completion_ids for sequence in sequences], np.int64),
+        sequences=spread(range(len(sequences)), np.int64),
+        behaviour_logprobs=flat([sequence.behaviour_logprobs for sequence in sequences]),
         old_logprobs=flat(old),
-        advantages=spread([sequence.advantage for sequence in sequences], np.float32),
-        weights=spread([sequence.weight for sequence in sequences], np.float32),
+        advantages=spread([sequence.advantage for sequence in sequences]),
+        weights=spread([sequence.weight for sequence in sequences]),
         replayed=spread([sequence.replayed for sequence in sequences], np.bool_),
-        real_tokens=int((prompt + completion).sum()),
+        real_tokens=read,
+        sequence_tokens=sum(len(sequence) for sequence in sequences),
+        layout=layout,
     )
 
 

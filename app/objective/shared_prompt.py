@@ -1,0 +1,218 @@
+"""The layout of a micro-batch in which a prompt appears once for all its completions and nothing is padded.
+
+All tokens stand in one row: the prompts, then the completions without their last token (nothing is predicted from it).
+Every layer of a transformer but attention works on tokens one by one, so only attention has to know which belong
+together: a prompt attends to itself, a completion to its prompt and itself. Both are causal, so the hidden states are
+those of each sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Runs of consecutive tokens, and the rectangle `[n, L]` that they are padded to inside attention.
+
+    Attributes:
+        shape: `n` and `L`.
+        tokens: int64 `[n * L]`: the token at each place, 0 where there is none.
+        places: int64 `[N]`: the place of each token.
+    """
+
+    shape: tuple[int, int]
+    tokens: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Blocks:
+        """Of `n` runs with int `[n]` lengths, one after the other."""
+        longest = int(lengths.max(initial=0))
+        within = np.arange(longest)
+        starts = np.cumsum(lengths) - lengths
+        real = within < lengths[:, None]
+        tokens = np.where(real, starts[:, None] + within, 0).reshape(-1)
+        places = np.flatnonzero(real)
+        on_device = (torch.from_numpy(array).to(device) for array in (tokens, places))
+        return cls((len(lengths), longest), *on_device)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """`[N, heads, width]` as `[n, heads, L, width]`; what stands on padding is arbitrary and gets no gradient."""
+        return _Pad.apply(values, self.tokens, self.places).unflatten(0, self.shape).transpose(1, 2)
+
+    def join(self, padded: Tensor) -> Tensor:
+        """`[n, heads, L, width]` as `[N, heads, width]`."""
+        return _Join.apply(padded.transpose(1, 2).flatten(0, 1), self.places)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrompts:
+    """Who attends to whom among `N` tokens in one row.
+
+    Attributes:
+        prompts: the first tokens, prompt after prompt; longest `P`.
+        completions: the others, completion after completion; longest `T`.
+        owner: int64 `[n]`: the prompt of each completion.
+        mask: bool `[n, 1, T, P + T]`: which tokens of its prompt and of itself each token of a completion sees.
+    """
+
+    prompts: Blocks
+    completions: Blocks
+    owner: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(
+        cls, prompts: np.ndarray, completions: np.ndarray, owner: np.ndarray, device: torch.device | str = "cpu"
+    ) -> SharedPrompts:
+        """From the lengths of prompts int `[g]` and completions int `[n]`, and the prompt of each completion `[n]`."""
+        longest = int(completions.max(initial=0))
+        own = np.broadcast_to(np.tri(longest, dtype=bool), (len(completions), longest, longest))
+        read = np.arange(prompts.max()) < prompts[owner][:, None]
+        read = np.broadcast_to(read[:, None], (len(completions), longest, read.shape[1]))
+        mask = torch.from_numpy(np.concatenate([read, own], axis=2)[:, None]).to(device)
+        owners = torch.from_numpy(owner).to(device)
+        return cls(Blocks.of(prompts, device), Blocks.of(completions, device), owners, mask)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """Attention output `[N, heads, width]` from `[N, heads, width]` each (keys and values with as many heads)."""
+        first = len(self.prompts.places)
+        asked, keys, values = (self.prompts.pad(states[:first]) for states in (query, key, value))
+        outputs = F.scaled_dot_product_attention(asked, keys, values, dropout_p=dropout, is_causal=True, scale=scale)
+        outputs = self.prompts.join(outputs)
+        if not self.completions.shape[1]:
+            return outputs
+        asked, own_keys, own_values = (self.completions.pad(states[first:]) for states in (query, key, value))
+        keys = torch.cat([_Repeat.apply(keys, self.owner), own_keys], dim=2)
+        values = torch.cat([_Repeat.apply(values, self.owner), own_values], dim=2)
+        written = F.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=self.mask, dropout_p=dropout, scale=scale
+        )
+        return torch.cat([outputs, self.completions.join(written)])
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: SharedPrompts | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`SharedPrompts.attend` as transformers calls it: states `[1, heads, N, width]`, output `[1, N, heads, width]`.
+
+    Raises:
+        ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
+    """
+    unknown = [name for name in ("softcap", "sliding_window", "s_aux", "position_bias") if others.get(name) is not None]
+    if layout is None or unknown or attention_mask is not None:
+        wanted = "layout is missing" if layout is None else f"{', '.join(unknown) or 'attention_mask'} is not supported"
+        raise ValueError(f"{type(module).__name__}: {wanted}; set model.share_prompts to false for this policy")
+    repeats = query.shape[1] // key.shape[1]
+    states = [query, *(one if repeats == 1 else one.repeat_interleave(repeats, dim=1) for one in (key, value))]
+    output = layout.attend(*(one[0].transpose(0, 1) for one in states), scale=scaling, dropout=dropout)
+    return output.unsqueeze(0), None
+
+
+def plan_shared(
+    owner: Sequence[int] | np.ndarray,
+    prompts: Sequence[int] | np.ndarray,
+    completions: Sequence[int] | np.ndarray,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Splits completions into micro-batches of at most `max_tokens`, a prompt counted once in each that it is in.
+
+    The completions of a prompt stay together where they fit. Those with the longest completions come first, so that
+    attention pads little and a budget too large for the memory fails at once.
+
+    Args:
+        owner: int `[N]`: the prompt of each completion, `0 .. g - 1`.
+        prompts: `g` lengths in tokens.
+        completions: `N` lengths in tokens.
+        max_tokens: the budget, at least 1; a single completion with its prompt may exceed it.
+
+    Returns:
+        Indices into `completions`; each appears exactly once. Depends on the arguments alone.
+
+    Raises:
+        ValueError: `max_tokens` below 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
+    owner, lengths = np.asarray(owner, dtype=np.int64), np.asarray(completions, dtype=np.int64)
+    longest = np.zeros(len(prompts), dtype=np.int64)
+    np.maximum.at(longest, owner, lengths)
+    whole = np.array(prompts, dtype=np.int64)
+    np.add.at(whole, owner, lengths - 1)
+    plan: list[list[int]] = []
+    room, last = 0, -1
+    for index in np.lexsort((-lengths, owner, -longest[owner])).tolist():
+        prompt, tokens = int(owner[index]), int(lengths[index]) - 1
+        # A prompt is not begun where its completions would have to be torn apart, unless no micro-batch holds them all.
+        starts = prompt != last
+        needed = tokens + int(prompts[prompt]) if starts else tokens
+        if needed > room or (starts and room < whole[prompt] <= max_tokens):
+            plan.append([])
+            room, needed = max_tokens, tokens + int(prompts[prompt])
+        plan[-1].append(index)
+        room, last = room - needed, prompt
+    return plan
+
+
+class _Pad(torch.autograd.Function):
+    """Rows `values[tokens]`, of which those at `places` stand for one row each and the others for none."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return values.index_select(0, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+class _Join(torch.autograd.Function):
+    """Rows `padded[places]`, all different: their gradient is put back, not summed."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(padded)
+        return padded.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, places, grad), None
+
+
+class _Repeat(torch.autograd.Function):
+    """Slabs `values[owner]`. On a CPU index_select's own gradient goes number by number; whole slabs add up faster."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, owner: Tensor) -> Tensor:
+        ctx.save_for_backward(owner)
+        ctx.slabs = len(values)
+        return values.index_select(0, owner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (owner,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.slabs, *grad.shape[1:]).index_add_(0, owner, grad), None

@@ -1,0 +1,53 @@
+"""`dots throughput`: the order of steps, its arithmetic and the reward that both trainers get."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from app.studies.throughput import report
+from app.studies.throughput_case import scripted
+from app.studies.throughput_turns import OtherFailedError, Step, Turns
+
+
+def test_turns_alternate() -> None:
+    turns, order = Turns("a"), []
+
+    def go(mine: str, other: str) -> None:
+        for _ in range(3):
+            turns.wait(mine)
+            order.append(mine)
+            turns.give(other)
+
+    thread = threading.Thread(target=go, args=("b", "a"))
+    thread.start()
+    go("a", "b")
+    thread.join(timeout=5)
+    assert order == ["a", "b"] * 3
+
+
+def test_a_failure_ends_the_others_waiting() -> None:
+    turns = Turns("a")
+    turns.fail()
+    with pytest.raises(OtherFailedError):
+        turns.wait("b")
+
+
+def test_ratio_is_the_median_of_the_pairs() -> None:
+    def step(seconds: float) -> Step:
+        return Step(seconds, rollout=seconds / 2, reward=0.0, update=seconds / 2, completion_tokens=100, peak_mib=1.0)
+
+    pairs = [(step(1.0), step(2.0)), (step(9.0), step(3.0)), (step(1.0), step(4.0))]
+    found = report({"half_informative": pairs}, {"threads": 2})
+    assert found["ratio"] == {"half_informative": 0.5}
+    assert found["phases"]["half_informative"]["trl"]["seconds"] == pytest.approx(3.0)
+    assert found["phases"]["half_informative"]["dots"]["update"] == pytest.approx(11 / 6)
+    assert [pair["dots"]["seconds"] for pair in found["pairs"]] == [1.0, 9.0, 1.0]
+
+
+def test_rewards_differ_only_where_they_are_to() -> None:
+    texts = ["a", "b", "a", "b"]
+    rewards = scripted(texts, [True, True, False, False])
+    assert rewards[0] != rewards[1]
+    assert rewards[2:] == [0.5, 0.5]
