@@ -39,12 +39,15 @@ tiny-policy: install ## Pretrain the embedded tiny policy anew
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
 	$(BIN)/python -m app.smollm models/smollm2-135m-instruct
 
+# One worker per file and core, the long integration tests first, so that no worker waits for the other at the end.
+PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint types $(VENV)/.smollm ## Everything continuous integration checks
-	$(BIN)/pytest -n 2 --dist loadfile -m "not timing" $(ARGS)
+	$(PYTEST_PARALLEL) -m "not timing" $(ARGS)
 	$(BIN)/pytest -m timing $(ARGS)
 
 test-fast: install ## The tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not timing" $(ARGS)
+	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)
 
 lint: install ## Lint, format and the layer rule
 	$(BIN)/ruff check .

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from tests.integration.command import dots
 
 
 def test_the_published_setting_prints_its_table():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "app", "describe"),
-            *("--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"),
-            *("--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = dots(
+        *("describe", "--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"),
+        *("--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if len(cells := _cells(line)) == 3}

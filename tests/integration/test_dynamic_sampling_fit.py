@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app.studies.plots import read_scalars
+from tests.integration.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 OVERLAY = """
 trainer:
@@ -48,16 +41,14 @@ data:
         explore: 0.25
         ranker: {class_path: datamodules.selectors.Mopps}
 """
-_CLOCK = ("time/", "step_time", "tokens_per_second")
-
 pytestmark = pytest.mark.slow
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def arguments(folder: Path, *more: str) -> list[str]:
     overlay = folder / "overlay.yaml"
     overlay.write_text(OVERLAY)
     return [
-        *(sys.executable, "-m", "app", "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay)),
+        *("fit", "--config", "configs/quickstart.yaml", "--config", str(overlay)),
         f"--trainer.max_steps={STEPS}",
         "--trainer.limit_val_batches=0",
         "--model.mini_batches=1",
@@ -67,19 +58,6 @@ def command(folder: Path, *more: str) -> list[str]:
         f"--trainer.logger.save_dir={folder}",
         *more,
     ]
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "quickstart" / "version_0"
-
-
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    curves = read_scalars(run_of(folder))
-    return {
-        tag: dict(zip(steps, values, strict=True))
-        for tag, (steps, values) in curves.items()
-        if not tag.startswith(_CLOCK)
-    }
 
 
 def images(folder: Path) -> dict[str, dict[int, bytes]]:
@@ -94,7 +72,7 @@ def images(folder: Path) -> dict[str, dict[int, bytes]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = dots(*arguments(folder))
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -122,7 +100,7 @@ def test_everything_generated_is_trained_on_kept_or_counted(finished: Path):
     assert summary["completions"] == 8 * summary["prompts_rolled_out"]
     assert summary["wasted"]["prompts"] == 0
     # Whatever passed entered the buffer, one group per prompt.
-    stored = torch.load(run_of(finished) / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["RolloutReplay"]
+    stored = last_checkpoint(finished)["callbacks"]["RolloutReplay"]
     assert len(stored["prompt_ids"]) <= trained_fresh + surplus
     # The steps' own fractions say the same.
     for step, fraction in curves["sampling/dropped_fraction"].items():
@@ -156,22 +134,9 @@ def test_pictures_of_the_forecast_are_in_the_event_file(finished: Path):
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
-    checkpoint = run_of(tmp_path) / "checkpoints" / "step_00000004.ckpt"
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert checkpoint.exists()
+    kill_when(run_of(tmp_path) / "checkpoints" / "step_00000004.ckpt", *arguments(tmp_path))
     assert not (run_of(tmp_path) / "summary.json").exists()
-    done = subprocess.run(
-        command(tmp_path, "--ckpt_path", "last"), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
+    done = dots(*arguments(tmp_path, "--ckpt_path", "last"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert scalars(tmp_path) == scalars(finished)
+    assert_same_run(tmp_path, finished)
     assert images(tmp_path) == images(finished)

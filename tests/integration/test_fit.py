@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,43 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.studies.plots import read_scalars
-
-ROOT = Path(__file__).parents[2]
-QUICK = [
-    "--trainer.max_steps=10",
-    "--model.mini_batches=1",
-    "--trainer.val_check_interval=5",
-    "--data.val_size=16",
-    "--data.prompts_per_step=8",
-    "--model.sampling.max_completion_length=64",
-    "--model.val_sampling.max_completion_length=64",
-]
-_CLOCK = ("time/", "step_time", "tokens_per_second")
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "app", *arguments]
-
-
-def dots(*arguments: str, timeout: int = 280) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def fit_arguments(folder: Path, *more: str) -> list[str]:
-    few = str(overlay(folder, ("{size: 32, every: 4}", "{size: 8, every: 4}")))
-    return ["fit", "--config", "configs/quickstart.yaml", "--config", few, *more, *QUICK,
-            f"--trainer.logger.save_dir={folder}"]  # fmt: skip
-
-
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Every logged value but those of the clock."""
-    curves = read_scalars(folder / "quickstart" / "version_0")
-    return {
-        tag: dict(zip(steps, values, strict=True))
-        for tag, (steps, values) in curves.items()
-        if not tag.startswith(_CLOCK)
-    }
+from tests.integration.command import EVERY_STEP, assert_same_run, dots, fit_arguments, kill_when, run_of, scalars
 
 
 @pytest.fixture(scope="module")
@@ -146,34 +105,14 @@ def test_the_checkpoint_loads_without_pickle_and_holds_everything(finished: Path
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
-    every_step = overlay(
-        tmp_path,
-        ("{size: 32, every: 4}", "{size: 8, every: 4}"),
-        ("callbacks.RunCheckpoint", "callbacks.RunCheckpoint\n      init_args: {every: 1}"),
-    )
-    arguments = [*fit_arguments(tmp_path), "--config", str(every_step)]
-    checkpoints = tmp_path / "quickstart" / "version_0" / "checkpoints"
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not (checkpoints / "step_00000007.ckpt").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "quickstart" / "version_0" / "summary.json").exists()
-    done = dots(*arguments, "--ckpt_path", "last")
+    arguments = fit_arguments(tmp_path, changes=[EVERY_STEP])
+    run = run_of(tmp_path)
+    kill_when(run / "checkpoints" / "step_00000007.ckpt", *arguments)
+    assert not (run / "summary.json").exists()
+    done = dots(*arguments, "--ckpt_path", "last", fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not (tmp_path / "quickstart" / "version_1").exists()
-    expected, found = scalars(finished), scalars(tmp_path)
-    assert found == expected
-    weights = [
-        torch.load(folder / "quickstart/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for folder in (finished, tmp_path)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not run.with_name("version_1").exists()
+    assert_same_run(tmp_path, finished)
 
 
 def test_without_selection_and_replay_it_is_plain_grpo(tmp_path: Path):
@@ -218,16 +157,3 @@ def test_an_unknown_run_cannot_be_resumed(tmp_path: Path):
     assert "no checkpoint under" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "quickstart").exists()
-
-
-def overlay(folder: Path, *changes: tuple[str, str]) -> Path:
-    """The quickstart's callbacks with parts of their text replaced, as a config of their own."""
-    text = (ROOT / "configs" / "quickstart.yaml").read_text()
-    callbacks = text[text.index("  callbacks:") : text.index("\nmodel:")]
-    for old, new in changes:
-        assert old in callbacks
-        callbacks = callbacks.replace(old, new)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"overlay_{len(list(folder.glob('overlay_*')))}.yaml"
-    file.write_text(f"trainer:\n{callbacks}\n")
-    return file

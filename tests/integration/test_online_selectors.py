@@ -11,7 +11,7 @@ import torch
 
 from app.cli import main
 from datamodules import selectors
-from tests.integration.test_fit import dots, fit_arguments, scalars
+from tests.integration.command import dots, fit_arguments, last_checkpoint, run_of, scalars
 
 OWN_METRICS = {
     "Uniform": "selection/pool_epoch",
@@ -22,6 +22,11 @@ OWN_METRICS = {
     "Pools": "selection/normal_fraction",
     "Posterior": "selection/posterior_mean",
 }
+SHORT = [
+    "--trainer.limit_val_batches=0",
+    "--data.prompts_per_step=6",
+    "--model.sampling.max_completion_length=40",
+]
 COMPOSED = [
     "--data.selector=Composed",
     "--data.selector.ranker=Dps",
@@ -54,9 +59,9 @@ def test_short_names_and_options_are_understood(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN_METRICS)
 def test_ten_steps_by_short_name(name: str, tmp_path: Path):
-    done = dots(*fit_arguments(tmp_path, f"--data.selector={name}"))
+    done = dots(*fit_arguments(tmp_path, f"--data.selector={name}"), *SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads((tmp_path / "quickstart" / "version_0" / "summary.json").read_text())
+    summary = json.loads((run_of(tmp_path) / "summary.json").read_text())
     assert summary["completed"] is True
     assert summary["steps"] == 10
     assert len(scalars(tmp_path)[OWN_METRICS[name]]) == 10
@@ -71,7 +76,7 @@ def test_a_stopped_composition_goes_on_with_identical_choices(tmp_path: Path):
         (stopped, ["--ckpt_path=last"]),
     ]
     for folder, more in runs:
-        done = dots(*fit_arguments(folder), *COMPOSED, *more)
+        done = dots(*fit_arguments(folder), *SHORT, *COMPOSED, *more)
         assert done.returncode == 0, done.stderr[-2000:]
     curves = scalars(straight)
     assert curves["selection/explored_fraction"][9] > 0
@@ -82,8 +87,7 @@ def test_a_stopped_composition_goes_on_with_identical_choices(tmp_path: Path):
 
 def selector_state(folder: Path) -> dict[str, Any]:
     """What the last checkpoint holds of the selector: among it, the step in which each prompt was last chosen."""
-    checkpoint = folder / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
-    state = torch.load(checkpoint, weights_only=True)["OnlinePromptDataModule"]["selector"]
+    state = last_checkpoint(folder)["OnlinePromptDataModule"]["selector"]
     assert state["steps"] == 10
     return state
 

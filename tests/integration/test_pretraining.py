@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from app.rewards.procedural import Procedural
 from datamodules.demonstrations import ANSWER_MARKER
 from datamodules.procedural import ProceduralTask
 from datamodules.supervised import Demonstrations
+from tests.integration.command import ROOT, dots
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "tiny_policy"
 
 
@@ -67,20 +65,14 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_the_trained_model(tmp_path
 
 @pytest.mark.slow
 def test_the_same_seed_pretrains_the_same_weights(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "app", "fit", "--config", "configs/tiny_policy.yaml"),
-        *("--trainer.limit_train_batches=25", "--trainer.logger=false", "--data.repeats=1", "--data.val_size=5"),
+    arguments = [
+        *("fit", "--config", "configs/tiny_policy.yaml", f"--trainer.default_root_dir={tmp_path}"),
+        *("--trainer.limit_train_batches=10", "--trainer.logger=false", "--data.repeats=1", "--data.val_size=5"),
         "--trainer.enable_progress_bar=false",
     ]
     weights = []
     for name in ("first", "second"):
-        done = subprocess.run(
-            [*command, f"--model.output_dir={tmp_path / name}", f"--trainer.default_root_dir={tmp_path}"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = dots(*arguments, f"--model.output_dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr[-2000:]
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from app.studies.plots import read_scalars
+from tests.integration.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
 
-ROOT = Path(__file__).parents[2]
 STEPS, PER_STEP, MAX_AGE, MAX_BYTES = 10, 6, 2, 11000
 OVERLAY = f"""
 trainer:
@@ -46,16 +40,14 @@ data:
         tasks:
           - {{name: chain_sum, size: 14, params: {{min_terms: 3, max_terms: 6, min_digits: 1, max_digits: 1}}}}
 """
-_CLOCK = ("time/", "step_time", "tokens_per_second")
-
 pytestmark = pytest.mark.slow
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def arguments(folder: Path, *more: str) -> list[str]:
     overlay = folder / "overlay.yaml"
     overlay.write_text(OVERLAY)
     return [
-        *(sys.executable, "-m", "app", "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay)),
+        *("fit", "--config", "configs/quickstart.yaml", "--config", str(overlay)),
         f"--trainer.max_steps={STEPS}",
         "--trainer.limit_val_batches=0",
         "--model.mini_batches=1",
@@ -65,19 +57,6 @@ def command(folder: Path, *more: str) -> list[str]:
         f"--trainer.logger.save_dir={folder}",
         *more,
     ]
-
-
-def run_of(folder: Path) -> Path:
-    return folder / "quickstart" / "version_0"
-
-
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    curves = read_scalars(run_of(folder))
-    return {
-        tag: dict(zip(steps, values, strict=True))
-        for tag, (steps, values) in curves.items()
-        if not tag.startswith(_CLOCK)
-    }
 
 
 @dataclass
@@ -115,7 +94,7 @@ def groups_of(folder: Path, step: int) -> list[Written]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = dots(*arguments(folder))
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -163,7 +142,7 @@ def test_the_buffer_is_what_the_completions_written_say(finished: Path):
     assert sum(curves["replay/dropped_old"].values()) > 0
     assert max(curves["replay/age_max"].values()) > 1
 
-    stored = torch.load(run_of(finished) / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["RolloutReplay"]
+    stored = last_checkpoint(finished)["callbacks"]["RolloutReplay"]
     assert stored["prompt_ids"] == [one.prompt for one in kept]
     assert stored["birth_steps"] == [one.birth for one in kept]
     assert stored["arrays"]["logprobs"].dtype == torch.float16
@@ -171,26 +150,8 @@ def test_the_buffer_is_what_the_completions_written_say(finished: Path):
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
-    checkpoint = run_of(tmp_path) / "checkpoints" / f"step_{STEPS // 2:08d}.ckpt"
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert checkpoint.exists()
+    kill_when(run_of(tmp_path) / "checkpoints" / f"step_{STEPS // 2:08d}.ckpt", *arguments(tmp_path))
     assert not (run_of(tmp_path) / "summary.json").exists()
-    done = subprocess.run(
-        command(tmp_path, "--ckpt_path", "last"), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
+    done = dots(*arguments(tmp_path, "--ckpt_path", "last"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert scalars(tmp_path) == scalars(finished)
-    weights = [
-        torch.load(run_of(folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (finished, tmp_path)
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert_same_run(tmp_path, finished)

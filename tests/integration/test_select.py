@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +13,8 @@ from app.offline.learnalign import alignment_scores, learnability
 from app.policy import Policy
 from datamodules.procedural import Procedural, ProceduralTask
 from datamodules.prompts import PromptFile, split_pool
+from tests.integration.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
 
-ROOT = Path(__file__).parents[2]
 CHAIN = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 TASKS = [ProceduralTask("chain_sum", 50, CHAIN), ProceduralTask("spell_backward", 20, {"max_word_len": 5})]
 BASE = [
@@ -32,14 +27,6 @@ BASE = [
 LEARNALIGN = ["--method=learnalign", "--keep=16", "--prompts_per_batch=4", "--learnalign.warmup_steps=3"]
 
 pytestmark = pytest.mark.slow
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "app", *arguments]
-
-
-def dots(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +70,14 @@ def test_the_best_prompts_are_kept_and_read_back(selected: Path):
 def test_a_selection_killed_twice_goes_on_as_if_never_stopped(selected: Path, tmp_path: Path):
     """Once in its warm-up, once while it measures."""
     out = tmp_path / "subset.jsonl"
-    arguments = command("select", *BASE, "--config", str(_every_step(tmp_path)), *LEARNALIGN, "--out", str(out))
+    arguments = ["select", *BASE, "--config", str(overlay(tmp_path, EVERY_STEP)), *LEARNALIGN, "--out", str(out)]
     work = out.with_suffix(".select")
-    checkpoint = work / "warmup" / "checkpoints" / "step_00000001.ckpt"
-    _kill_when(arguments, checkpoint)
-    assert checkpoint.exists()
+    kill_when(work / "warmup" / "checkpoints" / "step_00000001.ckpt", *arguments)
     assert not (work / "warmup" / "policy.ckpt").exists()
-    _kill_when(arguments, work / "progress.json")
+    kill_when(work / "progress.json", *arguments)
     assert 0 < json.loads((work / "progress.json").read_text())["done"] < 60
     assert not out.exists()
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = dots(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "optimizer steps" not in done.stdout, "the warm-up is not repeated"
     for name in ("feature", "success_rate", "completions", "gradient_norm"):
@@ -109,7 +94,7 @@ def test_the_subset_trains(selected: Path, tmp_path: Path):
         f"--trainer.logger.save_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    run = tmp_path / "quickstart" / "version_0"
+    run = run_of(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["completed"], summary["steps"]) == (True, 2)
     kept = {json.loads(line)["dots_id"] for line in selected.read_text().splitlines()}
@@ -167,27 +152,3 @@ def test_wrong_requests_are_one_line(options: list[str], message: str):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (ROOT / "x.select").exists()
-
-
-def _kill_when(arguments: list[str], sign: Path) -> None:
-    """Runs a command until a file appears, and kills it at once."""
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _every_step(folder: Path) -> Path:
-    """An overlay that saves a checkpoint after every step of the warm-up."""
-    text = (ROOT / "configs" / "quickstart.yaml").read_text()
-    callbacks = text[text.index("  callbacks:") : text.index("\nmodel:")]
-    every = callbacks.replace("callbacks.RunCheckpoint", "callbacks.RunCheckpoint\n      init_args: {every: 1}")
-    overlay = folder / "every_step.yaml"
-    overlay.write_text(f"trainer:\n{every}\n")
-    return overlay

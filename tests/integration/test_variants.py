@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from app.studies.plots import read_scalars
+from tests.integration.command import ROOT, dots, logged, run_of
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "--trainer.max_steps=2",
     "--model.mini_batches=1",
@@ -31,18 +27,6 @@ SMALL = [
 pytestmark = pytest.mark.slow
 
 
-def dots(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def fit(folder: Path, *more: str) -> Path:
     """The run folder of two steps of plain GRPO on the quickstart's pool."""
     done = dots(
@@ -50,15 +34,7 @@ def fit(folder: Path, *more: str) -> Path:
         f"--trainer.logger.save_dir={folder}", *more,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "quickstart" / "version_0"
-
-
-def scalars(run: Path) -> dict[str, list[float]]:
-    return {
-        tag: values
-        for tag, (_, values) in read_scalars(run).items()
-        if not tag.startswith(("time/", "step_time", "tokens_per_second"))
-    }
+    return run_of(folder)
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
@@ -73,8 +49,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gradient_checkpointing_changes_memory_only(plain: Path, tmp_path: Path):
     run = fit(tmp_path, "--model.policy.gradient_checkpointing=true")
-    assert scalars(run)["grad_norm"][0] > 0
-    assert scalars(run) == scalars(plain)
+    assert logged(run)["grad_norm"][0] > 0
+    assert logged(run) == logged(plain)
     expected = state(plain)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state(run).items())
 
@@ -88,7 +64,7 @@ def test_lora_trains_its_matrices_alone_and_exports_merged_weights(tmp_path: Pat
     up, down = trained[f"{prefix}.lora_B.default.weight"], trained[f"{prefix}.lora_A.default.weight"]
     assert up.abs().max() > 1e-3  # it starts at zero
     # The engine generates with the adapters: the second batch's behaviour is the trained policy's.
-    assert scalars(run)["sampling/sampling_logp_difference/max"][1] < 1e-3
+    assert logged(run)["sampling/sampling_logp_difference/max"][1] < 1e-3
 
     out = tmp_path / "policy"
     done = dots("export", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--out", str(out))
@@ -101,9 +77,9 @@ def test_lora_trains_its_matrices_alone_and_exports_merged_weights(tmp_path: Pat
 def test_bf16_mixed_generates_and_learns_in_the_same_precision(plain: Path, tmp_path: Path):
     run = fit(tmp_path, "--trainer.precision=bf16-mixed")
     assert {tensor.dtype for tensor in state(run).values()} == {torch.float32}
-    found = scalars(run)
-    assert found["grad_norm"][0] == pytest.approx(scalars(plain)["grad_norm"][0], rel=0.5)
-    assert found["grad_norm"][0] != scalars(plain)["grad_norm"][0]
+    found = logged(run)
+    assert found["grad_norm"][0] == pytest.approx(logged(plain)["grad_norm"][0], rel=0.5)
+    assert found["grad_norm"][0] != logged(plain)["grad_norm"][0]
     # Both sides round alike up to the order of operations; in float32 the difference stays below 1e-3.
     assert found["sampling/sampling_logp_difference/mean"][0] < 0.02
 
@@ -114,8 +90,8 @@ def test_mini_batches_take_one_optimizer_step_each(tmp_path: Path):
     assert summary["steps"] == 2
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     # The first mini-batch is on policy; at the second the policy has moved by one update.
-    assert scalars(run)["policy/approx_kl"][0] > 1e-6
-    assert scalars(run)["policy/ratio_max"][0] > 1.01
+    assert logged(run)["policy/approx_kl"][0] > 1e-6
+    assert logged(run)["policy/ratio_max"][0] > 1.01
 
 
 @pytest.mark.parametrize("choice", ["zero", "drop"])
@@ -160,8 +136,8 @@ def test_validate_and_test_measure_what_the_run_measured(plain: Path, tmp_path: 
             f"--trainer.logger.init_args.name={subcommand}", f"--trainer.logger.init_args.save_dir={tmp_path}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        found = read_scalars(tmp_path / subcommand / "version_0")
-        assert found[f"{name}/accuracy"][1][-1] == pytest.approx(scalars(plain)["val/accuracy"][-1], abs=1e-6)
+        (found,) = logged(tmp_path / subcommand / "version_0")[f"{name}/accuracy"].values()
+        assert found == pytest.approx(logged(plain)["val/accuracy"][1], abs=1e-6)
 
 
 def test_a_csv_of_ones_own_trains(tmp_path: Path):
@@ -182,4 +158,4 @@ def test_a_csv_of_ones_own_trains(tmp_path: Path):
     run = fit(tmp_path, "--config", str(own))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["prompts_rolled_out"] == 16
-    assert scalars(run)["selection/mean_success"][0] > 0.1  # sums of two terms: the policy knows some
+    assert logged(run)["selection/mean_success"][0] > 0.1  # sums of two terms: the policy knows some
