@@ -3,59 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from app.minibatch import MiniBatch
-from app.objective.packing import PackedBatch
-from app.objective.statistics import Statistics
+from app.updates import Update
 from datamodules.types import RolloutGroup
-
-
-@dataclass(frozen=True, slots=True)
-class TokensRead:
-    """What the forward passes of an update cost.
-
-    Attributes:
-        positions: that the model computed, padding included.
-        tokens: without padding.
-        sequence_tokens: of prompts and completions, had every completion its own copy of its prompt.
-    """
-
-    positions: int = 0
-    tokens: int = 0
-    sequence_tokens: int = 0
-
-    def plus(self, packed: PackedBatch) -> TokensRead:
-        """With one more micro-batch."""
-        return TokensRead(
-            self.positions + packed.input_ids.numel(),
-            self.tokens + packed.real_tokens,
-            self.sequence_tokens + packed.sequence_tokens,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Update:
-    """What one optimizer step saw.
-
-    Attributes:
-        loss: scalar, the mini-batch's.
-        grad_norm: scalar, before clipping.
-        all: statistics of every completion token.
-        replayed: statistics of replayed tokens.
-        read: tokens of its forward passes.
-        skipped: whether loss or gradient was not finite, so that the weights were left alone.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    all: Statistics
-    replayed: Statistics
-    read: TokensRead = TokensRead()
-    skipped: bool = False
 
 
 def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -96,22 +49,23 @@ def _lengths(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dict[str, float]:
     """Loss, gradient norm and ratios of a batch's optimizer steps."""
-    merged, replayed = updates[0].all, updates[0].replayed
-    for update in updates[1:]:
-        merged, replayed = merged.merge(update.all), replayed.merge(update.replayed)
+    seen = [update.seen for update in updates]
+    merged, replayed = seen[0].all, seen[0].replayed
+    for one in seen[1:]:
+        merged, replayed = merged.merge(one.all), replayed.merge(one.replayed)
     norms = [float(update.grad_norm) for update in updates]
     tokens = sum(part.tokens for part in parts)
-    positions = sum(update.read.positions for update in updates)
-    whole = sum(update.read.sequence_tokens for update in updates)
+    positions = sum(one.read.positions for one in seen)
+    whole = sum(one.read.sequence_tokens for one in seen)
     metrics = {
-        "loss": float(np.mean([float(update.loss) for update in updates])),
+        "loss": float(np.mean([float(one.loss) for one in seen])),
         "grad_norm": float(np.mean(norms)),
         "updates/skipped": float(sum(update.skipped for update in updates)),
         "updates/empty": float(sum(not part.sequences for part in parts)),
         "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),
     }
     if positions:
-        metrics["updates/padding_fraction"] = 1 - sum(update.read.tokens for update in updates) / positions
+        metrics["updates/padding_fraction"] = 1 - sum(one.read.tokens for one in seen) / positions
         metrics["updates/positions_per_token"] = positions / whole
     return metrics | merged.metrics() | _replay_metrics(replayed.metrics())
 

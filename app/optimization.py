@@ -57,6 +57,11 @@ class Optimization:
             [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas
         )
 
+    def clip(self, model: torch.nn.Module) -> torch.Tensor:
+        """Scales gradients of a larger norm down to the clip norm; their norm before."""
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(trained, self.clip_norm or float("inf"))
+
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
         """The learning-rate schedule, one step of it per optimizer step."""
         return get_scheduler(self.schedule, optimizer, self.warmup_steps, max(total_steps, 1))

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from datamodules.errors import UserError, nearest
+from datamodules.jsonl import read_objects
 from datamodules.schemas import ANSWERS, PROMPTS
 
 LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -116,17 +117,8 @@ def _raise_for_broken_line(path: Path) -> None:
         raise UserError(f"{str(path)!r} line {whole.lineno}: {whole.msg}; expected a list of objects")
     if path.suffix == ".json" and _starts_with(path) == b"[":
         return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise UserError(f"{str(path)!r} line {number}: {said}; expected one JSON object per line") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{str(path)!r} line {number}: {line[:40]!r} is no object; expected one per line")
+    for _ in read_objects(path):
+        pass
 
 
 def _json_array_error(path: Path) -> json.JSONDecodeError | None:
@@ -143,8 +135,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     if _starts_with(path) == b"[":
         yield from json.loads(path.read_bytes())
         return
-    with path.open("rb") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+    yield from (row for _, row in read_objects(path))
 
 
 def _starts_with(path: Path) -> bytes:

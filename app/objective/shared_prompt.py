@@ -51,7 +51,7 @@ class Blocks:
 
     def join(self, padded: Tensor) -> Tensor:
         """`[n, heads, L, width]` as `[N, heads, width]`."""
-        return _Join.apply(padded.transpose(1, 2).flatten(0, 1), self.places)
+        return _Gather.apply(padded.transpose(1, 2).flatten(0, 1), self.places, True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,8 +92,8 @@ class SharedPrompts:
         if not self.completions.shape[1]:
             return outputs
         asked, own_keys, own_values = (self.completions.pad(states[first:]) for states in (query, key, value))
-        keys = torch.cat([_Repeat.apply(keys, self.owner), own_keys], dim=2)
-        values = torch.cat([_Repeat.apply(values, self.owner), own_values], dim=2)
+        keys = torch.cat([_Gather.apply(keys, self.owner, False), own_keys], dim=2)
+        values = torch.cat([_Gather.apply(values, self.owner, False), own_values], dim=2)
         written = F.scaled_dot_product_attention(
             asked, keys, values, attn_mask=self.mask, dropout_p=dropout, scale=scale
         )
@@ -186,33 +186,21 @@ class _Pad(torch.autograd.Function):
         return grad.index_select(0, places), None, None
 
 
-class _Join(torch.autograd.Function):
-    """Rows `padded[places]`, all different: their gradient is put back, not summed."""
+class _Gather(torch.autograd.Function):
+    """Rows `values[index]`. On a CPU index_select's own gradient goes number by number; whole rows are faster.
+
+    The gradient of rows that are all different is put back (`distinct`), that of rows taken repeatedly added up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.rows = len(padded)
-        return padded.index_select(0, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, places, grad), None
-
-
-class _Repeat(torch.autograd.Function):
-    """Slabs `values[owner]`. On a CPU index_select's own gradient goes number by number; whole slabs add up faster."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, owner: Tensor) -> Tensor:
-        ctx.save_for_backward(owner)
-        ctx.slabs = len(values)
-        return values.index_select(0, owner)
+    def forward(ctx: Any, values: Tensor, index: Tensor, distinct: bool) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows, ctx.distinct = len(values), distinct
+        return values.index_select(0, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (owner,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.slabs, *grad.shape[1:]).index_add_(0, owner, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        rows = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return (rows.index_copy_ if ctx.distinct else rows.index_add_)(0, index, grad), None, None

@@ -77,37 +77,74 @@ def policy_loss(
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
     _check(options, logprobs, behaviour_logprobs, advantages, weights, old, sequences, entropy, reference_logprobs)
-    log_importance = old - behaviour_logprobs
+    ratios = _ratios(logprobs, old, behaviour_logprobs, sequences, options)
+    reference = None if reference_logprobs is None else reference_logprobs.detach()
+    kl = None if reference is None else kl_estimate(logprobs, reference, options.kl_estimator)
+    per_token = -ratios.factor * bounded_objective(ratios.update, advantages, logprobs, options)
+    per_token = _with_penalties(per_token, ratios, kl, entropy, options)
+    return PolicyLoss((weights * per_token).sum(), _terms(ratios, advantages, kl, entropy, options))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ratios:
+    """Between the three policies, `[T]` each.
+
+    Attributes:
+        update: `x`, with gradient.
+        factor: `c`.
+        importance: the importance weight as used, or `pi_old / mu` where none is used.
+        log_update: `log(pi / pi_old)`.
+        log_importance: `log(pi_old / mu)`.
+    """
+
+    update: Tensor
+    factor: Tensor
+    importance: Tensor
+    log_update: Tensor
+    log_importance: Tensor
+
+
+def _ratios(
+    logprobs: Tensor, old: Tensor, behaviour: Tensor, sequences: Tensor | None, options: SurrogateOptions
+) -> _Ratios:
+    log_importance = old - behaviour
     if options.clip_center == "old":
         center = old
         importance = factor = importance_weight(log_importance, sequences, options)
     else:
-        center = behaviour_logprobs
+        center = behaviour
         importance, factor = bounded_exp(log_importance), torch.ones_like(old)
-    ratio = update_ratio(logprobs - center, sequences, options)
-    per_token = -factor * bounded_objective(ratio, advantages, logprobs, options)
+    update = update_ratio(logprobs - center, sequences, options)
+    return _Ratios(update, factor, importance, logprobs.detach() - old, log_importance)
 
-    kl = None
-    if reference_logprobs is not None:
-        kl = kl_estimate(logprobs, reference_logprobs.detach(), options.kl_estimator)
-        if options.beta:
-            per_token = per_token + options.beta * (factor * ratio * kl if options.kl_corrected else kl)
+
+def _with_penalties(
+    per_token: Tensor, ratios: _Ratios, kl: Tensor | None, entropy: Tensor | None, options: SurrogateOptions
+) -> Tensor:
+    """The loss per token with its KL and entropy terms."""
+    if kl is not None and options.beta:
+        per_token = per_token + options.beta * (ratios.factor * ratios.update * kl if options.kl_corrected else kl)
     if entropy is not None and options.entropy_coef:
         per_token = per_token - options.entropy_coef * entropy
+    return per_token
 
-    clipped_low, clipped_high = clipped_tokens(ratio, advantages, options)
-    terms = TokenTerms(
-        ratio=ratio.detach(),
-        log_update=(logprobs.detach() - old).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND),
-        importance=importance,
-        logp_difference=log_importance.abs(),
+
+def _terms(
+    ratios: _Ratios, advantages: Tensor, kl: Tensor | None, entropy: Tensor | None, options: SurrogateOptions
+) -> TokenTerms:
+    """What is reported of the loss."""
+    clipped_low, clipped_high = clipped_tokens(ratios.update, advantages, options)
+    return TokenTerms(
+        ratio=ratios.update.detach(),
+        log_update=ratios.log_update.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND),
+        importance=ratios.importance,
+        logp_difference=ratios.log_importance.abs(),
         clipped_low=clipped_low,
         clipped_high=clipped_high,
-        capped=capped_tokens(ratio, advantages, options),
+        capped=capped_tokens(ratios.update, advantages, options),
         entropy=None if entropy is None else entropy.detach(),
         kl=None if kl is None else kl.detach(),
     )
-    return PolicyLoss((weights * per_token).sum(), terms)
 
 
 def _check(options: SurrogateOptions, logprobs: Tensor, *others: Tensor | None) -> None:

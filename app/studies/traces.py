@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.errors import UserError, nearest
+from datamodules.errors import UserError
+from datamodules.jsonl import read_objects
 from datamodules.pool import PromptPool
 from datamodules.seeding import generator
 from datamodules.types import Prompt
@@ -72,32 +72,14 @@ def read_traces(path: Path) -> Traces:
     if not path.is_file():
         raise UserError(f"{str(path)!r} is no file: --traces expects a JSONL file with {QUESTION!r} and {RATES!r}")
     questions, rates = [], []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{str(path)!r} line {number}"
-                row = _row(line, where)
-                questions.append(_question(row, where))
-                rates.append(_rates(row, where))
+    for where, row in read_objects(path, (QUESTION, RATES)):
+        questions.append(_question(row, where))
+        rates.append(_rates(row, where))
     if not questions:
         raise UserError(f"{str(path)!r} is empty: expected one object with {QUESTION!r} and {RATES!r} per line")
     shortest = min(map(len, rates))
     table = np.array([trace[:shortest] for trace in rates], dtype=np.float64)
     return Traces(tuple(map(str, range(len(questions)))), tuple(questions), table)
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: {said}; expected one JSON object per line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {line[:40].decode(errors='replace')!r} is no object; expected one per line")
-    for key in (QUESTION, RATES):
-        if key not in row:
-            raise UserError(f"{where} has no {key!r}: of its keys, {nearest(key, row) if row else 'there are none'}")
-    return row
 
 
 def _question(row: dict[str, Any], where: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.errors import UserError
+from datamodules.jsonl import read_objects
 
+_QUESTION = "question"
 _RATES = "pass_rate_by_epoch"
 _COLUMNS = ("question", "birth_step", "correctness")
 
@@ -131,30 +132,20 @@ def _pool_visits(outcomes: RecordedOutcomes, smallest: int) -> RecordedOutcomes:
 
 
 def _from_traces(path: Path) -> Iterator[_Cell]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error}): give a JSONL of traces") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        question, rates = _parse_trace(line, f"{str(path)!r} line {number}")
+    for where, row in read_objects(path, (_QUESTION, _RATES)):
+        question, rates = row[_QUESTION], row[_RATES]
+        if not isinstance(question, str) or not isinstance(rates, list) or not all(map(_rate_or_null, rates)):
+            raise UserError(
+                f'{where} holds {str(row)[:60]!r}, expected {{"{_QUESTION}": text, "{_RATES}": [rates in [0, 1] or '
+                "null]}: mend or remove the line"
+            )
         for visit, rate in enumerate(rates):
             if rate is not None:
-                yield question, visit, rate
+                yield question, visit, float(rate)
 
 
-def _parse_trace(line: str, where: str) -> tuple[str, list[float | None]]:
-    expected = f'expected {{"question": text, "{_RATES}": [rates in [0, 1] or null]}}: mend or remove the line'
-    try:
-        row: Any = json.loads(line)
-        question, rates = row["question"], row[_RATES]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} holds no trace ({type(error).__name__}: {error}), {expected}") from None
-    numbers = isinstance(rates, list) and all(rate is None or isinstance(rate, int | float) for rate in rates)
-    if not isinstance(question, str) or not numbers or not all(rate is None or 0 <= rate <= 1 for rate in rates):
-        raise UserError(f"{where} holds {line[:60]!r}, {expected}")
-    return question, [None if rate is None else float(rate) for rate in rates]
+def _rate_or_null(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def _from_run(folder: Path) -> Iterator[_Cell]:

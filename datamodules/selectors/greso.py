@@ -32,12 +32,13 @@ class ZeroVarianceSkip(Filter):
     Args:
         p_easy: starting probability of keeping a prompt after one all-right group, in [0.05, 0.95].
         p_hard: the same after one all-wrong group.
-        target_easy: share of all-right groups among those rolled out, in [0, 1], that p_easy is steered to.
-        target_hard: the same for all-wrong groups and p_hard.
+        target_easy: share of all-right groups among those rolled out, in [0, 1], that p_easy is steered to; 1/12 in
+            the paper.
+        target_hard: the same for all-wrong groups and p_hard; 1/6 in the paper.
         step_size: how far a probability moves per training step, >= 0.
         min_keep: probability, in (0, 1], below which no prompt's falls: every prompt stays reachable.
-        min_refill: prompts that a refill asks for at least.
-        refill_margin: factor on the prompts that a refill is expected to need.
+        min_refill: prompts that a refill asks for at least, >= 1.
+        refill_margin: factor on the prompts that a refill is expected to need, >= 1.
     """
 
     def __init__(
@@ -145,34 +146,12 @@ class Greso(Composed):
     drops the equal-reward groups that still come and asks `refill_size` how many prompts to roll out instead.
 
     Args:
-        p_easy: starting probability of keeping a prompt after one all-right group, in [0.05, 0.95].
-        p_hard: the same after one all-wrong group.
-        target_easy: share of all-right groups, in [0, 1], that p_easy is steered to; 1/12 in the paper.
-        target_hard: share of all-wrong groups, in [0, 1], that p_hard is steered to; 1/6 in the paper.
-        step_size: how far a probability moves per training step, >= 0.
-        min_keep: probability, in (0, 1], below which no prompt's falls.
-        min_refill: prompts that a refill asks for at least.
-        refill_margin: factor on the prompts that a refill is expected to need, >= 1.
         ranker: what the skip rule stands around; null for passes over the shuffled pool, as published.
         cool_down: steps for which a chosen prompt is not chosen again, >= 0.
         explore: share of all choices that is drawn uniformly, in [0, 1].
+        skip: arguments of the skip rule, those of `ZeroVarianceSkip`.
     """
 
-    def __init__(
-        self,
-        p_easy: float = 0.5,
-        p_hard: float = 0.5,
-        target_easy: float = 1 / 12,
-        target_hard: float = 1 / 6,
-        step_size: float = 0.01,
-        min_keep: float = 0.01,
-        min_refill: int = 64,
-        refill_margin: float = 1.25,
-        ranker: Ranker | None = None,
-        cool_down: int = 0,
-        explore: float = 0.0,
-    ) -> None:
-        self.skip = ZeroVarianceSkip(
-            p_easy, p_hard, target_easy, target_hard, step_size, min_keep, min_refill, refill_margin
-        )
+    def __init__(self, ranker: Ranker | None = None, cool_down: int = 0, explore: float = 0.0, **skip: Any) -> None:
+        self.skip = ZeroVarianceSkip(**skip)
         super().__init__(ranker or Uniform(), [self.skip], cool_down, explore)

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from app.module import GRPOModule
 from app.policy import Policy
+from app.reference_policy import ReferencePolicy
 from app.rewards import Format
 from datamodules.types import Completion, Prompt, RolloutGroup, Source, TrainBatch
 
@@ -31,7 +32,7 @@ def tiny_model(vocabulary: int, seed: int, spread: float = 0.3) -> Qwen2ForCausa
 def module_on(model: Qwen2ForCausalLM, reference: Qwen2ForCausalLM | None = None, **options: Any) -> GRPOModule:
     module = GRPOModule(Policy(str(TINY)), [Format(".*")], **options)
     module.policy_model = model
-    module._reference = () if reference is None else (reference,)
+    module.reference = None if reference is None else ReferencePolicy(reference)
     return module
 
 
@@ -54,7 +55,7 @@ def gradient(module: GRPOModule, groups: list[RolloutGroup]) -> Tensor:
     module.policy_model.zero_grad(set_to_none=True)
     for part in module.minibatches_of(batch):
         if module.mini_batches > 1:
-            part = module._with_old_logprobs(part)  # what the training step does before its first update
+            part = module.microbatches.with_old_logprobs(part)  # what the training step does before its first update
         for packed in module.microbatches_of(part.sequences):
             module.loss_of(packed).loss.backward()
     return flat_gradient(module.policy_model)

@@ -71,10 +71,12 @@ def test_means_do_not_reward_being_tried_late():
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 2 holds no trace"),
-        ('{"question": "a"}', "pass_rate_by_epoch"),
-        ('{"question": "a", "pass_rate_by_epoch": [1.5]}', "expected"),
-        ('{"question": 3, "pass_rate_by_epoch": [1]}', "expected"),
+        ("{", "line 2: Expecting property name"),
+        ("[1]", r"line 2: '\[1\]' is no object"),
+        ('{"question": "a", "pass_rates": [1]}', "line 2 has no 'pass_rate_by_epoch'.*did you mean 'pass_rates'"),
+        ('{"question": "a", "pass_rate_by_epoch": [1.5]}', "line 2 holds .*expected"),
+        ('{"question": "a", "pass_rate_by_epoch": 1}', "line 2 holds .*expected"),
+        ('{"question": 3, "pass_rate_by_epoch": [1]}', "line 2 holds .*expected"),
     ],
 )
 def test_malformed_lines_are_user_errors(tmp_path, line, said):
@@ -84,7 +86,16 @@ def test_malformed_lines_are_user_errors(tmp_path, line, said):
         read_outcomes(path)
 
 
+def test_a_line_ends_where_json_lines_says(tmp_path):
+    path = tmp_path / "rates.jsonl"
+    # U+2028 and U+0085 separate lines for Python's str, and are plain characters within a JSON string.
+    path.write_text('{"question": "a\u2028b\u0085c", "pass_rate_by_epoch": [0.5]}\n', encoding="utf-8")
+    assert read_outcomes(path, smallest_visit=1).questions == ["a\u2028b\u0085c"]
+
+
 def test_useless_paths_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read .*No such file"):
+        read_outcomes(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="holds no completions"):
         read_outcomes(tmp_path)
     (tmp_path / "rates.jsonl").write_text("\n")

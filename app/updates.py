@@ -1,0 +1,158 @@
+"""The optimizer steps of a batch: gradients added up over micro-batches, clipped, left out where not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from app.minibatch import CompletionId, MiniBatch
+from app.nonfinite import NonFiniteGuard, offenders
+from app.objective.packing import PackedBatch
+from app.objective.statistics import Statistics
+from app.objective.surrogate import PolicyLoss
+
+if TYPE_CHECKING:
+    from app.module import GRPOModule
+
+_NOTHING_TO_LEARN = (
+    "no completion of a batch had an advantage: rewards were equal within every group, so the weights stayed as they "
+    "were. Look at reward_std and frac_reward_zero_std, and count such updates by updates/empty (said once)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRead:
+    """What the forward passes of an update cost.
+
+    Attributes:
+        positions: that the model computed, padding included.
+        tokens: without padding.
+        sequence_tokens: of prompts and completions, had every completion its own copy of its prompt.
+    """
+
+    positions: int = 0
+    tokens: int = 0
+    sequence_tokens: int = 0
+
+    def plus(self, packed: PackedBatch) -> TokensRead:
+        """With one more micro-batch."""
+        return TokensRead(
+            self.positions + packed.input_ids.numel(),
+            self.tokens + packed.real_tokens,
+            self.sequence_tokens + packed.sequence_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Over the micro-batches of a mini-batch.
+
+    Attributes:
+        loss: scalar, their sum: the mini-batch's.
+        all: statistics of every completion token.
+        replayed: statistics of replayed tokens.
+        read: tokens of the forward passes.
+    """
+
+    loss: Tensor
+    all: Statistics
+    replayed: Statistics
+    read: TokensRead
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> Seen:
+        """Before the first micro-batch."""
+        return cls(torch.zeros((), device=device), Statistics.empty(device), Statistics.empty(device), TokensRead())
+
+    def plus(self, packed: PackedBatch, found: PolicyLoss) -> Seen:
+        """With one more micro-batch and its loss."""
+        return Seen(
+            self.loss + found.loss.detach(),
+            self.all.merge(found.statistics),
+            self.replayed.merge(found.terms.statistics(packed.replayed)),
+            self.read.plus(packed),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """One optimizer step.
+
+    Attributes:
+        seen: by its forward passes.
+        grad_norm: scalar, before clipping.
+        skipped: whether loss or gradient was not finite, so that the weights were left alone.
+    """
+
+    seen: Seen
+    grad_norm: Tensor
+    skipped: bool
+
+
+class Updates:
+    """Takes the optimizer steps of a module.
+
+    Args:
+        module: gives the loss, and the trainer whose strategy and optimizer are used.
+    """
+
+    def __init__(self, module: GRPOModule) -> None:
+        self._module = module
+        self._nonfinite = NonFiniteGuard()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether updates are not finite any more."""
+        return self._nonfinite.exhausted
+
+    def check(self, step: int) -> None:
+        """Raises UserError when they are not."""
+        self._nonfinite.check(step)
+
+    def take(self, parts: Sequence[MiniBatch], step: int) -> list[Update]:
+        """One optimizer step for each mini-batch of the batch `step`."""
+        if not any(part.sequences for part in parts):
+            rank_zero_warn(_NOTHING_TO_LEARN)
+        return [self._take(part, step) for part in parts]
+
+    def _take(self, part: MiniBatch, step: int) -> Update:
+        module = self._module
+        optimizer: Any = module.optimizers()
+        scheduler: Any = module.lr_schedulers()
+        optimizer.zero_grad(set_to_none=True)
+        seen = self._accumulate(part)
+        norm = module.optimization.clip(module.policy_model)
+        # One decision for all ranks: a loss belongs to one of them.
+        finite = module.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(seen.loss) & torch.isfinite(norm)))
+        if not finite:
+            module.zero_grad(set_to_none=True)
+            self._nonfinite.skipped(step, seen.loss, norm, self._offenders(part))
+        elif part.sequences:
+            self._nonfinite.passed()
+        # Without gradients (nothing to learn, or not finite) AdamW leaves every weight alone, and the schedule and
+        # Lightning's step counter still advance.
+        optimizer.step()
+        scheduler.step()
+        return Update(seen, norm, skipped=not finite)
+
+    def _accumulate(self, part: MiniBatch) -> Seen:
+        seen = Seen.nothing(self._module.device)
+        for packed in self._module.microbatches_of(part.sequences):
+            found = self._module.loss_of(packed)
+            self._module.manual_backward(found.loss)
+            seen = seen.plus(packed, found)
+        return seen
+
+    def _offenders(self, part: MiniBatch) -> list[CompletionId]:
+        """The completions that made an update not finite; over several ranks all of this rank's."""
+        module = self._module
+        if module.trainer.world_size > 1:
+            # Ranks hold different numbers of completions: passes over single ones would leave some rank waiting.
+            return part.ids
+        trained = [parameter for parameter in module.policy_model.parameters() if parameter.requires_grad]
+        return offenders(part, lambda sequence: module.loss_of(module.microbatches.one([sequence])).loss, trained)
