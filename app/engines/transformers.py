@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines.base import RolloutEngine, Sampling
+from app.engines.checks import check_request
 from app.engines.kv_cache import RowCache, row_cache
 from app.engines.sampler import draw, uniforms
 from app.engines.schedule import Rows, Work, fill_holes, plan, take_bucket
@@ -71,24 +72,11 @@ class Transformers(RolloutEngine):
         """
         if len(prompts) == 0:
             return []
-        if seeds.shape != (len(prompts), sampling.num_generations):
-            raise ValueError(f"seeds of shape {seeds.shape}, expected {(len(prompts), sampling.num_generations)}")
-        self._check_lengths(prompts, sampling)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions")
         # Not inference_mode: what a model caches in itself during generation (rotary tables) must suit autograd.
         with torch.no_grad(), _evaluating(self.model):
             return _Generation(self, prompts, sampling, seeds).run()
-
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        for prompt in prompts:
-            length = len(prompt.token_ids)
-            if length == 0:
-                raise UserError(f"prompt {prompt.id!r} has no tokens: expected at least one, drop it from the data")
-            if limit is not None and length + sampling.max_completion_length > limit:
-                raise UserError(
-                    f"prompt {prompt.id!r}: {length} tokens + max_completion_length={sampling.max_completion_length} "
-                    f"exceed the model's {limit} positions: shorten the completions or drop longer prompts"
-                )
 
     def _forward(
         self,
