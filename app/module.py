@@ -26,9 +26,10 @@ from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
 from app.objective.weights import Aggregation
 from app.optimization import Optimization
 from app.pass_at_k import CORRECT, PassAtK
-from app.policy import Policy, causal_lm
+from app.policy import Policy, causal_lm, plain_weights
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
+from app.run_folder import run_folder
 from app.run_table import print_run_table
 from app.scoring import can_share_prompts, score
 from datamodules.errors import UserError
@@ -131,7 +132,12 @@ class GRPOModule(LightningModule):
     @cached_property
     def pipeline(self) -> RolloutPipeline:
         """Rolls prompts out with the current policy and scores them."""
-        self.engine.setup(causal_lm(self.policy_model), self.tokenizer)
+        self.engine.setup(
+            causal_lm(self.policy_model),
+            self.tokenizer,
+            weights=lambda: plain_weights(self.policy_model),
+            folder=run_folder(self.trainer),
+        )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state
         )

@@ -27,4 +27,4 @@ class WeightSync(Callback):
             self._push(trainer, pl_module)
 
     def _push(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        pl_module.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)
+        pl_module.pipeline.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
+
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+"""Gives the policy's tensors by name, as they are at the call."""
 
 
 @dataclass
@@ -55,10 +59,26 @@ class Sampling:
 class RolloutEngine(ABC):
     """Generates completions with the log-probabilities of the distribution that was really sampled from."""
 
-    def setup(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Called once with the policy, before the first `generate`."""
+    def setup(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Weights | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Called once with the policy, before the first `push` and `generate`.
+
+        Args:
+            model: the policy.
+            tokenizer: the policy's.
+            weights: gives what `push` would be given now, for an engine that has lost its own; None is the model's.
+            folder: where an engine may leave a log; None for no log.
+        """
         self.model = model
         self.tokenizer = tokenizer
+        self.weights = weights or (lambda: model.state_dict().items())
+        self.folder = folder
 
     @abstractmethod
     def generate(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling
+from app.engines.base import RolloutEngine, Sampling, Weights
 from app.engines.checks import check_request
 from app.engines.kv_cache import RowCache, row_cache
 from app.engines.sampler import draw, uniforms
@@ -45,9 +46,16 @@ class Transformers(RolloutEngine):
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
         self.version = 0
 
-    def setup(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def setup(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Weights | None = None,
+        folder: Path | None = None,
+    ) -> None:
         """Raises UserError for a model whose forward takes no `past_key_values`."""
-        super().setup(model, tokenizer)
+        super().setup(model, tokenizer, weights=weights, folder=folder)
         unwrap: Any = getattr(model, "get_base_model", None)  # peft's
         base = unwrap() if unwrap else model
         self._accepted = set(inspect.signature(base.forward).parameters)
