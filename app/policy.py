@@ -73,6 +73,13 @@ class Policy:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         return self._adapt(model)
 
+    def stored_dtype(self) -> torch.dtype:
+        """What the weights will have once loaded, without loading them."""
+        found = self._torch_dtype()
+        if isinstance(found, str):
+            found = getattr(self._load(AutoConfig), "dtype", None) or torch.float32
+        return found
+
     def _load(self, kind: Any, **options: Any) -> Any:
         folder = Path(self.path).expanduser()
         looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1

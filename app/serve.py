@@ -28,7 +28,7 @@ def serve(module: GRPOModule, host: str | None, port: int | None, start_timeout_
     variable = engine.api_key_variable if isinstance(engine, VllmServer) else "VLLM_API_KEY"
     key = os.environ.get(variable, "")
     listening = port if port is not None else options.port or free_port(options.host)
-    command = options.command(module.policy_path, listening)
+    command = options.command(module.policy_path, module.policy.stored_dtype(), listening)
     print(shown(command, options.environment()), flush=True)
     started = time.monotonic()
     process = ServerProcess(command, full_environment(options.environment(), key), log=None)

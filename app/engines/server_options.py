@@ -26,7 +26,7 @@ class ServerOptions:
     Args:
         host: address that it listens on; the default can only be reached from the same machine.
         port: 0 takes a free one.
-        dtype: of its weights; "auto" keeps that of the policy's files.
+        dtype: of its weights; "auto" is the policy's own.
         max_model_len: tokens of a prompt and its completion together; null for the model's own limit.
         max_num_seqs: completions decoded together.
         max_num_batched_tokens: tokens read in one forward pass; null lets vLLM choose.
@@ -66,13 +66,15 @@ class ServerOptions:
             if not fine:
                 raise UserError(f"server.{name}={given}: expected {expected}")
 
-    def command(self, policy_path: str, port: int) -> list[str]:
-        """What starts the server of a policy; it runs as it is on another machine too."""
+    def command(self, policy_path: str, policy_dtype: torch.dtype, port: int) -> list[str]:
+        """What starts the server of a policy."""
+        # vLLM's own "auto" halves float32.
+        dtype = str(policy_dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         flags: dict[str, object] = {
             "--model": policy_path,
             "--host": self.host,
             "--port": port,
-            "--dtype": self.dtype,
+            "--dtype": dtype,
             "--max-model-len": self.max_model_len,
             "--max-num-seqs": self.max_num_seqs,
             "--max-num-batched-tokens": self.max_num_batched_tokens,

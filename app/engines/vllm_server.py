@@ -248,7 +248,7 @@ class VllmServer(RolloutEngine):
     def _start(self) -> None:
         self._key = self._key or secrets.token_urlsafe(32)
         port = self.server.port or free_port(self.server.host)
-        command = self.server.command(self.model.name_or_path, port)
+        command = self.server.command(self.model.name_or_path, self.model.dtype, port)
         log = None if self.folder is None else self.folder / LOG
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
