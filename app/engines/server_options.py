@@ -30,10 +30,11 @@ class ServerOptions:
         max_model_len: tokens of a prompt and its completion together; null for the model's own limit.
         max_num_seqs: completions decoded together.
         max_num_batched_tokens: tokens read in one forward pass; null lets vLLM choose.
-        prefix_caching: read a prompt's full blocks once for all its completions.
+        enable_prefix_caching: read a prompt's full blocks once for all its completions.
+        block_size: tokens per block of the key-value cache; null is 32 on a CPU, and vLLM's choice on CUDA.
         gpu_memory_utilization: share of a GPU's memory that it takes.
         tensor_parallel_size: GPUs (or CPU processes) that one copy of the policy is cut over.
-        enforce_eager: no CUDA graphs: starts faster, decodes slower on a GPU.
+        enforce_eager: no CUDA graphs: starts faster and decodes slower; null is false on CUDA. CPUs run eagerly.
         cpu_cache_gib: memory of the key-value cache without a GPU.
         threads: of each CPU worker; 0 leaves it to the environment.
         arguments: further flags of vLLM's server, as they are.
@@ -45,10 +46,11 @@ class ServerOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
-    prefix_caching: bool = True
+    enable_prefix_caching: bool = True
+    block_size: int | None = None
     gpu_memory_utilization: float = 0.5
     tensor_parallel_size: int = 1
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
     cpu_cache_gib: float = 1.0
     threads: int = 0
     arguments: list[str] = field(default_factory=list)
@@ -68,6 +70,7 @@ class ServerOptions:
 
     def command(self, policy_path: str, policy_dtype: torch.dtype, port: int) -> list[str]:
         """What starts the server of a policy."""
+        on_cpu = not torch.cuda.is_available()
         # vLLM's own "auto" halves float32.
         dtype = str(policy_dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         flags: dict[str, object] = {
@@ -78,9 +81,9 @@ class ServerOptions:
             "--max-model-len": self.max_model_len,
             "--max-num-seqs": self.max_num_seqs,
             "--max-num-batched-tokens": self.max_num_batched_tokens,
-            "--block-size": None if torch.cuda.is_available() else PREFIX_BLOCK,
+            "--block-size": self.block_size or (PREFIX_BLOCK if on_cpu else None),
             "--tensor-parallel-size": self.tensor_parallel_size,
-            "--gpu-memory-utilization": self.gpu_memory_utilization if torch.cuda.is_available() else None,
+            "--gpu-memory-utilization": None if on_cpu else self.gpu_memory_utilization,
             "--logprobs-mode": LOGPROBS_MODE,
             # The policy's own defaults (a top_p, say) are not part of the sampling that a config names.
             "--generation-config": "vllm",
@@ -88,8 +91,11 @@ class ServerOptions:
             "--middleware": GUARD,
         }
         given = [text for name, value in flags.items() if value is not None for text in (name, str(value))]
-        switches = ["--enable-prefix-caching" if self.prefix_caching else "--no-enable-prefix-caching"]
-        switches += ["--enforce-eager"] if self.enforce_eager else []
+        switches = ["--enable-prefix-caching" if self.enable_prefix_caching else "--no-enable-prefix-caching"]
+        eager = on_cpu if self.enforce_eager is None else self.enforce_eager
+        switches += ["--enforce-eager"] if eager else []
+        # vLLM 0.32 dies when it reads a prompt with a seed in pieces on a CPU, whose generators cannot be set back.
+        switches += ["--no-enable-chunked-prefill"] if on_cpu else []
         # Not the `vllm` command: that of the CPU build asks for a package of that name and fails.
         module = "vllm.entrypoints.openai.api_server"
         return [sys.executable, "-m", module, *given, *switches, "--disable-uvicorn-access-log", *self.arguments]
