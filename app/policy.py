@@ -135,7 +135,10 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating."""
+    """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
+
+    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again.
+    """
     if not hasattr(model, "merge_adapter"):
         yield from model.state_dict().items()
         return
@@ -143,7 +146,7 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         for name, tensor in causal_lm(model).state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), tensor
+                yield name.replace(".base_layer", ""), tensor.clone() if ".base_layer" in name else tensor
     finally:
         model.unmerge_adapter()
 

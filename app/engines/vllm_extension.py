@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
 class PolicyWeights:
@@ -18,23 +20,40 @@ class PolicyWeights:
     # vLLM refuses an extension that redefines a name of its worker: hence the prefix.
     _dots_version: int | None = None
 
-    def dots_load(self: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
-        """Makes the engine's weights those given, and returns `version` once they are.
+    def dots_load(self: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Makes the engine's weights those given: what the worker's `reload_weights` does, with its warning an error.
 
         Args:
-            named_tensors: every tensor of the checkpoint, under its name there; consumed one by one, so tensors that
-                exist only while they are iterated (merged adapters) need no copy.
+            named_tensors: every tensor of the checkpoint, under its name there.
             version: read back by `dots_version`; while loading, and after a load that failed, that is None.
+
+        Raises:
+            ValueError: a weight of the model was not among the tensors, or a tensor belongs nowhere.
         """
         self._dots_version = None
-        self.reload_weights(weights_iterator=iter(named_tensors))
-        repack_heads(self.get_model())
+        model = self.get_model()
+        expected = {name for name, _ in model.named_parameters()}
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            try:
+                loaded = model.load_weights(iter(named_tensors))
+            finally:
+                # Also after a failure: a later load starts from a whole model.
+                finalize_layerwise_reload(model, self.model_config)
+        require_all(expected, loaded)
+        repack_heads(model)
+        self.model_runner.reset_lora_state()
         self._dots_version = version
-        return version
 
     def dots_version(self) -> int | None:
         """The version of the weights that would generate now."""
         return self._dots_version
+
+
+def require_all(expected: set[str], loaded: set[str] | None) -> None:
+    """Raises ValueError when a push left a weight as it was (`loaded` is None for models that do not say)."""
+    if loaded is not None and (missing := sorted(expected - loaded)):
+        raise ValueError(f"{len(missing)} weights were not pushed, {missing[0]} among them")
 
 
 def repack_heads(model: torch.nn.Module) -> None:
