@@ -223,6 +223,7 @@ class GRPOModule(LightningModule):
             max_completion_length=self.sampling.max_completion_length,
             keep_zero_advantage=bool(self.surrogate.beta or self.surrogate.entropy_coef),
             mask_truncated=self.mask_truncated_completions,
+            step=batch.step,
         )
 
     def _update(self, part: MiniBatch, step: int) -> Update:

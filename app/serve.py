@@ -23,9 +23,9 @@ def serve(module: GRPOModule, host: str | None, port: int | None, start_timeout_
     Raises EngineError when the server does not become healthy, or ends by itself.
     """
     engine = module.engine
-    options = engine.server if isinstance(engine, VllmServer) else ServerOptions()
+    options = engine.options.server if isinstance(engine, VllmServer) else ServerOptions()
     options.host = host or options.host
-    variable = engine.api_key_variable if isinstance(engine, VllmServer) else "VLLM_API_KEY"
+    variable = engine.options.api_key_variable if isinstance(engine, VllmServer) else "VLLM_API_KEY"
     key = os.environ.get(variable, "")
     listening = port if port is not None else options.port or free_port(options.host)
     command = options.command(module.policy_path, module.policy.stored_dtype(), listening)

@@ -23,6 +23,8 @@ class WeightSync(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
+        with batch.ledger.phase("rollout"):
+            pl_module.pipeline.engine.settle()
         with batch.ledger.phase("sync"):
             self._push(trainer, pl_module)
 

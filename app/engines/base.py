@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.engines.ahead import Ahead
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -59,6 +60,9 @@ class Sampling:
 class RolloutEngine(ABC):
     """Generates completions with the log-probabilities of the distribution that was really sampled from."""
 
+    runs_ahead = False
+    """Whether it can generate while the trainer trains."""
+
     def setup(
         self,
         model: PreTrainedModel,
@@ -92,6 +96,19 @@ class RolloutEngine(ABC):
             seeds: int64 `[B, G]`; completion (b, g) depends on the policy, its prompt and `seeds[b, g]` alone: not on
                 the batch it is generated in.
         """
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+        """As `generate`, without waiting: for engines that do not need this process (`runs_ahead`).
+
+        The weights are those of the last push; the next one waits.
+        """
+        raise UserError(
+            f"engines.{type(self).__name__} generates in the trainer's process, so not while it trains: "
+            "use engines.VllmServer, or leave callbacks.RolloutAhead out"
+        )
+
+    def settle(self) -> None:
+        """Waits for what `start` began."""
 
     @abstractmethod
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -75,7 +75,8 @@ class ServerClient:
     async def call(self, method: str, **arguments: object) -> list[str]:
         """Calls a method of the worker extension; what each worker returned, as text."""
         body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
-        return (await self._request("POST", "/collective_rpc", json=body))["results"]
+        results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        return [str(result) for result in results]
 
     async def pause(self) -> None:
         """Waits for what is being generated, and generates nothing until `resume`."""

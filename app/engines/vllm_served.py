@@ -9,7 +9,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from app.engines.shared_file import read_chunk
-from app.engines.vllm_extension import PolicyWeights, repack_heads
+from app.engines.vllm_extension import PolicyWeights, repack_heads, require_all
 from app.engines.weight_chunks import from_json
 from app.engines.weight_group import WeightGroup, join
 
@@ -27,6 +27,8 @@ class ServedWeights(PolicyWeights):
     def dots_begin(self: Any) -> None:
         """From here to `dots_finish` the model is not fit to generate, and has no version."""
         self._dots_version = None
+        self._dots_expected = {name for name, _ in self.get_model().named_parameters()}
+        self._dots_loaded: set[str] | None = set()
         with set_current_vllm_config(self.vllm_config):
             if self._dots_loading:
                 # What an earlier push left behind when it broke off.
@@ -52,13 +54,19 @@ class ServedWeights(PolicyWeights):
         if not self._dots_loading:
             raise RuntimeError("weights came without dots_begin")
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
-            self.get_model().load_weights(iter(named_tensors))
+            loaded = self.get_model().load_weights(iter(named_tensors))
+        # None comes from models that do not say.
+        self._dots_loaded = None if loaded is None or self._dots_loaded is None else self._dots_loaded | loaded
 
     def dots_finish(self: Any, version: str) -> None:
-        """Makes what was loaded the weights that generate, under `version`."""
+        """Makes what was loaded the weights that generate, under `version`.
+
+        Raises ValueError when a weight of the model did not come.
+        """
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.get_model(), self.model_config)
         self._dots_loading = False
+        require_all(self._dots_expected, self._dots_loaded)
         repack_heads(self.get_model())
         self.model_runner.reset_lora_state()
         self._dots_version = int(version)

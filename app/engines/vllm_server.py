@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import os
-import secrets
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from app.engines.ahead import Ahead, timed
 from app.engines.base import RolloutEngine, Sampling
 from app.engines.checks import check_request
-from app.engines.loop_thread import LoopThread
 from app.engines.server_client import ServerClient, ServerGone
-from app.engines.server_options import ServerOptions, full_environment
-from app.engines.server_process import ServerProcess, free_port
+from app.engines.server_fleet import FleetOptions, ServerFleet
+from app.engines.server_options import ServerOptions
 from app.engines.stopping import end_token_ids
-from app.engines.vllm_common import Answer, EngineError, completions_of, request_fields
-from app.engines.weight_push import Transport, WeightPusher
+from app.engines.vllm_common import Answer, completions_of, request_fields
+from app.engines.weight_push import Transport
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
-LOG = "server.log"
-_POLL = 0.25
+_Request = tuple[int, dict[str, Any]]
+"""Number of the prompt, which decides on the server, and what is asked of it."""
 
 
 class VllmServer(RolloutEngine):
@@ -39,6 +35,8 @@ class VllmServer(RolloutEngine):
 
     When a server is lost, the run says so in one line, starts it again (or waits until whoever owns it has), pushes
     the weights, and asks again for those completions alone that it did not get.
+
+    It can generate one step's rollouts while another step trains (`callbacks.RolloutAhead`).
 
     Args:
         url: of the server, or of several; null starts one.
@@ -55,6 +53,8 @@ class VllmServer(RolloutEngine):
         trainer_address: of this machine, as the servers reach it; for the process group.
         chunk_mib: weights sent at a time; bounds the memory of a push.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -73,27 +73,25 @@ class VllmServer(RolloutEngine):
         for name, given in (("max_concurrency", max_concurrency), ("chunk_mib", chunk_mib)):
             if given < 1:
                 raise UserError(f"engine.{name}={given}: expected at least 1")
-        self.urls = [url] if isinstance(url, str) else list(url or [])
-        for each in self.urls:
+        urls = [url] if isinstance(url, str) else list(url or [])
+        for each in urls:
             if not each.startswith(("http://", "https://")):
                 raise UserError(f"engine.url={each}: expected http://HOST:PORT")
-        self.server = server
-        self.api_key_variable = api_key_variable
-        self.max_concurrency = max_concurrency
-        self.request_timeout_s = request_timeout_s
-        self.start_timeout_s = start_timeout_s
-        self.wait_s = wait_s
-        self.max_restarts = max_restarts
-        self.transport = transport
-        self.trainer_address = trainer_address
-        self.chunk_mib = chunk_mib
-        self.version: int | None = None
-        self.process: ServerProcess | None = None
-        self._owns = not self.urls
-        self._key = os.environ.get(api_key_variable, "")
-        self._loop: LoopThread | None = None
-        self._clients: list[ServerClient] = []
-        self._losses = 0
+        self.options = FleetOptions(
+            tuple(urls),
+            server,
+            api_key_variable,
+            max_concurrency,
+            request_timeout_s,
+            start_timeout_s,
+            wait_s,
+            max_restarts,
+            transport,
+            trainer_address,
+            chunk_mib,
+        )
+        self.fleet: ServerFleet | None = None
+        self._ahead: Ahead | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.push`. A server that is lost meanwhile is replaced, and given the weights as they are now.
@@ -101,13 +99,13 @@ class VllmServer(RolloutEngine):
         Raises:
             EngineError: a server did not take the weights. It stays paused.
         """
-        self._connect()
+        self.settle()
+        fleet = self._connected()
         try:
-            self._push(named_tensors, version)
+            fleet.push(named_tensors, version)
         except ServerGone as gone:
-            self.version = version
-            self._recover(gone)
-        self._losses = 0
+            fleet.recover(gone, version, self.weights)
+        fleet.succeeded()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
@@ -116,169 +114,98 @@ class VllmServer(RolloutEngine):
 
         Raises:
             UserError: a prompt has no tokens, or no room for a completion in the servers' limit.
-            EngineError: servers are lost again and again, or hold other weights than they were given.
+            EngineError: servers are lost again and again, or do not take the weights.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
         if len(prompts) == 0:
             return []
-        self._connect()
-        limit = self._limit
-        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)")
-        if self.version is None:
-            # Nobody has pushed yet (a validation of a checkpoint): the server has the weights of its files.
-            self.push(self.weights(), 0)
-        assert self.version is not None
-        ends = end_token_ids(self.model, self.tokenizer)
-        requests = [
-            ({"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)}, b)
-            for b, prompt in enumerate(prompts)
-            for seed in seeds[b]
-        ]
-        return completions_of(self._answers(requests), sampling, self.tokenizer, self.version)
+        requests, version = self._prepare(prompts, sampling, seeds)
+        return completions_of(self._answers(requests, version), sampling, self.tokenizer, version)
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+        """See `RolloutEngine.start`. What a lost server did not answer is generated by the weights of the time when the
+        result is asked for: all of it, so that no group has two versions.
+
+        Raises as `generate` does.
+        """
+        requests, version = self._prepare(prompts, sampling, seeds)
+        fleet = self._connected()
+        fleet.require(version, self.weights)
+        answers: list[Answer | None] = [None] * len(requests)
+
+        def finish(failure: BaseException | None) -> list[tuple[Completion, ...]]:
+            if isinstance(failure, ServerGone):
+                return self.generate(prompts, sampling, seeds)
+            if failure is not None:
+                raise failure
+            return completions_of([one for one in answers if one is not None], sampling, self.tokenizer, version)
+
+        work = _ask(fleet.clients, requests, range(len(requests)), answers)
+        self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
+        return self._ahead
+
+    def settle(self) -> None:
+        if self._ahead is not None:
+            self._ahead.wait()
 
     def close(self) -> None:
         """Breaks off what is being generated, and ends the server that is the engine's own."""
         atexit.unregister(self.close)
-        if self._loop is not None:
-            self._loop.run(self._disconnect())
-            self._loop.close()
-            self._loop = None
-        if self.process is not None:
-            self.process.close()
-            self.process = None
-        self._clients = []
-        self.version = None
+        fleet, self.fleet, self._ahead = self.fleet, None, None
+        if fleet is not None:
+            fleet.close()
 
-    def _answers(self, requests: Sequence[tuple[dict[str, Any], int]]) -> list[Answer]:
-        """Of every request and its prompt's number; those of a lost server are asked for again."""
+    def _connected(self) -> ServerFleet:
+        if self.fleet is None:
+            atexit.register(self.close)
+            self.fleet = ServerFleet(self.options, self.model.name_or_path, self.model.dtype, self.folder)
+        return self.fleet
+
+    def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
+        """A request for every sample, and the version of the policy that will answer them."""
+        fleet = self._connected()
+        limit = fleet.limit
+        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)")
+        if fleet.version is None:
+            # Nobody has pushed yet (a checkpoint is validated): the servers have the weights of the policy's files.
+            self.push(self.weights(), 0)
+        assert fleet.version is not None
+        ends = end_token_ids(self.model, self.tokenizer)
+        requests = [
+            (number, {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)})
+            for number, prompt in enumerate(prompts)
+            for seed in seeds[number]
+        ]
+        return requests, fleet.version
+
+    def _answers(self, requests: Sequence[_Request], version: int) -> list[Answer]:
+        """Of every request; what a lost server did not answer is asked for again."""
+        fleet = self._connected()
         answers: list[Answer | None] = [None] * len(requests)
         while missing := [index for index, answer in enumerate(answers) if answer is None]:
+            fleet.require(version, self.weights)
             try:
-                self._require_version()
-                self._running.run(self._ask(requests, missing, answers))
+                fleet.loop.run(_ask(fleet.clients, requests, missing, answers))
             except ServerGone as gone:
-                self._recover(gone)
-        self._losses = 0
+                fleet.recover(gone, version, self.weights)
+        fleet.succeeded()
         return [answer for answer in answers if answer is not None]
 
-    async def _ask(
-        self, requests: Sequence[tuple[dict[str, Any], int]], missing: Sequence[int], answers: list[Answer | None]
-    ) -> None:
-        """Fills in the missing answers, as many as can be had."""
 
-        async def one(index: int) -> None:
-            fields, prompt = requests[index]
-            answers[index] = await self._clients[prompt % len(self._clients)].complete(fields)
+async def _ask(
+    clients: Sequence[ServerClient],
+    requests: Sequence[_Request],
+    missing: Sequence[int],
+    answers: list[Answer | None],
+) -> None:
+    """Fills in the missing answers, as many as can be had, and raises what kept the others away."""
 
-        found = await asyncio.gather(*map(one, missing), return_exceptions=True)
-        errors = [each for each in found if isinstance(each, BaseException)]
-        # What asking again cannot cure comes first.
-        for error in sorted(errors, key=lambda each: isinstance(each, ServerGone)):
-            raise error
+    async def one(index: int) -> None:
+        number, fields = requests[index]
+        answers[index] = await clients[number % len(clients)].complete(fields)
 
-    def _require_version(self) -> None:
-        """Before anything is generated: the servers have what was pushed last.
-
-        A server that was started anew behind our back is given it.
-        """
-        found = self._pusher.versions()
-        if set(found) != {str(self.version)}:
-            _say(f"vLLM workers hold versions {', '.join(found)} in place of {self.version}: pushing the weights again")
-            self._lose_one(f"they hold versions {', '.join(found)} in place of {self.version}")
-            self._push(self.weights(), self.version or 0)
-
-    def _push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self.version = None
-        self._pusher.push(named_tensors, version)
-        self.version = version
-
-    def _recover(self, gone: ServerGone) -> None:
-        """Has the servers up again, with the weights of `self.version`."""
-        version = self.version or 0
-        while True:
-            self._lose_one(str(gone))
-            if self._owns:
-                _say(f"the vLLM server is lost ({gone}): starting it again")
-                self._restart()
-            else:
-                _say(f"a vLLM server is lost ({gone}): waiting for it, {self.wait_s:.0f} s at most")
-                self._await_health(self.wait_s)
-            try:
-                self._pusher = self._new_pusher()
-                self._push(self.weights(), version)
-                return
-            except ServerGone as again:
-                gone = again
-                self.version = version
-
-    def _lose_one(self, reason: str) -> None:
-        self._losses += 1
-        if self._losses > self.max_restarts:
-            log = f"; its log ends: {self.process.last_line()}" if self.process else ""
-            raise EngineError(f"vLLM servers were lost {self._losses} times in a row: {reason}{log}")
-
-    def _connect(self) -> None:
-        """Starts or joins the servers, once."""
-        if self._loop is not None:
-            return
-        self._loop = LoopThread()
-        atexit.register(self.close)
-        if self._owns:
-            self._start()
-        else:
-            self._clients = [self._client(url) for url in self.urls]
-            self._await_health(self.wait_s)
-        self._limit = min(self._running.run(client.max_model_len()) for client in self._clients)
-        self._pusher = self._new_pusher()
-
-    @property
-    def _running(self) -> LoopThread:
-        assert self._loop is not None
-        return self._loop
-
-    def _client(self, url: str) -> ServerClient:
-        return ServerClient(url, self._key, self.api_key_variable, self.max_concurrency, self.request_timeout_s)
-
-    def _new_pusher(self) -> WeightPusher:
-        dtype = None if self.server.dtype == "auto" else getattr(torch, self.server.dtype)
-        return WeightPusher(
-            self._running, self._clients, self.transport, self.trainer_address, dtype, self.chunk_mib * 2**20
-        )
-
-    def _start(self) -> None:
-        self._key = self._key or secrets.token_urlsafe(32)
-        port = self.server.port or free_port(self.server.host)
-        command = self.server.command(self.model.name_or_path, self.model.dtype, port)
-        log = None if self.folder is None else self.folder / LOG
-        if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = ServerProcess(command, full_environment(self.server.environment(), self._key), log)
-        self._clients = [self._client(f"http://{self.server.host}:{port}")]
-        self._await_health(self.start_timeout_s)
-
-    def _restart(self) -> None:
-        self._running.run(self._disconnect())
-        assert self.process is not None
-        self.process.close()
-        self._start()
-
-    def _await_health(self, limit: float) -> None:
-        """Returns when all servers are healthy."""
-        deadline = time.monotonic() + limit
-        for client in self._clients:
-            while not self._running.run(client.healthy()):
-                if self.process is not None and not self.process.alive:
-                    raise EngineError(f"the vLLM server did not start; its log ends: {self.process.last_line()}")
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{client.url}: no healthy vLLM server within {limit:.0f} s; start one with `dots serve`, "
-                        "or leave engine.url out so that the run starts its own"
-                    )
-                time.sleep(_POLL)
-
-    async def _disconnect(self) -> None:
-        await asyncio.gather(*(client.close() for client in self._clients))
-
-
-def _say(line: str) -> None:
-    print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
+    found = await asyncio.gather(*map(one, missing), return_exceptions=True)
+    errors = [each for each in found if isinstance(each, BaseException)]
+    # What asking again cannot cure comes first.
+    for error in sorted(errors, key=lambda each: isinstance(each, ServerGone)):
+        raise error
