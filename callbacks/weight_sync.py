@@ -17,7 +17,8 @@ class WeightSync(Callback):
     The version pushed is the number of optimizer updates that the weights have seen; every completion carries it.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+    # Not on_fit_start: a resumed run has its weights there, but not yet its number of updates.
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._push(trainer, pl_module)
 
     def on_train_batch_end(

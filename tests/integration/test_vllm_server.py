@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from app.engines import Sampling, VllmServer
 from app.engines.server_client import ServerClient
 from app.engines.vllm_common import EngineError
 from app.engines.weight_push import WeightPusher
+from app.studies.plots import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -357,3 +359,31 @@ def test_a_run_that_ends_leaves_no_process(tmp_path: Path, end: signal.Signals):
     finally:
         if run.poll() is None:
             run.kill()
+
+
+def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_path: Path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "app", *RUN, f"--trainer.logger.save_dir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "quickstart" / "version_0"
+    try:
+        deadline = time.monotonic() + 250
+        while not list(folder.glob("completions/step_00000000.parquet")) and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.05)
+        (engine,) = [each for each in psutil.Process(run.pid).children(recursive=True) if "EngineCore" in each.name()]
+        engine.kill()
+        _, said = run.communicate(timeout=300)
+    finally:
+        if run.poll() is None:
+            run.kill()
+    assert run.returncode == 0, said[-2000:]
+    lines = [line for line in said.splitlines() if line.startswith("dots:")]
+    assert len(lines) == 1 and "starting it again" in lines[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert (summary["prompts_rolled_out"], summary["completions"]) == (6 * 8, 6 * 8 * 8)
+    # What was generated after the loss came from the weights of its step.
+    drift = read_scalars(folder)["sampling/sampling_logp_difference/max"][1]
+    assert len(drift) == 6 and max(drift) < 1e-3
