@@ -241,7 +241,9 @@ class Vllm(RolloutEngine):
 
     def _start(self) -> None:
         on_cpu = self.model.device.type == "cpu"
-        variables = engine_environment(on_cpu, self.cpu_cache_gib) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # What fails here is raised here; the log would repeat it with every request in full.
+        own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
+        variables = engine_environment(on_cpu, self.cpu_cache_gib) | own
         self._own_group = not torch.distributed.is_initialized()
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):
@@ -270,6 +272,9 @@ class Vllm(RolloutEngine):
             "tensor_parallel_size": self.tensor_parallel_size,
             "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
             "enable_sleep_mode": self.sleep_level > 0,
+            # vLLM 0.32 dies when it reads a prompt with a seed in pieces on a CPU, whose generators cannot be set back.
+            "enable_chunked_prefill": not on_cpu,
+            "use_tqdm_on_load": False,
             "logprobs_mode": LOGPROBS_MODE,
             # The policy's own defaults (a top_p, say) are not part of the sampling that a config names.
             "generation_config": "vllm",

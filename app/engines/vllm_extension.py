@@ -56,7 +56,7 @@ def require_all(expected: set[str], loaded: set[str] | None) -> None:
         raise ValueError(f"{len(missing)} weights were not pushed, {missing[0]} among them")
 
 
-def repack_heads(model: torch.nn.Module) -> None:
+def repack_heads(model: Any) -> None:
     """Packs tied output heads anew, which a reload on a CPU leaves as they were.
 
     vLLM's CPU kernels multiply by a packed copy of a head's weight. A head that shares its weight with the embedding

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch.distributed as dist
-from policies import TINY, tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer
 
 from app.engines import Sampling, Vllm
 from app.engines.vllm_common import Answer, EngineError, completions_of, engine_environment, environment, request_fields
 from datamodules.errors import UserError
+from tests.unit.policies import TINY, tiny_model
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 ENDS = np.array([1, 7])
