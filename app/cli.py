@@ -31,7 +31,7 @@ _TRAINER_DEFAULTS = {
 
 
 class DotsCLI(LightningCLI):
-    """`dots fit|validate|test|predict|describe|export|select`, models and data named by `class_path`."""
+    """`dots fit|validate|test|predict|describe|export|select|serve`, models and data named by `class_path`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -57,6 +57,7 @@ class DotsCLI(LightningCLI):
             "describe": {"model", "datamodule"},
             "export": {"model", "datamodule"},
             "select": {"model", "datamodule"},
+            "serve": {"model", "datamodule"},
         }
 
     def before_instantiate_classes(self) -> None:
@@ -68,7 +69,7 @@ class DotsCLI(LightningCLI):
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
-        if self.subcommand in ("describe", "export", "select"):
+        if self.subcommand in ("describe", "export", "select", "serve"):
             # They leave no run folder (the warm-up of a selection stands beside its result).
             config.trainer.logger = False
 

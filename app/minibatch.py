@@ -79,13 +79,15 @@ def minibatches(
     max_completion_length: int,
     keep_zero_advantage: bool,
     mask_truncated: bool = False,
+    step: int | None = None,
 ) -> list[MiniBatch]:
     """Deals whole groups into `parts` mini-batches (shuffled when there are several) and weighs their tokens.
 
     A completion with advantage 0 contributes nothing to the gradient unless the loss has a KL or entropy term
     (`keep_zero_advantage`): it is left out, and stays in the denominators. With `mask_truncated` a completion that was
     cut at the length limit counts nothing: neither in the loss nor in a denominator (overlong filtering, DAPO, arXiv
-    2503.14476, section 3.4); its reward still counts in its group's baseline.
+    2503.14476, section 3.4); its reward still counts in its group's baseline. A group born before `step` counts as
+    replayed, whatever its source: another policy than that of `step` has made it.
     """
     order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
     return [
@@ -94,6 +96,7 @@ def minibatches(
             aggregation,
             max_completion_length,
             keep_zero_advantage,
+            step,
         )
         for chosen in np.array_split(order, parts)
     ]
@@ -113,7 +116,11 @@ def _rows(groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], mask
 
 
 def _minibatch(
-    rows: Sequence[_Row], aggregation: Aggregation, max_completion_length: int, keep_zero_advantage: bool
+    rows: Sequence[_Row],
+    aggregation: Aggregation,
+    max_completion_length: int,
+    keep_zero_advantage: bool,
+    step: int | None,
 ) -> MiniBatch:
     if not rows:
         return MiniBatch([], [], 0, 0)
@@ -127,7 +134,7 @@ def _minibatch(
             behaviour_logprobs=completion.logprobs,
             advantage=advantage,
             weight=weight,
-            replayed=group.source == "replay",
+            replayed=group.source == "replay" or (step is not None and group.birth_step < step),
         )
         for (group, completion, _, advantage), weight in kept
     ]

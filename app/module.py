@@ -20,10 +20,11 @@ from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
 from app.objective.weights import Aggregation
 from app.optimization import Optimization
 from app.option_checks import check_options
-from app.policy import Policy, causal_lm
+from app.policy import Policy, causal_lm, plain_weights
 from app.reference_policy import ReferencePolicy
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
+from app.run_folder import run_folder
 from app.run_table import print_run_table
 from app.scoring import score
 from app.updates import Updates
@@ -117,7 +118,12 @@ class GRPOModule(LightningModule):
     @cached_property
     def pipeline(self) -> RolloutPipeline:
         """Rolls prompts out with the current policy and scores them."""
-        self.engine.setup(causal_lm(self.policy_model), self.tokenizer)
+        self.engine.setup(
+            causal_lm(self.policy_model),
+            self.tokenizer,
+            weights=lambda: plain_weights(self.policy_model),
+            folder=run_folder(self.trainer),
+        )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state
         )
@@ -197,6 +203,7 @@ class GRPOModule(LightningModule):
             max_completion_length=self.sampling.max_completion_length,
             keep_zero_advantage=bool(self.surrogate.beta or self.surrogate.entropy_coef),
             mask_truncated=self.mask_truncated_completions,
+            step=batch.step,
         )
 
     @property

@@ -73,6 +73,13 @@ class Policy:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         return self._adapt(model)
 
+    def stored_dtype(self) -> torch.dtype:
+        """What the weights will have once loaded, without loading them."""
+        found = self._torch_dtype()
+        if isinstance(found, str):
+            found = getattr(self._load(AutoConfig), "dtype", None) or torch.float32
+        return found
+
     def _load(self, kind: Any, **options: Any) -> Any:
         folder = Path(self.path).expanduser()
         looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
@@ -128,7 +135,10 @@ def causal_lm(model: Any) -> PreTrainedModel:
 
 
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating."""
+    """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
+
+    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again.
+    """
     if not hasattr(model, "merge_adapter"):
         yield from model.state_dict().items()
         return
@@ -136,7 +146,7 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         for name, tensor in causal_lm(model).state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), tensor
+                yield name.replace(".base_layer", ""), tensor.clone() if ".base_layer" in name else tensor
     finally:
         model.unmerge_adapter()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
+
 from app.engines import RolloutEngine, Sampling
+from app.engines.ahead import Ahead
 from app.rewards import RewardScorer, TrainerState
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
-from datamodules.types import Prompt, RolloutGroup, Source
+from datamodules.types import Completion, Prompt, RolloutGroup, Source
 
 
 class RolloutPipeline:
@@ -58,10 +61,40 @@ class RolloutPipeline:
             step: the training step; part of every sample's seed.
             source: written on the groups.
         """
-        seeds = sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)
-        phase = {"reference": "reference", "validate": "validate"}.get(purpose, "rollout")
-        with ledger.phase(phase), self.precision():
-            completions = self.engine.generate(prompts, sampling, seeds)
+        with ledger.phase(_phase(purpose)), self.precision():
+            completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
+        return self._scored(prompts, completions, ledger, purpose, step, source)
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
+        """Begins to roll out a later step's prompts, with the policy of now; `finish` takes what becomes of it."""
+        return self.engine.start(prompts, sampling, self._seeds(prompts, sampling, "train", step))
+
+    def finish(self, ahead: Ahead, prompts: Sequence[Prompt], ledger: Ledger, *, birth_step: int) -> list[RolloutGroup]:
+        """Groups of the prompts that `start` was given, in order.
+
+        Args:
+            ahead: what `start` returned.
+            prompts: as there.
+            ledger: of the step that they are for.
+            birth_step: step whose policy generated them.
+        """
+        with ledger.phase("rollout"):
+            completions = ahead.result()
+        return self._scored(prompts, completions, ledger, "train", birth_step, "fresh")
+
+    def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
+        return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)
+
+    def _scored(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[tuple[Completion, ...]],
+        ledger: Ledger,
+        purpose: str,
+        step: int,
+        source: Source,
+    ) -> list[RolloutGroup]:
+        phase = _phase(purpose)
         with ledger.phase("reward" if phase == "rollout" else phase):
             result = self.scorer.score(prompts, completions, source=source, step=step, state=self.trainer_state())
         ledger.count(f"{purpose}/prompts", len(prompts))
@@ -72,3 +105,7 @@ class RolloutPipeline:
         for name, value in result.metrics.items():
             ledger.counts[f"reward_metric/{name}"] = value
         return result.groups
+
+
+def _phase(purpose: str) -> str:
+    return {"reference": "reference", "validate": "validate"}.get(purpose, "rollout")

@@ -12,11 +12,12 @@ from app.offline.command import Request, select
 from app.offline.learnalign import LearnAlignOptions
 from app.offline.ufo import UfoOptions
 from app.run_table import print_run_table
+from app.serve import serve
 from datamodules.errors import UserError
 
 
 class DotsTrainer(Trainer):
-    """Lightning's Trainer plus `describe`, `export` and `select`; its arguments are Lightning's."""
+    """Lightning's Trainer plus `describe`, `export`, `select` and `serve`; its arguments are Lightning's."""
 
     def describe(
         self,
@@ -108,3 +109,28 @@ class DotsTrainer(Trainer):
         checkpoint = None if ckpt_path is None else Path(ckpt_path)
         request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
         select(self, model, datamodule, request)  # type: ignore[arg-type]  # our own classes, checked there
+
+    def serve(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        start_timeout_s: float = 300.0,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Runs a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
+
+        It prints the plain command that it runs. The server asks for the key in VLLM_API_KEY when there is one.
+
+        Args:
+            model: the module of the run: its policy and, where its engine is VllmServer, how a server is started.
+            datamodule: not used; the config.yaml of a run names one.
+            host: address to listen on; the engine's by default, which only this machine reaches.
+            port: to listen on; the engine's by default, and a free one where that is 0.
+            start_timeout_s: seconds that the server may take until it is healthy.
+            ckpt_path: not used: a run pushes its weights to the server before it generates.
+            weights_only: not used, likewise.
+        """
+        serve(model, host, port, start_timeout_s)  # type: ignore[arg-type]  # our own class, checked there

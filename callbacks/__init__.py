@@ -8,6 +8,7 @@ from callbacks.progress import RunProgress
 from callbacks.random_state import RandomState
 from callbacks.references import ReferenceRollouts
 from callbacks.replay import RolloutReplay
+from callbacks.rollout_ahead import RolloutAhead
 from callbacks.rollouts import Rollouts
 from callbacks.run_ledger import RunLedger
 from callbacks.selection_monitor import SelectionMonitor
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicSampling",
     "RandomState",
     "ReferenceRollouts",
+    "RolloutAhead",
     "RolloutReplay",
     "Rollouts",
     "RunCheckpoint",

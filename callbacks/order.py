@@ -9,13 +9,15 @@ from lightning.pytorch import Callback, Trainer
 from datamodules.errors import UserError
 
 # A push comes before the rollouts that need it; reference groups are offered before prompts are rolled out; replayed
-# groups complete what the rollouts left open; whatever reports stands behind whatever does.
+# groups complete what the rollouts left open; the next step's prompts are chosen when this step has all its groups;
+# whatever reports stands behind whatever does.
 _ORDER = (
     "WeightSync",
     "ReferenceRollouts",
     "Rollouts",
     "DynamicSampling",
     "RolloutReplay",
+    "RolloutAhead",
     "SelectionMonitor",
     "CompletionsLog",
     "RandomState",

@@ -57,7 +57,9 @@ class ReferenceRollouts(Callback):
         offered, self._groups = self._groups, []
         if self.reuse == "discard":
             return
-        chosen = {prompt.id for prompt in batch.prompts} if self.reuse == "train" else set()
+        # A prompt that was rolled out ahead of the step has its group.
+        chosen = {prompt.id for prompt in batch.prompts} - {group.prompt.id for group in batch.groups}
+        chosen = chosen if self.reuse == "train" else set()
         for group in offered:
             (batch.groups if group.prompt.id in chosen else batch.surplus).append(group)
 

@@ -108,7 +108,7 @@ class RunLedger(Callback):
 
         `prompts_rolled_out`, `completions` and `completion_tokens` are of all training rollouts; of these, `discarded`
         were refused by a filter and `wasted` passed it but were neither needed nor kept; `discarded_groups` is the sum
-        of both.
+        of both. `rollout_overlapped_seconds` of generation were covered by updates (`RolloutAhead`).
         """
         counts = self.total.counts
         seconds = {"total": self._before + time.perf_counter() - self._started}
@@ -133,6 +133,7 @@ class RunLedger(Callback):
             "failed_rewards": int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
             "val": {"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "rollout_overlapped_seconds": round(counts["overlapped_seconds"], 3),
             "seed": run_seed(),
             "config_sha256": _sha256(folder / "config.yaml"),
             "completed": completed,

@@ -70,7 +70,7 @@ class SelectionMonitor(Callback):
     ) -> None:
         groups = chosen_groups(batch)
         pairs = forecast_pairs(batch, groups)
-        batch.metrics |= self._chosen_metrics(groups)
+        batch.metrics |= self._chosen_metrics(groups, batch.explored)
         batch.metrics |= self._uniform_metrics(batch, groups, pl_module.sampling.num_generations)
         batch.metrics |= _forecast_metrics(pairs)
         batch.metrics |= self._datamodule.selector.metrics()
@@ -83,22 +83,20 @@ class SelectionMonitor(Callback):
         if self._pictures_due(batch.step):
             self._pairs, self._reference_pairs = _NO_PAIRS, _NO_PAIRS
 
-    def _chosen_metrics(self, groups: list[RolloutGroup]) -> dict[str, float]:
+    def _chosen_metrics(self, groups: list[RolloutGroup], explored: frozenset[str]) -> dict[str, float]:
         self._chosen[self._datamodule.pools["train"].positions(group.prompt.id for group in groups)] = True
         metrics = {
             "selection/distinct_prompts": float(self._chosen.sum()),
             "selection/distinct_fraction": float(self._chosen.float().mean()),
         }
         if groups:
-            explored = self._datamodule.selector.explored_ids
             metrics["selection/mean_success"] = float(np.mean([group.success_rate for group in groups]))
             metrics["selection/fresh_informative_fraction"] = float(np.mean([group.informative for group in groups]))
             metrics["selection/explored_fraction"] = float(np.mean([group.prompt.id in explored for group in groups]))
         return metrics
 
     def _uniform_metrics(self, batch: TrainBatch, groups: list[RolloutGroup], samples: int) -> dict[str, float]:
-        explored = self._datamodule.selector.explored_ids
-        drawn = [group for group in groups if group.prompt.id in explored and group.source == "fresh"]
+        drawn = [group for group in groups if group.prompt.id in batch.explored and group.source == "fresh"]
         references = [group for group in (*batch.groups, *batch.dropped, *batch.surplus) if group.source == "reference"]
         self._uniform.step([group.informative for group in (*drawn, *references) if group.completions])
         metrics = {"selection/uniform_informative_measured": self._uniform.share}

@@ -17,14 +17,17 @@ class WeightSync(Callback):
     The version pushed is the number of optimizer updates that the weights have seen; every completion carries it.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+    # Not on_fit_start: a resumed run has its weights there, but not yet its number of updates.
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._push(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
+        with batch.ledger.phase("rollout"):
+            pl_module.pipeline.engine.settle()
         with batch.ledger.phase("sync"):
             self._push(trainer, pl_module)
 
     def _push(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        pl_module.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)
+        pl_module.pipeline.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)

@@ -109,6 +109,8 @@ class OnlinePromptDataModule(LightningDataModule):
         self.pools: dict[str, PromptPool] = {}
         self.fresh_prompts = prompts_per_step
         """Prompts that the next step asks the selector for; a replay callback lowers it when it will add groups."""
+        self.prepared: TrainBatch | None = None
+        """The batch of a step that has not begun, whose prompts were chosen ahead."""
 
     def setup(self, stage: str) -> None:
         """Reads the pools and prepares the selector. Raises UserError when data cannot be used."""
@@ -129,11 +131,22 @@ class OnlinePromptDataModule(LightningDataModule):
             self.selector.setup(train, SelectionContext(self.seed, policy, self.cache_dir))
 
     def next_batch(self, step: int) -> TrainBatch:
-        """The batch of a step: `fresh_prompts` prompts chosen now, with what the selector expects of them."""
+        """The batch of a step: `fresh_prompts` prompts chosen now, with what the selector expects of them.
+
+        A batch that `prepare` has made for the step is given as it is.
+        """
+        if self.prepared is not None and self.prepared.step == step:
+            batch, self.prepared = self.prepared, None
+            return batch
         batch = TrainBatch(step, ())
         if self.fresh_prompts:
             self._choose(batch, self.fresh_prompts, refill=False)
         return batch
+
+    def prepare(self, step: int) -> TrainBatch:
+        """Chooses the prompts of a step before it begins, by what the selector knows now."""
+        self.prepared = self.next_batch(step)
+        return self.prepared
 
     def add_prompts(self, batch: TrainBatch, n: int) -> tuple[Prompt, ...]:
         """Adds `n` more prompts to a batch that has begun, fewer when the pool holds no others, and returns them."""
@@ -148,6 +161,7 @@ class OnlinePromptDataModule(LightningDataModule):
                 batch.pool_forecast = forecast.copy()
             prompts = tuple(pool[index] for index in positions)
             batch.add_prompts(prompts, None if forecast is None else forecast[positions])
+            batch.explored = self.selector.explored_ids
         return prompts
 
     def train_dataloader(self) -> OnlineLoader:

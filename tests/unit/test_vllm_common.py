@@ -1,0 +1,104 @@
+"""What the vLLM engines share, without vLLM: requests, answers, the environment, and what is refused beforehand."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoTokenizer
+
+from app.engines import Sampling, Vllm
+from app.engines.vllm_common import Answer, EngineError, completions_of, engine_environment, environment, request_fields
+from datamodules.errors import UserError
+from tests.unit.policies import TINY, tiny_model
+
+TOKENIZER = AutoTokenizer.from_pretrained(TINY)
+ENDS = np.array([1, 7])
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_request_is_one_sample_with_its_own_seed() -> None:
+    sampling = Sampling(8, 96, temperature=0.7, top_p=0.9, top_k=20, stop=["\n\n"])
+    fields = request_fields(sampling, ENDS, np.int64(2**63 - 1))
+    assert (fields["n"], fields["seed"], fields["max_tokens"]) == (1, 2**63 - 1, 96)
+    assert (fields["temperature"], fields["top_p"], fields["top_k"]) == (0.7, 0.9, 20)
+    assert fields["stop_token_ids"] == [1, 7] and fields["ignore_eos"] and fields["stop"] == ["\n\n"]
+    with pytest.raises(UserError, match=r"temperature=0\.001"):
+        request_fields(Sampling(temperature=0.001), ENDS, 0)
+
+
+def test_answers_become_groups_in_order() -> None:
+    answers = [Answer([*ids(f"{i}"), 1], [-0.5, -0.25 * i], "stop") for i in range(1, 4)]
+    answers.append(Answer(ids("ab"), [-1.0, -2.0], "length"))
+    groups = completions_of(answers, Sampling(2, 5), TOKENIZER, version=9)
+    assert [[one.text for one in group] for group in groups] == [["1", "2"], ["3", "ab"]]
+    assert groups[0][1].token_ids.tolist() == [*ids("2"), 1]
+    assert groups[0][1].logprobs.tolist() == [-0.5, -0.5]
+    assert [one.finish_reason for group in groups for one in group] == ["stop", "stop", "stop", "length"]
+    assert {one.policy_version for group in groups for one in group} == {9}
+
+
+def test_a_greedy_draw_is_certain() -> None:
+    [[one]] = completions_of([Answer([5], [-0.7], "length")], Sampling(1, 1, temperature=0), TOKENIZER, 0)
+    assert one.logprobs.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Answer([5, 6], [-1.0], "stop"), "2 tokens and 1 log-probabilities"),
+        (Answer([], [], "stop"), "0 tokens"),
+        (Answer([5], [-1.0], "abort"), "'abort'"),
+        (Answer([5], [-1.0], None), "None"),
+        (Answer([5, 6, 7], [-1.0, -1.0, -1.0], "length"), "3 tokens"),
+    ],
+)
+def test_incomplete_answers_are_refused(answer: Answer, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        completions_of([answer], Sampling(1, 2), TOKENIZER, 0)
+
+
+def test_missing_and_diverged_answers_are_named() -> None:
+    with pytest.raises(EngineError, match="1 completions, expected a multiple of 2"):
+        completions_of([Answer([5], [-1.0], "stop")], Sampling(2, 2), TOKENIZER, 0)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite \(version 3\)"):
+        completions_of([Answer([5], [float("nan")], "stop")], Sampling(1, 2), TOKENIZER, 3)
+
+
+def test_the_environment_is_the_users_first_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    before = dict(os.environ)
+    with environment(engine_environment(on_cpu=True, cache_gib=0.3)):
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert dict(os.environ) == before
+    assert "TORCHDYNAMO_DISABLE" not in engine_environment(on_cpu=False, cache_gib=1)
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    for options in ({"max_num_seqs": 0}, {"gpu_memory_utilization": 1.5}, {"cpu_cache_gib": 0.0}, {"block_size": 0}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            Vllm(**options)
+    with pytest.raises(UserError, match=r"sleep_level=2 .*only CUDA"):
+        Vllm(sleep_level=2).setup(tiny_model(12, seed=0), TOKENIZER)
+
+
+def test_a_trainer_of_several_processes_is_sent_to_the_server() -> None:
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(UserError, match=r"one of 2 trainer processes.*VllmServer"):
+            Vllm().setup(tiny_model(12, seed=0), TOKENIZER)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_importing_the_engines_does_not_import_vllm() -> None:
+    code = "import sys, app.module, callbacks; sys.exit('vllm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
