@@ -6,14 +6,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from app.engines import RolloutEngine, Sampling
+from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
+from app.rewards.scorer import means
+from app.rollout_exchange import Rolled, exchange
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
 from datamodules.types import Prompt, RolloutGroup, Source
 
+_PHASES = {"reference": "reference", "validate": "validate"}
+"""Of the ledger, by the purpose of a rollout; all others are "rollout"."""
+
 
 class RolloutPipeline:
     """Rolls prompts out with an engine and scores them.
+
+    With several ranks each rolls out and scores its share of the prompts, a prompt's completions on one rank; every
+    rank gets the groups of all.
 
     Args:
         engine: generates completions; already set up with the policy.
@@ -21,6 +30,7 @@ class RolloutPipeline:
         seed: the run's seed, from which every sample's own seed is derived.
         precision: context that generation runs in (autocast under mixed precision), as the update does.
         trainer_state: what reward functions may know about the run.
+        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -30,12 +40,14 @@ class RolloutPipeline:
         seed: int,
         precision: Callable[[], AbstractContextManager[None]],
         trainer_state: Callable[[], TrainerState] = TrainerState,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
         self.engine = engine
         self.scorer = scorer
         self.seed = seed
         self.precision = precision
         self.trainer_state = trainer_state
+        self.ranks = ranks
 
     def roll(
         self,
@@ -58,17 +70,34 @@ class RolloutPipeline:
             step: the training step; part of every sample's seed.
             source: written on the groups.
         """
+        # Of a completion's length only the bound is known: prompts are dealt evenly, the longest ones apart.
+        written = sampling.num_generations * sampling.max_completion_length
+        shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
+        share = [prompts[position] for position in shares[self.ranks.rank]]
+        rolled = self._roll(share, sampling, ledger, purpose, step, source) if share else Rolled()
+        if self.ranks.size > 1:
+            with ledger.phase(_PHASES.get(purpose, "rollout")):
+                rolled = exchange(self.ranks, prompts, shares, rolled)
+        for name, amount in rolled.counts.items():
+            ledger.count(name, amount)
+        for name, value in means(rolled.logged).items():
+            ledger.counts[f"reward_metric/{name}"] = value
+        return rolled.groups
+
+    def _roll(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, purpose: str, step: int, source: Source
+    ) -> Rolled:
+        """The same of this rank's share."""
         seeds = sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)
-        phase = {"reference": "reference", "validate": "validate"}.get(purpose, "rollout")
+        phase = _PHASES.get(purpose, "rollout")
         with ledger.phase(phase), self.precision():
             completions = self.engine.generate(prompts, sampling, seeds)
         with ledger.phase("reward" if phase == "rollout" else phase):
             result = self.scorer.score(prompts, completions, source=source, step=step, state=self.trainer_state())
-        ledger.count(f"{purpose}/prompts", len(prompts))
-        ledger.count(f"{purpose}/completions", sum(len(group) for group in completions))
-        ledger.count(f"{purpose}/tokens", sum(len(one.token_ids) for group in completions for one in group))
-        for name in ("timed_out", "crashed", "unscored", "dropped"):
-            ledger.count(f"rewards/{name}", getattr(result, name))
-        for name, value in result.metrics.items():
-            ledger.counts[f"reward_metric/{name}"] = value
-        return result.groups
+        counts = {
+            f"{purpose}/prompts": len(prompts),
+            f"{purpose}/completions": sum(len(group) for group in completions),
+            f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+        }
+        counts |= {f"rewards/{name}": getattr(result, name) for name in ("timed_out", "crashed", "unscored", "dropped")}
+        return Rolled(result.groups, counts, result.logged)
