@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,11 @@ import torch
 from app.objective.advantages import Baseline, Scale, decoupled_advantages, group_advantages
 from app.objective.packing import ScoredSequence
 from app.objective.weights import Aggregation, token_weights
+from app.ranks import deal, imbalance
 from datamodules.types import Completion, RolloutGroup
+
+_PATIENCE = 0.1
+"""Share of the mean work that ranks may wait for the one with most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,33 @@ def _minibatch(
     ]
     trained = sum(len(sequence.completion_ids) for sequence in sequences)
     return MiniBatch(sequences, [row[2] for row, _ in kept], int(lengths.sum()), int(lengths.sum()) - trained)
+
+
+def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
+    """A mini-batch dealt to ranks so that their tokens balance; its tokens and weights stay those of the whole.
+
+    The completions of a prompt stay together, so that it is read once, unless a rank would then wait more than
+    `_PATIENCE` for another.
+    """
+    sizes = [len(sequence) for sequence in part.sequences]
+    prompts: dict[str, list[int]] = {}
+    for row, name in enumerate(part.ids):
+        prompts.setdefault(name.prompt_id, []).append(row)
+    together = list(prompts.values())
+    pieces = deal([sum(sizes[row] for row in rows) for rows in together], ranks)
+    dealt = [sorted(row for piece in share for row in together[piece]) for share in pieces]
+    if imbalance(sizes, dealt) > _PATIENCE:
+        dealt = deal(sizes, ranks)
+    return [
+        dataclasses.replace(part, sequences=[part.sequences[row] for row in rows], ids=[part.ids[row] for row in rows])
+        for rows in dealt
+    ]
+
+
+def token_imbalance(dealt: Sequence[Sequence[MiniBatch]]) -> float:
+    """By what share of the mean the rank with most tokens exceeds it, in the worst of a batch's dealt mini-batches."""
+    loads = [[sum(map(len, share.sequences)) for share in part] for part in dealt]
+    return max(imbalance(load, [[rank] for rank in range(len(load))]) for load in loads)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:

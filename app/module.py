@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.metrics import batch_metrics, update_metrics
 from app.microbatches import MicroBatches
-from app.minibatch import MiniBatch, advantages_of, minibatches
+from app.minibatch import MiniBatch, advantages_of, minibatches, shares, token_imbalance
 from app.objective.advantages import Baseline, Scale
 from app.objective.packing import PackedBatch, ScoredSequence
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
@@ -21,6 +21,7 @@ from app.objective.weights import Aggregation
 from app.optimization import Optimization
 from app.option_checks import check_options
 from app.policy import Policy, causal_lm, plain_weights
+from app.ranks import Ranks
 from app.reference_policy import ReferencePolicy
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
@@ -116,6 +117,11 @@ class GRPOModule(LightningModule):
         return self.policy.load_tokenizer()
 
     @cached_property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return Ranks.of_run()
+
+    @cached_property
     def pipeline(self) -> RolloutPipeline:
         """Rolls prompts out with the current policy and scores them."""
         self.engine.setup(
@@ -125,8 +131,9 @@ class GRPOModule(LightningModule):
             folder=run_folder(self.trainer),
         )
         return RolloutPipeline(
-            self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state
-        )
+            self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state,
+            self.ranks,
+        )  # fmt: skip
 
     def _trainer_state(self) -> TrainerState:
         return TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps)
@@ -158,9 +165,13 @@ class GRPOModule(LightningModule):
         with batch.ledger.phase("update"):
             batch.advantages = self.advantages_of(batch)
             parts = self.minibatches_of(batch)
+            dealt = [shares(part, self.ranks.size) for part in parts]
+            mine = [share[self.ranks.rank] for share in dealt]
             if self.mini_batches > 1:
-                parts = [self.microbatches.with_old_logprobs(part) for part in parts]
-            done = self._updates.take(parts, batch.step)
+                mine = [self.microbatches.with_old_logprobs(share) for share in mine]
+            done = self._updates.take(parts, mine, batch.step)
+        if self.ranks.size > 1:
+            batch.metrics["ranks/update_token_imbalance"] = token_imbalance(dealt)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(done, parts)
         batch.metrics["learning_rate"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
 

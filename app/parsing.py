@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 from lightning.pytorch.cli import LightningArgumentParser
 
 from app.diagnosis import explain
@@ -74,13 +75,16 @@ def run_or_exit(run: Callable[[], Any]) -> None:
     except Exception as error:
         inner = find_user_error(error)
         if inner is None or debugging():
+            if dist.is_available() and dist.is_initialized():
+                error.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}")
             raise
         print_and_exit(str(inner))
 
 
 def print_and_exit(message: str) -> NoReturn:
-    """Prints `dots: error: message` in one line on stderr and exits with code 2."""
-    print("dots: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    """Prints `dots: error: message` in one line on stderr, with the rank where there are several; exits with code 2."""
+    rank = f"rank {dist.get_rank()}:" if dist.is_available() and dist.is_initialized() else ""
+    print(*filter(None, ["dots: error:", rank, " ".join(message.split())]), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -26,7 +26,8 @@ class PassAtK(Metric):
     prompts: torch.Tensor
 
     def __init__(self, k: int) -> None:
-        super().__init__()
+        # Every rank sees all prompts.
+        super().__init__(sync_on_compute=False)
         self.k = k
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")

@@ -9,7 +9,10 @@ import numpy as np
 
 from app.engines import RolloutEngine, Sampling
 from app.engines.ahead import Ahead
+from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
+from app.rewards.scorer import means
+from app.rollout_exchange import Rolled, exchange
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt, RolloutGroup, Source
@@ -18,12 +21,16 @@ from datamodules.types import Completion, Prompt, RolloutGroup, Source
 class RolloutPipeline:
     """Rolls prompts out with an engine and scores them.
 
+    With several ranks each rolls out and scores its share of the prompts, a prompt's completions on one rank; every
+    rank gets the groups of all.
+
     Args:
         engine: generates completions; already set up with the policy.
         scorer: turns completions into rewards.
         seed: the run's seed, from which every sample's own seed is derived.
         precision: context that generation runs in (autocast under mixed precision), as the update does.
         trainer_state: what reward functions may know about the run.
+        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -33,12 +40,14 @@ class RolloutPipeline:
         seed: int,
         precision: Callable[[], AbstractContextManager[None]],
         trainer_state: Callable[[], TrainerState] = TrainerState,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
         self.engine = engine
         self.scorer = scorer
         self.seed = seed
         self.precision = precision
         self.trainer_state = trainer_state
+        self.ranks = ranks
 
     def roll(
         self,
@@ -61,12 +70,21 @@ class RolloutPipeline:
             step: the training step; part of every sample's seed.
             source: written on the groups.
         """
-        with ledger.phase(_phase(purpose)), self.precision():
-            completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
-        return self._scored(prompts, completions, ledger, purpose, step, source)
+        # Of a completion's length only the bound is known: prompts are dealt evenly, the longest ones apart.
+        written = sampling.num_generations * sampling.max_completion_length
+        shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
+        share = [prompts[position] for position in shares[self.ranks.rank]]
+        rolled = self._roll(share, sampling, ledger, purpose, step, source) if share else Rolled()
+        if self.ranks.size > 1:
+            with ledger.phase(_phase(purpose)):
+                rolled = exchange(self.ranks, prompts, shares, rolled)
+        return _accounted(rolled, ledger)
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
-        """Begins to roll out a later step's prompts, with the policy of now; `finish` takes what becomes of it."""
+        """Begins to roll out a later step's prompts, with the policy of now; `finish` takes what becomes of it.
+
+        In one process: with several, nothing is dealt to the others.
+        """
         return self.engine.start(prompts, sampling, self._seeds(prompts, sampling, "train", step))
 
     def finish(self, ahead: Ahead, prompts: Sequence[Prompt], ledger: Ledger, *, birth_step: int) -> list[RolloutGroup]:
@@ -80,7 +98,15 @@ class RolloutPipeline:
         """
         with ledger.phase("rollout"):
             completions = ahead.result()
-        return self._scored(prompts, completions, ledger, "train", birth_step, "fresh")
+        return _accounted(self._scored(prompts, completions, ledger, "train", birth_step, "fresh"), ledger)
+
+    def _roll(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, purpose: str, step: int, source: Source
+    ) -> Rolled:
+        """The same of this rank's share."""
+        with ledger.phase(_phase(purpose)), self.precision():
+            completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
+        return self._scored(prompts, completions, ledger, purpose, step, source)
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)
@@ -93,19 +119,28 @@ class RolloutPipeline:
         purpose: str,
         step: int,
         source: Source,
-    ) -> list[RolloutGroup]:
+    ) -> Rolled:
         phase = _phase(purpose)
         with ledger.phase("reward" if phase == "rollout" else phase):
             result = self.scorer.score(prompts, completions, source=source, step=step, state=self.trainer_state())
-        ledger.count(f"{purpose}/prompts", len(prompts))
-        ledger.count(f"{purpose}/completions", sum(len(group) for group in completions))
-        ledger.count(f"{purpose}/tokens", sum(len(one.token_ids) for group in completions for one in group))
-        for name in ("timed_out", "crashed", "unscored", "dropped"):
-            ledger.count(f"rewards/{name}", getattr(result, name))
-        for name, value in result.metrics.items():
-            ledger.counts[f"reward_metric/{name}"] = value
-        return result.groups
+        counts = {
+            f"{purpose}/prompts": len(prompts),
+            f"{purpose}/completions": sum(len(group) for group in completions),
+            f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+        }
+        counts |= {f"rewards/{name}": getattr(result, name) for name in ("timed_out", "crashed", "unscored", "dropped")}
+        return Rolled(result.groups, counts, result.logged)
+
+
+def _accounted(rolled: Rolled, ledger: Ledger) -> list[RolloutGroup]:
+    """Its groups; what it counted goes into the ledger."""
+    for name, amount in rolled.counts.items():
+        ledger.count(name, amount)
+    for name, value in means(rolled.logged).items():
+        ledger.counts[f"reward_metric/{name}"] = value
+    return rolled.groups
 
 
 def _phase(purpose: str) -> str:
+    """Of the ledger."""
     return {"reference": "reference", "validate": "validate"}.get(purpose, "rollout")

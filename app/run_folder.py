@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -13,8 +14,13 @@ LAST = "last.ckpt"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """`runs/NAME/version_N`: the logger's folder, or the trainer's root without a logger."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """`runs/NAME/version_N`: the logger's folder, or the trainer's root without a logger.
+
+    Right on rank 0, which is the one that writes. `trainer.log_dir` would make the other ranks agree, but stalls where
+    one rank alone asks for it.
+    """
+    logger: Any = trainer.logger
+    return Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir)
 
 
 def find_last(save_dir: Path, name: str) -> tuple[int, Path]:

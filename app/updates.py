@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from app.gradient_sum import sum_gradients
 from app.minibatch import CompletionId, MiniBatch
 from app.nonfinite import NonFiniteGuard, offenders
 from app.objective.packing import PackedBatch
 from app.objective.statistics import Statistics
 from app.objective.surrogate import PolicyLoss
+from app.ranks import Ranks
 
 if TYPE_CHECKING:
     from app.module import GRPOModule
@@ -78,13 +83,30 @@ class Seen:
             self.read.plus(packed),
         )
 
+    def over(self, ranks: Ranks) -> Seen:
+        """With what the other ranks have seen."""
+        if ranks.size == 1:
+            return self
+        device, read = self.loss.device, self.read
+        counts = torch.tensor([read.positions, read.tokens, read.sequence_tokens], dtype=torch.float64, device=device)
+        parts = [self.loss.reshape(1), self.all.sums, self.replayed.sums, counts]
+        sizes = [len(part) for part in parts]
+        loss, sums, replayed, counts = ranks.sum(torch.cat([part.double() for part in parts])).split(sizes)
+        maxima, others = ranks.max(torch.stack([self.all.maxima, self.replayed.maxima])).to(device)
+        return Seen(
+            loss.float().reshape(()).to(device),
+            Statistics(sums.float().to(device), maxima),
+            Statistics(replayed.float().to(device), others),
+            TokensRead(*(int(count) for count in counts)),
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
     """One optimizer step.
 
     Attributes:
-        seen: by its forward passes.
+        seen: by its forward passes, those of all ranks.
         grad_norm: scalar, before clipping.
         skipped: whether loss or gradient was not finite, so that the weights were left alone.
     """
@@ -96,6 +118,8 @@ class Update:
 
 class Updates:
     """Takes the optimizer steps of a module.
+
+    Every rank takes every step, with the same gradient: also one that has no sequence of a mini-batch.
 
     Args:
         module: gives the loss, and the trainer whose strategy and optimizer are used.
@@ -114,24 +138,31 @@ class Updates:
         """Raises UserError when they are not."""
         self._nonfinite.check(step)
 
-    def take(self, parts: Sequence[MiniBatch], step: int) -> list[Update]:
-        """One optimizer step for each mini-batch of the batch `step`."""
+    def take(self, parts: Sequence[MiniBatch], shares: Sequence[MiniBatch], step: int) -> list[Update]:
+        """One optimizer step for each mini-batch of the batch `step`.
+
+        Args:
+            parts: the mini-batches, the same on all ranks.
+            shares: of each the sequences that this rank passes over.
+            step: of the batch.
+        """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
-        return [self._take(part, step) for part in parts]
+        return [self._take(part, share, step) for part, share in zip(parts, shares, strict=True)]
 
-    def _take(self, part: MiniBatch, step: int) -> Update:
+    def _take(self, part: MiniBatch, share: MiniBatch, step: int) -> Update:
         module = self._module
         optimizer: Any = module.optimizers()
         scheduler: Any = module.lr_schedulers()
         optimizer.zero_grad(set_to_none=True)
-        seen = self._accumulate(part)
+        seen = self._accumulate(share).over(module.ranks)
+        sum_gradients([one for one in module.policy_model.parameters() if one.requires_grad], module.ranks)
         norm = module.optimization.clip(module.policy_model)
-        # One decision for all ranks: a loss belongs to one of them.
-        finite = module.trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(seen.loss) & torch.isfinite(norm)))
+        # The same on all ranks, as loss and norm are.
+        finite = bool(torch.isfinite(seen.loss) & torch.isfinite(norm))
         if not finite:
             module.zero_grad(set_to_none=True)
-            self._nonfinite.skipped(step, seen.loss, norm, self._offenders(part))
+            self._nonfinite.skipped(step, seen.loss, norm, self._offenders(share))
         elif part.sequences:
             self._nonfinite.passed()
         # Without gradients (nothing to learn, or not finite) AdamW leaves every weight alone, and the schedule and
@@ -140,19 +171,24 @@ class Updates:
         scheduler.step()
         return Update(seen, norm, skipped=not finite)
 
-    def _accumulate(self, part: MiniBatch) -> Seen:
+    def _accumulate(self, share: MiniBatch) -> Seen:
         seen = Seen.nothing(self._module.device)
-        for packed in self._module.microbatches_of(part.sequences):
-            found = self._module.loss_of(packed)
-            self._module.manual_backward(found.loss)
-            seen = seen.plus(packed, found)
+        with self._apart():
+            for packed in self._module.microbatches_of(share.sequences):
+                found = self._module.loss_of(packed)
+                self._module.manual_backward(found.loss)
+                seen = seen.plus(packed, found)
         return seen
 
-    def _offenders(self, part: MiniBatch) -> list[CompletionId]:
-        """The completions that made an update not finite; over several ranks all of this rank's."""
+    def _apart(self) -> AbstractContextManager[None]:
+        """Without DDP's reduction in the backward pass: see `gradient_sum`."""
+        strategy = self._module.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def _offenders(self, share: MiniBatch) -> list[CompletionId]:
+        """The completions that made an update not finite, of all ranks."""
         module = self._module
-        if module.trainer.world_size > 1:
-            # Ranks hold different numbers of completions: passes over single ones would leave some rank waiting.
-            return part.ids
         trained = [parameter for parameter in module.policy_model.parameters() if parameter.requires_grad]
-        return offenders(part, lambda sequence: module.loss_of(module.microbatches.one([sequence])).loss, trained)
+        mine = offenders(share, lambda sequence: module.loss_of(module.microbatches.one([sequence])).loss, trained)
+        named = module.ranks.gather(json.dumps([[one.prompt_id, one.sample] for one in mine]).encode(), "update")
+        return [CompletionId(*one) for names in named for one in json.loads(names)]

@@ -15,7 +15,8 @@ from datamodules.types import RolloutGroup
 class ValidationMetrics(nn.Module):
     """Accuracy and pass@k by the correctness reward, mean reward and mean length of the completions.
 
-    A module, so that the trainer moves the metrics with the policy, reduces them over ranks and resets them.
+    A module, so that the trainer moves the metrics with the policy and resets them. Every rank sees the groups of all
+    (`RolloutPipeline`), so there is nothing to reduce.
 
     Args:
         k: of pass@k, at least 1.
@@ -23,7 +24,7 @@ class ValidationMetrics(nn.Module):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        self.accuracy, self.reward, self.length = MeanMetric(), MeanMetric(), MeanMetric()
+        self.accuracy, self.reward, self.length = (MeanMetric(sync_on_compute=False) for _ in range(3))
         self.pass_at_k = PassAtK(k)
 
     def update(self, groups: Sequence[RolloutGroup]) -> None:

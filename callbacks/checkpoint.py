@@ -67,8 +67,9 @@ class RunCheckpoint(Checkpoint):
 
 
 def write_whole(trainer: Trainer, path: Path) -> None:
-    """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it. Rank 0 writes."""
+    if trainer.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
     trainer.save_checkpoint(temporary, weights_only=False)

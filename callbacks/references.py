@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, Trainer
 
 from app.module import GRPOModule
 from app.stats import brier, pearson
-from callbacks.group_codec import pack_groups, unpack_groups
 from datamodules.errors import UserError
+from datamodules.group_codec import pack_groups, unpack_groups
 from datamodules.ledger import Ledger
 from datamodules.types import Outcomes, RolloutGroup, TrainBatch
 

@@ -11,9 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
-from callbacks.group_codec import LogprobDtype
 from callbacks.replay_buffer import Draw, ReplayBuffer
 from datamodules.errors import UserError, nearest
+from datamodules.group_codec import LogprobDtype
 from datamodules.seeding import generator
 from datamodules.types import RolloutGroup, TrainBatch
 

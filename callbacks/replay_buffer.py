@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from callbacks.group_codec import LogprobDtype, PackedGroup, join, pack, split, unpack
+from datamodules.group_codec import LogprobDtype, PackedGroup, join, pack, split, unpack
 from datamodules.pool import PromptPool
 from datamodules.selectors.sampling import gumbel, top_k
 from datamodules.types import REWARD_TOLERANCE, RolloutGroup

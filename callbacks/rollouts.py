@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, Trainer
 
 from app.module import GRPOModule
 from callbacks.order import check_order
-from datamodules.errors import UserError
+from callbacks.ranks_check import check_ranks
+from callbacks.stop_signal import StopSignal
 from datamodules.selectors import Selector
 from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
 
@@ -35,21 +36,33 @@ class Rollouts(Callback):
     Prompts that already have a group in the batch are left alone (`ReferenceRollouts` offers those that it has just
     rolled out with the same policy). Validation, test and prediction batches take the same road with the module's
     validation sampling.
+
+    With several processes every one of them holds the whole batch, and rolls out its share of the prompts.
     """
 
+    def __init__(self) -> None:
+        self._stop = StopSignal()
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if trainer.world_size > 1:
-            raise UserError(
-                f"{trainer.world_size} processes asked for: this version trains in one process "
-                "(set trainer.devices=1 and trainer.num_nodes=1)"
-            )
+        check_ranks(trainer, pl_module)
         check_order(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._stop.install(pl_module.ranks)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         selector = trainer.datamodule.selector  # type: ignore[attr-defined]  # Lightning leaves it untyped
         offered = {group.prompt.id for group in batch.groups}
         prompts = [prompt for prompt in batch.prompts if prompt.id not in offered]
         batch.groups.extend(roll_fresh(selector, pl_module, batch, prompts))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self._stop.agree(trainer, pl_module.ranks)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._stop.remove()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0

@@ -34,7 +34,7 @@ class ScoreResult:
         dropped: completions left out.
         extras: by column as logged with `log_extra`: one value per remaining completion, in the order of `groups`;
             None where none was logged.
-        metrics: mean of what was logged with `log_metric`, by name.
+        logged: values logged with `log_metric`, by name.
     """
 
     groups: list[RolloutGroup]
@@ -43,7 +43,12 @@ class ScoreResult:
     unscored: int
     dropped: int
     extras: Mapping[str, list[Any]]
-    metrics: Mapping[str, float]
+    logged: Mapping[str, list[float]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of what was logged, by name."""
+        return means(self.logged)
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class RewardScorer:
             unscored=int(unscored.sum()),
             dropped=int(count - kept.sum()),
             extras=_extras(results, kept),
-            metrics=_means(results),
+            logged=_logged(results),
         )
 
     def _groups(
@@ -229,12 +234,17 @@ def _extras(results: Sequence[CallResult], kept: np.ndarray) -> dict[str, list[A
     return {name: [values[row] for row in rows] for result in results for name, values in result.extras.items()}
 
 
-def _means(results: Sequence[CallResult]) -> dict[str, float]:
+def means(logged: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of logged values by name; their order does not matter."""
+    return {name: math.fsum(values) / len(values) for name, values in logged.items()}
+
+
+def _logged(results: Sequence[CallResult]) -> dict[str, list[float]]:
     logged: dict[str, list[float]] = {}
     for result in results:
         for name, value in result.metrics:
             logged.setdefault(name, []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in logged.items()}
+    return logged
 
 
 def _unique_names(rewards: Sequence[Reward]) -> list[str]:

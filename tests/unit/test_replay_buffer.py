@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from app.objective.advantages import group_advantages
-from callbacks.group_codec import pack, pack_groups, unpack_groups
 from callbacks.replay_buffer import ReplayBuffer, draw_weight
+from datamodules.group_codec import pack, pack_groups, unpack_groups
 from datamodules.seeding import generator
 from datamodules.types import Completion, RolloutGroup
 from tests.unit.builders import group, pool, prompt
