@@ -38,6 +38,11 @@ class RolloutAhead(Callback):
                 f"callbacks.RolloutAhead with engines.{type(pl_module.engine).__name__}: it generates in the trainer's "
                 "process, so not while that trains; use engines.VllmServer, or leave the callback out"
             )
+        if trainer.world_size > 1:
+            raise UserError(
+                f"callbacks.RolloutAhead with {trainer.world_size} processes: expected one, leave the callback out or "
+                "set trainer.devices=1"
+            )
         self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
