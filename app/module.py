@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedTokenizerBase
 
+from app.compilation import compile_layers
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.metrics import batch_metrics, update_metrics
 from app.microbatches import MicroBatches
@@ -64,6 +65,8 @@ class GRPOModule(LightningModule):
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, and nothing padded, where the model
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucketed by length.
+        compile: torch.compile the decoder layers for updates, not for generation. The quickstart on one CPU thread: a
+            quarter less time per update, after 48 s of compiling in the first.
         reward_workers: the processes that score completions, and their time and memory limits.
         on_reward_failure: a completion whose score timed out or crashed is left out of its group ("drop") or scored
             0 ("zero").
@@ -87,6 +90,7 @@ class GRPOModule(LightningModule):
         mini_batches: int = 1,
         max_tokens_per_microbatch: int = 16384,
         share_prompts: bool = True,
+        compile: bool = False,
         reward_workers: WorkerOptions = WorkerOptions(),  # noqa: B008
         on_reward_failure: Literal["drop", "zero"] = "drop",
     ) -> None:
@@ -99,7 +103,7 @@ class GRPOModule(LightningModule):
         self.multi_objective_aggregation = multi_objective_aggregation
         self.mask_truncated_completions, self.aggregation = mask_truncated_completions, aggregation
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
-        self.share_prompts = share_prompts
+        self.share_prompts, self._compiles = share_prompts, compile
         counts = {"mini_batches": mini_batches, "max_tokens_per_microbatch": max_tokens_per_microbatch}
         check_options(sampling, advantage_scale, multi_objective_aggregation, counts | {"pass_at_k": pass_at_k})
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
@@ -141,6 +145,8 @@ class GRPOModule(LightningModule):
     def configure_model(self) -> None:
         if not hasattr(self, "policy_model"):
             self.policy_model = self.policy.load()
+            if self._compiles:
+                compile_layers(self.policy_model)
             self.reference = ReferencePolicy.of(self.policy) if self.surrogate.beta else None
             self.scorer.start()
 

@@ -134,6 +134,14 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The longest list of modules: in every decoder that is its layers. Raises UserError where there is no list."""
+    lists = [module for module in causal_lm(model).modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__} has no list of decoder layers: expected one, choose another policy")
+    return max(lists, key=len)
+
+
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
 

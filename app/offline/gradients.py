@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from app.module import GRPOModule
 from app.offline.bench import Bench
-from app.policy import causal_lm
+from app.policy import decoder_layers
 from datamodules.errors import UserError
 from datamodules.types import RolloutGroup, TrainBatch
 
@@ -94,14 +94,6 @@ def only_trained(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[N
 
 
 def _of_last_layers(model: nn.Module, trainable: dict[str, nn.Parameter], last_layers: int) -> dict[str, nn.Parameter]:
-    layers = _decoder_layers(causal_lm(model))
+    layers = decoder_layers(model)
     wanted = {id(parameter) for layer in list(layers)[-last_layers:] for parameter in layer.parameters()}
     return {name: parameter for name, parameter in trainable.items() if id(parameter) in wanted}
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules: in every decoder that is its layers."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of layers: name the parameters by a pattern")
-    return max(lists, key=len)
