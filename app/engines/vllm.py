@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -96,7 +97,7 @@ class Vllm(RolloutEngine):
         tokenizer: PreTrainedTokenizerBase,
         *,
         weights: Weights | None = None,
-        folder: Any = None,
+        folder: Path | None = None,
     ) -> None:
         """Starts vLLM; a second policy of the same folder is served by the engine that already runs.
 
@@ -243,7 +244,7 @@ class Vllm(RolloutEngine):
         on_cpu = self.model.device.type == "cpu"
         # What fails here is raised here; the log would repeat it with every request in full.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
-        variables = engine_environment(on_cpu, self.cpu_cache_gib) | own
+        variables = engine_environment(on_cpu) | own
         self._own_group = not torch.distributed.is_initialized()
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):

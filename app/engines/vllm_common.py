@@ -36,15 +36,16 @@ class EngineError(UserError):
     """An engine that cannot go on (its process died, or a push failed): one line that says what to do."""
 
 
-def engine_environment(on_cpu: bool, cache_gib: float) -> dict[str, str]:
+def engine_environment(on_cpu: bool, cache_gib: float | None = None) -> dict[str, str]:
     """Environment variables that vLLM reads when it is imported and started.
 
     Args:
         on_cpu: the CPU build.
-        cache_gib: memory of the key-value cache on a CPU, in GiB (on a GPU its share of the memory decides).
+        cache_gib: memory of the key-value cache on a CPU, in GiB, of which vLLM reads whole ones; None where the
+            engine is told otherwise (on a GPU its share of the memory decides).
     """
-    # vLLM reads whole GiB.
-    return _QUIET | (_CPU | {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(cache_gib)))} if on_cpu else {})
+    cache = {} if cache_gib is None else {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(cache_gib)))}
+    return _QUIET | (_CPU | cache if on_cpu else {})
 
 
 @contextmanager

@@ -9,13 +9,14 @@ import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from app.engines import Sampling, Vllm
 from app.engines.vllm_common import EngineError
-from app.policy import Lora, Policy, causal_lm, plain_weights
+from app.policy import Lora, Policy, add_lora, causal_lm, plain_weights
 from datamodules.errors import UserError
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt
@@ -334,3 +335,21 @@ def test_an_engine_that_ended_says_so_and_can_be_started_again(started: Vllm, mo
         started.push(plain_weights(model), 1)
     started.setup(model, tokenizer)
     assert gap(model, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
+
+
+def test_weights_reach_other_processes_and_a_killed_one_is_one_line(model: PreTrainedModel) -> None:
+    engine = Vllm(tensor_parallel_size=2, cpu_cache_gib=0.25)
+    policy = add_lora(model, Lora(rank=4))
+    try:
+        engine.setup(causal_lm(policy), POLICY.load_tokenizer(), weights=lambda: plain_weights(policy))
+        move(policy, by=0.3)  # the adapters, too
+        engine.push(plain_weights(policy), 1)
+        groups = engine.generate(LONG, SAMPLING, seeds(LONG))
+        assert gap(policy, LONG, groups) < 1e-4
+        worker = next(child for child in psutil.Process().children(recursive=True) if "Worker" in child.name())
+        worker.kill()
+        with pytest.raises(EngineError, match=r"^vLLM failed while it generated: \w+: [^\n]+$"):
+            engine.generate(LONG, SAMPLING, seeds(LONG))
+    finally:
+        engine.close()
+    assert not [child for child in psutil.Process().children(recursive=True) if "Worker" in child.name()]
