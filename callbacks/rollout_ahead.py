@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, Trainer
 
 from app.engines.ahead import Ahead
 from app.module import GRPOModule
-from callbacks.group_codec import pack_groups, unpack_groups
 from datamodules.errors import UserError
+from datamodules.group_codec import pack_groups, unpack_groups
 from datamodules.types import Outcomes, TrainBatch
 
 
