@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,10 @@ from datamodules.errors import UserError
 
 # Below the five seconds after which vLLM closes an idle connection, so that no request meets one that is closing.
 _KEEP_ALIVE = 2.0
-_PROBE = aiohttp.ClientTimeout(total=5.0)
+_PROBE = aiohttp.ClientTimeout(total=10.0)
+_BETWEEN_PROBES = 1.0
+_FAILED_PROBES = 3
+"""In a row: a busy server may be late once."""
 
 # Whatever a server's generation defaults say: nothing but the sampling of the config changes the distribution.
 _NEUTRAL = {
@@ -47,14 +51,22 @@ class ServerClient:
         self._concurrency = concurrency
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
+        self._probes: aiohttp.ClientSession | None = None
 
     async def healthy(self) -> bool:
         """Whether the server and its engine are up."""
         try:
-            async with self._open().get(f"{self.url}/health", timeout=_PROBE) as response:
+            async with self._probe_session().get(f"{self.url}/health") as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def until_lost(self) -> None:
+        """Returns when the server is no longer healthy."""
+        failures = 0
+        while failures < _FAILED_PROBES:
+            await asyncio.sleep(_BETWEEN_PROBES)
+            failures = 0 if await self.healthy() else failures + 1
 
     async def max_model_len(self) -> int:
         """Tokens that a prompt and its completion may have together."""
@@ -90,9 +102,16 @@ class ServerClient:
         return bool((await self._request("POST", "/reset_prefix_cache"))["success"])
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._session, self._probes):
+            if session is not None:
+                await session.close()
+        self._session = self._probes = None
+
+    def _probe_session(self) -> aiohttp.ClientSession:
+        # Apart from the others, behind which a probe would wait for a free connection.
+        if self._probes is None:
+            self._probes = aiohttp.ClientSession(headers=self._headers, timeout=_PROBE)
+        return self._probes
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -125,3 +144,25 @@ class ServerClient:
         if status >= 500:
             raise ServerGone(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")
+
+
+async def together(clients: Sequence[ServerClient], work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results of all the work that is asked of the servers, in order.
+
+    A server whose engine has died may keep a request open for ever: meanwhile each is asked whether it is healthy.
+
+    Raises ServerGone when one is not; all work is then broken off.
+    """
+    tasks = [asyncio.ensure_future(each) for each in work]
+    watches = {asyncio.ensure_future(client.until_lost()): client for client in clients}
+    done = asyncio.gather(*tasks)
+    try:
+        await asyncio.wait([done, *watches], return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        lost = [client.url for watch, client in watches.items() if watch.done()]
+        raise ServerGone(f"{', '.join(lost)}: no longer healthy")
+    finally:
+        for each in (*tasks, *watches):
+            each.cancel()
+        await asyncio.gather(done, *tasks, *watches, return_exceptions=True)

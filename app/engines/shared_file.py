@@ -29,7 +29,7 @@ def shared_chunk(chunk: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
         # Reserved before it is written: a full file system is an error here and a SIGBUS in a mapping.
         os.posix_fallocate(descriptor, 0, max(size, 1))
         for start, (_, tensor) in zip(starts, chunk, strict=True):
-            _write(descriptor, memoryview(as_bytes(tensor).cpu().numpy()), start)
+            _write(descriptor, as_bytes(tensor).cpu().numpy().data, start)
         yield path, specs
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ import torch
 from app.engines.ahead import Ahead, timed
 from app.engines.base import RolloutEngine, Sampling
 from app.engines.checks import check_request
-from app.engines.server_client import ServerClient, ServerGone
+from app.engines.server_client import ServerClient, ServerGone, together
 from app.engines.server_fleet import FleetOptions, ServerFleet
 from app.engines.server_options import ServerOptions
 from app.engines.stopping import end_token_ids
@@ -158,7 +158,7 @@ class VllmServer(RolloutEngine):
     def _connected(self) -> ServerFleet:
         if self.fleet is None:
             atexit.register(self.close)
-            self.fleet = ServerFleet(self.options, self.model.name_or_path, self.model.dtype, self.folder)
+            self.fleet = ServerFleet(self.options, str(self.model.name_or_path), self.model.dtype, self.folder)
         return self.fleet
 
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
@@ -204,8 +204,11 @@ async def _ask(
         number, fields = requests[index]
         answers[index] = await clients[number % len(clients)].complete(fields)
 
-    found = await asyncio.gather(*map(one, missing), return_exceptions=True)
-    errors = [each for each in found if isinstance(each, BaseException)]
+    async def all_of_them() -> list[BaseException]:
+        found = await asyncio.gather(*map(one, missing), return_exceptions=True)
+        return [each for each in found if isinstance(each, BaseException)]
+
+    (errors,) = await together(clients, [all_of_them()])
     # What asking again cannot cure comes first.
     for error in sorted(errors, key=lambda each: isinstance(each, ServerGone)):
         raise error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 import torch
 
 from app.engines.loop_thread import LoopThread
-from app.engines.server_client import ServerClient
+from app.engines.server_client import ServerClient, together
 from app.engines.shared_file import shared_chunk
 from app.engines.vllm_common import EngineError
 from app.engines.weight_chunks import TensorSpec, chunks, to_json
@@ -101,7 +100,9 @@ class WeightPusher:
         assert self._group is not None
         specs = to_json([TensorSpec.of(name, tensor) for name, tensor in chunk])
         # The workers must be receiving while this process sends.
-        asked = self._loop.submit(_together([client.call("dots_receive", specs=specs) for client in self._clients]))
+        asked = self._loop.submit(
+            self._together([client.call("dots_receive", specs=specs) for client in self._clients])
+        )
         work = self._group.send(chunk)
         # A server that fails never receives, and nothing would end the broadcast.
         asked.result()
@@ -116,7 +117,7 @@ class WeightPusher:
             client.call("dots_join", address=self._address, port=meeting.port, first_rank=1 + sum(sizes[:i]), size=size)
             for i, client in enumerate(self._clients)
         ]
-        asked = self._loop.submit(_together(joins))
+        asked = self._loop.submit(self._together(joins))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         group = WeightGroup(store, 0, size, device)
         asked.result()
@@ -127,8 +128,7 @@ class WeightPusher:
         return [text for answer in answers for text in answer]
 
     def _all(self, work: Iterable[Any]) -> list[Any]:
-        return self._loop.run(_together(list(work)))
+        return self._loop.run(self._together(list(work)))
 
-
-async def _together(work: Sequence[Any]) -> list[Any]:
-    return list(await asyncio.gather(*work))
+    async def _together(self, work: Sequence[Any]) -> list[Any]:
+        return await together(self._clients, work)
