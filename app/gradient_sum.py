@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.ranks import Ranks
+from app.ranks import Ranks, talking
 
 _BUCKET = 1 << 24
 """Elements that are reduced together: 64 MiB, what the sum needs beside the gradients."""
@@ -29,6 +29,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> Non
     """
     if ranks.size == 1:
         return
+    ranks.meet("update")
     reached = ranks.max(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8))
     chosen = [parameter for parameter, used in zip(parameters, reached.tolist(), strict=True) if used]
     for parameter in chosen:
@@ -36,7 +37,8 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> Non
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
         flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
-        dist.all_reduce(flat)
+        with talking("update"):
+            dist.all_reduce(flat)
         for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 

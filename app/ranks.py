@@ -7,10 +7,12 @@ rank or on the rank's own share.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,14 +54,34 @@ class Ranks:
             where: what they meet for, for the message.
 
         Raises:
-            LostRankError: some have ended or hang; rank 0's message names them.
+            LostRankError: some have ended, or did not come within the time limit; rank 0's message names them.
         """
         if self.size == 1:
             return
+        # Not `monitored_barrier`, which does not say which rank it was that ended.
+        if self.rank:
+            self._tell(0, where)
+            if why := self._miss(0):
+                raise LostRankError(f"waiting for rank 0 ({where}): {why}; rank 0's own message says who is missing")
+            return
+        others = range(1, self.size)
+        if lost := {rank: why for rank in others if (why := self._miss(rank))}:
+            named = ", ".join(f"rank {rank} ({why})" for rank, why in lost.items())
+            raise LostRankError(f"waiting for all ranks ({where}), lost {named}")
+        for rank in others:
+            self._tell(rank, where)
+
+    def _tell(self, rank: int, where: str) -> None:
+        with talking(where, rank):
+            dist.send(torch.zeros(1), rank, self.group)
+
+    def _miss(self, rank: int) -> str | None:
+        """Why a rank's word did not come; None when it came."""
         try:
-            dist.monitored_barrier(self.group, wait_all_ranks=True)
+            dist.recv(torch.zeros(1), rank, self.group)
         except RuntimeError as error:
-            raise LostRankError(f"waiting for the other ranks ({where}): {str(error).splitlines()[0]}") from error
+            return "no word within the time limit" if "imed out" in str(error) else "its process has ended"
+        return None
 
     def gather(self, payload: bytes, where: str) -> list[bytes]:
         """What every rank gives, in the order of ranks.
@@ -70,11 +92,15 @@ class Ranks:
         if self.size == 1:
             return [payload]
         self.meet(where)
+        with talking(where):
+            return self._gather(payload)
+
+    def _gather(self, payload: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(payload)]), group=self.group)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        padded[: len(payload)] = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded, group=self.group)
         return [part[: int(size)].numpy().tobytes() for part, size in zip(received, sizes, strict=True)]
@@ -94,8 +120,19 @@ class Ranks:
     def _reduced(self, values: Tensor, how: Any) -> Tensor:
         values = values.detach().to("cpu", copy=True)
         if self.size > 1:
-            dist.all_reduce(values, how, group=self.group)
+            with talking("sum"):
+                dist.all_reduce(values, how, group=self.group)
         return values
+
+
+@contextmanager
+def talking(where: str, rank: int | None = None) -> Iterator[None]:
+    """Makes the error of a failed collective, or of a message to `rank`, a LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = "another rank" if rank is None else f"rank {rank}"
+        raise LostRankError(f"lost {lost} ({where}): {str(error).splitlines()[0]}") from error
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -46,14 +46,15 @@ class RunCheckpoint(Checkpoint):
         if step % self.every == 0 or last or trainer.received_sigterm or pl_module.diverged:
             self._due = step
             if pl_module.diverged or not _validation_follows(trainer, batch_idx):
-                self._save(trainer)
+                self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        self._save(trainer)
+        self._save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if self._due is None:
             return
+        pl_module.ranks.meet("checkpoint")
         started = time.perf_counter()
         folder = Path(self.dirpath) if self.dirpath else run_folder(trainer) / "checkpoints"
         name = f"step_{self._due:08d}.ckpt"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from app.module import GRPOModule
+from app.ranks import LostRankError
 from callbacks.order import check_order
 from callbacks.ranks_check import check_ranks
 from callbacks.stop_signal import StopSignal
@@ -60,6 +63,12 @@ class Rollouts(Callback):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
         self._stop.agree(trainer, pl_module.ranks)
+
+    def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, LostRankError) and isinstance(launcher, _SubprocessScriptLauncher):
+            # Whoever hangs would outlive the run: Lightning ends its processes only when one of them has failed.
+            launcher.kill(signal.SIGKILL)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._stop.remove()

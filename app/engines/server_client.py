@@ -155,9 +155,10 @@ async def together(clients: Sequence[ServerClient], work: Sequence[Coroutine[Any
     """
     tasks = [asyncio.ensure_future(each) for each in work]
     watches = {asyncio.ensure_future(client.until_lost()): client for client in clients}
-    done = asyncio.gather(*tasks)
+    done: asyncio.Future[list[Any]] = asyncio.gather(*tasks)
+    awaited: list[asyncio.Future[Any]] = [done, *watches]
     try:
-        await asyncio.wait([done, *watches], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
             return done.result()
         lost = [client.url for watch, client in watches.items() if watch.done()]

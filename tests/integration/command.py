@@ -9,10 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -76,6 +77,28 @@ def dots(
         return Done(code, out.read_text(), err.read_text())
 
 
+def dots_on_ranks(ranks: int, *arguments: str, path: Path | None = None, timeout: float = 280) -> list[Done]:
+    """`dots ARGUMENTS` as one run of several processes, started as a cluster would: one `Done` per rank.
+
+    Those that have not ended `timeout` seconds after the start are killed (return code -9).
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    with TemporaryDirectory() as folder:
+        files = [(Path(folder, f"out{rank}"), Path(folder, f"err{rank}")) for rank in range(ranks)]
+        processes = [
+            _fork(arguments, ROOT, path, *files[rank], address | {"LOCAL_RANK": str(rank)}) for rank in range(ranks)
+        ]
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            _kill(process)
+        return [
+            Done(process.exitcode or 0, out.read_text(), err.read_text())
+            for process, (out, err) in zip(processes, files, strict=True)
+        ]
+
+
 def kill_when(sign: Path, *arguments: str, cwd: Path = ROOT, timeout: float = 200) -> None:
     """Starts `dots ARGUMENTS`, and kills it with all its processes as soon as a file is there."""
     process = _fork(arguments, cwd, None, Path(os.devnull), Path(os.devnull))
@@ -137,14 +160,31 @@ def overlay(folder: Path, *changes: tuple[str, str]) -> Path:
     return file
 
 
-def _fork(arguments: Sequence[str], cwd: Path, path: Path | None, out: Path, err: Path) -> BaseProcess:
-    process = _FORKS.Process(target=_child, args=(arguments, str(cwd), path and str(path), str(out), str(err)))
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _fork(
+    arguments: Sequence[str],
+    cwd: Path,
+    path: Path | None,
+    out: Path,
+    err: Path,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    folders = (str(cwd), path and str(path), str(out), str(err))
+    process = _FORKS.Process(target=_child, args=(arguments, *folders, dict(environment or {})))
     process.start()
     return process
 
 
-def _child(arguments: Sequence[str], cwd: str, path: str | None, out: str, err: str) -> None:
+def _child(
+    arguments: Sequence[str], cwd: str, path: str | None, out: str, err: str, environment: Mapping[str, str]
+) -> None:
     os.setsid()
+    os.environ.update(environment)
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(cwd)

@@ -1,0 +1,192 @@
+"""What ranks say to each other and how work is dealt to them; the collectives run in processes of their own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from app.gradient_sum import sum_gradients
+from app.minibatch import CompletionId, MiniBatch, shares, token_imbalance
+from app.objective.packing import ScoredSequence
+from app.ranks import LostRankError, Ranks, deal, imbalance
+from app.rollout_exchange import Rolled, exchange
+from datamodules.errors import UserError
+from datamodules.types import Completion, Prompt, RolloutGroup
+
+
+def test_a_deal_is_a_partition_within_grahams_bound():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = random.integers(1, 40, size=7).tolist()
+        dealt = deal(sizes, 3)
+        assert sorted(itertools.chain.from_iterable(dealt)) == list(range(7))
+        found = max(sum(sizes[piece] for piece in share) for share in dealt)
+        best = min(
+            max(sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3))
+            for owners in itertools.product(range(3), repeat=7)
+        )
+        assert best <= found <= best * (4 / 3 - 1 / 9)
+
+
+def test_equal_pieces_are_dealt_in_equal_numbers():
+    assert deal([5] * 8, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert deal([5], 2) == [[0], []]
+
+
+def test_imbalance_is_what_the_others_wait():
+    assert imbalance([3, 1], [[0], [1]]) == pytest.approx(0.5)  # 3 against a mean of 2
+    assert imbalance([2, 2], [[0], [1]]) == 0
+    assert imbalance([], [[], []]) == 0
+
+
+def test_shares_keep_prompts_together_while_they_balance():
+    even = _minibatch({"a": [10, 10], "b": [10, 10]})
+    first, second = shares(even, 2)
+    assert [one.prompt_id for one in first.ids] == ["a", "a"]
+    assert [one.prompt_id for one in second.ids] == ["b", "b"]
+    assert (first.tokens, first.skipped_tokens) == (even.tokens, even.skipped_tokens)
+
+
+def test_shares_part_a_prompt_that_nobody_should_wait_for():
+    uneven = _minibatch({"a": [10] * 6, "b": [10] * 2})
+    dealt = shares(uneven, 2)
+    assert [len(share.sequences) for share in dealt] == [4, 4]
+    assert token_imbalance([dealt]) == 0
+    together = {str(one) for share in dealt for one in share.ids}
+    assert together == {str(one) for one in uneven.ids}
+    for share in dealt:
+        for name, sequence in zip(share.ids, share.sequences, strict=True):
+            assert sequence is uneven.sequences[uneven.ids.index(name)]
+
+
+def test_one_process_talks_to_nobody():
+    ranks = Ranks.of_run()
+    assert (ranks.rank, ranks.size) == (0, 1)
+    assert ranks.gather(b"word", "test") == [b"word"]
+    assert ranks.any(True)
+    assert not ranks.any(False)
+
+
+def test_messages_and_sums(tmp_path: Path):
+    _on_ranks(3, _messages, tmp_path)
+
+
+def test_gradients_are_summed_where_some_rank_has_one(tmp_path: Path):
+    _on_ranks(2, _gradients, tmp_path)
+
+
+def test_rollouts_reach_every_rank_unchanged_and_in_order(tmp_path: Path):
+    _on_ranks(2, _rollouts, tmp_path)
+
+
+def test_ranks_that_chose_different_prompts_are_told(tmp_path: Path):
+    _on_ranks(2, _different_choices, tmp_path)
+
+
+def test_a_rank_that_ended_is_named(tmp_path: Path):
+    _on_ranks(3, _one_leaves, tmp_path)
+
+
+def _messages(ranks: Ranks) -> None:
+    given = bytes(range(ranks.rank * 5)) if ranks.rank else b""
+    assert ranks.gather(given, "test") == [b"", bytes(range(5)), bytes(range(10))]
+    assert ranks.sum(torch.tensor([1.0, ranks.rank])).tolist() == [3.0, 3.0]
+    assert ranks.max(torch.tensor([-1.0, ranks.rank])).tolist() == [-1.0, 2.0]
+    assert ranks.any(ranks.rank == 2)
+    assert not ranks.any(False)
+
+
+def _gradients(ranks: Ranks) -> None:
+    both, one, none = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    both.grad = torch.full((2, 2), 1.0 + ranks.rank)
+    if ranks.rank == 1:
+        one.grad = torch.full((2, 2), 5.0)
+    sum_gradients([both, one, none], ranks)
+    assert both.grad.unique().tolist() == [3.0]
+    assert one.grad is not None
+    assert one.grad.unique().tolist() == [5.0]
+    assert none.grad is None
+
+
+def _rollouts(ranks: Ranks) -> None:
+    groups = [_group(f"p{index}", index) for index in range(4)]
+    # A group that lost all its completions, and texts that are no valid UTF-8, are passed on too.
+    dealt = [[0, 3], [1, 2]]
+    mine = [groups[position] for position in dealt[ranks.rank]]
+    rolled = Rolled(mine, {"train/prompts": 2}, {"length": [float(ranks.rank), 0.5]})
+    whole = exchange(ranks, [group.prompt for group in groups], dealt, rolled)
+    assert whole.counts == {"train/prompts": 4}
+    assert sorted(whole.logged["length"]) == [0.0, 0.5, 0.5, 1.0]
+    for found, expected in zip(whole.groups, groups, strict=True):
+        assert found.prompt is expected.prompt
+        assert (found.source, found.birth_step) == (expected.source, expected.birth_step)
+        np.testing.assert_array_equal(found.rewards, expected.rewards)
+        np.testing.assert_array_equal(found.components["other"], expected.components["other"])
+        for ours, theirs in zip(found.completions, expected.completions, strict=True):
+            np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+            np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+            assert (ours.text, ours.finish_reason) == (theirs.text, theirs.finish_reason)
+
+
+def _different_choices(ranks: Ranks) -> None:
+    prompts = [_group(f"{ranks.rank}", 0).prompt]
+    with pytest.raises(UserError, match="chose different prompts"):
+        exchange(ranks, prompts, [[0], []], Rolled([_group(f"{ranks.rank}", 0)] if ranks.rank == 0 else []))
+
+
+def _one_leaves(ranks: Ranks) -> None:
+    ranks.meet("start")
+    if ranks.rank == 2:
+        return
+    with pytest.raises(LostRankError, match=r"lost rank 2 \(its process has ended\)" if ranks.rank == 0 else "rank 0"):
+        ranks.meet("test")
+
+
+def _group(name: str, size: int) -> RolloutGroup:
+    """With `size` completions, the first of them with a lone surrogate in its text."""
+    random = np.random.default_rng(size)
+    completions = tuple(
+        Completion(
+            random.integers(0, 9, size=one + 1).astype(np.int32),
+            random.normal(size=one + 1).astype(np.float32),
+            "stop" if one % 2 else "length",
+            3,
+            "\udcff" if one == 0 else "é",
+        )
+        for one in range(size)
+    )
+    scores = random.normal(size=size).astype(np.float32)
+    other = np.full(size, np.nan, dtype=np.float32)
+    prompt = Prompt(name, size, "q", "q", (1, 2), {})
+    return RolloutGroup(prompt, completions, scores, scores, {"other": other}, "reference", 7)
+
+
+def _minibatch(lengths: dict[str, list[int]]) -> MiniBatch:
+    ids = [CompletionId(prompt, sample) for prompt, sizes in lengths.items() for sample in range(len(sizes))]
+    sequences = [
+        ScoredSequence([1], np.arange(size - 1), np.zeros(size - 1), 1.0, 0.1)
+        for sizes in lengths.values()
+        for size in sizes
+    ]
+    return MiniBatch(sequences, ids, 100, 7)
+
+
+def _on_ranks(count: int, check: Callable[[Ranks], None], folder: Path) -> None:
+    """Runs `check` in `count` processes that find each other through a file; fails where one of them does."""
+    # Forked: what is imported here need not be imported again.
+    arguments = (count, check, str(folder / "meeting"))
+    multiprocessing.start_processes(_rank, arguments, nprocs=count, start_method="fork")
+
+
+def _rank(rank: int, count: int, check: Callable[[Ranks], None], meeting: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    check(Ranks.of_run())
+    if check is not _one_leaves:
+        dist.destroy_process_group()
