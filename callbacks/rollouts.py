@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -67,8 +68,9 @@ class Rollouts(Callback):
     def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
         if isinstance(exception, LostRankError) and isinstance(launcher, _SubprocessScriptLauncher):
-            # Whoever hangs would outlive the run: Lightning ends its processes only when one of them has failed.
-            launcher.kill(signal.SIGKILL)
+            # Whoever hangs would outlive the run: Lightning ends its processes only when one of them has failed. Not
+            # yet: it kills this one too, within seconds of a child's death, before the message is out.
+            atexit.register(launcher.kill, signal.SIGKILL)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._stop.remove()
