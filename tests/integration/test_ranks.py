@@ -103,17 +103,20 @@ def test_two_processes_choose_and_update_as_one(alone: Path, pair: Path):
     assert max(scalars(pair)["ranks/update_token_imbalance"].values()) <= 0.1
 
 
+@pytest.mark.long
 def test_four_processes_choose_and_update_as_one(alone: Path, tmp_path: Path):
     succeeded(dots_on_ranks(4, *arguments(tmp_path, 4)))
     assert_same_choices_and_updates(tmp_path, alone)
 
 
+@pytest.mark.long
 def test_lightning_starts_the_processes_itself(alone: Path, tmp_path: Path):
     succeeded([dots(*arguments(tmp_path, 2), fresh=True)])
     assert_same_choices_and_updates(tmp_path, alone)
     assert not run_of(tmp_path).with_name("version_1").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_terminated_run_goes_on_as_if_never_stopped(pair: Path, tmp_path: Path, rank: int):
     change = misbehaving(tmp_path, "SIGTERM", rank=rank, step=2)
@@ -127,6 +130,7 @@ def test_a_terminated_run_goes_on_as_if_never_stopped(pair: Path, tmp_path: Path
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
+@pytest.mark.long
 def test_saved_by_two_resumed_by_one(pair: Path, alone: Path, tmp_path: Path):
     change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
     dots_on_ranks(2, *arguments(tmp_path, 2, changes=(change,)), path=tmp_path, timeout=120)
@@ -134,6 +138,7 @@ def test_saved_by_two_resumed_by_one(pair: Path, alone: Path, tmp_path: Path):
     assert_same_choices_and_updates(tmp_path, alone)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["raise", "SIGKILL"])
 def test_a_failing_rank_ends_the_others(tmp_path: Path, what: str):
     change = misbehaving(tmp_path, what, rank=1, step=1)
@@ -146,6 +151,7 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path, what: str):
     assert "dots: error: rank 0: waiting for all ranks (rollouts), lost rank 1 (its process has ended)" in first.stderr
 
 
+@pytest.mark.long
 def test_a_hanging_rank_is_named(tmp_path: Path):
     change = misbehaving(tmp_path, "hang", rank=1, step=1)
     limit = "--trainer.strategy.init_args.timeout=0:00:40"
