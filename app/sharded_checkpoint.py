@@ -27,6 +27,7 @@ from datamodules.errors import UserError
 REST = "run.ckpt"
 """What is not cut: loops, callbacks, selector, replay buffer, and the optimizer's plain values."""
 _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
+_TIED = "tied_weights"
 
 
 def write_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -58,6 +59,7 @@ def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torc
         UserError: it is no such folder, or is of another policy.
     """
     rest = read_rest(folder)
+    rest.pop(_TIED)
     weights = get_model_state_dict(model)
     states = [get_optimizer_state_dict(model, one) for one in optimizers]
     parts, _ = _apart({_MODEL: weights, _OPTIMIZERS: states})
@@ -89,12 +91,15 @@ def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
     sizes = {name: one for name, one in _stored(folder).items() if name.startswith(prefix)}
     tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in sizes.items()}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()} | read_rest(folder)[_MODEL]
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    rest = read_rest(folder)
+    return weights | rest[_MODEL] | {alias: weights[name] for alias, name in rest[_TIED].items()}
 
 
 def _apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors that are cut, by name, and the checkpoint without them."""
-    parts = {f"{_MODEL}/{name}": tensor for name, tensor in checkpoint[_MODEL].items()}
+    tied = _tied(checkpoint[_MODEL])
+    parts = {f"{_MODEL}/{name}": tensor for name, tensor in checkpoint[_MODEL].items() if name not in tied}
     plain: list[dict[str, Any]] = []
     states = checkpoint.get(_OPTIMIZERS, [])
     for number, state in enumerate(states):
@@ -104,7 +109,19 @@ def _apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
         plain.append({"state": kept, "param_groups": state["param_groups"]})
     weights = {name: tensor for name, tensor in checkpoint[_MODEL].items() if not _is_cut(tensor)}
     cut = {name: tensor for name, tensor in parts.items() if _is_cut(tensor)}
-    return cut, dict(checkpoint) | {_MODEL: weights, _OPTIMIZERS: plain}
+    return cut, dict(checkpoint) | {_MODEL: weights, _OPTIMIZERS: plain, _TIED: tied}
+
+
+def _tied(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Second names of tensors that have two (a tied head), each with the first."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        if isinstance(tensor, DTensor):
+            known = first.setdefault(tensor.to_local().untyped_storage()._cdata, name)
+            if known != name:
+                tied[name] = known
+    return tied
 
 
 def _is_cut(value: object) -> bool:
