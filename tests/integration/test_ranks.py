@@ -193,7 +193,7 @@ def test_a_cut_checkpoint_is_exported_whole(alone: Path, pairs: Callable[[str], 
     assert max(float((before[name] - tensor).abs().max()) for name, tensor in exported.items()) > 1e-3
     for name, tensor in exported.items():
         # AdamW makes a whole step of a gradient's sign: where that is nearly 0, of its last bits too.
-        torch.testing.assert_close(tensor, expected[f"policy_model.{name}"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(tensor, expected[f"policy_model.{name}"], rtol=0, atol=5e-5)
 
 
 @pytest.mark.long
