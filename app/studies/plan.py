@@ -11,10 +11,11 @@ from jsonargparse import Namespace
 
 from app.commands import command_parser
 from app.parsing import DotsArgumentParser
+from app.studies.plan_gpu import Machine
 from app.studies.plan_report import print_plan
 from app.studies.plan_run import DEFAULTS, ENGINES, read_run
 from app.studies.plan_shapes import shape_of
-from app.studies.plan_split import Machine, Split, remedies, splits
+from app.studies.plan_split import Split, remedies, splits
 from app.studies.plan_time import GPUS, Efficiency
 from datamodules.errors import UserError, nearest
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from app.studies.plan_gpu import Machine, TrainerMemory
 from app.studies.plan_run import Run
 from app.studies.plan_shapes import DecoderShape
-from app.studies.plan_split import Machine, Split, TrainerMemory
+from app.studies.plan_split import Split
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _SHOWN = 6
 _WIDTH = 110
 Row = tuple[str, str, str]
@@ -82,17 +83,19 @@ def _title(shape: DecoderShape, run: Run) -> str:
 
 
 def _memory_table(shape: DecoderShape, run: Run, machine: Machine, best: Split) -> Table:
-    table = _table(f"GiB per GPU: {best}", "trainer", "")
+    unit, name_of_unit = (_GIB, "GiB") if best.trainer.peak > _GIB else (_MIB, "MiB")
+    table = _table(f"{name_of_unit} per GPU: {best}", "trainer", "")
     for name, size, note in trainer_rows(run, best):
         if size:
-            table.add_row(name, f"{size / _GIB:,.2f}", note)
-    table.add_row("the most at a time", f"{best.trainer.peak / _GIB:,.2f}", f"of {machine.memory / _GIB:,.1f}")
+            table.add_row(name, f"{size / unit:,.2f}", note)
+    table.add_row("the most at a time", f"{best.trainer.peak / unit:,.2f}", f"of {machine.memory / unit:,.0f}")
     if best.engine is not None:
         table.add_section()
         engine = best.engine
-        table.add_row("engine: weights", f"{engine.weights / _GIB:,.2f}", f"over {best.tensor_parallel} GPUs")
-        table.add_row("  prefill, logits, graphs", f"{engine.workspace / _GIB:,.2f}", "assumed")
-        table.add_row("  key-value cache", f"{engine.cache / _GIB:,.2f}", f"{engine.per_token:,} bytes per token")
+        over = f"over {best.tensor_parallel} GPUs" if best.tensor_parallel > 1 else "whole"
+        table.add_row("engine: weights", f"{engine.weights / unit:,.2f}", over)
+        table.add_row("  prefill, logits, graphs", f"{engine.workspace / unit:,.2f}", "assumed")
+        table.add_row("  key-value cache", f"{engine.cache / unit:,.2f}", f"{engine.per_token:,} bytes per token")
         longest = run.prompt_length + run.completion_length
         table.add_row("  completions at a time", f"{engine.sequences:,}", f"each of {longest} tokens with its prompt")
     return table

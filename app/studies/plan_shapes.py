@@ -104,10 +104,10 @@ def shape_of(model: str, lora: Lora | None = None) -> DecoderShape:
     if size in _PUBLIC:
         with torch.device("meta"):
             built: Any = AutoModelForCausalLM.from_config(_public_config(size))
-            return _counted(f"{size} ({_PUBLIC[size][0]} shape)", built if lora is None else add_lora(built, lora))
+            return counted(f"{size} ({_PUBLIC[size][0]} shape)", built if lora is None else add_lora(built, lora))
     if re.fullmatch(r"[0-9.]+[KMBT]", size) and not Path(model).exists():
         raise UserError(f"--model {model}: expected {', '.join(_PUBLIC)}, or a folder or hub name ({_near(size)})")
-    return _counted(model, Policy(model, lora=lora).on_meta())
+    return counted(model, Policy(model, lora=lora).on_meta())
 
 
 def _near(size: str) -> str:
@@ -123,7 +123,8 @@ def _public_config(size: str) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _counted(name: str, model: Any) -> DecoderShape:
+def counted(name: str, model: Any) -> DecoderShape:
+    """The shape of a built model, on the meta device or not. Raises UserError as `shape_of`."""
     config: Any = causal_lm(model).config.get_text_config(decoder=True)
     adapters = [p.numel() for n, p in model.named_parameters() if "lora_" in n]
     ranks = [p.shape[0] for n, p in model.named_parameters() if "lora_A" in n]

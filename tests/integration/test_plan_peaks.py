@@ -1,0 +1,106 @@
+"""The planner's peaks beside what torch's allocator reports: the tiny policy, and SmolLM2-135M's shape."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from app.engines import Sampling, Transformers
+from app.objective.logprobs import CPU_TILE_BYTES
+from app.policy import Policy
+from app.scoring import score
+from app.studies import plan_memory as memory
+from app.studies.plan_memory import MicroBatch
+from app.studies.plan_shapes import counted, shape_of
+from datamodules.types import Prompt
+from tests.integration.allocations import peak_bytes
+from tests.unit.policies import TINY
+from tests.unit.test_plan_memory import PRECISIONS, layout, model_of
+
+pytestmark = pytest.mark.slow
+
+WITHIN = 0.15
+SMOLLM = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, tie_word_embeddings=True,
+)  # fmt: skip
+BUCKETS = """
+import sys, torch
+from torch.distributed import FileStore, init_process_group
+from app.policy import Policy
+from tests.integration.allocations import peak_bytes
+init_process_group("gloo", store=FileStore(sys.argv[1]), rank=0, world_size=1)
+model, kept = Policy("configs/tiny_policy").load(), []
+print(peak_bytes(lambda: kept.append(torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False))))
+"""
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    return SMOLLM if name == "smollm" else AutoConfig.from_pretrained(TINY)
+
+
+def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
+    checkpointing = way == "checkpointing"
+    model = model_of(config_of(name), mode, checkpointing=checkpointing, lora=lora)
+    shape, numbers = counted(name, model), PRECISIONS[mode]
+    prompts, completions = (1, 4) if name == "smollm" else (4, 32)
+    shared = way == "shared"
+    batch = MicroBatch(prompts if shared else completions, completions, 60, 100, shared)
+
+    def update() -> None:
+        packed = layout(batch, shape.vocabulary)
+        with torch.autocast("cpu", torch.bfloat16) if mode == "mixed" else nullcontext():
+            logprobs, _ = score(model, packed, 1.0, with_entropy=True)
+            logprobs.sum().backward()
+
+    update()  # from here on gradients are there
+    measured = peak_bytes(update)
+    found = memory.update_peak(shape, numbers, batch, checkpointing=checkpointing, tile_bytes=CPU_TILE_BYTES)
+    print(f"\n{name} {mode} {way} rank {lora}: {measured / 2**20:.1f} MiB, predicted {found / measured - 1:+.1%}")
+    assert found == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize("way", ["shared", "bucketed", "checkpointing"])
+@pytest.mark.parametrize("mode", PRECISIONS)
+def test_an_update_of_the_tiny_policy(mode: str, way: str, lora: int) -> None:
+    assert_peak("tiny", mode, way, lora)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", PRECISIONS)
+@pytest.mark.parametrize("way", ["shared", "bucketed", "checkpointing"])
+def test_an_update_of_smollm2s_shape(mode: str, way: str) -> None:
+    assert_peak("smollm", mode, way, 0)
+
+
+def test_rollouts_of_the_tiny_policy() -> None:
+    policy = Policy(str(TINY))
+    engine, shape = Transformers(max_rows=48), shape_of(str(TINY))
+    engine.setup(policy.load(), policy.load_tokenizer())
+    ids = np.random.default_rng(0).integers(5, 262, (16, 60))
+    prompts = [Prompt(str(row), row, "", "", tuple(tokens.tolist()), {}) for row, tokens in enumerate(ids)]
+    sampling = Sampling(num_generations=4, max_completion_length=120)
+    seeds = np.arange(64).reshape(16, 4)
+    engine.generate(prompts, sampling, seeds)
+    measured = peak_bytes(lambda: engine.generate(prompts, sampling, seeds))
+    cache = memory.row_cache(shape, 4, 48, 180)
+    found = cache + memory.decode_workspace(shape, 4, 48, 180, 12 * 60)
+    print(f"\nrollouts: {measured / 2**20:.1f} MiB, {cache / 2**20:.1f} of them cache, {found / measured - 1:+.1%}")
+    assert found == pytest.approx(measured, rel=WITHIN)
+
+
+def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=root, capture_output=True, text=True, check=True
+    )
+    found = memory.ddp_buckets(shape_of(str(TINY)), PRECISIONS["32"])
+    assert found == pytest.approx(int(done.stdout.splitlines()[-1]), rel=WITHIN)
