@@ -187,9 +187,10 @@ class _Tree:
         found: dict[str, Any] = {}
         if str(devices).isdigit():
             found["gpus"] = int(devices) * int(nodes)
-        engine = str(self.get("model.engine.class_path", "") if self.get("model.engine") else "")
-        if engine:
-            found["engine"] = "vllm" if "Vllm" in engine else "transformers"
+        engine = self.get("model.engine")
+        if engine is not None:
+            name = engine.get("class_path", "") if isinstance(engine, Mapping) else engine
+            found["engine"] = "vllm" if "Vllm" in str(name) else "transformers"
         options = {
             "tensor_parallel": ("tensor_parallel_size", int), "gpu_share": ("gpu_memory_utilization", float),
         }  # fmt: skip
