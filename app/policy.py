@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from app.sharded_checkpoint import whole_weights
 from datamodules.errors import UserError
 
 _CHECKPOINT_PREFIX = "policy_model."
@@ -67,11 +69,12 @@ class Policy:
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
-        """The same model without memory or weights: for counting parameters before a run."""
+        """The same model without memory or weights: to count its parameters, or to be cut before it gets them."""
         config = self._load(AutoConfig)
+        options = {"trust_remote_code": self.trust_remote_code, "dtype": self.stored_dtype(), **self._attention()}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        return self._adapt(model)
+            model = AutoModelForCausalLM.from_config(config, **options)
+            return self._adapt(model).train()
 
     def stored_dtype(self) -> torch.dtype:
         """What the weights will have once loaded, without loading them."""
@@ -145,18 +148,23 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
 
-    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again.
+    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again. Of a policy
+    that is cut over processes one tensor at a time is made whole: all of them iterate to the end together.
     """
     if not hasattr(model, "merge_adapter"):
-        yield from model.state_dict().items()
+        yield from ((name, _whole(tensor)) for name, tensor in model.state_dict().items())
         return
     model.merge_adapter()
     try:
         for name, tensor in causal_lm(model).state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), tensor.clone() if ".base_layer" in name else tensor
+                yield name.replace(".base_layer", ""), _whole(tensor.clone() if ".base_layer" in name else tensor)
     finally:
         model.unmerge_adapter()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -176,17 +184,21 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 
 def checkpoint_weights(path: Path) -> dict[str, Any]:
-    """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
-    if not path.is_file():
-        raise UserError(
-            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error
+    """The policy's tensors of a checkpoint, a file or a folder. Raises UserError when it is not one of ours."""
+    state = whole_weights(path) if path.is_dir() else _weights_of_file(path)
     return {
         name.removeprefix(_CHECKPOINT_PREFIX): tensor
         for name, tensor in state.items()
         if name.startswith(_CHECKPOINT_PREFIX)
     }
+
+
+def _weights_of_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:
+        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error

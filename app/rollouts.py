@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class RolloutPipeline:
         precision: context that generation runs in (autocast under mixed precision), as the update does.
         trainer_state: what reward functions may know about the run.
         ranks: the processes that share the work.
+        whole_policy: context in which the policy can generate, where the engine has no weights of its own. Collective.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class RolloutPipeline:
         precision: Callable[[], AbstractContextManager[None]],
         trainer_state: Callable[[], TrainerState] = TrainerState,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.engine = engine
         self.scorer = scorer
@@ -48,6 +50,7 @@ class RolloutPipeline:
         self.precision = precision
         self.trainer_state = trainer_state
         self.ranks = ranks
+        self.whole_policy = whole_policy if engine.uses_policy else nullcontext
 
     def roll(
         self,
@@ -74,7 +77,7 @@ class RolloutPipeline:
         written = sampling.num_generations * sampling.max_completion_length
         shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
         share = [prompts[position] for position in shares[self.ranks.rank]]
-        rolled = self._roll(share, sampling, ledger, purpose, step, source) if share else Rolled()
+        rolled = self._roll(share, sampling, ledger, purpose, step, source)
         if self.ranks.size > 1:
             with ledger.phase(_phase(purpose)):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
@@ -104,9 +107,10 @@ class RolloutPipeline:
         self, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, purpose: str, step: int, source: Source
     ) -> Rolled:
         """The same of this rank's share."""
-        with ledger.phase(_phase(purpose)), self.precision():
+        # Entered by ranks without a share too.
+        with ledger.phase(_phase(purpose)), self.whole_policy(), self.precision():
             completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
-        return self._scored(prompts, completions, ledger, purpose, step, source)
+        return self._scored(prompts, completions, ledger, purpose, step, source) if prompts else Rolled()
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -63,21 +64,43 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             _point_at(folder / LAST, name)
             for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
-                old.unlink()
+                remove(old)
         self.seconds += time.perf_counter() - started
 
 
 def write_whole(trainer: Trainer, path: Path) -> None:
     """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it. Rank 0 writes."""
+    temporary = path.with_name(f".{path.name}.tmp")
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+        remove(temporary)
     # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
     trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        # A sharded checkpoint is a folder; all processes have written their parts of it.
+        for file in [*temporary.glob("*"), temporary]:
+            _flush(file)
+        if path.is_dir():
+            remove(path)
         os.replace(temporary, path)
+        _flush(path.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint, a file or a folder."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk; of a folder, the names in it."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _point_at(link: Path, name: str) -> None:
