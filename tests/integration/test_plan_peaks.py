@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,10 +19,11 @@ from app.objective.logprobs import CPU_TILE_BYTES
 from app.policy import Policy
 from app.scoring import score
 from app.studies import plan_memory as memory
-from app.studies.plan_memory import MicroBatch
+from app.studies.plan_memory import MicroBatch, Precision
 from app.studies.plan_shapes import counted, shape_of
 from datamodules.types import Prompt
 from tests.integration.allocations import peak_bytes
+from tests.integration.command import ROOT
 from tests.unit.policies import TINY
 from tests.unit.test_plan_memory import PRECISIONS, layout, model_of
 
@@ -40,6 +43,30 @@ init_process_group("gloo", store=FileStore(sys.argv[1]), rank=0, world_size=1)
 model, kept = Policy("configs/tiny_policy").load(), []
 print(peak_bytes(lambda: kept.append(torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False))))
 """
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoConfig, AutoModelForCausalLM
+from app.scoring import score
+from app.sharding import Sharding
+from app.studies.plan_memory import MicroBatch
+from tests.integration.allocations import peak_bytes
+from tests.unit.test_plan_memory import layout
+dist.init_process_group("gloo")
+dtype = torch.bfloat16 if sys.argv[2] == "bfloat16" else None
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.float32).train()
+Sharding(torch.device("cpu"), 2, MixedPrecisionPolicy(dtype, torch.float32)).shard(model)
+def update():
+    score(model, layout(MicroBatch(1, 2, 20, 30, True), 1000), 1.0, with_entropy=True)[0].sum().backward()
+update()
+print(peak_bytes(update))
+"""
+WIDE = LlamaConfig(
+    vocab_size=1000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+"""Few tokens and wide layers: what is gathered takes most of the memory."""
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -98,9 +125,32 @@ def test_rollouts_of_the_tiny_policy() -> None:
 
 
 def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, check=True
     )
     found = memory.ddp_buckets(shape_of(str(TINY)), PRECISIONS["32"])
     assert found == pytest.approx(int(done.stdout.splitlines()[-1]), rel=WITHIN)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fsdp2_holds_two_layers_and_the_root(tmp_path: Path, dtype: str) -> None:
+    WIDE.save_pretrained(tmp_path)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(tmp_path), dtype], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+            env=os.environ | address | {"RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    measured = [int(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes]
+    shape = shape_of(str(tmp_path))
+    numbers = Precision(4, 2 if dtype == "bfloat16" else 4)
+    batch = MicroBatch(1, 2, 20, 30, True)
+    update = memory.update_peak(shape, numbers, batch, checkpointing=False, tile_bytes=CPU_TILE_BYTES)
+    found = update + memory.unsharded_layers(shape, numbers)
+    print(f"\nFSDP2 {dtype}: {measured[0] / 2**20:.1f} MiB, predicted {found / measured[0] - 1:+.1%}")
+    assert found == pytest.approx(max(measured), rel=WITHIN)
