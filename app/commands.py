@@ -30,6 +30,7 @@ class Command:
 COMMANDS = {
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty:main"),
     "throughput": Command("time training steps beside another trainer's", "app.studies.throughput:main"),
+    "plan": Command("plan memory, time and GPUs of a run", "app.studies.plan:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast:main"),
 }
 

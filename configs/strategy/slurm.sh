@@ -1,0 +1,42 @@
+#!/bin/bash
+# A run under SLURM that goes on by itself after its time limit, a preemption or a lost node:
+#   NAME=my_run sbatch configs/strategy/slurm.sh --config my_run.yaml --config configs/strategy/fsdp2.yaml
+# What follows the script's name goes to `dots fit`. Lightning reads ranks, hosts and port from SLURM's variables.
+#SBATCH --job-name=dots
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+# SIGTERM to the tasks (not to this script) so many seconds before the end: a step and its checkpoint must fit in.
+#SBATCH --signal=TERM@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+DOTS=${DOTS:-.venv/bin/dots}
+RUNS=${RUNS:-runs} # a folder that all hosts see
+: "${NAME:?set NAME, the name of the run below $RUNS}"
+
+newest() { # the newest version of the run that has the file $1, as `--ckpt_path last` looks for it
+    find "$RUNS/$NAME" -path "*/version_*/$1" 2> /dev/null | sort -V | tail -n 1
+}
+
+go_on=()
+if [ -n "$(newest checkpoints/last.ckpt)" ]; then
+    go_on=(--ckpt_path last)
+fi
+code=0
+srun --kill-on-bad-exit=1 "$DOTS" fit "$@" "${go_on[@]}" \
+    --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
+    --trainer.logger.save_dir "$RUNS" --trainer.logger.name "$NAME" || code=$?
+
+summary=$(newest summary.json)
+if [ "$code" -eq 0 ] && [ -n "$summary" ] && grep -q '"completed": true' "$summary"; then
+    echo "completed: $summary"
+elif [ "$code" -eq 0 ] || [ "$code" -eq 143 ]; then
+    # Stopped by SIGTERM, after the checkpoint of its step.
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    exit "$code"
+fi
