@@ -74,7 +74,7 @@ class RolloutPipeline:
         written = sampling.num_generations * sampling.max_completion_length
         shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
         share = [prompts[position] for position in shares[self.ranks.rank]]
-        rolled = self._roll(share, sampling, ledger, purpose, step, source) if share else Rolled()
+        rolled = self._roll(share, sampling, ledger, purpose, step, source)
         if self.ranks.size > 1:
             with ledger.phase(_phase(purpose)):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
@@ -104,9 +104,10 @@ class RolloutPipeline:
         self, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, purpose: str, step: int, source: Source
     ) -> Rolled:
         """The same of this rank's share."""
+        # Entered by ranks without a share too.
         with ledger.phase(_phase(purpose)), self.precision():
             completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
-        return self._scored(prompts, completions, ledger, purpose, step, source)
+        return self._scored(prompts, completions, ledger, purpose, step, source) if prompts else Rolled()
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)

@@ -33,6 +33,10 @@ class ServerGone(Exception):  # noqa: N818  # a condition that the engine handle
     """The server does not answer, or answers that it cannot go on."""
 
 
+class _Failed(ServerGone):
+    """It answers that something went wrong inside it."""
+
+
 class ServerClient:
     """One server. Its coroutines belong to one event loop.
 
@@ -85,9 +89,17 @@ class ServerClient:
         return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
 
     async def call(self, method: str, **arguments: object) -> list[str]:
-        """Calls a method of the worker extension; what each worker returned, as text."""
+        """Calls a method of the worker extension; what each worker returned, as text.
+
+        Raises EngineError when it failed and the server goes on.
+        """
         body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
-        results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        try:
+            results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        except _Failed as failed:
+            if await self.healthy():
+                raise EngineError(f"{method} failed in vLLM's worker: {failed}") from failed
+            raise
         return [str(result) for result in results]
 
     async def pause(self) -> None:
@@ -142,7 +154,7 @@ class ServerClient:
                 "with VLLM_SERVER_DEV_MODE=1 and the worker extension"
             )
         if status >= 500:
-            raise ServerGone(f"{self.url}{path}: {status} {said}")
+            raise _Failed(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")
 
 
