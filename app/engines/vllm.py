@@ -249,7 +249,7 @@ class Vllm(RolloutEngine):
         on_cpu = self.model.device.type == "cpu"
         # What fails here is raised here; the log would repeat it with every request in full.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
-        variables = engine_environment(on_cpu) | own
+        variables = engine_environment(on_cpu, workers=self.tensor_parallel_size) | own
         self._own_group = not torch.distributed.is_initialized()
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):

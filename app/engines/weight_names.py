@@ -16,8 +16,9 @@ def not_pushed(expected: set[str], loaded: set[str], given: set[str], packed: Ma
     """
     missing = expected - loaded
     for name in loaded:
-        *before, layer, last = name.split(".")
-        parts = {".".join([*before, part, last]) for part in packed.get(layer, ())}
+        module, _, last = name.rpartition(".")
+        before, _, layer = module.rpartition(".")
+        parts = {f"{before}.{part}.{last}" for part in packed.get(layer, ())}
         # None of them: the checkpoint has the layer in one piece, or under other names.
         if parts & given:
             missing |= parts - given
