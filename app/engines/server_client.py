@@ -37,6 +37,10 @@ class _Failed(ServerGone):
     """It answers that something went wrong inside it."""
 
 
+class _NotFinite(Exception):  # noqa: N818  # turned into an answer
+    """It has an answer with NaN in it, for which JSON has no word."""
+
+
 class ServerClient:
     """One server. Its coroutines belong to one event loop.
 
@@ -84,7 +88,10 @@ class ServerClient:
     async def complete(self, fields: Mapping[str, Any]) -> Answer:
         """One sample: a prompt of token ids, and how it is drawn."""
         body = {**fields, **_NEUTRAL}
-        choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+        try:
+            choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+        except _NotFinite:
+            return Answer([0], [math.nan], "length")
         logprobs = [math.nan if one is None else one for one in choice["logprobs"]["token_logprobs"]]
         return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
 
@@ -153,6 +160,8 @@ class ServerClient:
                 f"{self.url}{path}: not found (404); expected a server as `dots serve` starts it, "
                 "with VLLM_SERVER_DEV_MODE=1 and the worker extension"
             )
+        if "not JSON compliant" in said:
+            raise _NotFinite
         if status >= 500:
             raise _Failed(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")

@@ -336,7 +336,7 @@ def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrai
     log = (tmp_path / "serve.log").open("wb")
     serve = command("serve", "--config", "configs/quickstart.yaml", "--port", "8731")
     first = subprocess.Popen(serve, cwd=ROOT, stdout=log, stderr=log)
-    engine = engine_on(model, url="http://127.0.0.1:8731", wait_s=200)
+    engine = engine_on(model, url="http://127.0.0.1:8731")
     try:
         engine.push(model.state_dict().items(), 6)
         processes = psutil.Process(first.pid).children(recursive=True)
