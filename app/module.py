@@ -137,6 +137,7 @@ class GRPOModule(LightningModule):
             self.tokenizer,
             weights=lambda: plain_weights(self.policy_model),
             folder=run_folder(self.trainer),
+            ranks=self.ranks,
         )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state,

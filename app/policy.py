@@ -145,19 +145,31 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     return max(lists, key=len)
 
 
-def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def is_adapted(model: Any) -> bool:
+    """Whether only adapters of the model are trained."""
+    return hasattr(model, "merge_adapter")
+
+
+def plain_weights(model: Any, changing: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
 
     Adapted tensors are copies: an engine may look at one after the adapters have been taken out again. Of a policy
     that is cut over processes one tensor at a time is made whole: all of them iterate to the end together.
+
+    Args:
+        model: the policy.
+        changing: leave out what training does not change. What stands beside an adapted layer in the same block is
+            kept: engines make one layer of several such (queries, keys and values), and replace it as one.
     """
     if not hasattr(model, "merge_adapter"):
         yield from ((name, _whole(tensor)) for name, tensor in model.state_dict().items())
         return
     model.merge_adapter()
     try:
-        for name, tensor in causal_lm(model).state_dict().items():
-            if "lora_" not in name:
+        weights = causal_lm(model).state_dict()
+        blocks = {_block(name) for name in weights if ".base_layer" in name}
+        for name, tensor in weights.items():
+            if "lora_" not in name and (_block(name) in blocks or not changing):
                 yield name.replace(".base_layer", ""), _whole(tensor.clone() if ".base_layer" in name else tensor)
     finally:
         model.unmerge_adapter()
@@ -165,6 +177,11 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _block(name: str) -> str:
+    """Of the layer that a weight belongs to: `model.layers.0.mlp` of `model.layers.0.mlp.up_proj.weight`."""
+    return name.replace(".base_layer", "").rpartition(".")[0].rpartition(".")[0]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from app.module import GRPOModule
-from app.policy import plain_weights
+from app.policy import is_adapted, plain_weights
 from datamodules.types import TrainBatch
 
 
@@ -15,10 +15,14 @@ class WeightSync(Callback):
     """Pushes the policy's weights to the engine after every step, and once before the first rollout.
 
     The version pushed is the number of optimizer updates that the weights have seen; every completion carries it.
+    After the first push those of a policy with adapters hold what they change, and no other weights.
     """
+
+    _pushed: int | None = None
 
     # Not on_fit_start: a resumed run has its weights there, but not yet its number of updates.
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._pushed = None
         self._push(trainer, pl_module)
 
     def on_train_batch_end(
@@ -30,4 +34,7 @@ class WeightSync(Callback):
             self._push(trainer, pl_module)
 
     def _push(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        pl_module.pipeline.engine.push(plain_weights(pl_module.policy_model), trainer.global_step)
+        model = pl_module.policy_model
+        since = self._pushed if is_adapted(model) else None
+        pl_module.pipeline.engine.push(plain_weights(model, changing=since is not None), trainer.global_step, since)
+        self._pushed = trainer.global_step

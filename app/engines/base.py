@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines.ahead import Ahead
+from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -72,6 +73,7 @@ class RolloutEngine(ABC):
         *,
         weights: Weights | None = None,
         folder: Path | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
         """Called once with the policy, before the first `push` and `generate`.
 
@@ -80,11 +82,13 @@ class RolloutEngine(ABC):
             tokenizer: the policy's.
             weights: gives what `push` would be given now, for an engine that has lost its own; None is the model's.
             folder: where an engine may leave a log; None for no log.
+            ranks: the trainer's processes: all of them push and generate together, each its own share of the prompts.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.weights = weights or (lambda: model.state_dict().items())
         self.folder = folder
+        self.ranks = ranks
 
     @abstractmethod
     def generate(
@@ -93,7 +97,7 @@ class RolloutEngine(ABC):
         """Completions of every prompt, in order.
 
         Args:
-            prompts: `B` prompts, of any lengths.
+            prompts: `B` prompts, of any lengths; none on a rank without a share.
             sampling: `G` and the sampling distribution.
             seeds: int64 `[B, G]`; completion (b, g) depends on the policy, its prompt and `seeds[b, g]` alone: not on
                 the batch it is generated in.
@@ -113,8 +117,15 @@ class RolloutEngine(ABC):
         """Waits for what `start` began."""
 
     @abstractmethod
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Makes the engine's weights those of the policy after `version` optimizer updates."""
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
+        """Makes the engine's weights those of the policy after `version` optimizer updates.
+
+        Args:
+            named_tensors: the policy's; iterated to the end, which may need all ranks, or not at all.
+            version: read back from the engine, and written on every completion.
+            since: version of an earlier push after which no other tensors than those given have changed; an engine
+                that does not have it any more takes all of `weights` instead. None when all tensors are given.
+        """
 
     def close(self) -> None:
         """Ends processes and frees memory. May be called twice."""

@@ -33,6 +33,14 @@ class ServerGone(Exception):  # noqa: N818  # a condition that the engine handle
     """The server does not answer, or answers that it cannot go on."""
 
 
+class _Failed(ServerGone):
+    """It answers that something went wrong inside it."""
+
+
+class _NotFinite(Exception):  # noqa: N818  # turned into an answer
+    """It has an answer with NaN in it, for which JSON has no word."""
+
+
 class ServerClient:
     """One server. Its coroutines belong to one event loop.
 
@@ -80,14 +88,25 @@ class ServerClient:
     async def complete(self, fields: Mapping[str, Any]) -> Answer:
         """One sample: a prompt of token ids, and how it is drawn."""
         body = {**fields, **_NEUTRAL}
-        choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+        try:
+            choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+        except _NotFinite:
+            return Answer([0], [math.nan], "length")
         logprobs = [math.nan if one is None else one for one in choice["logprobs"]["token_logprobs"]]
         return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
 
     async def call(self, method: str, **arguments: object) -> list[str]:
-        """Calls a method of the worker extension; what each worker returned, as text."""
+        """Calls a method of the worker extension; what each worker returned, as text.
+
+        Raises EngineError when it failed and the server goes on.
+        """
         body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
-        results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        try:
+            results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+        except _Failed as failed:
+            if await self.healthy():
+                raise EngineError(f"{method} failed in vLLM's worker: {failed}") from failed
+            raise
         return [str(result) for result in results]
 
     async def pause(self) -> None:
@@ -141,8 +160,10 @@ class ServerClient:
                 f"{self.url}{path}: not found (404); expected a server as `dots serve` starts it, "
                 "with VLLM_SERVER_DEV_MODE=1 and the worker extension"
             )
+        if "not JSON compliant" in said:
+            raise _NotFinite
         if status >= 500:
-            raise ServerGone(f"{self.url}{path}: {status} {said}")
+            raise _Failed(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")
 
 

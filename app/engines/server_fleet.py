@@ -7,19 +7,24 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from app.engines.base import Weights
+from app.engines.first_rank import by_first
 from app.engines.loop_thread import LoopThread
 from app.engines.server_client import ServerClient, ServerGone
 from app.engines.server_options import ServerOptions, full_environment
 from app.engines.server_process import ServerProcess, free_port
 from app.engines.vllm_common import EngineError
 from app.engines.weight_push import Transport, WeightPusher
+from app.ranks import Ranks
+from datamodules.errors import UserError
 
 LOG = "server.log"
 _POLL = 0.25
@@ -47,11 +52,15 @@ class FleetOptions:
 class ServerFleet:
     """All servers that one engine generates with. Ready when it is made.
 
+    With several trainer processes rank 0 starts or joins the servers and sends them the weights; each asks them for
+    its own completions. All of them make it, and call `push`, `require` and `recover`, together.
+
     Args:
         options: of the engine.
         policy_path: what a server of its own loads first.
         policy_dtype: of the policy's weights.
         folder: where the log of a server of its own is written; None leaves it on the terminal.
+        ranks: the trainer's processes.
 
     Attributes:
         clients: one for each server.
@@ -61,7 +70,14 @@ class ServerFleet:
         process: the server of its own.
     """
 
-    def __init__(self, options: FleetOptions, policy_path: str, policy_dtype: torch.dtype, folder: Path | None) -> None:
+    def __init__(
+        self,
+        options: FleetOptions,
+        policy_path: str,
+        policy_dtype: torch.dtype,
+        folder: Path | None,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+    ) -> None:
         self.options = options
         self.version: int | None = None
         self.process: ServerProcess | None = None
@@ -69,25 +85,47 @@ class ServerFleet:
         self.clients: list[ServerClient] = []
         self._policy_path, self._policy_dtype = policy_path, policy_dtype
         self._log = None if folder is None else folder / LOG
+        self._ranks = ranks
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
         try:
             self._begin()
-            self.limit = min(self.loop.run(client.max_model_len()) for client in self.clients)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ServerGone):
+                raise EngineError(f"a vLLM server was lost as soon as it was there: {error}") from error
             raise
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """Gives all workers the weights.
+
+        Args:
+            named_tensors: every rank's; iterating them may need all ranks.
+            version: of the policy.
+            since: as for `WeightPusher.push`.
 
         Raises:
             EngineError: they did not arrive; the servers stay paused.
             ServerGone: a server does not answer.
         """
         self.version = None
-        self._pusher.push(named_tensors, version)
+        tensors = iter(named_tensors)
+
+        def send() -> None:
+            try:
+                self._pusher.push(tensors, version, since)
+            except (ServerGone, UserError):
+                _exhaust(tensors)
+                raise
+
+        if self._ranks.rank:
+            _exhaust(tensors)
+        by_first(self._ranks, send, "push of weights")
         self.version = version
+
+    def holds(self, version: int) -> bool:
+        """Whether all workers have the version. Raises ServerGone when a server does not answer."""
+        return self._held() == [str(version)]
 
     def require(self, version: int, weights: Weights) -> None:
         """Returns when all workers have the version: those of a server that was started anew are given it.
@@ -96,12 +134,12 @@ class ServerFleet:
         """
         while True:
             try:
-                found = set(self._pusher.versions())
-                if found == {str(version)}:
+                found = self._held()
+                if found == [str(version)]:
                     return
-                held = f"vLLM workers hold versions {', '.join(sorted(found))} in place of {version}"
+                held = f"vLLM workers hold versions {', '.join(found)} in place of {version}"
                 self._count_loss(held)
-                _say(f"{held}: pushing the weights again")
+                self._say(f"{held}: pushing the weights again")
                 self.push(weights(), version)
             except ServerGone as gone:
                 self.recover(gone, version, weights)
@@ -113,14 +151,8 @@ class ServerFleet:
         """
         while True:
             self._count_loss(str(gone))
-            if self.options.urls:
-                _say(f"a vLLM server is lost ({gone}): waiting for it, {self.options.wait_s:.0f} s at most")
-                time.sleep(_SETTLING)
-            else:
-                _say(f"the vLLM server is lost ({gone}): starting it again")
-                self._end()
-            self._begin()
             try:
+                self._begin(gone)
                 self.push(weights(), version)
                 return
             except ServerGone as again:
@@ -137,22 +169,32 @@ class ServerFleet:
         if self.process is not None:
             self.process.close()
 
+    def _held(self) -> list[str]:
+        """Versions that workers have."""
+        return by_first(self._ranks, lambda: sorted(set(self._pusher.versions())), "versions of the weights")
+
     def _count_loss(self, reason: str) -> None:
         self._losses += 1
         if self._losses > self.options.max_restarts:
             log = f"; its log ends: {self.process.last_line()}" if self.process else ""
             raise EngineError(f"vLLM servers were lost {self._losses} times in a row: {reason}{log}")
 
-    def _begin(self) -> None:
-        """Starts or joins the servers."""
-        options = self.options
-        if options.urls:
-            if not self.clients:
-                self.clients = [self._client(url) for url in options.urls]
-            self._await_health(options.wait_s)
+    def _begin(self, gone: ServerGone | None = None) -> None:
+        """Starts or joins the servers; after a loss again."""
+        told = by_first(self._ranks, lambda: self._up(gone), "vLLM servers")
+        self.limit: int = told["limit"]
+        if self._ranks.rank:
+            self.loop.run(self._disconnect())
+            self._key = told["key"]
+            self.clients = [self._client(url) for url in told["urls"]]
+
+    def _up(self, gone: ServerGone | None) -> dict[str, Any]:
+        """The same on rank 0; what the others must know."""
+        if self.options.urls:
+            self._join(gone)
         else:
-            self.clients = [self._client(self._start())]
-            self._await_health(options.start_timeout_s)
+            self._start_own(gone)
+        options = self.options
         self._pusher = WeightPusher(
             self.loop,
             self.clients,
@@ -161,6 +203,23 @@ class ServerFleet:
             None if options.server.dtype == "auto" else getattr(torch, options.server.dtype),
             options.chunk_mib * 2**20,
         )
+        limit = min(self.loop.run(client.max_model_len()) for client in self.clients)
+        return {"urls": [client.url for client in self.clients], "key": self._key, "limit": limit}
+
+    def _join(self, gone: ServerGone | None) -> None:
+        if gone is None:
+            self.clients = [self._client(url) for url in self.options.urls]
+        else:
+            self._say(f"a vLLM server is lost ({gone}): waiting for it, {self.options.wait_s:.0f} s at most")
+            time.sleep(_SETTLING)
+        self._await_health(self.options.wait_s)
+
+    def _start_own(self, gone: ServerGone | None) -> None:
+        if gone is not None:
+            self._say(f"the vLLM server is lost ({gone}): starting it again")
+            self._end()
+        self.clients = [self._client(self._start())]
+        self._await_health(self.options.start_timeout_s)
 
     def _start(self) -> str:
         """Starts a server of its own; the url."""
@@ -180,9 +239,8 @@ class ServerFleet:
 
     def _client(self, url: str) -> ServerClient:
         options = self.options
-        return ServerClient(
-            url, self._key, options.api_key_variable, options.max_concurrency, options.request_timeout_s
-        )
+        share = -(-options.max_concurrency // self._ranks.size)
+        return ServerClient(url, self._key, options.api_key_variable, share, options.request_timeout_s)
 
     def _await_health(self, limit: float) -> None:
         """Returns when all servers are healthy."""
@@ -201,6 +259,11 @@ class ServerFleet:
     async def _disconnect(self) -> None:
         await asyncio.gather(*(client.close() for client in self.clients))
 
+    def _say(self, line: str) -> None:
+        if self._ranks.rank == 0:
+            print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
 
-def _say(line: str) -> None:
-    print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
+
+def _exhaust(tensors: Iterable[Any]) -> None:
+    """To the end: the other ranks go there too."""
+    deque(tensors, maxlen=0)

@@ -102,7 +102,7 @@ class ServerOptions:
 
     def environment(self) -> dict[str, str]:
         """What the server's environment needs beside this process's own."""
-        own = engine_environment(not torch.cuda.is_available(), self.cpu_cache_gib)
+        own = engine_environment(not torch.cuda.is_available(), self.cpu_cache_gib, self.tensor_parallel_size)
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         # The paths by which weights come are part of vLLM's development mode.
         paths = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": import_path()}

@@ -67,7 +67,7 @@ class Transformers(RolloutEngine):
                 "the Transformers engine needs one, choose another model or engine"
             )
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """The weights are shared; only their version is noted."""
         self.version = version
 

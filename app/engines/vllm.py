@@ -26,6 +26,7 @@ from app.engines.vllm_common import (
     request_fields,
 )
 from app.engines.vllm_process import plain_torch, process_restored
+from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -98,6 +99,7 @@ class Vllm(RolloutEngine):
         *,
         weights: Weights | None = None,
         folder: Path | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
         """Starts vLLM; a second policy of the same folder is served by the engine that already runs.
 
@@ -105,7 +107,7 @@ class Vllm(RolloutEngine):
             UserError: vLLM is not installed, the trainer has several processes, or an option needs CUDA.
             EngineError: vLLM refuses the model or an option.
         """
-        super().setup(model, tokenizer, weights=weights, folder=folder)
+        super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
         self.version = None
         self._failed = False
         self._check_process()
@@ -114,17 +116,20 @@ class Vllm(RolloutEngine):
         if self._llm is None:
             self._start()
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """See `RolloutEngine.push`. From a push that fails on, nothing is generated.
 
         Raises:
             EngineError: the weights do not fit the engine's model, or it did not take them.
         """
+        forgets = self._asleep and self.sleep_level == 2
+        if since is not None and (since != self.version or forgets):
+            named_tensors, since = self.weights(), None
         self.version, self._failed = None, True
         with self._usable(f"the push of weights (version {version}) failed"):
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            self._call("dots_load", self._handed_over(named_tensors), version)
+            self._call("dots_load", self._handed_over(named_tensors), version, since)
             fresh = self._llm.reset_prefix_cache()
             found = self._call("dots_version")
         if not fresh:
@@ -244,7 +249,7 @@ class Vllm(RolloutEngine):
         on_cpu = self.model.device.type == "cpu"
         # What fails here is raised here; the log would repeat it with every request in full.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
-        variables = engine_environment(on_cpu) | own
+        variables = engine_environment(on_cpu, workers=self.tensor_parallel_size) | own
         self._own_group = not torch.distributed.is_initialized()
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):

@@ -36,16 +36,19 @@ class EngineError(UserError):
     """An engine that cannot go on (its process died, or a push failed): one line that says what to do."""
 
 
-def engine_environment(on_cpu: bool, cache_gib: float | None = None) -> dict[str, str]:
+def engine_environment(on_cpu: bool, cache_gib: float | None = None, workers: int = 1) -> dict[str, str]:
     """Environment variables that vLLM reads when it is imported and started.
 
     Args:
         on_cpu: the CPU build.
         cache_gib: memory of the key-value cache on a CPU, in GiB, of which vLLM reads whole ones; None where the
             engine is told otherwise (on a GPU its share of the memory decides).
+        workers: that one copy of the policy is cut over.
     """
     cache = {} if cache_gib is None else {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(cache_gib)))}
-    return _QUIET | (_CPU | cache if on_cpu else {})
+    # It would bind each worker to a memory node of its own, and refuses to start where there are fewer.
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if workers > 1 else {}
+    return _QUIET | (_CPU | cache | threads if on_cpu else {})
 
 
 @contextmanager

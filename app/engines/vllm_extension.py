@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from vllm.config import set_current_vllm_config
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from app.engines.weight_reload import Reload
 
 
 class PolicyWeights:
@@ -19,50 +19,43 @@ class PolicyWeights:
 
     # vLLM refuses an extension that redefines a name of its worker: hence the prefix.
     _dots_version: int | None = None
+    _dots_unfilled: Mapping[str, int] = {}
 
-    def dots_load(self: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Makes the engine's weights those given: what the worker's `reload_weights` does, with its warning an error.
+    def dots_load(
+        self: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None
+    ) -> None:
+        """Makes the engine's weights those given.
 
         Args:
-            named_tensors: every tensor of the checkpoint, under its name there.
+            named_tensors: tensors of the checkpoint, under their names there.
             version: read back by `dots_version`; while loading, and after a load that failed, that is None.
+            since: version whose weights the tensors that are not given have; None when all are given.
 
         Raises:
-            ValueError: a weight of the model was not among the tensors, or a tensor belongs nowhere.
+            ValueError: a weight of the model was not among the tensors, a tensor belongs nowhere, or the worker does
+                not have the weights of `since`.
         """
-        self._dots_version = None
-        model = self.get_model()
-        expected = {name for name, _ in model.named_parameters()}
-        with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(model)
-            try:
-                loaded = model.load_weights(iter(named_tensors))
-            finally:
-                # Also after a failure: a later load starts from a whole model.
-                finalize_layerwise_reload(model, self.model_config)
-        require_all(expected, loaded)
-        repack_heads(model)
-        self.model_runner.reset_lora_state()
-        self._dots_version = version
+        reload = self._dots_reload(since)
+        try:
+            reload.take(named_tensors)
+        except BaseException:
+            # A later load starts from a whole model.
+            reload.end()
+            raise
+        self._dots_take_over(reload, version)
 
     def dots_version(self) -> int | None:
         """The version of the weights that would generate now."""
         return self._dots_version
 
+    def _dots_reload(self: Any, since: int | None) -> Reload:
+        """Begins; from here to `_dots_take_over` there is no version."""
+        if since is not None and self._dots_version != since:
+            raise ValueError(f"weights changed since version {since} came to a worker of version {self._dots_version}")
+        self._dots_version = None
+        return Reload(self, whole=since is None)
 
-def require_all(expected: set[str], loaded: set[str] | None) -> None:
-    """Raises ValueError when a push left a weight as it was (`loaded` is None for models that do not say)."""
-    if loaded is not None and (missing := sorted(expected - loaded)):
-        raise ValueError(f"{len(missing)} weights were not pushed, {missing[0]} among them")
-
-
-def repack_heads(model: Any) -> None:
-    """Packs tied output heads anew, which a reload on a CPU leaves as they were.
-
-    vLLM's CPU kernels multiply by a packed copy of a head's weight. A head that shares its weight with the embedding
-    gets the new values through it, but keeps the old copy.
-    """
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
-            module.quant_method.process_weights_after_loading(module)
+    def _dots_take_over(self: Any, reload: Reload, version: int) -> None:
+        self._dots_unfilled = reload.finish(self._dots_unfilled)
+        self.model_runner.reset_lora_state()
+        self._dots_version = version

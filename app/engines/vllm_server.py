@@ -13,6 +13,7 @@ import torch
 from app.engines.ahead import Ahead, timed
 from app.engines.base import RolloutEngine, Sampling
 from app.engines.checks import check_request
+from app.engines.first_rank import loss_of_any
 from app.engines.server_client import ServerClient, ServerGone, together
 from app.engines.server_fleet import FleetOptions, ServerFleet
 from app.engines.server_options import ServerOptions
@@ -36,14 +37,17 @@ class VllmServer(RolloutEngine):
     When a server is lost, the run says so in one line, starts it again (or waits until whoever owns it has), pushes
     the weights, and asks again for those completions alone that it did not get.
 
-    It can generate one step's rollouts while another step trains (`callbacks.RolloutAhead`).
+    With several trainer processes rank 0 starts or joins the servers, and sends them the weights; each process asks
+    for its own share of the completions. Processes on other machines need a `server.host` that they can reach.
+
+    It can generate one step's rollouts while another step trains (`callbacks.RolloutAhead`), in one trainer process.
 
     Args:
         url: of the server, or of several; null starts one.
         server: how a server of the run's own is started.
         api_key_variable: environment variable that holds the key; a server of the run's own gets a random key when
             there is none.
-        max_concurrency: requests on their way to one server at a time.
+        max_concurrency: requests on their way to one server at a time, those of all trainer processes together.
         request_timeout_s: seconds that one completion may take.
         start_timeout_s: seconds that a server may take until it is healthy.
         wait_s: seconds to wait for a lost server that someone else runs.
@@ -93,7 +97,7 @@ class VllmServer(RolloutEngine):
         self.fleet: ServerFleet | None = None
         self._ahead: Ahead | None = None
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """See `RolloutEngine.push`. A server that is lost meanwhile is replaced, and given the weights as they are now.
 
         Raises:
@@ -102,7 +106,9 @@ class VllmServer(RolloutEngine):
         self.settle()
         fleet = self._connected()
         try:
-            fleet.push(named_tensors, version)
+            if since is not None and not fleet.holds(since):
+                named_tensors, since = self.weights(), None
+            fleet.push(named_tensors, version, since)
         except ServerGone as gone:
             fleet.recover(gone, version, self.weights)
         fleet.succeeded()
@@ -117,7 +123,7 @@ class VllmServer(RolloutEngine):
             EngineError: servers are lost again and again, or do not take the weights.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
-        if len(prompts) == 0:
+        if len(prompts) == 0 and self.ranks.size == 1:
             return []
         requests, version = self._prepare(prompts, sampling, seeds)
         return completions_of(self._answers(requests, version), sampling, self.tokenizer, version)
@@ -158,7 +164,8 @@ class VllmServer(RolloutEngine):
     def _connected(self) -> ServerFleet:
         if self.fleet is None:
             atexit.register(self.close)
-            self.fleet = ServerFleet(self.options, str(self.model.name_or_path), self.model.dtype, self.folder)
+            path, dtype = str(self.model.name_or_path), self.model.dtype
+            self.fleet = ServerFleet(self.options, path, dtype, self.folder, self.ranks)
         return self.fleet
 
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
@@ -173,21 +180,31 @@ class VllmServer(RolloutEngine):
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
             (number, {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)})
-            for number, prompt in enumerate(prompts)
-            for seed in seeds[number]
+            # The ranks begin with different servers.
+            for number, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True), start=self.ranks.rank)
+            for seed in drawn
         ]
         return requests, fleet.version
 
     def _answers(self, requests: Sequence[_Request], version: int) -> list[Answer]:
-        """Of every request; what a lost server did not answer is asked for again."""
+        """Of every request; what a lost server did not answer is asked for again.
+
+        A loss that one rank meets with is everybody's: the weights that follow are pushed by all.
+        """
         fleet = self._connected()
         answers: list[Answer | None] = [None] * len(requests)
-        while missing := [index for index, answer in enumerate(answers) if answer is None]:
+        while True:
             fleet.require(version, self.weights)
+            missing = [index for index, answer in enumerate(answers) if answer is None]
+            met = None
             try:
                 fleet.loop.run(_ask(fleet.clients, requests, missing, answers))
             except ServerGone as gone:
-                fleet.recover(gone, version, self.weights)
+                met = gone
+            lost = loss_of_any(self.ranks, met, "completions of all ranks")
+            if lost is None:
+                break
+            fleet.recover(lost, version, self.weights)
         fleet.succeeded()
         return [answer for answer in answers if answer is not None]
 

@@ -48,10 +48,15 @@ class WeightPusher:
         self._address, self._dtype, self._chunk_bytes = address, dtype, chunk_bytes
         self._group: WeightGroup | None = None
 
-    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """Returns when every worker of every server generates with the weights, and remembers nothing of those before.
 
         After an error the servers stay paused: none of them generates with weights that nobody knows.
+
+        Args:
+            named_tensors: consumed to the end, but for errors.
+            version: of the policy.
+            since: version that every worker has the other weights of; None when all weights are given.
 
         Raises:
             EngineError: a server did not take the weights.
@@ -60,7 +65,7 @@ class WeightPusher:
         if self.transport == "process_group" and self._group is None:
             self._group = self._form_group()
         self._all(client.pause() for client in self._clients)
-        self._call("dots_begin")
+        self._call("dots_begin", since=since)
         for chunk in chunks(named_tensors, self._dtype, self._chunk_bytes):
             self._send(chunk)
         self._call("dots_finish", version=version)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from app.studies.plots import read_scalars
+from tests.integration.command import dots, kill_when, run_of, scalars
 
-ROOT = Path(__file__).parents[2]
 STEPS, PER_STEP, SAMPLES = 5, 6, 8
+SERVER = ("--config", "configs/engines/vllm_server.yaml")
 CALLBACKS = """
 trainer:
   callbacks:
@@ -43,12 +39,11 @@ pytestmark = [
 ]
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def arguments(folder: Path, *more: str, engine: tuple[str, ...] = SERVER) -> list[str]:
     overlay = folder / "overlay.yaml"
     overlay.write_text(CALLBACKS)
     return [
-        *(sys.executable, "-m", "app", "fit", "--config", "configs/quickstart.yaml"),
-        *("--config", "configs/engines/vllm_server.yaml", "--config", str(overlay)),
+        *("fit", "--config", "configs/quickstart.yaml", *engine, "--config", str(overlay)),
         f"--trainer.max_steps={2 * STEPS}",  # two updates a step: the one before the second is not the behaviour policy
         "--trainer.limit_val_batches=0",
         "--data.val_size=4",
@@ -59,22 +54,14 @@ def command(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def run_of(folder: Path) -> Path:
-    return folder / "quickstart" / "version_0"
-
-
 def rows_of(folder: Path, step: int) -> list[dict]:
     return pq.read_table(run_of(folder) / "completions" / f"step_{step:08d}.parquet").to_pylist()
-
-
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    return {tag: dict(zip(*curve, strict=True)) for tag, curve in read_scalars(run_of(folder)).items()}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    done = dots(*arguments(folder), timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -103,28 +90,17 @@ def test_every_completion_is_counted_once(finished: Path):
     assert summary["completions"] == fresh
     assert summary["prompts_rolled_out"] == fresh // SAMPLES
     assert summary["completed"] is True
-    overlapped = scalars(finished)["time/rollout_overlapped"]
+    steps, overlapped = read_scalars(run_of(finished))["time/rollout_overlapped"]
     # Nothing is made for a step that does not come.
-    assert sorted(overlapped) == list(range(STEPS - 1))
-    assert max(overlapped.values()) > 0
-    assert summary["rollout_overlapped_seconds"] == pytest.approx(sum(overlapped.values()), abs=0.01)
+    assert steps == list(range(STEPS - 1))
+    assert max(overlapped) > 0
+    assert summary["rollout_overlapped_seconds"] == pytest.approx(sum(overlapped), abs=0.01)
 
 
 def test_a_killed_run_trains_on_the_very_groups_that_its_checkpoint_holds(finished: Path, tmp_path: Path):
     checkpoint = run_of(tmp_path) / "checkpoints" / "step_00000003.ckpt"
-    process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 400
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(
-        command(tmp_path, "--ckpt_path", "last"), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
+    kill_when(checkpoint, *arguments(tmp_path), timeout=400)
+    done = dots(*arguments(tmp_path, "--ckpt_path", "last"), timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     for step in range(3, STEPS):
         found, expected = rows_of(tmp_path, step), rows_of(finished, step)
@@ -136,10 +112,7 @@ def test_a_killed_run_trains_on_the_very_groups_that_its_checkpoint_holds(finish
 
 
 def test_an_engine_in_the_trainers_process_cannot(tmp_path: Path):
-    arguments = command(tmp_path)
-    engine = arguments.index("configs/engines/vllm_server.yaml")
-    del arguments[engine - 1 : engine + 1]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = dots(*arguments(tmp_path, engine=()), timeout=200)
     assert done.returncode == 2
     assert "callbacks.RolloutAhead with engines.Transformers" in done.stderr
     assert "Traceback" not in done.stderr

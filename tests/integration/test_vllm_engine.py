@@ -121,7 +121,7 @@ def test_logprobs_are_the_trainers_after_every_one_of_20_updates(started: Vllm, 
     for step in range(1, 21):
         groups = started.generate(LONG, SAMPLING, seeds(LONG))
         train(held, optimizer, groups, step)
-        started.push(plain_weights(held), step)
+        started.push(plain_weights(held, changing=lora), step, since=step - 1 if lora else None)
         after = started.generate(LONG, SAMPLING, seeds(LONG))
         assert gap(held, LONG, after) < 1e-4, step
         assert {one.policy_version for group in after for one in group} == {step}
@@ -243,12 +243,14 @@ def test_a_prompt_that_is_too_long_is_named_and_nothing_runs(engine: Vllm, model
     assert gap(model, fits, engine.generate(fits, SAMPLING, seeds(fits))) < 1e-4
 
 
-@pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("fault", ["missing", "part", "unknown", "shape"])
 def test_after_a_push_that_failed_nothing_is_generated(engine: Vllm, model: PreTrainedModel, fault: str) -> None:
     weights = dict(plain_weights(model))
     name = "model.layers.1.mlp.down_proj.weight"
     if fault == "missing":
         del weights[name]
+    elif fault == "part":
+        del weights["model.layers.1.self_attn.k_proj.weight"]  # vLLM has one layer for it, queries and values
     elif fault == "unknown":
         weights["model.layers.1.mlp.no_such.weight"] = weights[name]
     else:
@@ -262,8 +264,27 @@ def test_after_a_push_that_failed_nothing_is_generated(engine: Vllm, model: PreT
     assert gap(model, LONG, engine.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
 
 
+def test_a_push_of_changes_needs_the_weights_before(started: Vllm) -> None:
+    policy = Policy(str(TINY), lora=Lora(rank=4, target_modules=["q_proj", "v_proj"]))
+    held = policy.load()
+    started.setup(causal_lm(held), policy.load_tokenizer(), weights=lambda: plain_weights(held))
+    started.push(plain_weights(held), 0)
+    move(held, by=0.3)
+    # Frozen weights moved as well, which no push of changes brings; after an unknown version all are pushed.
+    started.push(plain_weights(held, changing=True), 1, since=0)
+    assert gap(held, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) > 1e-2
+    started.push(plain_weights(held, changing=True), 3, since=2)
+    assert gap(held, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
+    # A layer that vLLM makes of three may not come in part.
+    part = [pair for pair in plain_weights(held, changing=True) if "k_proj" not in pair[0]]
+    with pytest.raises(EngineError, match=r"qkv_proj was pushed in part"):
+        started.push(part, 4, since=3)
+    with pytest.raises(EngineError, match="last push of weights to vLLM failed"):
+        started.generate(LONG, SAMPLING, seeds(LONG))
+
+
 def test_weights_of_another_version_generate_nothing(engine: Vllm, model: PreTrainedModel) -> None:
-    engine._call("dots_load", plain_weights(model), 5)  # as something else in this process would
+    engine._call("dots_load", plain_weights(model), 5, None)  # as something else in this process would
     with pytest.raises(EngineError, match=r"versions \[5\], expected 0"):
         engine.generate(LONG, SAMPLING, seeds(LONG))
 

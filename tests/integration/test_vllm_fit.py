@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from app.studies.plots import read_scalars
+from tests.integration.command import dots, run_of
 
-ROOT = Path(__file__).parents[2]
+# Not forked: libraries that vLLM starts with must not find threads and environment of another program.
+fresh = partial(dots, fresh=True)
 SMALL = [
     "--trainer.max_steps=6",
     "--model.mini_batches=2",
@@ -32,21 +33,15 @@ pytestmark = [
 ]
 
 
-def dots(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
-    done = dots(
+    done = fresh(
         "fit", "--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml", "--config",
         "configs/engines/vllm.yaml", *SMALL, f"--trainer.logger.save_dir={folder}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "quickstart" / "version_0"
+    return run_of(folder)
 
 
 def test_every_rollout_is_of_the_policy_that_is_trained(run: Path) -> None:
@@ -63,12 +58,12 @@ def test_every_rollout_is_of_the_policy_that_is_trained(run: Path) -> None:
 
 
 def test_validating_a_checkpoint_measures_the_checkpoints_policy(run: Path, tmp_path: Path) -> None:
-    done = dots(
+    done = fresh(
         "validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt"),
         f"--trainer.logger.init_args.save_dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = read_scalars(tmp_path / "quickstart" / "version_0")
+    found = read_scalars(run_of(tmp_path))
     expected = read_scalars(run)
     for name in ("val/accuracy", "val/completions/mean_length"):
         assert found[name][1][-1] == pytest.approx(expected[name][1][-1], abs=1e-6)
@@ -76,7 +71,7 @@ def test_validating_a_checkpoint_measures_the_checkpoints_policy(run: Path, tmp_
 
 
 def test_a_model_that_vllm_cannot_serve_is_one_line(tmp_path: Path) -> None:
-    done = dots(
+    done = fresh(
         "fit", "--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml", "--config",
         "configs/engines/vllm.yaml", *SMALL, "--model.engine.init_args.max_model_len=100000",
         f"--trainer.logger.save_dir={tmp_path}",

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -25,11 +24,13 @@ from app.engines import Sampling, VllmServer
 from app.engines.server_client import ServerClient
 from app.engines.vllm_common import EngineError
 from app.engines.weight_push import WeightPusher
+from app.policy import Lora, add_lora, causal_lm, plain_weights
 from app.studies.plots import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
+from tests.integration.command import ROOT, command, dots, run_of
+from tests.integration.servers import engines, killed_when
 
-ROOT = Path(__file__).parents[2]
 POLICY = str(ROOT / "configs" / "tiny_policy")
 KEY = "the-key-of-these-tests"
 SAMPLING = Sampling(num_generations=4, max_completion_length=24, temperature=0.8)
@@ -202,6 +203,60 @@ def test_a_push_that_does_not_arrive_stops_the_run(
     assert difference(model, prompts(2), owner.generate(prompts(2), SAMPLING, seeds(2))) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
+def test_a_push_that_lacks_a_weight_stops_the_run(owner: VllmServer, model: PreTrainedModel, name: str):
+    owner.push(model.state_dict().items(), 1)
+    process = owner.fleet.process
+    withheld = [pair for pair in model.state_dict().items() if pair[0] != name]
+    with pytest.raises(EngineError, match=r"dots_finish failed in vLLM's worker: .*1 weights were not pushed"):
+        owner.push(withheld, 2)
+    assert owner.fleet.version is None and owner.fleet.process is process
+    assert owner.fleet.loop.run(owner.fleet.clients[0]._request("GET", "/is_paused")) == {"is_paused": True}
+    owner.push(model.state_dict().items(), 2)
+    assert difference(model, prompts(2), owner.generate(prompts(2), SAMPLING, seeds(2))) < 1e-4
+
+
+def test_adapters_are_pushed_without_what_they_leave_alone(
+    owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    policy = add_lora(model, Lora(rank=4)).eval()
+    owner.setup(causal_lm(policy), owner.tokenizer, weights=lambda: plain_weights(policy), folder=owner.folder)
+    sent: list[list[str]] = []
+    send = WeightPusher._send
+
+    def noting(self: WeightPusher, chunk: list[tuple[str, torch.Tensor]]) -> None:
+        sent[-1].extend(name for name, _ in chunk)
+        send(self, chunk)
+
+    monkeypatch.setattr(WeightPusher, "_send", noting)
+    asked, adapters = prompts(5), [one for one in policy.parameters() if one.requires_grad]
+    for version in range(1, 6):
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for one in adapters:
+                one.add_(0.05 * torch.randn(one.shape, generator=generator))
+        if version == 4:
+            # Someone else begins a push: all weights are needed again.
+            owner.fleet.loop.run(owner.fleet.clients[0].call("dots_begin", since="None"))
+        sent.append([])
+        owner.push(plain_weights(policy, changing=version > 1), version, since=version - 1 if version > 1 else None)
+        groups = owner.generate(asked, SAMPLING, seeds(5))
+        assert difference(policy, asked, groups) < 1e-4, version
+        assert {one.policy_version for group in groups for one in group} == {version}
+    names = [name for name, _ in plain_weights(policy)]
+    assert sent[0] == sent[3] == names
+    assert sent[1] == sent[2] == sent[4] == [name for name in names if "_proj." in name]
+
+
+def test_a_diverged_policy_is_named(owner: VllmServer, model: PreTrainedModel):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    owner.setup(model, owner.tokenizer, folder=owner.folder)
+    owner.push(model.state_dict().items(), 4)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite \(version 4\)"):
+        owner.generate(prompts(2), SAMPLING, seeds(2))
+
+
 def test_weights_that_another_trainer_pushed_are_replaced(
     owner: VllmServer, model: PreTrainedModel, capsys: pytest.CaptureFixture[str]
 ):
@@ -279,9 +334,9 @@ def test_a_server_killed_in_mid_rollout_is_replaced(
 def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrainedModel, tmp_path: Path):
     """`dots serve` as a person runs it: it ends with Ctrl-C, and a run waits for its next start."""
     log = (tmp_path / "serve.log").open("wb")
-    command = [sys.executable, "-m", "app", "serve", "--config", "configs/quickstart.yaml", "--port", "8731"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    engine = engine_on(model, url="http://127.0.0.1:8731", wait_s=200)
+    serve = command("serve", "--config", "configs/quickstart.yaml", "--port", "8731")
+    first = subprocess.Popen(serve, cwd=ROOT, stdout=log, stderr=log)
+    engine = engine_on(model, url="http://127.0.0.1:8731")
     try:
         engine.push(model.state_dict().items(), 6)
         processes = psutil.Process(first.pid).children(recursive=True)
@@ -292,7 +347,7 @@ def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrai
         text = (tmp_path / "serve.log").read_text()
         assert "-m vllm.entrypoints.openai.api_server --model configs/tiny_policy" in text
         assert "healthy after" in text and KEY not in text and "Traceback" not in text
-        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        second = subprocess.Popen(serve, cwd=ROOT, stdout=log, stderr=log)
         groups = engine.generate(prompts(2), SAMPLING, seeds(2))
         assert difference(model, prompts(2), groups) < 1e-4
         assert {one.policy_version for group in groups for one in group} == {6}
@@ -321,13 +376,35 @@ def _interrupted_requests_leave_nothing(engine: VllmServer) -> None:
 
 
 def _requests_at(url: str) -> float:
+    """Those that run or wait there."""
+    return _metric(url, "vllm:num_requests_running{") + _metric(url, "vllm:num_requests_waiting{")
+
+
+def _metric(url: str, start: str) -> float:
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(request, timeout=10) as response:
         lines = response.read().decode().splitlines()
-    gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
-    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(gauges)]
-    assert len(values) >= 2
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start)]
+    assert values
     return sum(values)
+
+
+def test_prompts_are_spread_over_two_servers(owner: VllmServer, model: PreTrainedModel, tmp_path: Path):
+    other = engine_on(model, tmp_path)
+    other.push(other.weights(), 0)
+    urls = [url_of(owner), url_of(other)]
+    both = engine_on(model, url=urls)
+    try:
+        update(model, 2)
+        both.push(model.state_dict().items(), 1)
+        before = [_metric(url, "vllm:request_success_total{") for url in urls]
+        groups = both.generate(prompts(6), SAMPLING, seeds(6))
+        after = [_metric(url, "vllm:request_success_total{") for url in urls]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [3 * 4, 3 * 4]
+        assert difference(model, prompts(6), groups) < 1e-4
+    finally:
+        both.close()
+        other.close()
 
 
 RUN = [
@@ -340,17 +417,17 @@ RUN = [
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_ends_leaves_no_process(tmp_path: Path, end: signal.Signals):
     run = subprocess.Popen(
-        [sys.executable, "-m", "app", *RUN, "--trainer.max_steps=500", f"--trainer.logger.save_dir={tmp_path}"],
+        command(*RUN, "--trainer.max_steps=500", f"--trainer.logger.save_dir={tmp_path}"),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        events = tmp_path / "quickstart" / "version_0"
+        events = run_of(tmp_path)
         deadline = time.monotonic() + 250
         while not list(events.glob("completions/step_00000000.parquet")) and time.monotonic() < deadline:
             assert run.poll() is None
             time.sleep(0.2)
         started = psutil.Process(run.pid).children(recursive=True)
-        assert any("EngineCore" in each.name() for each in started)
+        assert engines(run.pid)
         run.send_signal(end)
         run.wait(timeout=60)
         psutil.wait_procs(started, timeout=20)
@@ -361,25 +438,40 @@ def test_a_run_that_ends_leaves_no_process(tmp_path: Path, end: signal.Signals):
             run.kill()
 
 
-def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_path: Path):
+def test_a_run_that_joined_a_server_leaves_no_request_there(owner: VllmServer, tmp_path: Path):
+    url = url_of(owner)
     run = subprocess.Popen(
-        [sys.executable, "-m", "app", *RUN, f"--trainer.logger.save_dir={tmp_path}"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command(*RUN, "--trainer.max_steps=500", f"--trainer.logger.save_dir={tmp_path}",
+                f"--model.engine.init_args.url=[{url}]"),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    folder = tmp_path / "quickstart" / "version_0"
     try:
-        deadline = time.monotonic() + 250
-        while not list(folder.glob("completions/step_00000000.parquet")) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 200
+        first = run_of(tmp_path) / "completions" / "step_00000000.parquet"
+        while not (first.exists() and _requests_at(url)) and time.monotonic() < deadline:
             assert run.poll() is None
-            time.sleep(0.05)
-        (engine,) = [each for each in psutil.Process(run.pid).children(recursive=True) if "EngineCore" in each.name()]
-        engine.kill()
-        _, said = run.communicate(timeout=300)
+            time.sleep(0.02)
+        started = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGINT)
+        run.wait(timeout=60)
+        psutil.wait_procs(started, timeout=20)
+        assert not [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+        assert _requests_at(url) == 0
     finally:
         if run.poll() is None:
             run.kill()
-    assert run.returncode == 0, said[-2000:]
-    lines = [line for line in said.splitlines() if line.startswith("dots:")]
+    # The server is someone else's, and goes on.
+    owner.push(owner.weights(), 0)
+    assert len(owner.generate(prompts(2), SAMPLING, seeds(2))) == 2
+
+
+def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_path: Path):
+    folder = run_of(tmp_path)
+    with killed_when(folder / "completions" / "step_00000000.parquet") as killed:
+        done = dots(*RUN, f"--trainer.logger.save_dir={tmp_path}", timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(killed) == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dots:")]
     assert len(lines) == 1 and "starting it again" in lines[0]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["completed"] is True

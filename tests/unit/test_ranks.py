@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from app.engines.first_rank import by_first, loss_of_any
+from app.engines.server_client import ServerGone
+from app.engines.vllm_common import EngineError
 from app.gradient_sum import sum_gradients
 from app.minibatch import CompletionId, MiniBatch, shares, token_imbalance
 from app.objective.packing import ScoredSequence
@@ -90,6 +93,14 @@ def test_ranks_that_chose_different_prompts_are_told(tmp_path: Path):
     _on_ranks(2, _different_choices, tmp_path)
 
 
+def test_what_rank_0_does_and_what_it_fails_at_reaches_all(tmp_path: Path):
+    _on_ranks(3, _first_for_all, tmp_path)
+
+
+def test_a_loss_that_one_rank_meets_with_is_everybodys(tmp_path: Path):
+    _on_ranks(3, _losses, tmp_path)
+
+
 def test_a_rank_that_ended_is_named(tmp_path: Path):
     _on_ranks(3, _one_leaves, tmp_path)
 
@@ -139,6 +150,33 @@ def _different_choices(ranks: Ranks) -> None:
     prompts = [_group(f"{ranks.rank}", 0).prompt]
     with pytest.raises(UserError, match="chose different prompts"):
         exchange(ranks, prompts, [[0], []], Rolled([_group(f"{ranks.rank}", 0)] if ranks.rank == 0 else []))
+
+
+def _first_for_all(ranks: Ranks) -> None:
+    done: list[int] = []
+
+    def work() -> dict[str, int]:
+        done.append(ranks.rank)
+        return {"limit": 512}
+
+    def fail(error: Exception) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+
+        return work
+
+    assert by_first(ranks, work, "test") == {"limit": 512}
+    assert done == ([0] if ranks.rank == 0 else [])
+    with pytest.raises(ServerGone, match=r"^no answer$"):
+        by_first(ranks, fail(ServerGone("no answer")), "test")
+    with pytest.raises(UserError if ranks.rank == 0 else EngineError, match=r"^no room$"):
+        by_first(ranks, fail(UserError("no room")), "test")
+
+
+def _losses(ranks: Ranks) -> None:
+    assert loss_of_any(ranks, None, "test") is None
+    found = loss_of_any(ranks, ServerGone(f"seen by {ranks.rank}") if ranks.rank else None, "test")
+    assert str(found) == "seen by 1"
 
 
 def _one_leaves(ranks: Ranks) -> None:

