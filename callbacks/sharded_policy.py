@@ -70,9 +70,7 @@ class ShardedPolicy(Callback):
                 "of their number, or 0 for all of them"
             )
         if self.cpu_offload and strategy.root_device.type == "cpu":
-            raise UserError(
-                "ShardedPolicy.cpu_offload with a policy on the CPU: nothing to offload, leave it out"
-            )
+            raise UserError("ShardedPolicy.cpu_offload with a policy on the CPU: nothing to offload, leave it out")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
