@@ -166,6 +166,8 @@ class GRPOModule(LightningModule):
         if self.sharding is None:
             yield
             return
+        # Before the collective, so that a rank that is lost is named.
+        self.ranks.meet("rollouts")
         with self.sharding.whole(self.policy_model):
             yield
 
