@@ -154,10 +154,12 @@ class Vllm(RolloutEngine):
         check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)")
         self._wake()
         assert self.version is not None
-        found = self._call("dots_version")
+        failure = "vLLM failed while it generated"
+        with self._usable(failure):
+            found = self._call("dots_version")
         if found != [self.version] * len(found):
             raise EngineError(f"vLLM's workers hold the policy versions {found}, expected {self.version}")
-        with self._usable("vLLM failed while it generated"):
+        with self._usable(failure):
             answers = self._answers(prompts, sampling, seeds)
             self._sleep()
         return completions_of(answers, sampling, self.tokenizer, self.version)
@@ -254,6 +256,10 @@ class Vllm(RolloutEngine):
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):
             llm = _vllm_class()
+            # An engine that ran before has had vLLM keep the variables of its own start.
+            from vllm.envs import disable_envs_cache
+
+            disable_envs_cache()
             try:
                 self._llm = llm(self._path, **self._options(on_cpu))
             except (RuntimeError, ValueError, AssertionError, OSError) as error:
