@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.call import _call_configure_model
 from transformers import PreTrainedTokenizerBase
 
 from app.compilation import compile_layers
+from app.drought import Drought
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.metrics import batch_metrics, update_metrics
 from app.microbatches import MicroBatches
@@ -27,6 +29,7 @@ from app.reference_policy import ReferencePolicy
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
 from app.run_folder import run_folder
+from app.run_identity import RunIdentity
 from app.run_table import print_run_table
 from app.scoring import score
 from app.updates import Updates
@@ -109,7 +112,9 @@ class GRPOModule(LightningModule):
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
-        self._updates = Updates(self)
+        self._updates, self._drought = Updates(self), Drought()
+        self.resumed: Mapping[str, Any] | None = None
+        """`RunIdentity` of the checkpoint that training will go on from."""
 
     @property
     def policy_path(self) -> str:
@@ -142,6 +147,36 @@ class GRPOModule(LightningModule):
     def _trainer_state(self) -> TrainerState:
         return TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps)
 
+    def prepare_data(self) -> None:
+        """Loads and checks before the logger makes the run's folder: what cannot be used leaves nothing behind.
+
+        Lightning calls this in one process; where there are several, each does so when the folder is there.
+        """
+        trainer: Any = self.trainer
+        if trainer.world_size > 1:
+            return
+        for callback in trainer.callbacks:
+            if hasattr(callback, "check_first"):
+                callback.check_first(trainer, self)
+        _call_configure_model(trainer)  # with the contexts of strategy and precision
+        self._check_identity()
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            self._check_identity()
+
+    def _check_identity(self) -> None:
+        if self.resumed is not None and self.trainer.state.fn == "fit":
+            self._identity.check(self.resumed)
+
+    @cached_property
+    def _identity(self) -> RunIdentity:
+        trainer: Any = self.trainer
+        return RunIdentity.of(self.tokenizer, trainer.datamodule.pools["train"], self.sampling.num_generations)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run_identity"] = self._identity.as_dict()
+
     def configure_model(self) -> None:
         if not hasattr(self, "policy_model"):
             self.policy_model = self.policy.load()
@@ -168,6 +203,7 @@ class GRPOModule(LightningModule):
         self.engine.close()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        self._drought.step(batch.step, batch.groups)
         with batch.ledger.phase("update"):
             batch.advantages = self.advantages_of(batch)
             parts = self.minibatches_of(batch)

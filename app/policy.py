@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from app import checkpoint_files
 from datamodules.errors import UserError
 
-_CHECKPOINT_PREFIX = "policy_model."
+CHECKPOINT_PREFIX = "policy_model."
+"""Of the policy's tensors among those of a checkpoint."""
 
 
 @dataclass
@@ -63,7 +68,14 @@ class Policy:
 
     def load(self) -> torch.nn.Module:
         """The model with its weights, adapted if `lora` is set, in training mode."""
-        model = self._load(AutoModelForCausalLM, dtype=self._torch_dtype(), **self._attention())
+        options = {"dtype": self._torch_dtype(), **self._attention()}
+        # use_safetensors: the other format is pickle.
+        model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(read["missing_keys"]):
+            raise UserError(
+                f"policy.path={self.path}: its weights lack {len(missing)} tensors of {type(model).__name__} "
+                f"({missing[0]}), which would start at random; expected a causal language model, head and all"
+            )
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
@@ -87,10 +99,12 @@ class Policy:
             raise UserError(
                 f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name"
             )
+        if self.trust_remote_code:
+            rank_zero_warn(f"policy.trust_remote_code: code that comes with {self.path} is run with your rights")
         try:
             where = str(folder) if folder.is_dir() else self.path
             return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}); "
@@ -177,16 +191,9 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 def checkpoint_weights(path: Path) -> dict[str, Any]:
     """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
-    if not path.is_file():
-        raise UserError(
-            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error
+    state = checkpoint_files.read(path)["state_dict"]
     return {
-        name.removeprefix(_CHECKPOINT_PREFIX): tensor
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
         for name, tensor in state.items()
-        if name.startswith(_CHECKPOINT_PREFIX)
+        if name.startswith(CHECKPOINT_PREFIX)
     }

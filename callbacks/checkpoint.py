@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from app.checkpoint_files import by_age, remove, seal, seal_of, sync_folder
 from app.module import GRPOModule
 from app.run_folder import LAST, run_folder
 from datamodules.errors import UserError
@@ -20,23 +23,44 @@ class RunCheckpoint(Checkpoint):
     """Saves every `every` steps, after the last step, when updates are no longer finite, and on Ctrl-C or SIGTERM at
     the end of the step in progress.
 
-    A checkpoint is written next to its final name, flushed to the disk and renamed. It is taken after all feedback of
-    its step, and after the validation that follows it when one is due: a resumed run goes on as if never stopped.
+    A checkpoint is written next to its final name, flushed to the disk and renamed; its SHA-256 stands beside it. It is
+    taken after all feedback of its step, and after the validation that follows it when one is due: a resumed run goes
+    on as if never stopped.
 
     Args:
         every: steps between two checkpoints.
         keep: newest checkpoints kept.
         dirpath: folder; None is `checkpoints/` in the run's folder.
+        on_write_error: when a checkpoint cannot be written (disk full, folder gone), "continue" says so and trains on
+            until the next one is due, "stop" ends the run. The older checkpoints stay. The last checkpoint of a run,
+            and any of several processes, always ends it.
     """
 
-    def __init__(self, every: int = 10, keep: int = 2, dirpath: str | None = None) -> None:
+    def __init__(
+        self,
+        every: int = 10,
+        keep: int = 2,
+        dirpath: str | None = None,
+        on_write_error: Literal["continue", "stop"] = "continue",
+    ) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"RunCheckpoint(every={every}, keep={keep}): expected both at least 1")
         self.every = every
         self.keep = keep
         self.dirpath = dirpath
+        self.on_write_error = on_write_error
         self.seconds = 0.0
         self._due: int | None = None
+        self._is_last = False
+        self._step = 0
+
+    def check_first(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        """Raises UserError when the folder cannot be written: now, not after the first interval."""
+        if trainer.state.fn == "fit" and trainer.is_global_zero:
+            _try_to_write(self._folder(trainer))
+
+    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
+        self.check_first(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
@@ -44,11 +68,14 @@ class RunCheckpoint(Checkpoint):
         step = batch.step + 1
         last = trainer.global_step >= trainer.max_steps > 0
         if step % self.every == 0 or last or trainer.received_sigterm or pl_module.diverged:
-            self._due = step
-            if pl_module.diverged or not _validation_follows(trainer, batch_idx):
+            self._due, self._is_last = step, last or trainer.received_sigterm or pl_module.diverged
+            if pl_module.diverged or not validation_follows(trainer, batch_idx):
                 self._save(trainer, pl_module)
+        self._step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if trainer.received_sigterm and self._step and self._due is None:
+            self._due, self._is_last = self._step, True
         self._save(trainer, pl_module)
 
     def _save(self, trainer: Trainer, pl_module: GRPOModule) -> None:
@@ -56,28 +83,72 @@ class RunCheckpoint(Checkpoint):
             return
         pl_module.ranks.meet("checkpoint")
         started = time.perf_counter()
-        folder = Path(self.dirpath) if self.dirpath else run_folder(trainer) / "checkpoints"
-        name = f"step_{self._due:08d}.ckpt"
+        path = self._folder(trainer) / f"step_{self._due:08d}.ckpt"
         self._due = None
-        write_whole(trainer, folder / name)
-        if trainer.is_global_zero:
-            _point_at(folder / LAST, name)
-            for old in sorted(folder.glob("step_*.ckpt"))[: -self.keep]:
-                old.unlink()
+        try:
+            write_whole(trainer, path)
+            if trainer.is_global_zero:
+                self._publish(path)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            self._failed(path, error, must_stop=self._is_last or trainer.world_size > 1)
         self.seconds += time.perf_counter() - started
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath) if self.dirpath else run_folder(trainer) / "checkpoints"
+
+    def _publish(self, path: Path) -> None:
+        """Seals a checkpoint that is there, makes it the last, and drops the oldest."""
+        seal(path)
+        _point_at(path.with_name(LAST), path.name)
+        for old in by_age(path.parent)[self.keep :]:
+            remove(old)
+
+    def _failed(self, path: Path, error: OSError | RuntimeError, must_stop: bool) -> None:
+        """What remains of a checkpoint that could not be written goes, so that the next one finds its room."""
+        with contextlib.suppress(OSError):
+            temporary_of(path).unlink(missing_ok=True)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = f"checkpoint {path} cannot be written ({reason}); the older ones are as they were"
+        if must_stop or self.on_write_error == "stop":
+            raise UserError(
+                f"{said}: free the disk or name another folder (RunCheckpoint.dirpath), and resume"
+            ) from error
+        rank_zero_warn(f"{said}, and training goes on: the next one is due in {self.every} steps")
 
 
 def write_whole(trainer: Trainer, path: Path) -> None:
     """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it. Rank 0 writes."""
+    temporary = temporary_of(path)
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
     trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        seal_of(path).unlink(missing_ok=True)  # of an earlier run of the same step
         os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """The name of a checkpoint while it is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _try_to_write(folder: Path) -> None:
+    probe = folder / ".probe.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"checkpoints cannot be written to {folder} ({error.strerror}): make it writable, or name another folder "
+            "by RunCheckpoint.dirpath"
+        ) from error
 
 
 def _point_at(link: Path, name: str) -> None:
@@ -87,6 +158,7 @@ def _point_at(link: Path, name: str) -> None:
     os.replace(temporary, link)
 
 
-def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the step that ends is validated before the next one begins."""
     interval = trainer.val_check_batch
     return bool(trainer.enable_validation and isinstance(interval, int) and (batch_idx + 1) % interval == 0)

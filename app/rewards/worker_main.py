@@ -33,6 +33,9 @@ from app.rewards.task import ORDER, Call, Setup
 from datamodules.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+MAX_REPLY_BYTES = 16 * 2**20
+"""Scores of a chunk take some hundred bytes; what a function logs beside them must not fill the trainer's memory."""
+_SHOWN_TRACEBACK = 20_000
 
 
 def main(control_fd: int, parent: int, modules: Sequence[str]) -> None:
@@ -135,7 +138,7 @@ def serve(connection: Connection) -> None:
         except UserError as error:
             reply = {"kind": "unusable", "error": str(error)}
         except (Exception, SystemExit):  # noqa: BLE001 (a reward may raise anything)
-            reply = {"kind": "raised", "error": _line(), "traceback": traceback.format_exc()}
+            reply = {"kind": "raised", "error": _line(), "traceback": traceback.format_exc()[-_SHOWN_TRACEBACK:]}
         _reply(connection, **reply)
 
 
@@ -146,7 +149,11 @@ def _line() -> str:
 
 
 def _reply(connection: Connection, **message: Any) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+    encoded = json.dumps(message).encode()
+    if len(encoded) > MAX_REPLY_BYTES:
+        error = f"logged {len(encoded) >> 20} MiB beside its scores, expected less than {MAX_REPLY_BYTES >> 20}"
+        encoded = json.dumps({"kind": "raised", "error": error, "traceback": error}).encode()
+    connection.send_bytes(encoded)
 
 
 def score(reward: Reward, call: Call) -> dict[str, Any]:

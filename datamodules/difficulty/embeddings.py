@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
 from datamodules.difficulty.pooling import PoolingRecipe, pool, read_recipe
@@ -128,16 +129,25 @@ class TextEncoder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.recipe.model)
+        return self._load(AutoTokenizer)
 
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel
 
         dtype: Any = torch.float32 if self.device.type == "cpu" else "auto"
-        model = AutoModel.from_pretrained(self.recipe.model, dtype=dtype).to(self.device).eval().requires_grad_(False)
+        model = self._load(AutoModel, dtype=dtype, use_safetensors=True).to(self.device).eval().requires_grad_(False)
         model.config.use_cache = False
         return model
+
+    def _load(self, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.recipe.model, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"encoder {self.folder} cannot be loaded by {kind.__name__} ({str(error).strip().splitlines()[0]}); "
+                "expected config.json, weights in safetensors and a tokenizer: name another folder"
+            ) from error
 
     def unload(self) -> None:
         """Frees the model's memory."""
