@@ -13,6 +13,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import yaml
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from app import changed_config
@@ -101,6 +102,14 @@ class DotsCLI(LightningCLI):
         if self.subcommand in ("describe", "export", "select", "serve"):
             # They leave no run folder (the warm-up of a selection stands beside its result).
             config.trainer.logger = False
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # Lightning's own words for a strategy or an accelerator
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def after_instantiate_classes(self) -> None:
         if self._resumed is not None and isinstance(self.model, GRPOModule):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.call import _call_configure_model
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,7 @@ from app.run_table import print_run_table
 from app.scoring import score
 from app.updates import Updates
 from app.validation_metrics import ValidationMetrics
+from datamodules.errors import UserError
 from datamodules.seeding import generator, run_seed
 from datamodules.types import TrainBatch
 
@@ -159,13 +161,23 @@ class GRPOModule(LightningModule):
             if hasattr(callback, "check_first"):
                 callback.check_first(trainer, self)
         _call_configure_model(trainer)  # with the contexts of strategy and precision
-        self._check_identity()
+        self._check_run()
 
     def setup(self, stage: str) -> None:
         if self.trainer.world_size > 1:
-            self._check_identity()
+            self._check_run()
 
-    def _check_identity(self) -> None:
+    def _check_run(self) -> None:
+        trainer: Any = self.trainer
+        if (
+            trainer.state.fn == "fit"
+            and trainer.max_steps < 1
+            and not any(isinstance(c, Timer) for c in trainer.callbacks)
+        ):
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps}: prompts never run out; expected optimizer steps (or "
+                "trainer.max_time) that end the run"
+            )
         if self.resumed is not None and self.trainer.state.fn == "fit":
             self._identity.check(self.resumed)
 

@@ -129,6 +129,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("policy.lora is set but peft is not installed: pip install 'dots-grpo[lora]'") from error
+    if lora.rank < 1:
+        raise UserError(f"policy.lora.rank={lora.rank}: expected at least 1")
     model.enable_input_require_grads()
     targets: str | list[str] = lora.target_modules
     if targets == ["all-linear"]:
@@ -140,7 +142,13 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}; "
+            'expected names of linear layers, or ["all-linear"]'
+        ) from error
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

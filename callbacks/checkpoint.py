@@ -139,11 +139,15 @@ def temporary_of(path: Path) -> Path:
 
 
 def _try_to_write(folder: Path) -> None:
+    """Makes the folder and a file in it, and takes back what was not there before."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     probe = folder / ".probe.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for each in made:
+            each.rmdir()
     except OSError as error:
         raise UserError(
             f"checkpoints cannot be written to {folder} ({error.strerror}): make it writable, or name another folder "

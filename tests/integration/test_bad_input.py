@@ -55,7 +55,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "devices": ((*FIT, "--trainer.devices=0"), "trainer.devices"),
     "clipping by the trainer": ((*FIT, "--trainer.gradient_clip_val=1"), "gradient_clip_val"),
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
-    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps"),
+    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
     "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder; expected a"),
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file; expected a checkpoint"),
@@ -99,7 +99,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     "key of a callback": (lambda c: callback(c, "RunCheckpoint").update(evry=1), "has no option 'evry', did you mean"),
     "class of another kind": (
         lambda c: data(c).update(selector={"class_path": "callbacks.Rollouts"}),
-        "data.selector: class_path callbacks.Rollouts is no datamodules.selectors.base.Selector: give a subclass of it",
+        "data.selector: class_path callbacks.Rollouts is no Selector: give a subclass of it",
     ),
     "module": (
         lambda c: data(c)["selector"].update(class_path="datamodule.selectors.Dots"),
@@ -499,8 +499,8 @@ CHECKPOINTS: dict[str, tuple[Resumed, str]] = {
     "other template": (Resumed(lambda c: source(c).update(template="Q: {question}")), "saved with another prompt pool"),
     "other order": (Resumed(prepare=_reordered), "saved with the same prompts in another order"),
     "other selector": (
-        Resumed(lambda c: data(c).update(selector={"class_path": "datamodules.selectors.MoPPS"})),
-        "the checkpoint holds the state of selector Uniform, this run has MoPPS",
+        Resumed(lambda c: data(c).update(selector={"class_path": "datamodules.selectors.Mopps"})),
+        "the checkpoint holds the state of selector Uniform, this run has Mopps",
     ),
 }
 
