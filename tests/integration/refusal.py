@@ -102,11 +102,12 @@ class Place:
         before = files(self.path)
         code, said = self.run(*arguments)
         lines = [line for line in said.splitlines() if line.startswith("dots: error: ")]
-        assert code == 2, said[-3000:]
+        assert code == 2, f"exit {code}: {said[-600:]}"
         assert len(lines) == 1, said[-3000:]
         assert "Traceback" not in said
         if not touches:
-            assert files(self.path) == before
+            after = files(self.path)
+            assert after == before, sorted(after.keys() ^ before.keys())
         return lines[0].removeprefix("dots: error: ")
 
 

@@ -25,6 +25,8 @@ from tests.integration.refusal import TINY, Change, Place, callback, data, model
 
 FIT = ("fit", "--config", "run.yaml")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
@@ -52,7 +54,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "precision": ((*FIT, "--trainer.precision=7"), "trainer.precision=7: expected "),
     "accelerator": ((*FIT, "--trainer.accelerator=cudda"), "cudda"),
     "strategy": ((*FIT, "--trainer.strategy=dpp"), "dpp"),
-    "devices": ((*FIT, "--trainer.devices=0"), "trainer.devices"),
+    "devices": ((*FIT, "--trainer.devices=0"), "`Trainer(devices='0')` value is not a valid input"),
     "clipping by the trainer": ((*FIT, "--trainer.gradient_clip_val=1"), "gradient_clip_val"),
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
     "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
@@ -91,7 +93,10 @@ def test_command_line(place: Place, name: str) -> None:
 
 
 IN_CONFIG: dict[str, tuple[Change, str]] = {
-    "key": (lambda c: c.update(modle={}), "modle: the configuration has no option 'modle', did you mean 'model'?"),
+    "key": (
+        lambda c: c.update(modle={"class_path": "x"}),
+        "modle: the configuration has no option 'modle', did you mean 'model'?",
+    ),
     "key of a selector": (
         lambda c: data(c)["selector"].update(class_path="datamodules.selectors.Dots", init_args={"alpa": 0.5}),
         "data.selector.alpa: datamodules.selectors.Dots has no option 'alpa', did you mean 'alpha'?",
@@ -505,8 +510,12 @@ CHECKPOINTS: dict[str, tuple[Resumed, str]] = {
 }
 
 
-@pytest.mark.parametrize("last", [True, False], ids=["last", "file"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
+CASES = [(name, True) for name in CHECKPOINTS] + [
+    (name, False) for name in ("truncated", "weights alone", "other model")
+]
+
+
+@pytest.mark.parametrize(("name", "last"), CASES, ids=[f"{name}, {'last' if last else 'file'}" for name, last in CASES])
 def test_checkpoint(place: Place, saved: Path, name: str, last: bool) -> None:
     case, expected = CHECKPOINTS[name]
     shutil.copytree(saved / "runs", place.path / "runs", symlinks=True)

@@ -22,6 +22,8 @@ from tests.integration.refusal import TINY, Place, data, model, source
 
 FIT = ("fit", "--config", "run.yaml")
 
+pytestmark = pytest.mark.slow
+
 
 class Payload:
     """Unpickled, it leaves a file."""
