@@ -169,16 +169,16 @@ class GRPOModule(LightningModule):
 
     def _check_run(self) -> None:
         trainer: Any = self.trainer
-        if (
-            trainer.state.fn == "fit"
-            and trainer.max_steps < 1
-            and not any(isinstance(c, Timer) for c in trainer.callbacks)
-        ):
+        if trainer.state.fn != "fit":
+            return
+        if trainer.max_steps < 1 and not any(isinstance(one, Timer) for one in trainer.callbacks):
             raise UserError(
                 f"trainer.max_steps={trainer.max_steps}: prompts never run out; expected optimizer steps (or "
                 "trainer.max_time) that end the run"
             )
-        if self.resumed is not None and self.trainer.state.fn == "fit":
+        if not any(getattr(one, "fills_batches", False) for one in trainer.callbacks):
+            raise UserError("trainer.callbacks holds callbacks.Rollouts 0 times: list it exactly once")
+        if self.resumed is not None:
             self._identity.check(self.resumed)
 
     @cached_property

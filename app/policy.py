@@ -60,6 +60,12 @@ class Policy:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, with a padding token (the end token where the model has none)."""
         tokenizer = self._load(AutoTokenizer)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # What transformers makes of a folder without a tokenizer's files.
+            raise UserError(
+                f"policy.path={self.path}: cannot be loaded by AutoTokenizer (it holds no vocabulary); expected the "
+                "tokenizer's files (tokenizer.json) beside the weights"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError(f"policy.path={self.path}: its tokenizer has no end token; expected eos_token to be set")
         if tokenizer.pad_token_id is None:

@@ -46,6 +46,9 @@ class Rollouts(Callback):
     With several processes every one of them holds the whole batch, and rolls out its share of the prompts.
     """
 
+    fills_batches = True
+    """Without a callback that does, a run would train on nothing: the module looks for one."""
+
     def __init__(self) -> None:
         self._stop = StopSignal()
 

@@ -135,6 +135,11 @@ class OnlinePromptDataModule(LightningDataModule):
         if self.sources["test"] is not None:
             self.pools["test"] = self._read("test", tokenizer)
         if stage == "fit":
+            if self.prompts_per_step > len(train):
+                raise UserError(
+                    f"{self.prompts_per_step} prompts per step asked of a pool of {len(train)}: lower "
+                    "data.prompts_per_step or add prompts"
+                )
             policy = self.encoder or getattr(self._module(), "policy_path", None)
             self.selector.setup(train, SelectionContext(self.seed, policy, self.cache_dir))
 

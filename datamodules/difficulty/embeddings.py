@@ -59,7 +59,9 @@ class TextEncoder:
     @cached_property
     def width(self) -> int:
         """Components `E` of a vector."""
-        return int(self._model.config.get_text_config().hidden_size)
+        config = self._model.config.get_text_config()
+        self._check_layer(int(config.num_hidden_layers))
+        return int(config.hidden_size)
 
     def encode(self, questions: Sequence[str]) -> np.ndarray:
         """float32 `[Q, E]`: the vectors of raw question texts. A text without tokens gets the zero vector."""
@@ -98,12 +100,14 @@ class TextEncoder:
         if self.layer is None:
             return self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
         states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-        if not 0 <= self.layer < len(states):
-            raise UserError(
-                f"layer {self.layer} of encoder {self.folder}, which has {len(states) - 1} layers: name one from 0 to "
-                f"{len(states) - 1}"
-            )
+        self._check_layer(len(states) - 1)
         return states[self.layer]
+
+    def _check_layer(self, layers: int) -> None:
+        if self.layer is not None and not 0 <= self.layer <= layers:
+            raise UserError(
+                f"layer {self.layer} of encoder {self.folder}, which has {layers} layers: name one from 0 to {layers}"
+            )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         texts = [self.recipe.prefix + text for text in texts]
