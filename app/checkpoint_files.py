@@ -41,7 +41,7 @@ def seal(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, seal_of(path))
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
 def seal_of(path: Path) -> Path:
@@ -58,13 +58,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes what was renamed in a folder stay so through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Makes a file, or the names in a folder, outlast a power failure."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(opened)
     finally:
-        os.close(descriptor)
+        os.close(opened)
 
 
 def check(path: Path) -> None:

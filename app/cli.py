@@ -26,6 +26,7 @@ from app.parsing import DotsArgumentParser, run_or_exit
 from app.policy import CHECKPOINT_PREFIX
 from app.run_folder import find_last
 from app.run_identity import check_weights
+from app.sharded_checkpoint import read_rest
 from app.trainer import DotsTrainer
 from datamodules.errors import UserError
 
@@ -113,7 +114,9 @@ class DotsCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         if self._resumed is not None and isinstance(self.model, GRPOModule):
-            check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
+            # Of a sharded one, a folder, the weights are compared when they are read.
+            if not Path(self.config[self.subcommand].ckpt_path).is_dir():
+                check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
             self.model.resumed = self._resumed.get("run_identity", {})
         self._resumed = None
 
@@ -144,10 +147,11 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:
     given = config.get("ckpt_path")
     if not given or "://" in given:
         return None
-    if Path(given).is_dir():
-        check_files(Path(given))
-        return None
-    return read_checkpoint(Path(given))
+    path = Path(given)
+    if path.is_dir():
+        check_files(path)
+        return read_rest(path)
+    return read_checkpoint(path)
 
 
 def _describe_here(config: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from app.minibatch import MiniBatch
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack, plan_microbatches, plan_packs
+from app.ranks import Ranks
 from app.scoring import can_share_prompts, score
 
 
@@ -24,6 +25,7 @@ class MicroBatches:
         share_prompts: whether a prompt is read once for all its completions, where the policy allows it.
         pad_token_id: any valid id.
         device: where the policy is.
+        together: the ranks, where every pass needs all of them because the policy is cut over them; else None.
     """
 
     policy: torch.nn.Module
@@ -32,6 +34,7 @@ class MicroBatches:
     share_prompts: bool
     pad_token_id: int
     device: torch.device
+    together: Ranks | None = None
 
     def of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
         """Micro-batches within the token budget; each sequence is in one of them."""
@@ -43,18 +46,37 @@ class MicroBatches:
             return pack(sequences, self.device)
         return collate(sequences, self.pad_token_id, self.device)
 
+    def idle(self, passes: int) -> list[PackedBatch]:
+        """Micro-batches without weight, for a rank to make as many passes as the one with most.
+
+        Args:
+            passes: that this rank has to make. Collective, where the ranks pass together.
+        """
+        if self.together is None:
+            return []
+        most = int(self.together.max(torch.tensor(passes)))
+        return [self.nothing() for _ in range(most - passes)]
+
+    def nothing(self) -> PackedBatch:
+        """A micro-batch whose loss and gradient are 0."""
+        ids = [self.pad_token_id]
+        return self.one([ScoredSequence(ids, ids, [0.0], advantage=0.0, weight=0.0)])
+
     @torch.no_grad()
     def with_old_logprobs(self, part: MiniBatch) -> MiniBatch:
         """Adds log pi_old to replayed sequences; a fresh one's behaviour policy is the policy before the update."""
         sequences = list(part.sequences)
         replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
-        for rows in self._plan([sequences[index] for index in replayed]):
+        plan = self._plan([sequences[index] for index in replayed])
+        for rows in plan:
             chosen = [replayed[row] for row in rows]
             packed = self.one([sequences[index] for index in chosen])
             logprobs, _ = score(self.policy, packed, self.temperature, with_entropy=False)
             sizes = [len(sequences[index].completion_ids) for index in chosen]
             for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
                 sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())
+        for packed in self.idle(len(plan)):
+            score(self.policy, packed, self.temperature, with_entropy=False)
         return dataclasses.replace(part, sequences=sequences)
 
     def _plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.call import _call_configure_model
@@ -33,6 +35,7 @@ from app.run_folder import run_folder
 from app.run_identity import RunIdentity
 from app.run_table import print_run_table
 from app.scoring import score
+from app.sharding import Sharding
 from app.updates import Updates
 from app.validation_metrics import ValidationMetrics
 from datamodules.errors import UserError
@@ -117,6 +120,7 @@ class GRPOModule(LightningModule):
         self._updates, self._drought = Updates(self), Drought()
         self.resumed: Mapping[str, Any] | None = None
         """`RunIdentity` of the checkpoint that training will go on from."""
+        self.sharding: Sharding | None = None
 
     @property
     def policy_path(self) -> str:
@@ -143,7 +147,7 @@ class GRPOModule(LightningModule):
         )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context, self._trainer_state,
-            self.ranks,
+            self.ranks, self._whole_policy,
         )  # fmt: skip
 
     def _trainer_state(self) -> TrainerState:
@@ -191,11 +195,26 @@ class GRPOModule(LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy_model"):
-            self.policy_model = self.policy.load()
-            if self._compiles:
-                compile_layers(self.policy_model)
+            self.policy_model = self._load_policy()
             self.reference = ReferencePolicy.of(self.policy) if self.surrogate.beta else None
             self.scorer.start()
+
+    def _load_policy(self) -> torch.nn.Module:
+        if self.sharding is not None:
+            return self.sharding.load(self.policy, compiles=self._compiles)
+        model = self.policy.load()
+        if self._compiles:
+            compile_layers(model)
+        return model
+
+    @contextmanager
+    def _whole_policy(self) -> Iterator[None]:
+        """The policy as an engine generates with it."""
+        if self.sharding is None:
+            yield
+            return
+        with self.sharding.whole(self.policy_model):
+            yield
 
     def on_fit_start(self) -> None:
         trainer: Any = self.trainer
@@ -276,7 +295,7 @@ class GRPOModule(LightningModule):
         """How the policy, as it is now, reads sequences."""
         return MicroBatches(
             self.policy_model, self.sampling.temperature, self.max_tokens_per_microbatch, self.share_prompts,
-            self.tokenizer.pad_token_id, self.device,
+            self.tokenizer.pad_token_id, self.device, None if self.sharding is None else self.ranks,
         )  # fmt: skip
 
     def microbatches_of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:

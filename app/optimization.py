@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from datamodules.errors import UserError, nearest
@@ -60,7 +61,8 @@ class Optimization:
     def clip(self, model: torch.nn.Module) -> torch.Tensor:
         """Scales gradients of a larger norm down to the clip norm; their norm before."""
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(trained, self.clip_norm or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm or float("inf"))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
         """The learning-rate schedule, one step of it per optimizer step."""

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from app import checkpoint_files
+from app.sharded_checkpoint import whole_weights
 from datamodules.errors import UserError
 
 CHECKPOINT_PREFIX = "policy_model."
@@ -85,11 +87,12 @@ class Policy:
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
-        """The same model without memory or weights: for counting parameters before a run."""
+        """The same model without memory or weights: to count its parameters, or to be cut before it gets them."""
         config = self._load(AutoConfig)
+        options = {"trust_remote_code": self.trust_remote_code, "dtype": self.stored_dtype(), **self._attention()}
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        return self._adapt(model)
+            model = AutoModelForCausalLM.from_config(config, **options)
+            return self._adapt(model).train()
 
     def stored_dtype(self) -> torch.dtype:
         """What the weights will have once loaded, without loading them."""
@@ -173,18 +176,23 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
 def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
 
-    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again.
+    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again. Of a policy
+    that is cut over processes one tensor at a time is made whole: all of them iterate to the end together.
     """
     if not hasattr(model, "merge_adapter"):
-        yield from model.state_dict().items()
+        yield from ((name, _whole(tensor)) for name, tensor in model.state_dict().items())
         return
     model.merge_adapter()
     try:
         for name, tensor in causal_lm(model).state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), tensor.clone() if ".base_layer" in name else tensor
+                yield name.replace(".base_layer", ""), _whole(tensor.clone() if ".base_layer" in name else tensor)
     finally:
         model.unmerge_adapter()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -204,8 +212,12 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 
 def checkpoint_weights(path: Path) -> dict[str, Any]:
-    """The policy's tensors of a checkpoint. Raises UserError when the file is not a checkpoint of ours."""
-    state = checkpoint_files.read(path)["state_dict"]
+    """The policy's tensors of a checkpoint, a file or a folder. Raises UserError when it is not one of ours."""
+    if path.is_dir():
+        checkpoint_files.check(path)
+        state = whole_weights(path)
+    else:
+        state = checkpoint_files.read(path)["state_dict"]
     return {
         name.removeprefix(CHECKPOINT_PREFIX): tensor
         for name, tensor in state.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class RolloutPipeline:
         precision: context that generation runs in (autocast under mixed precision), as the update does.
         trainer_state: what reward functions may know about the run.
         ranks: the processes that share the work.
+        whole_policy: context in which the policy can generate, where the engine has no weights of its own. Collective.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RolloutPipeline:
         precision: Callable[[], AbstractContextManager[None]],
         trainer_state: Callable[[], TrainerState] = TrainerState,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.engine = engine
         self.scorer = scorer
@@ -49,6 +51,7 @@ class RolloutPipeline:
         self.precision = precision
         self.trainer_state = trainer_state
         self.ranks = ranks
+        self.whole_policy = whole_policy if engine.uses_policy else nullcontext
 
     def roll(
         self,
@@ -75,7 +78,7 @@ class RolloutPipeline:
         written = sampling.num_generations * sampling.max_completion_length
         shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
         share = [prompts[position] for position in shares[self.ranks.rank]]
-        rolled = self._roll(share, sampling, ledger, purpose, step, source) if share else Rolled()
+        rolled = self._roll(share, sampling, ledger, purpose, step, source)
         if self.ranks.size > 1:
             with ledger.phase(_phase(purpose)):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
@@ -106,7 +109,8 @@ class RolloutPipeline:
     ) -> Rolled:
         """The same of this rank's share."""
         seeds = self._seeds(prompts, sampling, purpose, step)
-        with ledger.phase(_phase(purpose)), self.precision():
+        # Entered by ranks without a share too.
+        with ledger.phase(_phase(purpose)), self.whole_policy(), self.precision():
             try:
                 completions = self.engine.generate(prompts, sampling, seeds)
             except FloatingPointError as error:
@@ -114,7 +118,7 @@ class RolloutPipeline:
                     f"step {step}: {error}; give a policy with finite weights, or resume with a lower "
                     "model.optimization.learning_rate or --trainer.precision 32-true"
                 ) from error
-        return self._scored(prompts, completions, ledger, purpose, step, source)
+        return self._scored(prompts, completions, ledger, purpose, step, source) if prompts else Rolled()
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)

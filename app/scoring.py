@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import MethodType
+
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AttentionInterface, PreTrainedModel
 
 from app.engines.kv_cache import full_attention_only
@@ -13,6 +17,7 @@ from app.objective.shared_prompt import shared_prompt_attention
 from app.policy import causal_lm
 
 SHARED_PROMPT = "dots_shared_prompt"
+_AS_FORWARD = "dots_score"
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
 
 
@@ -25,6 +30,19 @@ def score(
     `temperature` is the one that the completions were sampled with.
     """
     lm = causal_lm(model)
+    scored = getattr(lm, _AS_FORWARD, None) or partial(_score, lm)
+    return scored(packed, temperature, with_entropy)
+
+
+def score_as_forward(lm: PreTrainedModel) -> None:
+    """Makes FSDP2 treat `score` as the forward pass of a model that it has cut: weights are whole meanwhile."""
+    setattr(lm, _AS_FORWARD, MethodType(_score, lm))
+    register_fsdp_forward_method(lm, _AS_FORWARD)
+
+
+def _score(
+    lm: PreTrainedModel, packed: PackedBatch, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     hidden = _rectangle(lm, packed) if packed.layout is None else _shared(lm, packed)
     head = lm.get_output_embeddings()
     return token_logprobs(

@@ -19,7 +19,8 @@ from app.nonfinite import NonFiniteGuard, offenders
 from app.objective.packing import PackedBatch
 from app.objective.statistics import Statistics
 from app.objective.surrogate import PolicyLoss
-from app.ranks import Ranks
+from app.ranks import Ranks, talking
+from app.sharding import own_part
 
 if TYPE_CHECKING:
     from app.module import GRPOModule
@@ -155,8 +156,12 @@ class Updates:
         optimizer: Any = module.optimizers()
         scheduler: Any = module.lr_schedulers()
         optimizer.zero_grad(set_to_none=True)
+        if module.sharding is not None:
+            # The passes are collectives: who is lost is found out before.
+            module.ranks.meet("update")
         seen = self._accumulate(share).over(module.ranks)
-        sum_gradients([one for one in module.policy_model.parameters() if one.requires_grad], module.ranks)
+        if module.sharding is None:
+            sum_gradients([one for one in module.policy_model.parameters() if one.requires_grad], module.ranks)
         norm = module.optimization.clip(module.policy_model)
         # The same on all ranks, as loss and norm are.
         finite = bool(torch.isfinite(seen.loss) & torch.isfinite(norm))
@@ -172,12 +177,15 @@ class Updates:
         return Update(seen, norm, skipped=not finite)
 
     def _accumulate(self, share: MiniBatch) -> Seen:
-        seen = Seen.nothing(self._module.device)
-        with self._apart():
-            for packed in self._module.microbatches_of(share.sequences):
-                found = self._module.loss_of(packed)
-                self._module.manual_backward(found.loss)
+        seen, module = Seen.nothing(self._module.device), self._module
+        with self._apart(), talking("update"):
+            packs = module.microbatches_of(share.sequences)
+            for packed in packs:
+                found = module.loss_of(packed)
+                module.manual_backward(found.loss)
                 seen = seen.plus(packed, found)
+            for packed in module.microbatches.idle(len(packs)):
+                module.manual_backward(module.loss_of(packed).loss)
         return seen
 
     def _apart(self) -> AbstractContextManager[None]:
@@ -189,6 +197,28 @@ class Updates:
         """The completions that made an update not finite, of all ranks."""
         module = self._module
         trained = [parameter for parameter in module.policy_model.parameters() if parameter.requires_grad]
-        mine = offenders(share, lambda sequence: module.loss_of(module.microbatches.one([sequence])).loss, trained)
+        if module.sharding is None:
+            mine = offenders(share, lambda sequence: module.loss_of(module.microbatches.one([sequence])).loss, trained)
+        else:
+            mine = self._offenders_of_sharded(share, trained)
         named = module.ranks.gather(json.dumps([[one.prompt_id, one.sample] for one in mine]).encode(), "update")
         return [CompletionId(*one) for names in named for one in json.loads(names)]
+
+    def _offenders_of_sharded(self, share: MiniBatch, trained: Sequence[torch.nn.Parameter]) -> list[CompletionId]:
+        """Those of this rank, where gradients are known only summed over ranks: all others pass over nothing."""
+        module, ranks = self._module, self._module.ranks
+        counts = [int(count) for count in ranks.gather(str(len(share.sequences)).encode(), "update")]
+        found = []
+        for rank, count in enumerate(counts):
+            for row in range(count):
+                ours = rank == ranks.rank
+                micro = module.microbatches
+                packed = micro.one([share.sequences[row]]) if ours else micro.nothing()
+                loss = module.loss_of(packed).loss
+                module.manual_backward(loss)
+                parts = [loss.detach(), *(own_part(one.grad) for one in trained if one.grad is not None)]
+                finite = all(bool(torch.isfinite(part).all()) for part in parts)
+                module.zero_grad(set_to_none=True)
+                if ranks.any(not finite) and ours:
+                    found.append(share.ids[row])
+        return found

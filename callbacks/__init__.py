@@ -12,6 +12,7 @@ from callbacks.rollout_ahead import RolloutAhead
 from callbacks.rollouts import Rollouts
 from callbacks.run_ledger import RunLedger
 from callbacks.selection_monitor import SelectionMonitor
+from callbacks.sharded_policy import ShardedPolicy
 from callbacks.start_validation import StartValidation
 from callbacks.weight_sync import WeightSync
 
@@ -28,6 +29,7 @@ __all__ = [
     "RunLedger",
     "RunProgress",
     "SelectionMonitor",
+    "ShardedPolicy",
     "StartValidation",
     "WeightSync",
 ]

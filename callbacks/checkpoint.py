@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from app.checkpoint_files import by_age, remove, seal, seal_of, sync_folder
+from app.checkpoint_files import by_age, flush, remove, seal, seal_of
 from app.module import GRPOModule
 from app.run_folder import LAST, run_folder
 from datamodules.errors import UserError
@@ -108,7 +108,7 @@ class RunCheckpoint(Checkpoint):
     def _failed(self, path: Path, error: OSError | RuntimeError, must_stop: bool) -> None:
         """What remains of a checkpoint that could not be written goes, so that the next one finds its room."""
         with contextlib.suppress(OSError):
-            temporary_of(path).unlink(missing_ok=True)
+            remove(temporary_of(path))
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         said = f"checkpoint {path} cannot be written ({reason}); the older ones are as they were"
         if must_stop or self.on_write_error == "stop":
@@ -123,14 +123,18 @@ def write_whole(trainer: Trainer, path: Path) -> None:
     temporary = temporary_of(path)
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
     # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
     trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        seal_of(path).unlink(missing_ok=True)  # of an earlier run of the same step
+        # A sharded checkpoint is a folder; all processes have written their parts of it.
+        for file in [*temporary.glob("*"), temporary]:
+            flush(file)
+        seal_of(path).unlink(missing_ok=True)  # of an earlier life of the run
+        if path.is_dir():
+            remove(path)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        flush(path.parent)
 
 
 def temporary_of(path: Path) -> Path:

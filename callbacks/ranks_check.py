@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from app.sharded_strategy import ShardedStrategy
+from callbacks.sharded_policy import ShardedPolicy
 from datamodules.errors import UserError
 
 
@@ -14,15 +16,21 @@ def check_ranks(trainer: Trainer, pl_module: Any) -> None:
     """Checks strategy and sizes.
 
     Raises:
-        UserError: another strategy than DDP, or more ranks than a mini-batch has prompts.
+        UserError: another strategy than DDP or FSDP2, or more ranks than a mini-batch has prompts.
     """
     ranks, strategy = trainer.world_size, trainer.strategy
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    if isinstance(strategy, ShardedStrategy) and not any(isinstance(one, ShardedPolicy) for one in callbacks):
+        raise UserError(
+            "trainer.strategy is ShardedStrategy and trainer.callbacks holds no callbacks.ShardedPolicy, which cuts "
+            "the policy: add it (--config configs/strategy/fsdp2.yaml)"
+        )
     if ranks == 1:
         return
-    if not isinstance(strategy, DDPStrategy):
+    if not isinstance(strategy, DDPStrategy | ShardedStrategy):
         raise UserError(
-            f"trainer.strategy is {type(strategy).__name__} with {ranks} processes: expected ddp "
-            "(--config configs/strategy/ddp.yaml)"
+            f"trainer.strategy is {type(strategy).__name__} with {ranks} processes: expected DDP or FSDP2 "
+            "(--config configs/strategy/ddp.yaml or fsdp2.yaml)"
         )
     prompts: int = trainer.datamodule.prompts_per_step  # type: ignore[attr-defined]  # Lightning leaves it untyped
     parts: int = pl_module.mini_batches

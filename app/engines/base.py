@@ -62,6 +62,8 @@ class RolloutEngine(ABC):
 
     runs_ahead = False
     """Whether it can generate while the trainer trains."""
+    uses_policy = False
+    """Whether it generates with the trained module itself, and has no weights of its own."""
 
     def setup(
         self,

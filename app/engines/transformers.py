@@ -35,6 +35,8 @@ class Transformers(RolloutEngine):
         prefill_tokens: prompt tokens (padding included) read in one forward pass.
     """
 
+    uses_policy = True
+
     def __init__(self, max_rows: int = 256, max_cache_tokens: int = 262_144, prefill_tokens: int = 16_384) -> None:
         for name, given in (
             ("max_rows", max_rows),

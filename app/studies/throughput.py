@@ -79,6 +79,7 @@ def measure(options: Any, case: str, scratch: Path) -> list[Pair]:
 
     def side(run: Any, clock: Clock) -> None:
         try:
+            clock.enter()
             run(work, data, folder, clock, options.threads)
         except OtherFailedError:
             pass

@@ -66,13 +66,25 @@ class Step:
 
 
 class Clock:
-    """Starts when its side's turn comes and gives the turn on when it stops."""
+    """Starts when its side's turn comes and gives the turn on when it stops.
+
+    The sides are set up in turn as well, between `enter` and the first start: models cannot be loaded side by side,
+    because transformers switches the whole process to the meta device meanwhile.
+    """
 
     def __init__(self, turns: Turns, mine: str, other: str) -> None:
         self.turns, self.mine, self.other = turns, mine, other
         self.steps: list[Step] = []
+        self._set_up = False
+
+    def enter(self) -> None:
+        """Before the side is set up."""
+        self.turns.wait(self.mine)
 
     def start(self) -> None:
+        if not self._set_up:
+            self._set_up = True
+            self.turns.give(self.other)
         self.turns.wait(self.mine)
         self._resident = _reset_peak()
         self._started = time.perf_counter()

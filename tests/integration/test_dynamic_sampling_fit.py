@@ -133,6 +133,7 @@ def test_pictures_of_the_forecast_are_in_the_event_file(finished: Path):
         assert ((inside[..., 2] - inside[..., 0]) > 60).sum() > 20
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
     kill_when(run_of(tmp_path) / "checkpoints" / "step_00000004.ckpt", *arguments(tmp_path))
     assert not (run_of(tmp_path) / "summary.json").exists()

@@ -89,6 +89,7 @@ def test_one_update_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> 
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
 
 
+@pytest.mark.long
 def test_three_in_a_row_end_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     (tmp_path / "poison.py").write_text(POISON)
     done, run = fit(tmp_path, "--trainer.max_steps=6", "--trainer.val_check_interval=4", poison([1, 2, 3]))

@@ -57,7 +57,10 @@ def test_short_names_and_options_are_understood(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OWN_METRICS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("Greso", "Posterior") else pytest.param(name, marks=pytest.mark.long) for name in OWN_METRICS],
+)
 def test_ten_steps_by_short_name(name: str, tmp_path: Path):
     done = dots(*fit_arguments(tmp_path, f"--data.selector={name}"), *SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -67,6 +70,7 @@ def test_ten_steps_by_short_name(name: str, tmp_path: Path):
     assert len(scalars(tmp_path)[OWN_METRICS[name]]) == 10
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_stopped_composition_goes_on_with_identical_choices(tmp_path: Path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

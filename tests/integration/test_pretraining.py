@@ -63,6 +63,7 @@ def test_a_few_steps_lower_the_loss_and_the_export_is_the_trained_model(tmp_path
     assert f"{module.measured.accuracy:.2f} of the completions" in card
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_same_seed_pretrains_the_same_weights(tmp_path: Path) -> None:
     arguments = [

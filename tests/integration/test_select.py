@@ -67,6 +67,7 @@ def test_the_best_prompts_are_kept_and_read_back(selected: Path):
     assert selected.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_a_selection_killed_twice_goes_on_as_if_never_stopped(selected: Path, tmp_path: Path):
     """Once in its warm-up, once while it measures."""
     out = tmp_path / "subset.jsonl"
