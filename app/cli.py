@@ -12,12 +12,23 @@ from typing import Any
 # Set before torch and tokenizers are imported by what follows.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lightning.pytorch.cli import LightningCLI
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from app import changed_config
+from app.checkpoint_files import OnDamage
+from app.checkpoint_files import check as check_files
+from app.checkpoint_files import read as read_checkpoint
 from app.commands import COMMANDS, epilog
+from app.module import GRPOModule
 from app.parsing import DotsArgumentParser, run_or_exit
+from app.policy import CHECKPOINT_PREFIX
 from app.run_folder import find_last
+from app.run_identity import check_weights
+from app.sharded_checkpoint import read_rest
 from app.trainer import DotsTrainer
+from datamodules.errors import UserError
 
 _TRAINER_DEFAULTS = {
     # Steps, not epochs, are the unit of everything: the training loader never ends.
@@ -60,12 +71,32 @@ class DotsCLI(LightningCLI):
             "serve": {"model", "datamodule"},
         }
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--on_damaged_checkpoint",
+            type=OnDamage,
+            default="previous",
+            help="what --ckpt_path last does when the newest checkpoint is not what was written: take the one before "
+            "it, and say so, or stop",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds no hyperparameters, and must not choose which classes are made."""
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             self._resume_last(config)
-        if "weights_only" in config and config.weights_only is None:
-            # Our checkpoints need no pickle, and no pickle is ever loaded.
+        self._resumed = _read_checkpoint(config)
+        if self._resumed is not None and self.subcommand == "fit":
+            given = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            if changed := changed_config.report(Path(config.ckpt_path), given):
+                print(changed, file=sys.stderr, flush=True)
+        if "weights_only" in config:
+            if config.weights_only is False:
+                raise UserError(
+                    "--weights_only false would unpickle the checkpoint, which runs any code in it: drop it"
+                )
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
@@ -73,15 +104,54 @@ class DotsCLI(LightningCLI):
             # They leave no run folder (the warm-up of a selection stands beside its result).
             config.trainer.logger = False
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # Lightning's own words for a strategy or an accelerator
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def after_instantiate_classes(self) -> None:
+        if self._resumed is not None and isinstance(self.model, GRPOModule):
+            # Of a sharded one, a folder, the weights are compared when they are read.
+            if not Path(self.config[self.subcommand].ckpt_path).is_dir():
+                check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
+            self.model.resumed = self._resumed.get("run_identity", {})
+        self._resumed = None
+
     def _resume_last(self, config: Any) -> None:
-        """Finds the newest run of the logger's name and, when training, lets it go on in its own folder."""
+        """Finds the newest run of the logger's name and, when training, lets it go on in its own folder.
+
+        Training starts anew when there is no run of that name, so that one command serves for every start of a run.
+        """
         logger = config.trainer.logger
         options = getattr(logger, "init_args", None)
         save_dir, name = getattr(options, "save_dir", None), getattr(options, "name", None)
-        version, checkpoint = find_last(Path(save_dir or "."), name or "lightning_logs")
+        runs = Path(save_dir or "."), name or "lightning_logs"
+        found = find_last(*runs, config.on_damaged_checkpoint)
+        if found is None:
+            if self.subcommand != "fit":
+                raise UserError(f"--ckpt_path last: no run under {runs[0] / runs[1]}; train one first, or name a file")
+            print(f"--ckpt_path last: no run under {runs[0] / runs[1]} yet, this is the first", file=sys.stderr)
+            config.ckpt_path = None
+            return
+        version, checkpoint = found
         config.ckpt_path = str(checkpoint)
         if options is not None and self.subcommand == "fit":
             options.version = version
+
+
+def _read_checkpoint(config: Any) -> dict[str, Any] | None:
+    """What the checkpoint of --ckpt_path holds, when it is a file; anything wrong with it is said before it is used."""
+    given = config.get("ckpt_path")
+    if not given or "://" in given:
+        return None
+    path = Path(given)
+    if path.is_dir():
+        check_files(path)
+        return read_rest(path)
+    return read_checkpoint(path)
 
 
 def _describe_here(config: Any) -> None:

@@ -44,7 +44,7 @@ def explain(message: str, args: list[str], option_names: set[str]) -> str:
 
 
 def _broken_yaml(flat: str, args: list[str]) -> str | None:
-    if not flat.startswith("Problems parsing config"):
+    if not flat.startswith(("Problems parsing config", "Unexpected config")):
         return None
     for path in config_files(args):
         try:

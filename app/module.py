@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -10,9 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.call import _call_configure_model
 from transformers import PreTrainedTokenizerBase
 
 from app.compilation import compile_layers
+from app.drought import Drought
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.metrics import batch_metrics, update_metrics
 from app.microbatches import MicroBatches
@@ -29,11 +32,13 @@ from app.reference_policy import ReferencePolicy
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts import RolloutPipeline
 from app.run_folder import run_folder
+from app.run_identity import RunIdentity
 from app.run_table import print_run_table
 from app.scoring import score
 from app.sharding import Sharding
 from app.updates import Updates
 from app.validation_metrics import ValidationMetrics
+from datamodules.errors import UserError
 from datamodules.seeding import generator, run_seed
 from datamodules.types import TrainBatch
 
@@ -112,7 +117,9 @@ class GRPOModule(LightningModule):
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
-        self._updates = Updates(self)
+        self._updates, self._drought = Updates(self), Drought()
+        self.resumed: Mapping[str, Any] | None = None
+        """`RunIdentity` of the checkpoint that training will go on from."""
         self.sharding: Sharding | None = None
 
     @property
@@ -146,6 +153,46 @@ class GRPOModule(LightningModule):
 
     def _trainer_state(self) -> TrainerState:
         return TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps)
+
+    def prepare_data(self) -> None:
+        """Loads and checks before the logger makes the run's folder: what cannot be used leaves nothing behind.
+
+        Lightning calls this in one process; where there are several, each does so when the folder is there.
+        """
+        trainer: Any = self.trainer
+        if trainer.world_size > 1:
+            return
+        for callback in trainer.callbacks:
+            if hasattr(callback, "check_first"):
+                callback.check_first(trainer, self)
+        _call_configure_model(trainer)  # with the contexts of strategy and precision
+        self._check_run()
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            self._check_run()
+
+    def _check_run(self) -> None:
+        trainer: Any = self.trainer
+        if trainer.state.fn != "fit":
+            return
+        if trainer.max_steps < 1 and not any(isinstance(one, Timer) for one in trainer.callbacks):
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps}: prompts never run out; expected optimizer steps (or "
+                "trainer.max_time) that end the run"
+            )
+        if not any(getattr(one, "fills_batches", False) for one in trainer.callbacks):
+            raise UserError("trainer.callbacks holds callbacks.Rollouts 0 times: list it exactly once")
+        if self.resumed is not None:
+            self._identity.check(self.resumed)
+
+    @cached_property
+    def _identity(self) -> RunIdentity:
+        trainer: Any = self.trainer
+        return RunIdentity.of(self.tokenizer, trainer.datamodule.pools["train"], self.sampling.num_generations)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run_identity"] = self._identity.as_dict()
 
     def configure_model(self) -> None:
         if not hasattr(self, "policy_model"):
@@ -190,6 +237,7 @@ class GRPOModule(LightningModule):
         self.engine.close()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        self._drought.step(batch.step, batch.groups)
         with batch.ledger.phase("update"):
             batch.advantages = self.advantages_of(batch)
             parts = self.minibatches_of(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,12 +10,15 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from app.diagnosis import explain
 from datamodules.errors import UserError
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "DOTS_DEBUG"
+_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+"""Errors of the disk, not of the program."""
 
 # Lightning calls names that jsonargparse has deprecated; nothing the user could change.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -43,7 +47,10 @@ class DotsArgumentParser(LightningArgumentParser):
             os.environ[DEBUG_VARIABLE] = "1"
             given = [token for token in given if token != DEBUG_FLAG]
         self._given = given
-        return super().parse_args(given, *rest, **kwargs)
+        try:
+            return super().parse_args(given, *rest, **kwargs)
+        except UnicodeDecodeError as error:  # jsonargparse reads config files as UTF-8, whatever they are
+            self.error(f"Problems parsing config: {error}", error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested classes are told not to exit: their message belongs to the error of the outermost one.
@@ -73,12 +80,25 @@ def run_or_exit(run: Callable[[], Any]) -> None:
     try:
         run()
     except Exception as error:
-        inner = find_user_error(error)
+        inner = find_user_error(error) or _misconfigured(error)
         if inner is None or debugging():
             if dist.is_available() and dist.is_initialized():
                 error.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}")
             raise
         print_and_exit(str(inner))
+
+
+def _misconfigured(error: BaseException) -> UserError | None:
+    """What Lightning says of options that it cannot run with, and the system of files that cannot be used."""
+    for each in _chain(error):
+        said = " ".join(str(each).split())
+        if isinstance(each, MisconfigurationException):
+            return UserError(f"{said} (expected other trainer options: change them in the config or as --trainer....)")
+        if isinstance(each, OSError) and each.errno in _NOT_OURS and each.filename is not None:
+            return UserError(
+                f"{each.filename}: {each.strerror}; expected a place that can be used: free it or name another"
+            )
+    return None
 
 
 def print_and_exit(message: str) -> NoReturn:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from app import checkpoint_files
 from app.sharded_checkpoint import whole_weights
 from datamodules.errors import UserError
 
-_CHECKPOINT_PREFIX = "policy_model."
+CHECKPOINT_PREFIX = "policy_model."
+"""Of the policy's tensors among those of a checkpoint."""
 
 
 @dataclass
@@ -57,6 +62,12 @@ class Policy:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, with a padding token (the end token where the model has none)."""
         tokenizer = self._load(AutoTokenizer)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # What transformers makes of a folder without a tokenizer's files.
+            raise UserError(
+                f"policy.path={self.path}: cannot be loaded by AutoTokenizer (it holds no vocabulary); expected the "
+                "tokenizer's files (tokenizer.json) beside the weights"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError(f"policy.path={self.path}: its tokenizer has no end token; expected eos_token to be set")
         if tokenizer.pad_token_id is None:
@@ -65,7 +76,14 @@ class Policy:
 
     def load(self) -> torch.nn.Module:
         """The model with its weights, adapted if `lora` is set, in training mode."""
-        model = self._load(AutoModelForCausalLM, dtype=self._torch_dtype(), **self._attention())
+        options = {"dtype": self._torch_dtype(), **self._attention()}
+        # use_safetensors: the other format is pickle.
+        model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(read["missing_keys"]):
+            raise UserError(
+                f"policy.path={self.path}: its weights lack {len(missing)} tensors of {type(model).__name__} "
+                f"({missing[0]}), which would start at random; expected a causal language model, head and all"
+            )
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
@@ -90,10 +108,12 @@ class Policy:
             raise UserError(
                 f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name"
             )
+        if self.trust_remote_code:
+            rank_zero_warn(f"policy.trust_remote_code: code that comes with {self.path} is run with your rights")
         try:
             where = str(folder) if folder.is_dir() else self.path
             return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}); "
@@ -118,6 +138,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("policy.lora is set but peft is not installed: pip install 'dots-grpo[lora]'") from error
+    if lora.rank < 1:
+        raise UserError(f"policy.lora.rank={lora.rank}: expected at least 1")
     model.enable_input_require_grads()
     targets: str | list[str] = lora.target_modules
     if targets == ["all-linear"]:
@@ -129,7 +151,13 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}; "
+            'expected names of linear layers, or ["all-linear"]'
+        ) from error
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -202,20 +230,13 @@ def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
 
 def checkpoint_weights(path: Path) -> dict[str, Any]:
     """The policy's tensors of a checkpoint, a file or a folder. Raises UserError when it is not one of ours."""
-    state = whole_weights(path) if path.is_dir() else _weights_of_file(path)
+    if path.is_dir():
+        checkpoint_files.check(path)
+        state = whole_weights(path)
+    else:
+        state = checkpoint_files.read(path)["state_dict"]
     return {
-        name.removeprefix(_CHECKPOINT_PREFIX): tensor
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
         for name, tensor in state.items()
-        if name.startswith(_CHECKPOINT_PREFIX)
+        if name.startswith(CHECKPOINT_PREFIX)
     }
-
-
-def _weights_of_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:
-        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({type(error).__name__})") from error

@@ -13,6 +13,7 @@ from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rewards.scorer import means
 from app.rollout_exchange import Rolled, exchange
+from datamodules.errors import UserError
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt, RolloutGroup, Source
@@ -107,9 +108,16 @@ class RolloutPipeline:
         self, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, purpose: str, step: int, source: Source
     ) -> Rolled:
         """The same of this rank's share."""
+        seeds = self._seeds(prompts, sampling, purpose, step)
         # Entered by ranks without a share too.
         with ledger.phase(_phase(purpose)), self.whole_policy(), self.precision():
-            completions = self.engine.generate(prompts, sampling, self._seeds(prompts, sampling, purpose, step))
+            try:
+                completions = self.engine.generate(prompts, sampling, seeds)
+            except FloatingPointError as error:
+                raise UserError(
+                    f"step {step}: {error}; give a policy with finite weights, or resume with a lower "
+                    "model.optimization.learning_rate or --trainer.precision 32-true"
+                ) from error
         return self._scored(prompts, completions, ledger, purpose, step, source) if prompts else Rolled()
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from app.checkpoint_files import OnDamage, by_age, newest_whole
 from datamodules.errors import UserError
 
 LAST = "last.ckpt"
@@ -23,19 +24,22 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir)
 
 
-def find_last(save_dir: Path, name: str) -> tuple[int, Path]:
-    """Version and checkpoint of the newest run under `save_dir/name` that has one.
+def find_last(save_dir: Path, name: str, on_damage: OnDamage = "previous") -> tuple[int, Path] | None:
+    """Version and newest whole checkpoint of the newest run under `save_dir/name`; None when there is no such run.
 
-    Raises UserError when there is none.
+    Raises UserError when runs are there, but no checkpoint that can be resumed.
     """
-    found = []
-    for folder in (save_dir / name).glob("version_*"):
-        version = re.fullmatch(r"version_(\d+)", folder.name)
-        if version and (folder / "checkpoints" / LAST).exists():
-            found.append((int(version[1]), folder / "checkpoints" / LAST))
-    if not found:
+    versions = {
+        int(match[1]): folder
+        for folder in (save_dir / name).glob("version_*")
+        if (match := re.fullmatch(r"version_(\d+)", folder.name))
+    }
+    saved = [version for version, folder in versions.items() if by_age(folder / "checkpoints")]
+    if not versions:
+        return None
+    if not saved:
         raise UserError(
-            f"--ckpt_path last: no checkpoint under {save_dir / name}/version_*/checkpoints; "
-            "expected a stopped run of this name: leave --ckpt_path out to start one"
+            f"--ckpt_path last: no checkpoint under {save_dir / name}/version_*/checkpoints; expected a run of this "
+            "name that was stopped behind its first one: leave --ckpt_path out to start anew"
         )
-    return max(found)
+    return max(saved), newest_whole(versions[max(saved)] / "checkpoints", on_damage)

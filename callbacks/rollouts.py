@@ -9,9 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.module import GRPOModule
 from app.ranks import LostRankError
+from callbacks.checkpoint import validation_follows
 from callbacks.order import check_order
 from callbacks.ranks_check import check_ranks
 from callbacks.stop_signal import StopSignal
@@ -44,12 +46,19 @@ class Rollouts(Callback):
     With several processes every one of them holds the whole batch, and rolls out its share of the prompts.
     """
 
+    fills_batches = True
+    """Without a callback that does, a run would train on nothing: the module looks for one."""
+
     def __init__(self) -> None:
         self._stop = StopSignal()
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def check_first(self, trainer: Trainer, pl_module: Any) -> None:
+        """Raises UserError for strategies, sizes or an order of callbacks that no run can have."""
         check_ranks(trainer, pl_module)
         check_order(trainer)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.check_first(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._stop.install(pl_module.ranks)
@@ -63,9 +72,16 @@ class Rollouts(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        self._stop.agree(trainer, pl_module.ranks)
+        if not validation_follows(trainer, batch_idx):
+            self._stop.agree(trainer, pl_module.ranks)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if trainer.state.fn == "fit":
+            self._stop.agree(trainer, pl_module.ranks)
 
     def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            self._stop.give_exit_code(exception, trainer)
         launcher = trainer.strategy.launcher
         if isinstance(exception, LostRankError) and isinstance(launcher, _SubprocessScriptLauncher):
             # Whoever hangs would outlive the run: Lightning ends its processes only when one of them has failed. Not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -41,6 +42,8 @@ class RunLedger(Callback):
         self._started = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if trainer.is_global_zero:
+            _reopen(run_folder(trainer) / "summary.json")
         self._step_started = time.perf_counter()
 
     def on_train_batch_end(
@@ -166,6 +169,12 @@ def _log(trainer: Trainer, batch: TrainBatch) -> None:
     measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
     for logger in trainer.loggers:
         logger.log_metrics(measured, step=batch.step)
+
+
+def _reopen(summary: Path) -> None:
+    """A run that goes on is not complete, whatever it was before: it may be killed before it can say so."""
+    with contextlib.suppress(OSError, ValueError):
+        _write_text(summary, json.dumps({**json.loads(summary.read_text()), "completed": False}, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str | None:

@@ -19,8 +19,9 @@ from datamodules.schemas import ANSWERS, PROMPTS
 LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """File endings that are read, and the loader of `datasets` that reads them."""
 
-_FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, StopIteration)
-"""What `datasets` raises for data that it cannot read (StopIteration: a file without a single row)."""
+_FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, StopIteration, RuntimeError)
+"""What `datasets` raises for data that it cannot read (StopIteration: a file without a single row; RuntimeError: a data
+set that is a script, which is never run)."""
 
 
 def open_dataset(path: str, name: str | None, split: str, text_columns: list[str]) -> datasets.Dataset:

@@ -112,6 +112,14 @@ class OnlinePromptDataModule(LightningDataModule):
         self.prepared: TrainBatch | None = None
         """The batch of a step that has not begun, whose prompts were chosen ahead."""
 
+    def prepare_data(self) -> None:
+        """Sets up before the logger makes the run's folder, so that data that cannot be used leave none behind.
+
+        Lightning calls this in one process; where there are several, they read side by side in `setup`.
+        """
+        if self.trainer is not None and self.trainer.world_size == 1 and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
+
     def setup(self, stage: str) -> None:
         """Reads the pools and prepares the selector. Raises UserError when data cannot be used."""
         if self.pools:
@@ -127,6 +135,11 @@ class OnlinePromptDataModule(LightningDataModule):
         if self.sources["test"] is not None:
             self.pools["test"] = self._read("test", tokenizer)
         if stage == "fit":
+            if self.prompts_per_step > len(train):
+                raise UserError(
+                    f"{self.prompts_per_step} prompts per step asked of a pool of {len(train)}: lower "
+                    "data.prompts_per_step or add prompts"
+                )
             policy = self.encoder or getattr(self._module(), "policy_path", None)
             self.selector.setup(train, SelectionContext(self.seed, policy, self.cache_dir))
 
@@ -204,8 +217,18 @@ class OnlinePromptDataModule(LightningDataModule):
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer_path is not None:
-            return AutoTokenizer.from_pretrained(self.tokenizer_path)
+            return _load_tokenizer(self.tokenizer_path)
         tokenizer = getattr(self._module(), "tokenizer", None)
         if tokenizer is None:
             raise UserError("data.tokenizer is not set and the model has none: set data.tokenizer to a folder or name")
         return tokenizer
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.tokenizer={name}: cannot be loaded ({str(error).strip().splitlines()[0]}); expected a folder or hub "
+            "name with a tokenizer, or null for the policy's"
+        ) from error

@@ -28,15 +28,22 @@ class PromptPool(Sequence[Prompt]):
         ids: `Q` unique ids, in order.
         questions: `Q` raw question texts, in order (may be a lazy sequence).
         report: what was read and dropped to make the pool; None for one that was not read.
+        digests: bytes `[Q]`: a hash of each prompt's rendered text and answer; None for a pool that was not read.
     """
 
     def __init__(
-        self, rows: PromptRows, ids: Sequence[str], questions: Sequence[str], report: ReadReport | None = None
+        self,
+        rows: PromptRows,
+        ids: Sequence[str],
+        questions: Sequence[str],
+        report: ReadReport | None = None,
+        digests: Sequence[bytes] | None = None,
     ) -> None:
         self._rows = rows
         self.ids = ids
         self.questions = questions
         self.report = report
+        self.digests = digests
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> PromptPool:
@@ -67,3 +74,9 @@ class PromptPool(Sequence[Prompt]):
         for name, question in zip(self.ids, self.questions, strict=True):
             digest.update(f"{len(name)}:{name}{len(question)}:{question}".encode())
         return digest.hexdigest()
+
+    def content(self, *, in_order: bool) -> str:
+        """Hash of what the prompts say, answers included: of another order the same, unless `in_order`."""
+        digests = self.digests or [hashlib.blake2b(question.encode()).digest() for question in self.questions]
+        joined = b"".join(digests if in_order else sorted(digests))
+        return hashlib.blake2b(joined, digest_size=16).hexdigest()

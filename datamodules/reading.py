@@ -47,7 +47,8 @@ def read_pool(
         raise UserError(f"no prompt is left: {report}; give other data or raise max_prompt_length")
     kept = np.array(scan.kept, dtype=np.int64)
     ids = _unique_ids(scan.names, scan.digests, schema.id_is_index)
-    return PromptPool(_PoolRows(table, kept, ids, schema, renderer), ids, Questions(table, kept, schema), report)
+    rows = _PoolRows(table, kept, ids, schema, renderer)
+    return PromptPool(rows, ids, Questions(table, kept, schema), report, scan.keys)
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Scan:
     kept: list[int] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
     digests: list[tuple[bytes, bytes]] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     empty: int = 0
     duplicates: int = 0
@@ -82,14 +84,15 @@ class _Scan:
                 continue
             self.seen.add(key)
             raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            found.append((int(position), text, self._name(row), (_digest(raw), _digest(raw, written))))
-        fits = self._fits([text for _, text, _, _ in found])
+            found.append((int(position), text, self._name(row), (_digest(raw), _digest(raw, written)), key))
+        fits = self._fits([text for _, text, *_ in found])
         self.overlong += len(found) - sum(fits)
-        for (position, _, name, digests), fit in zip(found, fits, strict=True):
+        for (position, _, name, digests, key), fit in zip(found, fits, strict=True):
             if fit:
                 self.kept.append(position)
                 self.names.append(name)
                 self.digests.append(digests)
+                self.keys.append(key)
 
     def _prompt(self, position: int, row: Row) -> str | Messages | None:
         try:

@@ -56,7 +56,9 @@ def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
         questions = pool.questions.take(positions)
     else:
         questions = [pool.questions[position] for position in positions]
-    return PromptPool(_SubRows(pool, positions), [pool.ids[position] for position in positions], questions)
+    ids = [pool.ids[position] for position in positions]
+    digests = None if pool.digests is None else [pool.digests[position] for position in positions]
+    return PromptPool(_SubRows(pool, positions), ids, questions, digests=digests)
 
 
 class _SubRows:

@@ -33,6 +33,9 @@ from app.rewards.task import ORDER, Call, Setup
 from datamodules.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+MAX_REPLY_BYTES = 16 * 2**20
+"""Scores of a chunk take some hundred bytes; what a function logs beside them must not fill the trainer's memory."""
+_SHOWN_TRACEBACK = 20_000
 
 
 def main(control_fd: int, parent: int, modules: Sequence[str]) -> None:
@@ -111,32 +114,32 @@ def _die_with_parent(parent: int) -> None:
 
 def serve(connection: Connection) -> None:
     """Loads the rewards, then answers calls until the other end closes."""
-    _reply(connection, kind="born", pid=os.getpid())
+    reply(connection, kind="born", pid=os.getpid())
     setup: Setup = connection.recv()
     limit = setup.memory_limit_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     rewards = []
     for position, pickled in enumerate(setup.rewards):
-        _reply(connection, kind="loading", reward=position)
+        reply(connection, kind="loading", reward=position)
         try:
             reward = pickle.loads(pickled)  # noqa: S301 (from the trainer, over a private socket)
             reward.load()
         except UserError as error:
-            return _reply(connection, kind="unusable", error=str(error))
+            return reply(connection, kind="unusable", error=str(error))
         except (Exception, SystemExit):  # noqa: BLE001 (a reward may raise anything)
-            return _reply(connection, kind="unloadable", error=_line(), traceback=traceback.format_exc())
+            return reply(connection, kind="unloadable", error=_line(), traceback=traceback.format_exc())
         rewards.append(reward)
-    _reply(connection, kind="ready")
+    reply(connection, kind="ready")
     while True:
         request = connection.recv_bytes()
         try:
             call: Call = pickle.loads(request)  # noqa: S301 (from the trainer, over a private socket)
-            reply = score(rewards[call.reward], call)
+            answer = score(rewards[call.reward], call)
         except UserError as error:
-            reply = {"kind": "unusable", "error": str(error)}
+            answer = {"kind": "unusable", "error": str(error)}
         except (Exception, SystemExit):  # noqa: BLE001 (a reward may raise anything)
-            reply = {"kind": "raised", "error": _line(), "traceback": traceback.format_exc()}
-        _reply(connection, **reply)
+            answer = {"kind": "raised", "error": _line(), "traceback": traceback.format_exc()[-_SHOWN_TRACEBACK:]}
+        reply(connection, **answer)
 
 
 def _line() -> str:
@@ -145,8 +148,13 @@ def _line() -> str:
     return " ".join("".join(traceback.format_exception_only(kind, error)).split())[:300]
 
 
-def _reply(connection: Connection, **message: Any) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+def reply(connection: Connection, **message: Any) -> None:
+    """Sends a message to the trainer; one that is larger than `MAX_REPLY_BYTES` becomes a failure of the reward."""
+    encoded = json.dumps(message).encode()
+    if len(encoded) > MAX_REPLY_BYTES:
+        error = f"logged {len(encoded) >> 20} MiB beside its scores, expected less than {MAX_REPLY_BYTES >> 20}"
+        encoded = json.dumps({"kind": "raised", "error": error, "traceback": error}).encode()
+    connection.send_bytes(encoded)
 
 
 def score(reward: Reward, call: Call) -> dict[str, Any]:

@@ -50,11 +50,12 @@ def cached_matrix(
     stored = _load(path, rows, dtype)
     if stored is not None:
         return stored
+    columns = width()  # first: an encoder that cannot be loaded leaves no folder
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:
-        matrix = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=(rows, width()))
+        matrix = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=(rows, columns))
         fill(matrix)
         matrix.flush()
         del matrix

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
 from datamodules.difficulty.pooling import PoolingRecipe, pool, read_recipe
@@ -58,7 +59,9 @@ class TextEncoder:
     @cached_property
     def width(self) -> int:
         """Components `E` of a vector."""
-        return int(self._model.config.get_text_config().hidden_size)
+        config = self._model.config.get_text_config()
+        self._check_layer(int(config.num_hidden_layers))
+        return int(config.hidden_size)
 
     def encode(self, questions: Sequence[str]) -> np.ndarray:
         """float32 `[Q, E]`: the vectors of raw question texts. A text without tokens gets the zero vector."""
@@ -97,12 +100,14 @@ class TextEncoder:
         if self.layer is None:
             return self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
         states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-        if not 0 <= self.layer < len(states):
-            raise UserError(
-                f"layer {self.layer} of encoder {self.folder}, which has {len(states) - 1} layers: name one from 0 to "
-                f"{len(states) - 1}"
-            )
+        self._check_layer(len(states) - 1)
         return states[self.layer]
+
+    def _check_layer(self, layers: int) -> None:
+        if self.layer is not None and not 0 <= self.layer <= layers:
+            raise UserError(
+                f"layer {self.layer} of encoder {self.folder}, which has {layers} layers: name one from 0 to {layers}"
+            )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         texts = [self.recipe.prefix + text for text in texts]
@@ -128,16 +133,25 @@ class TextEncoder:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.recipe.model)
+        return self._load(AutoTokenizer)
 
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel
 
         dtype: Any = torch.float32 if self.device.type == "cpu" else "auto"
-        model = AutoModel.from_pretrained(self.recipe.model, dtype=dtype).to(self.device).eval().requires_grad_(False)
+        model = self._load(AutoModel, dtype=dtype, use_safetensors=True).to(self.device).eval().requires_grad_(False)
         model.config.use_cache = False
         return model
+
+    def _load(self, kind: Any, **options: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.recipe.model, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"encoder {self.folder} cannot be loaded by {kind.__name__} ({str(error).strip().splitlines()[0]}); "
+                "expected config.json, weights in safetensors and a tokenizer: name another folder"
+            ) from error
 
     def unload(self) -> None:
         """Frees the model's memory."""

@@ -151,9 +151,9 @@ def test_the_policy_is_exported_and_predicts(finished: Path, tmp_path: Path):
     assert accuracy == pytest.approx(scalars(finished)["val/accuracy"][9], abs=1e-6)
 
 
-def test_an_unknown_run_cannot_be_resumed(tmp_path: Path):
-    done = dots(*fit_arguments(tmp_path), "--ckpt_path", "last")
+def test_an_unknown_run_cannot_be_measured(tmp_path: Path):
+    done = dots("validate", *fit_arguments(tmp_path)[1:], "--ckpt_path", "last")
     assert done.returncode == 2
-    assert "no checkpoint under" in done.stderr
+    assert "no run under" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "quickstart").exists()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from app.rewards import Exact, Format, Function, Math, Numeric, Procedural, Reward, RewardScorer
 from app.rewards.numeric import find_numbers
 from app.rewards.task import CallResult
-from app.rewards.worker_main import Journal, checked
+from app.rewards.worker_main import MAX_REPLY_BYTES, Journal, checked, reply
 from datamodules.errors import UserError
 
 DATA = Path("../shared/data")
@@ -202,3 +203,13 @@ def test_scorer_refuses_wrong_configurations():
     assert scorer.names == ["format", "format_2", "math"]
     assert scorer.correctness_name == "math"
     assert RewardScorer([Format("a"), Math()]).correctness_name == "format"
+
+
+def test_a_reply_has_a_bound():
+    ours, theirs = Pipe()
+    reply(theirs, kind="scores", scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]})
+    answer = json.loads(ours.recv_bytes())
+    assert answer["kind"] == "raised"
+    assert answer["error"] == "logged 16 MiB beside its scores, expected less than 16"
+    reply(theirs, kind="scores", scores=[1.0])
+    assert json.loads(ours.recv_bytes()) == {"kind": "scores", "scores": [1.0]}

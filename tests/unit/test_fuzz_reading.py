@@ -1,0 +1,137 @@
+"""Whatever stands in a data file, reading it gives whole prompts or one line of what is wrong: nothing else."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datamodules.answers import extract, gsm8k_answer, last_boxed
+from datamodules.errors import UserError
+from datamodules.files import open_dataset
+from datamodules.prompts import SchemaOverrides, detect
+from datamodules.reading import read_pool
+from datamodules.tables import ListTable
+from datamodules.templates import Renderer
+from tests.unit.reading_helpers import character_tokenizer
+
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+NAMES = ("prompt", "messages", "input", "question", "answer", "solution", "reward_model", "extra_info", "id", "label")
+TEXT = st.text(max_size=12) | st.sampled_from(["#### 7", r"\boxed{1{2}}", r"\boxed{", "{question}", "\x00", "\ud800"])
+PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | TEXT
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", ""]), "content": PLAIN})
+VALUE = st.recursive(
+    PLAIN | st.lists(MESSAGE, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(TEXT | st.sampled_from(["ground_truth", "index"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+TOKENIZERS = {chat: character_tokenizer(chat=chat) for chat in (False, True)}
+
+
+@QUICK
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, VALUE)), min_size=1, max_size=5), st.booleans())
+def test_rows_of_any_kind(rows: list[dict[str, Any]], chat: bool) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    try:
+        schema = detect(columns, rows, SchemaOverrides(), "fuzz")
+        pool = read_pool(ListTable(rows), schema, Renderer(TOKENIZERS[chat]), "fuzz", max_prompt_length=200)
+    except UserError:
+        return
+    report = pool.report
+    assert report is not None
+    assert len(pool) == report.kept == report.read - report.empty - report.duplicates - report.overlong > 0
+    assert len(set(pool.ids)) == len(pool)
+    for position, prompt in enumerate(pool):
+        assert (prompt.index, prompt.id) == (position, pool.ids[position])
+        assert prompt.question == pool.questions[position]
+        assert schema.prompt not in prompt.columns
+        assert all(isinstance(token, int) for token in prompt.token_ids)
+
+
+@QUICK
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]))
+def test_files_of_any_bytes(content: bytes, ending: str) -> None:
+    _opens_or_says_why(content, ending)
+
+
+@QUICK
+@given(
+    st.lists(st.dictionaries(st.sampled_from(NAMES), PLAIN, max_size=3), max_size=4),
+    st.integers(0, 400),
+    st.binary(max_size=3),
+)
+def test_damaged_lines(rows: list[dict[str, Any]], place: int, noise: bytes) -> None:
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    _opens_or_says_why(whole[:place] + noise + whole[place + len(noise) :], ".jsonl")
+
+
+def _opens_or_says_why(content: bytes, ending: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"data{ending}")
+        path.write_bytes(content)
+        said, rows = str(path), []
+        try:
+            rows = list(open_dataset(str(path), None, "train", []))
+        except UserError as error:
+            said = str(error)
+        assert str(path) in said
+        assert all(isinstance(row, dict) for row in rows)
+
+
+@given(st.text(alphabet=r"\{}bofxed #1,." + "\n", max_size=60))
+def test_boxes_are_found_as_a_plain_scan_finds_them(text: str) -> None:
+    """Of all openings, the last whose brace is closed; escaped braces count for nothing."""
+    found = None
+    for start in range(len(text)):
+        for opening in (r"\boxed", r"\fboxed"):
+            rest = text[start + len(opening) :]
+            if text.startswith(opening, start) and rest.lstrip().startswith("{"):
+                inside = _closed(rest[rest.index("{") + 1 :])
+                found = inside if inside is not None else found
+    if found is not None:
+        assert last_boxed(text) == found.strip()
+
+
+def _closed(text: str) -> str | None:
+    depth, place = 1, 0
+    while place < len(text):
+        if text[place] == "\\":
+            place += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[:place]
+        place += 1
+    return None
+
+
+@given(VALUE, st.sampled_from(["verbatim", "gsm8k", "boxed"]))
+def test_reference_answers_are_texts(value: Any, answer_format: Any) -> None:
+    found = extract(value, answer_format)
+    texts = found if isinstance(found, list) else [found] if found is not None else []
+    assert all(isinstance(text, str) for text in texts)
+    if isinstance(value, str):
+        assert found is None or found.strip()
+
+
+@given(st.text(max_size=20), st.from_regex(r"-?\d{1,3}(,\d{3})*(\.\d+)?", fullmatch=True))
+def test_gsm8k_answers_come_back(reasoning: str, number: str) -> None:
+    assert gsm8k_answer(f"{reasoning}\n#### {number}  \n") == number.replace(",", "")
+
+
+@pytest.mark.parametrize("text", [r"\boxed{" * 50_000, r"\boxed{1}" * 50_000, "{" * 500_000, r"\boxed " * 100_000])
+def test_long_answers_take_no_quadratic_time(text: str) -> None:
+    import time
+
+    started = time.perf_counter()
+    last_boxed(text)
+    assert time.perf_counter() - started < 5

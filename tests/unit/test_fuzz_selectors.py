@@ -1,0 +1,131 @@
+"""Any sequence of choosing, observing, saving and loading: a selector that was restored at any point goes on alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from datamodules.pool import PromptPool
+from datamodules.selectors import (
+    Composed,
+    Dots,
+    Dps,
+    Greso,
+    Mopps,
+    Pools,
+    Posterior,
+    SelectionContext,
+    Selector,
+    Uniform,
+    ZeroVarianceSkip,
+)
+from tests.unit.selector_builders import outcomes, random_embeddings, saved_and_loaded
+
+SIZE = 24
+SELECTORS: dict[str, Any] = {
+    "Uniform": Uniform,
+    "Dots": lambda: Dots(tau=0.05),
+    "Greso": lambda: Greso(step_size=0.05),
+    "Mopps": lambda: Mopps(decay=0.9, candidates=3),
+    "Dps": Dps,
+    "Pools": Pools,
+    "Composed": lambda: Composed(Mopps(), [ZeroVarianceSkip()], cool_down=1, explore=0.3),
+    "Greso around Dots": lambda: Greso(ranker=Dots(), cool_down=1, explore=0.1),
+}
+POSITIONS = st.lists(st.integers(0, SIZE - 1), unique=True, max_size=10)
+
+
+def made(name: str) -> Selector:
+    selector: Selector = SELECTORS[name]()
+    pool = PromptPool([], [f"p{i}" for i in range(SIZE)], [f"question {i}" for i in range(SIZE)])  # type: ignore[arg-type]
+    selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=Path("unused")))
+    return selector
+
+
+class Lives(RuleBasedStateMachine):
+    """Two lives of one selector: one never stops, the other is saved and restored now and then."""
+
+    name = "Uniform"
+
+    @initialize()
+    def begin(self) -> None:
+        self.straight, self.stopped = made(self.name), made(self.name)
+        self.step = 0
+        self.chosen: list[str] = []
+
+    @rule(n=st.integers(1, 8), excluded=POSITIONS)
+    def choose(self, n: int, excluded: list[int]) -> None:
+        names = [f"p{position}" for position in excluded]
+        one, other = (each.choose(n, exclude=names) for each in (self.straight, self.stopped))
+        assert one == other
+        assert len(set(one)) == n and not set(one) & set(names)
+        self.chosen, self.step = one, self.step + 1
+
+    @rule(n=st.integers(1, SIZE))
+    def refill(self, n: int) -> None:
+        one, other = (each.choose(n, refill=True) for each in (self.straight, self.stopped))
+        assert one == other
+        assert len(set(one)) == len(one) == min(n, SIZE - len(self.chosen)) and not set(one) & set(self.chosen)
+        self.chosen = self.chosen + one
+
+    @rule(positions=POSITIONS, right=st.integers(0, 8), source=st.sampled_from(["fresh", "reference"]))
+    def observe(self, positions: list[int], right: int, source: Any) -> None:
+        rates = [(right + position) % 9 / 8 for position in positions]
+        for each in (self.straight, self.stopped):
+            each.observe(outcomes(positions, rates, source, self.step))
+
+    @rule(n=st.integers(1, SIZE + 3))
+    def references(self, n: int) -> None:
+        one, other = (each.choose_references(n) for each in (self.straight, self.stopped))
+        assert one == other
+        assert len(set(one)) == min(n, SIZE)
+
+    @rule()
+    def save_and_load(self) -> None:
+        state = saved_and_loaded(self.stopped.state_dict())
+        self.stopped = made(self.name)
+        self.stopped.load_state_dict(state)
+
+    @invariant()
+    def alike(self) -> None:
+        if not hasattr(self, "straight"):
+            return
+        one, other = self.straight.forecast(), self.stopped.forecast()
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            np.testing.assert_array_equal(one, other)
+            assert one.shape == (SIZE,) and ((one >= 0) & (one <= 1)).all()
+        assert self.straight.metrics() == self.stopped.metrics()
+        assert self.straight.explored_ids == self.stopped.explored_ids
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_any_life_goes_on_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_embeddings(monkeypatch, SIZE, 6)
+    machine = type(f"Lives of {name}", (Lives,), {"name": name})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        ),
+    )
+
+
+def test_every_selector_lives_here() -> None:
+    """One that is added must be fuzzed too."""
+    import datamodules.selectors as package
+
+    kinds = {kind for kind in vars(package).values() if isinstance(kind, type) and issubclass(kind, Selector)}
+    fuzzed = {type(make()) for make in SELECTORS.values()}
+    assert {kind.__name__ for kind in kinds - fuzzed} == {"Selector", "Ranker", "Posterior"}
+    assert Posterior in kinds  # its own file of tests restores it
