@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 AnswerFormat = Literal["verbatim", "gsm8k", "boxed"]
@@ -38,22 +39,22 @@ def gsm8k_answer(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""Contents of the last `\boxed{...}` whose braces balance (escaped ones do not count), as in MATH."""
-    for opening in reversed(list(_BOX.finditer(text))):
-        end = _closing_brace(text, opening.end())
-        if end is not None:
-            return text[opening.end() : end].strip()
+    braces = {box.end() - 1 for box in _BOX.finditer(text)}
+    last = max((pair for pair in _pairs(text) if pair[0] in braces), default=None)
+    if last is not None:
+        return text[last[0] + 1 : last[1]].strip()
     bare = _BARE_BOX.findall(text)
     return bare[-1] if bare else None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Position of the brace that closes the one before `start`."""
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return brace.start()
-    return None
+def _pairs(text: str) -> Iterator[tuple[int, int]]:
+    """Positions of every opening brace that is closed, and of the one that closes it; one pass, however deep."""
+    open_braces: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            open_braces.append(brace.start())
+        elif brace.group() == "}" and open_braces:
+            yield open_braces.pop(), brace.start()
 
 
 def _plain(value: Any) -> str | list[str] | None:

@@ -20,7 +20,7 @@ from datamodules.tables import ListTable
 from datamodules.templates import Renderer
 from tests.unit.reading_helpers import character_tokenizer
 
-QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = ("prompt", "messages", "input", "question", "answer", "solution", "reward_model", "extra_info", "id", "label")
 TEXT = st.text(max_size=12) | st.sampled_from(["#### 7", r"\boxed{1{2}}", r"\boxed{", "{question}", "\x00", "\ud800"])
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | TEXT
