@@ -41,10 +41,16 @@ SELECTORS: dict[str, Any] = {
 POSITIONS = st.lists(st.integers(0, SIZE - 1), unique=True, max_size=10)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings that a selector caches go to a folder that is thrown away."""
+    monkeypatch.chdir(tmp_path)
+
+
 def made(name: str) -> Selector:
     selector: Selector = SELECTORS[name]()
     pool = PromptPool([], [f"p{i}" for i in range(SIZE)], [f"question {i}" for i in range(SIZE)])  # type: ignore[arg-type]
-    selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=Path("unused")))
+    selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=Path("embeddings")))
     return selector
 
 
