@@ -102,6 +102,7 @@ def test_an_update_of_the_tiny_policy(mode: str, way: str, lora: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", PRECISIONS)
 @pytest.mark.parametrize("way", ["shared", "bucketed", "checkpointing"])
 def test_an_update_of_smollm2s_shape(mode: str, way: str) -> None:
