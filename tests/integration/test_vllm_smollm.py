@@ -20,6 +20,7 @@ from datamodules.types import Completion, Prompt
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
+    pytest.mark.timeout(900),
     *(
         pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed: `make test-vllm`")
         for name in ("vllm", PACKAGE, "gguf")
@@ -99,7 +100,6 @@ def timed(engine: RolloutEngine, batch: list[Prompt], seed: int) -> float:
 
 
 @pytest.mark.timing
-@pytest.mark.timeout(900)
 def test_it_generates_faster_than_the_policy_itself(policy: Policy, model: PreTrainedModel, engine: Vllm) -> None:
     batch = questions(policy, np.linspace(60, 140, 16).astype(int))
     plain = Transformers()
