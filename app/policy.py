@@ -181,23 +181,25 @@ def is_adapted(model: Any) -> bool:
 def plain_weights(model: Any, changing: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the unadapted architecture, as an engine expects them: LoRA is merged while iterating.
 
-    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again. Of a policy
-    that is cut over processes one tensor at a time is made whole: all of them iterate to the end together.
+    Adapted tensors are copies: an engine may look at one after the adapters have been taken out again. An output head
+    that is the embedding is left out, as in a checkpoint's file. Of a policy that is cut over processes one tensor at a
+    time is made whole: all of them iterate to the end together.
 
     Args:
         model: the policy.
         changing: leave out what training does not change. What stands beside an adapted layer in the same block is
             kept: engines make one layer of several such (queries, keys and values), and replace it as one.
     """
+    tied = _tied(causal_lm(model))
     if not hasattr(model, "merge_adapter"):
-        yield from ((name, _whole(tensor)) for name, tensor in model.state_dict().items())
+        yield from ((name, _whole(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
         return
     model.merge_adapter()
     try:
         weights = causal_lm(model).state_dict()
         blocks = {_block(name) for name in weights if ".base_layer" in name}
         for name, tensor in weights.items():
-            if "lora_" not in name and (_block(name) in blocks or not changing):
+            if "lora_" not in name and name not in tied and (_block(name) in blocks or not changing):
                 yield name.replace(".base_layer", ""), _whole(tensor.clone() if ".base_layer" in name else tensor)
     finally:
         model.unmerge_adapter()
@@ -205,6 +207,11 @@ def plain_weights(model: Any, changing: bool = False) -> Iterator[tuple[str, tor
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of weights that are others under a second name."""
+    return set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
 
 
 def _block(name: str) -> str:

@@ -17,15 +17,15 @@ def engines(of: int | None = None) -> list[psutil.Process]:
 
 
 @contextmanager
-def killed_when(sign: Path, timeout: float = 250) -> Iterator[list[int]]:
-    """Kills the engines of all servers once a file is there; their ids, after the block."""
+def killed_when(sign: Path, timeout: float = 400) -> Iterator[list[int]]:
+    """Kills the engines of all servers once a file is there; their ids, after the block. None after the timeout."""
     deadline = time.monotonic() + timeout
     killed: list[int] = []
 
     def kill() -> None:
         while not sign.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        for each in engines():
+        for each in engines() if sign.exists() else []:
             each.kill()
             killed.append(each.pid)
 

@@ -13,6 +13,8 @@ from tests.integration.servers import engines, killed_when
 from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, succeeded
 
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
+SCALARS = 1e-3
+"""Relative: a server's log-probabilities depend in the last digits on what it computes beside them."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +39,7 @@ def said(one: Done) -> list[str]:
 
 def test_two_processes_with_one_server_choose_and_update_as_one(alone: Path, tmp_path: Path):
     succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER)))
-    assert_same_choices_and_updates(tmp_path, alone)
+    assert_same_choices_and_updates(tmp_path, alone, SCALARS)
     assert not engines()
 
 
@@ -50,7 +52,7 @@ def test_a_lost_server_is_replaced_for_all_of_them_and_nothing_counted_twice(alo
     first, second = map(said, done)
     assert len(first) == 1 and "starting it again" in first[0]
     assert second == []
-    assert_same_choices_and_updates(tmp_path, alone)
+    assert_same_choices_and_updates(tmp_path, alone, SCALARS)
     ours, others = (json.loads((run_of(folder) / "summary.json").read_text()) for folder in (tmp_path, alone))
     for name in ("completed", "prompts_rolled_out", "completions", "completion_tokens"):
         assert ours[name] == others[name], name

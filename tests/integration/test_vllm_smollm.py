@@ -20,6 +20,7 @@ from datamodules.types import Completion, Prompt
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
+    pytest.mark.timeout(900),
     *(
         pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed: `make test-vllm`")
         for name in ("vllm", PACKAGE, "gguf")
@@ -99,7 +100,6 @@ def timed(engine: RolloutEngine, batch: list[Prompt], seed: int) -> float:
 
 
 @pytest.mark.timing
-@pytest.mark.timeout(900)
 def test_it_generates_faster_than_the_policy_itself(policy: Policy, model: PreTrainedModel, engine: Vllm) -> None:
     batch = questions(policy, np.linspace(60, 140, 16).astype(int))
     plain = Transformers()
@@ -108,7 +108,7 @@ def test_it_generates_faster_than_the_policy_itself(policy: Policy, model: PreTr
     engine.push(plain_weights(model), 21)
     push = time.perf_counter() - start
     timed(engine, batch, seed=0)
-    pairs = [(timed(engine, batch, seed), timed(plain, batch, seed)) for seed in (1000, 2000)]
+    pairs = [(timed(engine, batch, seed), timed(plain, batch, seed)) for seed in (1000, 2000, 3000)]
     print(f"\npush {push:.2f} s; tokens/s of vLLM and of transformers: {np.round(pairs, 1).tolist()}")
     # Measured medians are in the README; the bound leaves room for a busy machine.
     assert np.median([ours / theirs for ours, theirs in pairs]) > 1.1

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from app.engines.weight_names import not_pushed
-from app.policy import Lora, add_lora, is_adapted, plain_weights
-from tests.unit.policies import tiny_model
+from app.policy import Lora, Policy, add_lora, is_adapted, plain_weights
+from tests.unit.policies import TINY, tiny_model
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 GIVEN = {f"l.0.attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")} | {"l.0.norm.weight", "head"}
@@ -27,6 +27,14 @@ def test_a_weight_of_its_own_is_missed() -> None:
 
 def test_a_layer_that_came_in_one_piece_lacks_no_parts() -> None:
     assert not_pushed(LOADED, LOADED, LOADED, PACKED) == set()
+
+
+def test_a_tied_head_is_pushed_once() -> None:
+    model = Policy(str(TINY)).load()
+    names = [name for name, _ in plain_weights(model)]
+    assert names == [name for name in model.state_dict() if name != "lm_head.weight"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" in dict(plain_weights(tiny_model(12, seed=0)))
 
 
 def test_only_the_blocks_that_adapters_change_are_pushed_and_merged() -> None:
