@@ -47,8 +47,8 @@ def read_pool(
         raise UserError(f"no prompt is left: {report}; give other data or raise max_prompt_length")
     kept = np.array(scan.kept, dtype=np.int64)
     ids = _unique_ids(scan.names, scan.digests, schema.id_is_index)
-    rows = _PoolRows(table, kept, ids, schema, renderer)
-    return PromptPool(rows, ids, Questions(table, kept, schema), report, scan.keys)
+    prompts = _PoolRows(table, kept, ids, schema, renderer)
+    return PromptPool(prompts, ids, Questions(table, kept, schema), report, scan.keys)
 
 
 @dataclass
