@@ -34,7 +34,8 @@ class RunIdentity:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, pool: PromptPool, group_size: int) -> RunIdentity:
         """Of a run."""
-        return cls(tokenizer_hash(tokenizer), pool.content(in_order=True), pool.content(in_order=False), group_size)
+        ordered, unordered = (pool.content(in_order=in_order) for in_order in (True, False))
+        return cls(tokenizer_hash(tokenizer), ordered, unordered, group_size)
 
     def as_dict(self) -> dict[str, str | int]:
         """Plain values, for a checkpoint."""
