@@ -63,6 +63,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("policy_model."): tensor for name, tensor in state.items()}
 
 
+@pytest.mark.long
 def test_every_published_variant_takes_a_step(tmp_path: Path) -> None:
     assert OBJECTIVES == ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "sapo"]
     losses = {}

@@ -149,6 +149,7 @@ def test_the_buffer_is_what_the_completions_written_say(finished: Path):
     assert sum(array.nbytes for array in stored["arrays"].values()) == sum(one.bytes for one in kept)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
     kill_when(run_of(tmp_path) / "checkpoints" / f"step_{STEPS // 2:08d}.ckpt", *arguments(tmp_path))
     assert not (run_of(tmp_path) / "summary.json").exists()

@@ -38,6 +38,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_the_best_prompts_are_kept_and_read_back(selected: Path):
     tokenizer = Policy("configs/tiny_policy").load_tokenizer()
     whole, _ = split_pool(Procedural(TASKS, template="{question}\n").load(tokenizer, 0), 10, 0)
@@ -88,6 +89,7 @@ def test_a_selection_killed_twice_goes_on_as_if_never_stopped(selected: Path, tm
     assert out.with_suffix(".val.jsonl").read_bytes() == selected.with_suffix(".val.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_the_subset_trains(selected: Path, tmp_path: Path):
     done = dots(
         *("fit", *BASE[:2], "--config", str(selected.with_suffix(".yaml")), "--trainer.max_steps=4"),
@@ -105,6 +107,7 @@ def test_the_subset_trains(selected: Path, tmp_path: Path):
     assert summary["validation"]["prompts"] in (20, 30)
 
 
+@pytest.mark.long
 def test_another_keep_needs_no_new_measurement(selected: Path):
     features = selected.with_suffix(".select") / "feature.npy"
     before, whole = features.stat().st_mtime_ns, selected.read_text().splitlines()

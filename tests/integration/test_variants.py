@@ -74,6 +74,7 @@ def test_lora_trains_its_matrices_alone_and_exports_merged_weights(tmp_path: Pat
     assert torch.allclose(exported[f"{query}.weight"], merged, atol=1e-6)
 
 
+@pytest.mark.long
 def test_bf16_mixed_generates_and_learns_in_the_same_precision(plain: Path, tmp_path: Path):
     run = fit(tmp_path, "--trainer.precision=bf16-mixed")
     assert {tensor.dtype for tensor in state(run).values()} == {torch.float32}
