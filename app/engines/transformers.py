@@ -18,6 +18,7 @@ from app.engines.kv_cache import RowCache, row_cache
 from app.engines.sampler import draw, uniforms
 from app.engines.schedule import Rows, Work, fill_holes, plan, take_bucket
 from app.engines.stopping import StopStrings, end_token_ids
+from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -53,9 +54,10 @@ class Transformers(RolloutEngine):
         *,
         weights: Weights | None = None,
         folder: Path | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
         """Raises UserError for a model whose forward takes no `past_key_values`."""
-        super().setup(model, tokenizer, weights=weights, folder=folder)
+        super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
         unwrap: Any = getattr(model, "get_base_model", None)  # peft's
         base = unwrap() if unwrap else model
         self._accepted = set(inspect.signature(base.forward).parameters)
