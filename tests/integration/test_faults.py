@@ -120,6 +120,7 @@ def rewards(*names: str) -> Change:
     return lambda config: model(config).update(rewards=listed)
 
 
+@pytest.mark.long
 def test_every_fault_of_a_reward_costs_one_score(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     write_pool(
         place.path / "pool.jsonl",
@@ -168,6 +169,7 @@ def test_prompts_that_teach_nothing_are_told_apart(
     assert all(advice in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_reward_that_always_fails_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(place.path)
     configured(place, rewards("broken"), lambda c: c["trainer"].update(max_steps=10))
@@ -177,6 +179,7 @@ def test_a_reward_that_always_fails_is_said(place: Place, monkeypatch: pytest.Mo
     assert summary(place)["failed_rewards"] == 10 * 2 * 2
 
 
+@pytest.mark.long
 def test_an_engine_that_fails_leaves_the_steps_before(place: Place) -> None:
     six = lambda c: c["trainer"].update(max_steps=6)  # noqa: E731
     configured(place, six)
@@ -198,6 +201,7 @@ def test_an_engine_that_fails_leaves_the_steps_before(place: Place) -> None:
         assert torch.equal(tensor, found["state_dict"][name]), name
 
 
+@pytest.mark.long
 def test_empty_completions_are_scored_and_trained_around(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(place.path)
     configured(
@@ -230,6 +234,7 @@ HOSTILE_ROWS = [
 ]
 
 
+@pytest.mark.long
 def test_hostile_data_and_secrets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids never become paths, odd texts are trained on, what cannot be used is counted; keys are written nowhere."""
     for name in ("HF_TOKEN", "VLLM_API_KEY", "WANDB_API_KEY"):
@@ -268,6 +273,7 @@ def test_weights_that_are_not_finite_are_refused(place: Place) -> None:
     assert "step 0: the policy's logits are NaN or infinite" in line and "give a policy with finite weights" in line
 
 
+@pytest.mark.long
 def test_an_update_that_explodes_ends_in_one_line(place: Place) -> None:
     configured(
         place,
@@ -325,6 +331,7 @@ def _fill(disk: Path, step: int, until: int) -> Change:
     return lambda c: c["trainer"]["callbacks"].append(one)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_the_checkpoints_of_that_time(place: Place, small_disk: Path) -> None:
     (place.path / "dots_fill.py").write_text(FILL)
     configured(place, _on(small_disk), _fill(small_disk, 1, 3), lambda c: c["trainer"].update(max_steps=4))
@@ -338,6 +345,7 @@ def test_a_full_disk_costs_the_checkpoints_of_that_time(place: Place, small_disk
     assert there == {"step_00000004.ckpt", "step_00000004.ckpt.sha256", "last.ckpt"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [True, False], ids=["stop", "last of the run"])
 def test_a_full_disk_stops_where_it_must(place: Place, small_disk: Path, stop: bool) -> None:
     (place.path / "dots_fill.py").write_text(FILL)
@@ -360,6 +368,7 @@ def test_a_folder_that_is_read_only_is_said_before_training(place: Place, small_
     assert f"checkpoints cannot be written to {small_disk}/checkpoints (Read-only file system)" in line
 
 
+@pytest.mark.long
 def test_a_folder_that_goes_missing_is_made_again(place: Place) -> None:
     (place.path / "dots_gone.py").write_text(
         "import shutil\nfrom lightning.pytorch import Callback\nclass Gone(Callback):\n"
@@ -377,6 +386,7 @@ def test_a_folder_that_goes_missing_is_made_again(place: Place) -> None:
     assert (place.path / "kept" / "last.ckpt").resolve().name == "step_00000002.ckpt"
 
 
+@pytest.mark.long
 def test_a_file_that_may_not_grow_leaves_nothing_half_written(place: Place) -> None:
     """The limit on file sizes, as a quota would be: no mount needed."""
     size = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -434,6 +444,7 @@ def test_checksums_are_those_of_sha256sum(place: Place) -> None:
     assert checked.stdout == "step_00000001.ckpt: OK\n"
 
 
+@pytest.mark.long
 def test_last_starts_a_run_that_is_new(place: Place) -> None:
     configured(place)
     code, said = place.run(*FIT, "--ckpt_path", "last")
@@ -462,6 +473,7 @@ class Signal(Callback):
 '''
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("validating", [False, True], ids=["training", "validating"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_is_told_by_the_exit_code(place: Place, name: str, validating: bool) -> None:
@@ -495,6 +507,7 @@ def test_a_signal_saves_and_is_told_by_the_exit_code(place: Place, name: str, va
     assert all(torch.equal(tensor, found["state_dict"][one]) for one, tensor in expected["state_dict"].items())
 
 
+@pytest.mark.long
 def test_a_finished_run_that_goes_on_is_not_complete(place: Place) -> None:
     (place.path / "dots_signal.py").write_text(SIGNAL)
     configured(place)
