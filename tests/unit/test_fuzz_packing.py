@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from tests.fuzzing import examples
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 100))
 def test_plans_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
     plan = plan_microbatches(lengths, budget)
@@ -29,7 +30,7 @@ def sequences(draw: st.DrawFn) -> ScoredSequence:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(sequences(), min_size=1, max_size=6))
 def test_every_target_is_predicted_from_the_token_before_it(given_sequences: list[ScoredSequence]) -> None:
     batch = collate(given_sequences, pad_token_id=99)

@@ -18,9 +18,10 @@ from datamodules.prompts import SchemaOverrides, detect
 from datamodules.reading import read_pool
 from datamodules.tables import ListTable
 from datamodules.templates import Renderer
+from tests.fuzzing import examples
 from tests.unit.reading_helpers import character_tokenizer
 
-QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = ("prompt", "messages", "input", "question", "answer", "solution", "reward_model", "extra_info", "id", "label")
 TEXT = st.text(max_size=12) | st.sampled_from(["#### 7", r"\boxed{1{2}}", r"\boxed{", "{question}", "\x00", "\ud800"])
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | TEXT
@@ -53,7 +54,7 @@ def test_rows_of_any_kind(rows: list[dict[str, Any]], chat: bool) -> None:
     for position, prompt in enumerate(pool):
         assert (prompt.index, prompt.id) == (position, pool.ids[position])
         assert prompt.question == pool.questions[position]
-        assert schema.prompt not in prompt.columns
+        assert prompt.columns.get(schema.prompt, prompt.question) == prompt.question  # only as the question's text
         assert all(isinstance(token, int) for token in prompt.token_ids)
 
 
@@ -135,3 +136,34 @@ def test_long_answers_take_no_quadratic_time(text: str) -> None:
     started = time.perf_counter()
     last_boxed(text)
     assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize("row", [{"prompt": "half \ud83d"}, {"prompt": "whole", "answer": "\udc00"}])
+def test_half_a_surrogate_pair_is_named(row: dict[str, str]) -> None:
+    rows = [{"prompt": "a sun \U0001f31e", "answer": "1"}, {"answer": "1", **row}]
+    schema = detect(["prompt", "answer"], rows, SchemaOverrides(), "some.jsonl")
+    with pytest.raises(UserError, match=r"^some.jsonl: row 2 holds \\ud(83d|c00), half of a surrogate pair"):
+        read_pool(ListTable(rows), schema, Renderer(TOKENIZERS[False]), "some.jsonl", max_prompt_length=200)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'[{"prompt": "a"},\n\x80', "line 2 is not utf-8: invalid start byte"),
+        (b'[{"prompt": "a"},\n{"prompt"}]', "line 2: "),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_a_broken_array_is_named(content: bytes, said: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{ending}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data{ending}'.*{said}.*expected a list of objects"):
+        open_dataset(str(path), None, "train", [])
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": ' + "[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"data.jsonl' line 2 is nested too deeply"):
+        open_dataset(str(path), None, "train", [])

@@ -25,6 +25,7 @@ from datamodules.selectors import (
     Uniform,
     ZeroVarianceSkip,
 )
+from tests.fuzzing import examples
 from tests.unit.selector_builders import outcomes, random_embeddings, saved_and_loaded
 
 SIZE = 24
@@ -118,7 +119,7 @@ def test_any_life_goes_on_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12,
+            max_examples=examples(12),
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),

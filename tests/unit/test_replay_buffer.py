@@ -19,6 +19,7 @@ from callbacks.replay_buffer import ReplayBuffer, draw_weight
 from datamodules.group_codec import pack, pack_groups, unpack_groups
 from datamodules.seeding import generator
 from datamodules.types import Completion, RolloutGroup
+from tests.fuzzing import examples
 from tests.unit.builders import group, pool, prompt
 
 POOL = pool(7)
@@ -138,7 +139,7 @@ class PlainList:
         return before - len(self.kept)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.integers(1, 5),
     st.none() | st.integers(1, 400),
