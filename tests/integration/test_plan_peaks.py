@@ -100,7 +100,7 @@ def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
 
 @pytest.mark.parametrize("lora", [0, 8])
 @pytest.mark.parametrize("way", ["shared", "bucketed", "checkpointing"])
-@pytest.mark.parametrize("mode", PRECISIONS)
+@pytest.mark.parametrize("mode", ["32", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("true", "mixed"))])
 def test_an_update_of_the_tiny_policy(mode: str, way: str, lora: int) -> None:
     assert_peak("tiny", mode, way, lora)
 
