@@ -18,16 +18,18 @@ def engines(of: int | None = None) -> list[psutil.Process]:
 
 @contextmanager
 def killed_when(sign: Path, timeout: float = 400) -> Iterator[list[int]]:
-    """Kills the engines of all servers once a file is there; their ids, after the block. None after the timeout."""
+    """Kills the engines started in the block once a file is there; their ids, after it. None when it never is."""
     deadline = time.monotonic() + timeout
     killed: list[int] = []
+    others = {each.pid for each in engines()}
 
     def kill() -> None:
         while not sign.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         for each in engines() if sign.exists() else []:
-            each.kill()
-            killed.append(each.pid)
+            if each.pid not in others:
+                each.kill()
+                killed.append(each.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
