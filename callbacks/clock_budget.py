@@ -43,8 +43,14 @@ class ClockBudget(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        if self._is_over() and (validation_follows(trainer, batch_idx) or not trainer.enable_validation):
+        if self._is_over() and (validation_follows(trainer, batch_idx) or not _is_validated(trainer)):
             trainer.should_stop = True
 
     def _is_over(self) -> bool:
         return self._ledger.clock.seconds >= self.seconds
+
+
+def _is_validated(trainer: Trainer) -> bool:
+    """Whether the run is validated on its way, not just at the end of an epoch that never ends."""
+    interval = trainer.val_check_batch
+    return bool(trainer.enable_validation and isinstance(interval, int) and interval < trainer.num_training_batches)

@@ -17,7 +17,7 @@ from app.studies.compare.request import Request
 from app.studies.compare.runner import run_all
 from app.studies.compare.settings import Settings, resolve
 from app.studies.compare.summary import Figures, summarise, write_json
-from app.studies.compare.wording import Row, cost_table, result_table
+from app.studies.compare.wording import Row, short_table
 from datamodules.errors import UserError
 
 _WIDTH = 148
@@ -71,8 +71,7 @@ def _resolved(request: Request) -> dict[tuple[str, int], Settings]:
 def _print(figures: Figures, out: Path) -> None:
     console = Console(width=max(_WIDTH, Console().width))
     arms, baseline = figures["arms"], figures["setting"]["baseline"]
-    console.print(_table(f"cost of the final accuracy of {baseline}, over its own", *cost_table(arms, None)))
-    console.print(_table("what came out", *result_table(arms)))
+    console.print(_table(f"cost of the final accuracy of {baseline}, over its own", *short_table(arms)))
     for missing in figures["setting"]["missing"]:
         console.print(f"not finished: {missing}", highlight=False)
     console.print(f"report: {out / 'compare.html'}", highlight=False, soft_wrap=True)

@@ -73,10 +73,8 @@ def smooth(accuracy: np.ndarray, window: int) -> np.ndarray:
 
     It looks back only: a run has reached an accuracy when the evaluations show it, not when later ones do.
     """
-    sums = np.concatenate([[0.0], np.cumsum(accuracy)])
-    ends = np.arange(1, len(accuracy) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    ends = range(1, len(accuracy) + 1)
+    return np.array([accuracy[max(0, end - window) : end].mean() for end in ends], dtype=float)
 
 
 def goal_accuracy(course: Course, goal: Goal, window: int) -> float:

@@ -69,11 +69,10 @@ class Budget:
         return self.rule == "seconds" or (self.rule == "baseline" and not is_baseline)
 
     def __str__(self) -> str:
-        return {
-            "baseline": f"the training clock of the baseline's run, at most {self.step_limit:g} times its steps",
-            "steps": "trainer.max_steps",
-            "seconds": f"{self.seconds:g} s of the training clock, at most {self.step_limit:g} times trainer.max_steps",
-        }[self.rule]
+        if self.rule == "steps":
+            return "trainer.max_steps"
+        clock = "the length of the baseline's run" if self.seconds is None else f"{self.seconds:g} s"
+        return f"a training clock of {clock}, at most {self.step_limit:g} times trainer.max_steps"
 
 
 @dataclass(frozen=True, slots=True)

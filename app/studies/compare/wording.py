@@ -49,6 +49,15 @@ def cost_table(arms: Mapping[str, Any], part: str | None) -> tuple[Row, list[Row
     return head, [[name, *cells(arm)] for name, arm in arms.items()]
 
 
+def short_table(arms: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Head and rows for a terminal: the costs of the final accuracy, and what the arms themselves ended with."""
+    head, rows = cost_table(arms, None)
+    results = [
+        [number_text(arm["final_accuracy"]), number_text(arm["accuracy_gain"], signed=True)] for arm in arms.values()
+    ]
+    return [*head, "final accuracy", "gain"], [row + result for row, result in zip(rows, results, strict=True)]
+
+
 def result_table(arms: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     """Head and rows: accuracy, informative fractions, forecast, and what was rolled out."""
     head = [
