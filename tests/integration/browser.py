@@ -58,10 +58,11 @@ class Browser:
         return [entry["message"] for entry in found if entry["level"] == "SEVERE"]
 
     def requests(self) -> list[str]:
-        """Every address that was asked for since the last call."""
+        """Every address that pages asked for since the last call; its own first page and inline data left out."""
         found = self.ask("POST", "/se/log", {"type": "performance"})
         sent = [json.loads(entry["message"])["message"] for entry in found]
-        return [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
+        asked = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
+        return [address for address in asked if not address.startswith(("chrome", "data:"))]
 
     def screenshot(self, path: Path, width: int = 1400, height: int = 1000) -> None:
         """Writes what a window of this size shows as a PNG."""

@@ -28,7 +28,7 @@ RATIOS = {"time": "time_ratio", "completions": "completion_ratio", "tokens": "to
 """Names of the ratios in `compare.json`, by what is counted."""
 
 METHOD = (
-    "Accuracy is the mean of an evaluation and the {before} before it. An arm has reached the goal where that mean is "
+    "An arm has reached the goal where {accuracy} is "
     "first at the goal, with cost and accuracy in proportion between two evaluations; the baseline is counted by the "
     "same rule, seed by seed. Means of ratios are geometric; 95% intervals are Student's t over seeds, on logarithms "
     "for ratios. A seed that never reached the goal enters by its cost in the end, which makes the mean a lower bound "
@@ -68,10 +68,14 @@ def _setting(comparison: Comparison) -> Figures:
         "baseline": request.baseline,
         "budget": str(request.budget),
         "smoothing_window": request.window,
-        "method": METHOD.format(before=request.window - 1),
+        "method": METHOD.format(accuracy=_accuracy(request.window)),
         "machines": [one for place, one in enumerate(machines) if one not in machines[:place]],
         "missing": list(comparison.missing),
     }
+
+
+def _accuracy(window: int) -> str:
+    return "its accuracy" if window == 1 else f"the mean of its last {window} evaluations (fewer at the beginning)"
 
 
 def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
