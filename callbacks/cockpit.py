@@ -21,15 +21,12 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "selection/forecast_pearson",
             "selection/forecast_brier",
         ),
-        "Forecast and outcome of the choice": ("selection/forecast_mean", "selection/mean_success"),
         "Replay age in steps": ("replay/age_mean", "replay/age_max"),
     },
     "What costs": {
         "Seconds of a step by phase": tuple(f"time/{phase}" for phase in PHASES if phase not in _NOT_OF_A_STEP),
-        "Seconds of a step": ("step_time",),
         "Completion tokens per second": ("tokens_per_second",),
         "Training clock in seconds": ("time/training",),
-        "Completions so far": ("num_completions",),
     },
     "What comes out": {
         "Accuracy on held-out prompts": ("val/accuracy", "val/pass@[0-9]+"),
@@ -37,7 +34,8 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "Completion length in tokens": ("completions/mean_length", "val/completions/mean_length"),
     },
 }
-"""Charts by category; a chart shows the metrics whose names match one of its regular expressions as a whole."""
+"""Charts by category, three of which stand in a row. A chart shows the metrics whose names match one of its regular
+expressions as a whole."""
 
 
 def lay_out(trainer: Trainer) -> None:
