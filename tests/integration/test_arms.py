@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.studies.compare.differences import differences
 from app.studies.compare.request import Arm, Budget, Request
-from app.studies.compare.settings import differences, resolve
+from app.studies.compare.settings import resolve
 from datamodules.errors import UserError
 from tests.integration.command import QUICK, ROOT, dots
 
@@ -39,7 +40,7 @@ def test_arms_change_what_selects_rolls_out_and_replays_and_nothing_else() -> No
     allowed = ("ReferenceRollouts", "DynamicSampling", "RolloutReplay")
     for name, settings in found.items():
         for line in differences(settings, found["grpo"]):
-            assert line.startswith(("data.init_args.selector", *(f"callbacks.{one}" for one in allowed))), (name, line)
+            assert line.startswith(("data.selector", *(f"callbacks.{one}" for one in allowed))), (name, line)
     # The quickstart itself is DOTS + RR.
     assert differences(found["dots_rr"], resolve(asked, Arm("base", ()), 0)) == []
     assert found["grpo"]["trainer"]["val_check_interval"] == 10

@@ -14,7 +14,7 @@ import yaml
 
 from tests.integration.command import ROOT, command, dots
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
 MICRO = {
     "trainer": {"max_steps": 6},
@@ -44,12 +44,14 @@ def arm(folder: Path, name: str) -> str:
 def kill_only_the_comparison(sign: Path, arguments: list[str]) -> None:
     """SIGKILL of `dots compare` alone, as soon as a file is there; its run is left to end by itself."""
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 400
-    while not sign.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"no {sign}"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 900
+    try:
+        while not sign.exists():
+            assert process.poll() is None and time.monotonic() < deadline, f"no {sign}"
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:

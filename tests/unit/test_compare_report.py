@@ -61,9 +61,7 @@ def test_what_came_out_by_hand(figures: dict) -> None:
 def test_the_setting_says_in_what_arms_differ(figures: dict) -> None:
     setting = figures["setting"]
     assert setting["baseline"] == "grpo" and setting["seeds"] == [0, 1] and setting["missing"] == []
-    assert setting["differences"] == {
-        "fast": ["data.init_args.selector.class_path: datamodules.selectors.Uniform -> datamodules.selectors.Dots"]
-    }
+    assert setting["differences"] == {"fast": ["data.init_args.selector: Uniform() -> Dots()"]}
     assert len(setting["machines"]) == 1 and setting["machines"][0]["processor"]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from app.studies.compare.differences import differences
 from app.studies.compare.reach import Course
 from app.studies.compare.request import Request, run_folder_of
-from app.studies.compare.settings import differences
 from app.studies.compare.state import account_of, asked_of, machine_of, version_of
 from app.studies.plots import Curve, read_scalars
 from datamodules.errors import UserError
@@ -138,7 +138,5 @@ def _differences(request: Request, out: Path) -> dict[str, Sequence[str]]:
     baseline = settings(request.baseline)
     named = {arm.name: settings(arm.name) for arm in request.arms}
     return {
-        name: [line for line in differences(own, baseline) if not line.startswith("seed_everything")]
-        for name, own in named.items()
-        if own and baseline and name != request.baseline
+        name: differences(own, baseline) for name, own in named.items() if own and baseline and name != request.baseline
     }

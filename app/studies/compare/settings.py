@@ -1,4 +1,4 @@
-"""What a run of a comparison is made of: its resolved config, and how it differs from another's."""
+"""What a run of a comparison is made of: its resolved config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from app.changed_config import changes
 from app.cli import DotsCLI
 from app.studies.compare.request import Arm, Request
 from datamodules.errors import UserError
@@ -62,20 +61,6 @@ def asked(request: Request, arm: Arm, settings: Settings) -> dict[str, Any]:
 def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def differences(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """`name: baseline's value -> arm's value` for every setting in which an arm differs; callbacks by their names."""
-    return changes(_by_name(baseline), _by_name(arm))
-
-
-def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with callbacks as a mapping, so that one more does not change the places of the others."""
-    found = {name: value for name, value in settings.items() if name in ("model", "data")}
-    for callback in settings["trainer"].get("callbacks") or []:
-        found[callback["class_path"]] = callback.get("init_args") or "(as it is)"
-    rest = {name: value for name, value in settings["trainer"].items() if name != "callbacks"}
-    return found | {"trainer": rest}
 
 
 def max_steps(settings: Settings) -> int:
