@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -46,7 +47,10 @@ def resolve(request: Request, arm: Arm, seed: int) -> Settings:
     args += ["--seed_everything", str(seed)]
     if request.evaluate_every is not None:
         args += ["--trainer.val_check_interval", str(request.evaluate_every)]
-    settings = _Resolved(args).settings
+    with warnings.catch_warnings():
+        # Lightning warns of arguments given in Python while there are some on the command line.
+        warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
+        settings = _Resolved(args).settings
     for name in _NOT_COMPARED:
         settings["trainer"].pop(name, None)
     _check(request, arm, settings)
@@ -88,7 +92,7 @@ def _check(request: Request, arm: Arm, settings: Settings) -> None:
             f"arm {arm.name}: {batches} steps (trainer.max_steps / mini_batches) are no multiple of the {interval} "
             "between evaluations, so its end would not be evaluated: change --evaluate_every"
         )
-    schedule = settings["model"]["init_args"].get("optimization", {}).get("schedule", "constant")
+    schedule = (settings["model"]["init_args"].get("optimization") or {}).get("schedule", "constant")
     if request.budget.rule != "steps" and schedule not in ("constant", "constant_with_warmup"):
         raise UserError(
             f"arm {arm.name}: model.optimization.schedule={schedule} goes by trainer.max_steps, which a run under a "
