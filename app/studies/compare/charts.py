@@ -53,8 +53,14 @@ def accuracy_charts(comparison: Comparison, goal: float | None) -> dict[str, str
     return found
 
 
-def metric_charts(comparison: Comparison, metrics: Mapping[str, str]) -> dict[str, str]:
-    """Metrics of single steps against the steps, averaged over a part of the run and over seeds."""
+def metric_charts(comparison: Comparison, metrics: Mapping[str, str], height: str | None = None) -> dict[str, str]:
+    """Metrics of single steps against the steps, averaged over a part of the run and over seeds.
+
+    Args:
+        comparison: what is finished.
+        metrics: names of metrics by the charts' labels.
+        height: label of the vertical axis; None for the chart's own.
+    """
     found = {}
     for label, name in metrics.items():
 
@@ -62,7 +68,7 @@ def metric_charts(comparison: Comparison, metrics: Mapping[str, str]) -> dict[st
             steps, values = record.curves.get(name, ([], []))
             return np.array(steps, dtype=float), smooth(np.array(values, dtype=float), -(-len(values) // _WINDOWS) or 1)
 
-        found[label] = line_chart(Chart(AXES["steps"], label, _mean_lines(comparison, averaged)))
+        found[label] = line_chart(Chart(AXES["steps"], height or label, _mean_lines(comparison, averaged)))
     return found
 
 

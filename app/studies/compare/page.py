@@ -37,7 +37,8 @@ def _body(comparison: Comparison, figures: dict[str, Any]) -> Iterator[str]:
     yield '<div class="charts">'
     yield _chart("accuracy", "Accuracy", "against", accuracy_charts(comparison, goal))
     yield _chart("phases", "Seconds by phase", "", phase_charts(arms), _phase_names())
-    yield _chart("informative", "Groups that teach", "of those", metric_charts(comparison, INFORMATIVE))
+    informative = metric_charts(comparison, INFORMATIVE, "informative fraction")
+    yield _chart("informative", "Groups that teach", "of those", informative)
     yield _chart("forecast", "Forecast quality", "", metric_charts(comparison, FORECAST))
     yield "</div>"
     yield "<h2>What came out</h2>" + _table(*result_table(arms))

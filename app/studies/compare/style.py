@@ -22,9 +22,9 @@ h2 { font-size: 18px; margin: 34px 0 10px; }
 h3 { font-size: 16px; margin: 0 0 6px; }
 .setting { color: var(--soft); margin: 0 0 6px; max-width: 110ch; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; white-space: normal; max-width: 8em; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 26px 0 12px; position: sticky; top: 0;
   background: var(--paper); padding: 8px 0; }
