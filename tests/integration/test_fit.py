@@ -81,6 +81,19 @@ def test_a_run_killed_behind_its_last_checkpoint_still_gets_its_account(finished
         assert found[name] == expected[name], name
 
 
+def test_a_run_whose_clock_has_passed_takes_no_further_step(finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "quickstart", tmp_path / "quickstart", symlinks=True)
+    summary = run_of(tmp_path) / "summary.json"
+    summary.unlink()
+    budget = '{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": 0.001}}'
+    more = ["--trainer.max_steps=20", f"--trainer.callbacks+={budget}"]
+    done = dots(*fit_arguments(tmp_path), *more, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(summary.read_text())
+    assert found["completed"] is True
+    assert found["steps"] == 10
+
+
 def test_metrics_carry_the_usual_names(finished: Path):
     curves = scalars(finished)
     for name in (
