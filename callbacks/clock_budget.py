@@ -36,8 +36,9 @@ class ClockBudget(Callback):
         self._ledger = ledger
 
     def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        # A run that was killed between its last checkpoint and its end has nothing left to do.
-        if trainer.global_step and self._is_over():
+        # A run that was killed between its last checkpoint and its end has nothing left to do. The trainer's own steps
+        # are restored later than the callbacks'.
+        if self._ledger.steps and self._is_over():
             trainer.should_stop = True
 
     def on_train_batch_end(

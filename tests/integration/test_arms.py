@@ -84,3 +84,24 @@ def test_an_arm_trains(tmp_path: Path, name: str) -> None:
     assert account["completed"] is True and account["steps"] == 2
     assert [one["step"] for one in account["evaluations"]] == [0, 2]
     assert (account["reference"]["completions"] > 0) == name.startswith("dots")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_subset_of_a_seed_is_evaluated_on_the_prompts_of_that_seed(tmp_path: Path) -> None:
+    subset = tmp_path / "ufo_1.jsonl"
+    chosen = dots("select", "--config", BASE, *QUICK[1:5], "--seed_everything=1", "--method=ufo", "--keep=24",
+                  f"--out={subset}")  # fmt: skip
+    assert chosen.returncode == 0, chosen.stderr[-2000:]
+
+    def held_out(name: str, *configs: str) -> str:
+        options = [part for config in configs for part in ("--config", config)]
+        done = dots("fit", "--config", BASE, "--config", arm("grpo").configs[0], *QUICK, *options,
+                    "--seed_everything=1", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+                    f"--trainer.logger.save_dir={tmp_path}", f"--trainer.logger.name={name}")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        account = json.loads((tmp_path / name / "version_0" / "summary.json").read_text())
+        assert account["validation"]["prompts"] == 2 * 16
+        return account["validation_prompts"]
+
+    assert held_out("whole") == held_out("subset", str(subset.with_suffix(".yaml")))
