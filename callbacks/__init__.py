@@ -2,6 +2,7 @@
 
 from callbacks.balanced import Balanced
 from callbacks.checkpoint import RunCheckpoint
+from callbacks.clock_budget import ClockBudget
 from callbacks.completions import CompletionsLog
 from callbacks.dynamic_sampling import DynamicSampling
 from callbacks.progress import RunProgress
@@ -18,6 +19,7 @@ from callbacks.weight_sync import WeightSync
 
 __all__ = [
     "Balanced",
+    "ClockBudget",
     "CompletionsLog",
     "DynamicSampling",
     "RandomState",

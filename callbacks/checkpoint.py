@@ -66,7 +66,7 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
-        last = trainer.global_step >= trainer.max_steps > 0
+        last = is_over(trainer)
         if step % self.every == 0 or last or trainer.received_sigterm or pl_module.diverged:
             self._due, self._is_last = step, last or trainer.received_sigterm or pl_module.diverged
             if pl_module.diverged or not validation_follows(trainer, batch_idx):
@@ -164,6 +164,11 @@ def _point_at(link: Path, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, link)
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Whether the run ends as it was meant to: its steps are done, or a callback has asked for the end."""
+    return trainer.global_step >= trainer.max_steps > 0 or trainer.should_stop
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:

@@ -22,6 +22,7 @@ _ORDER = (
     "CompletionsLog",
     "RandomState",
     "RunLedger",
+    "ClockBudget",
 )
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from lightning.pytorch import Callback, Trainer
 from app.module import GRPOModule
 from app.run_folder import run_folder
 from app.studies.plots import draw_curves
-from callbacks.checkpoint import RunCheckpoint
+from callbacks.checkpoint import RunCheckpoint, is_over
+from callbacks.cockpit import lay_out
+from callbacks.training_clock import TrainingClock
 from datamodules.ledger import PHASES, Ledger
+from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 
@@ -26,17 +30,25 @@ class RunLedger(Callback):
     """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
 
     Interrupted runs leave both as well, with `"completed": false`. Sums go on through a resume.
+
+    Three of the metrics are sums since the beginning, by which runs are compared: `time/training` (seconds of the
+    `TrainingClock`), `num_completions` and `num_tokens` (completions, and tokens of completions, rolled out for
+    training: reference sets and what filters discarded are in them, validation is not).
     """
 
     def __init__(self) -> None:
         self.total = Ledger()
         self.steps = 0
         self.informative_sum = 0.0
-        self.validations: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.clock = TrainingClock()
         self._before = 0.0
         self._started = time.perf_counter()
-        self._step_started = 0.0
         self._checkpoint_seconds = 0.0
+        self._written = False
+
+    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
+        self._pools: Mapping[str, PromptPool] = trainer.datamodule.pools  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._started = time.perf_counter()
@@ -44,12 +56,18 @@ class RunLedger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if trainer.is_global_zero:
             _reopen(run_folder(trainer) / "summary.json")
-        self._step_started = time.perf_counter()
+        lay_out(trainer)
+        self.clock.start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
+        # The very first reference set was rolled out before this clock began; later ones lie within their steps.
+        self.clock.add(batch.ledger.seconds["reference"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        self._take_checkpoint_time(trainer)
+        # Written since the last step, so within the seconds that the clock has counted.
+        self.clock.add(-self._take_checkpoint_time(trainer))
         self.total.add(batch.ledger)
         self.steps = batch.step + 1
         groups = [group for group in batch.groups if group.completions]
@@ -57,7 +75,6 @@ class RunLedger(Callback):
         self.informative_sum += informative / max(1, len(groups))
         batch.metrics |= self._metrics(batch)
         _log(trainer, batch)
-        self._step_started = time.perf_counter()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
@@ -66,36 +83,61 @@ class RunLedger(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         # Validation is not part of the next step's time.
-        self._step_started = time.perf_counter()
+        self.clock.start()
         if trainer.state.fn == "fit" and "val/accuracy" in trainer.callback_metrics:
-            self.validations.append(float(trainer.callback_metrics["val/accuracy"]))
+            earlier = [one for one in self.evaluations if one["step"] < self.steps]
+            self.evaluations = [*earlier, self._evaluation(float(trainer.callback_metrics["val/accuracy"]))]
 
     def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        self._write(trainer, completed=trainer.global_step >= trainer.max_steps > 0)
+        self._write(trainer, completed=is_over(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        # A run killed between its last checkpoint and its end resumes with no step to take, and no `on_train_end`.
+        if self.steps and not self._written:
+            self._write(trainer, completed=is_over(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and self.steps:
             self._write(trainer, completed=False)
 
+    def _evaluation(self, accuracy: float) -> dict[str, float]:
+        """One validation, and what had been spent on training when it was made."""
+        return {
+            "step": self.steps,
+            "seconds": round(self.clock.seconds, 3),
+            "completions": self._rolled_out("completions"),
+            "completion_tokens": self._rolled_out("tokens"),
+            "accuracy": accuracy,
+        }
+
+    def _rolled_out(self, name: str) -> int:
+        """So far, reference sets included."""
+        return int(self.total.counts[f"train/{name}"] + self.total.counts[f"reference/{name}"])
+
     def _metrics(self, batch: TrainBatch) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._step_started
+        elapsed = self.clock.lap()
         counts, seconds = batch.ledger.counts, batch.ledger.seconds
         rolled = counts["train/tokens"] + counts["reference/tokens"]
         metrics = {f"time/{phase}": seconds[phase] for phase in PHASES if phase not in ("validate", "checkpoint")}
+        metrics["time/training"] = self.clock.seconds
         metrics["step_time"] = elapsed
-        metrics["num_tokens"] = self.total.counts["train/tokens"] + self.total.counts["reference/tokens"]
+        metrics["num_completions"] = float(self._rolled_out("completions"))
+        metrics["num_tokens"] = float(self._rolled_out("tokens"))
         metrics["tokens_per_second"] = rolled / elapsed if elapsed else 0.0
         metrics["rewards/timed_out"] = counts["rewards/timed_out"]
         metrics["rewards/crashed"] = counts["rewards/crashed"]
         prefix = "reward_metric/"
         return metrics | {name.removeprefix(prefix): counts[name] for name in counts if name.startswith(prefix)}
 
-    def _take_checkpoint_time(self, trainer: Trainer) -> None:
+    def _take_checkpoint_time(self, trainer: Trainer) -> float:
+        """Accounts for the seconds of checkpoints since the last call, and returns them."""
         spent = sum(one.seconds for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
-        self.total.seconds["checkpoint"] += spent - self._checkpoint_seconds
-        self._checkpoint_seconds = spent
+        new, self._checkpoint_seconds = spent - self._checkpoint_seconds, spent
+        self.total.seconds["checkpoint"] += new
+        return new
 
     def _write(self, trainer: Trainer, *, completed: bool) -> None:
+        self._written = True
         if not trainer.is_global_zero:
             return
         self._take_checkpoint_time(trainer)
@@ -112,11 +154,14 @@ class RunLedger(Callback):
         `prompts_rolled_out`, `completions` and `completion_tokens` are of all training rollouts; of these, `discarded`
         were refused by a filter and `wasted` passed it but were neither needed nor kept; `discarded_groups` is the sum
         of both. `rollout_overlapped_seconds` of generation were covered by updates (`RolloutAhead`).
+        `training_seconds` is the `TrainingClock`; every evaluation says what had been spent when it was made: steps,
+        training seconds, and completions and their tokens, reference sets included. Two runs with the same
+        `validation_prompts` were evaluated on the same prompts.
         """
         counts = self.total.counts
         seconds = {"total": self._before + time.perf_counter() - self._started}
         seconds |= {phase: self.total.seconds[phase] for phase in PHASES}
-        accuracy = self.validations
+        accuracy = [evaluation["accuracy"] for evaluation in self.evaluations]
 
         def account(purpose: str) -> dict[str, int]:
             return {name: int(counts[f"{purpose}/{name}"]) for name in ("prompts", "completions", "tokens")}
@@ -135,6 +180,9 @@ class RunLedger(Callback):
             "discarded_groups": int(counts["discarded/prompts"] + counts["wasted/prompts"]),
             "failed_rewards": int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
             "val": {"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
+            "evaluations": self.evaluations,
+            "validation_prompts": self._pools["val"].fingerprint if "val" in self._pools else None,
+            "training_seconds": round(self.clock.seconds, 3),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "rollout_overlapped_seconds": round(counts["overlapped_seconds"], 3),
             "seed": run_seed(),
@@ -148,7 +196,8 @@ class RunLedger(Callback):
             "counts": dict(self.total.counts),
             "steps": self.steps,
             "informative_sum": self.informative_sum,
-            "validations": list(self.validations),
+            "evaluations": [dict(evaluation) for evaluation in self.evaluations],
+            "training_seconds": self.clock.seconds,
             "before": self._before + time.perf_counter() - self._started,
         }
 
@@ -157,7 +206,8 @@ class RunLedger(Callback):
         self.total.counts.update(state_dict["counts"])
         self.steps = state_dict["steps"]
         self.informative_sum = state_dict["informative_sum"]
-        self.validations = list(state_dict["validations"])
+        self.evaluations = [dict(evaluation) for evaluation in state_dict["evaluations"]]
+        self.clock.seconds = state_dict["training_seconds"]
         self._before = state_dict["before"]
 
 

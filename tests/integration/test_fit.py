@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.studies.plots import read_scalars
 from tests.integration.command import EVERY_STEP, assert_same_run, dots, fit_arguments, kill_when, run_of, scalars
 
 
@@ -45,6 +47,51 @@ def test_a_run_leaves_its_account(finished: Path):
     assert summary["val"]["first"] == pytest.approx(curves["val/accuracy"][0])
     spent = sum(value for phase, value in summary["seconds"].items() if phase != "total")
     assert 0.5 * summary["seconds"]["total"] < spent <= summary["seconds"]["total"]
+
+
+def test_every_evaluation_says_what_had_been_spent(finished: Path):
+    run = finished / "quickstart" / "version_0"
+    summary, curves = json.loads((run / "summary.json").read_text()), read_scalars(run)
+    evaluations = summary["evaluations"]
+    assert [one["step"] for one in evaluations] == [0, 5, 10]
+    assert [one["accuracy"] for one in evaluations] == pytest.approx(curves["val/accuracy"][1])
+    reference = summary["reference"]
+    assert evaluations[-1]["completions"] == summary["completions"] + reference["completions"]
+    assert evaluations[-1]["completion_tokens"] == summary["completion_tokens"] + reference["tokens"]
+    # Before the first step only the first reference set had been rolled out, and its time belongs to that step.
+    assert evaluations[0]["seconds"] == 0
+    assert [one["completions"] for one in evaluations[1:]] == [curves["num_completions"][1][step] for step in (4, 9)]
+    clock, steps = curves["time/training"][1], curves["step_time"][1]
+    assert clock == pytest.approx([sum(steps[: n + 1]) for n in range(10)], rel=1e-4)
+    assert summary["training_seconds"] == pytest.approx(clock[-1], rel=1e-3)
+    phases = sum(summary["seconds"][name] for name in ("select", "rollout", "reference", "reward", "update", "sync"))
+    assert phases <= summary["training_seconds"] < summary["seconds"]["total"] - summary["seconds"]["validate"]
+
+
+def test_a_run_killed_behind_its_last_checkpoint_still_gets_its_account(finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "quickstart", tmp_path / "quickstart", symlinks=True)
+    summary = run_of(tmp_path) / "summary.json"
+    expected = json.loads(summary.read_text())
+    summary.unlink()
+    done = dots(*fit_arguments(tmp_path), "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(summary.read_text())
+    assert found["completed"] is True
+    for name in ("steps", "evaluations", "training_seconds", "completions", "reference", "validation_prompts"):
+        assert found[name] == expected[name], name
+
+
+def test_a_run_whose_clock_has_passed_takes_no_further_step(finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "quickstart", tmp_path / "quickstart", symlinks=True)
+    summary = run_of(tmp_path) / "summary.json"
+    summary.unlink()
+    budget = '{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": 0.001}}'
+    more = ["--trainer.max_steps=20", f"--trainer.callbacks+={budget}"]
+    done = dots(*fit_arguments(tmp_path), *more, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(summary.read_text())
+    assert found["completed"] is True
+    assert found["steps"] == 10
 
 
 def test_metrics_carry_the_usual_names(finished: Path):
@@ -113,6 +160,12 @@ def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr[-2000:]
     assert not run.with_name("version_1").exists()
     assert_same_run(tmp_path, finished)
+
+    def spent(folder: Path) -> list[dict]:
+        evaluations = json.loads((run_of(folder) / "summary.json").read_text())["evaluations"]
+        return [{name: value for name, value in one.items() if name != "seconds"} for one in evaluations]
+
+    assert spent(tmp_path) == spent(finished)
 
 
 def test_without_selection_and_replay_it_is_plain_grpo(tmp_path: Path):

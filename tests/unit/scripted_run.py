@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from app.engines import Sampling
 from app.module import GRPOModule
@@ -113,7 +114,7 @@ def scripted_run(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -1,0 +1,153 @@
+"""`dots compare`: order of the runs, their ends, time left, and options that cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.studies.compare.differences import differences
+from app.studies.compare.meter import clock, seconds_left, share_done
+from app.studies.compare.request import Arm, Budget, Request, run_folder_of
+from app.studies.compare.runner import overlay
+from datamodules.errors import UserError
+
+SETTINGS = {"trainer": {"max_steps": 100, "val_check_interval": 5}}
+
+
+def request(budget: str = "steps", names: str = "abc", seeds: tuple[int, ...] = (0, 1, 2)) -> Request:
+    arms = tuple(Arm(name, (f"{name}.yaml",)) for name in names)
+    return Request(("base.yaml",), arms, seeds, "a", Budget.parse(budget, 4.0), None, 3)
+
+
+def order(asked: Request) -> list[str]:
+    return ["".join(arm.name for arm, seed in asked.runs() if seed == one) for one in asked.seeds]
+
+
+def test_arms_change_places_from_seed_to_seed() -> None:
+    assert order(request()) == ["abc", "bca", "cab"]
+    places = Counter((name, turn.index(name)) for turn in order(request()) for name in "abc")
+    assert set(places.values()) == {1}
+
+
+def test_a_baseline_that_sets_the_clock_comes_first() -> None:
+    assert order(request("baseline")) == ["abc", "acb", "abc"]
+    assert order(request("90")) == ["abc", "bca", "cab"]
+
+
+def test_a_seed_stands_in_the_name_of_a_config() -> None:
+    arm = Arm("subset", ("grpo.yaml", "subsets/ufo_{seed}.yaml"))
+    assert arm.files(7) == ["grpo.yaml", "subsets/ufo_7.yaml"]
+
+
+def test_a_saved_request_is_read_back(tmp_path: Path) -> None:
+    asked = request("12.5")
+    asked.save(tmp_path)
+    assert Request.load(tmp_path) == asked
+    with pytest.raises(UserError, match=r"no request.json there"):
+        Request.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "nan", "inf", "half"])
+def test_a_budget_is_a_rule_or_a_number_of_seconds(given: str) -> None:
+    with pytest.raises(UserError, match=f"--budget {given}: expected"):
+        Budget.parse(given, 4.0)
+
+
+def test_a_clocked_run_gets_its_clock_and_more_steps(tmp_path: Path) -> None:
+    asked = request("baseline")
+    folder = run_folder_of(tmp_path, "b", 1)
+    timed = overlay(asked, asked.arms[1], 1, folder, SETTINGS, 61.5)
+    assert timed["seed_everything"] == 1
+    assert timed["trainer"]["max_steps"] == 400
+    assert timed["trainer"]["callbacks+"] == [{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": 61.5}}]
+    assert timed["trainer"]["logger"]["init_args"]["save_dir"] == str(tmp_path / "runs" / "b")
+    counted = overlay(asked, asked.arms[0], 1, folder, SETTINGS, None)
+    assert "max_steps" not in counted["trainer"]
+    assert counted["trainer"]["val_check_interval"] == 5
+
+
+def test_time_left_goes_by_the_runs_of_the_same_arm() -> None:
+    finished = {"a": [10.0, 20.0], "b": [60.0]}
+    # 15 - 5 of this one, 60 for b, and 30, the mean of all, for c.
+    assert seconds_left(finished, ["b", "c"], "a", 5.0, 0.0) == pytest.approx(10 + 60 + 30)
+    # A run that is slower than the others does not make the rest negative.
+    assert seconds_left(finished, ["a"], "a", 100.0, 0.5) == pytest.approx(15)
+
+
+def test_time_left_of_the_first_run_goes_by_its_steps() -> None:
+    assert seconds_left({}, ["b"], "a", 10.0, 0.25) == pytest.approx(30 + 40)
+    assert seconds_left({}, ["b"], "a", 10.0, 0.0) is None
+    assert [clock(None), clock(59.6), clock(3723)] == ["?", "0:01:00", "1:02:03"]
+
+
+def test_progress_is_read_from_behind_what_an_earlier_life_wrote(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert share_done(log, 0) == 0.0
+    log.write_text("step 90/100  reward 0.5\n")
+    behind = log.stat().st_size
+    assert share_done(log, behind) == 0.0
+    log.write_text(log.read_text() + "step 20/80  reward 0.5\nstep 40/80  reward 0.5\nmore\n")
+    assert share_done(log, behind) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms", "a=one.yaml", "b=one.yaml"], "--base is missing"),
+        (["--base", "none.yaml", "--arms", "a=one.yaml", "b=one.yaml"], "--base: no such file none.yaml"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml"], "--arms names 1 arm(s), expected at least 2"),
+        (["--base", "one.yaml", "--arms", "a", "b=one.yaml"], "--arms a: expected NAME=CONFIG"),
+        (["--base", "one.yaml", "--arms", "a/b=one.yaml", "b=one.yaml"], "--arms a/b=one.yaml: expected NAME=CONFIG"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "a=one.yaml"], "--arms names a more than once"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one_{seed}.yaml"], "--arms b: no such file one_0.yaml"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--seeds", "1", "1"], "--seeds names 1 more"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--baseline", "c"], "expected one of a, b"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--budget", "long"], "--budget long: expected"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--smooth", "0"], "--smooth is 0"),
+        (["--report", "nowhere"], "--report nowhere: no request.json there"),
+    ],
+)
+def test_wrong_options_are_one_line_errors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text("{}\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", "--out", "out", *options])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dots: error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_differences_are_lines_by_name() -> None:
+    def settings(callbacks: list[dict], selector: dict, rate: float, seed: int) -> dict:
+        return {
+            "seed_everything": seed,
+            "trainer": {"max_steps": 10, "callbacks": callbacks},
+            "model": {"class_path": "M", "init_args": {"optimization": {"learning_rate": rate, "betas": [0.9, 0.99]}}},
+            "data": {"class_path": "D", "init_args": {"selector": selector}},
+        }
+
+    ledger = {"class_path": "callbacks.RunLedger"}
+    replay = {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 64, "max_age": None}}
+    saves = {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 10}}
+    often = {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}}
+    uniform = {"class_path": "s.Uniform"}
+    dots = {"class_path": "s.Dots", "init_args": {"alpha": 0.5, "predictor": None}}
+    baseline = settings([ledger, saves], uniform, 1e-4, 0)
+    assert differences(settings([replay, ledger, often], dots, 3e-4, 1), baseline) == [
+        "model.optimization.learning_rate: 0.0001 -> 0.0003",
+        "data.selector: Uniform() -> Dots(alpha=0.5)",
+        "callbacks.RunCheckpoint.every: 10 -> 1",
+        "callbacks.RolloutReplay: none -> RolloutReplay(capacity=64)",
+    ]
+    assert differences(baseline, baseline) == []

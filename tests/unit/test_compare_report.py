@@ -1,0 +1,194 @@
+"""The report of `dots compare` on runs whose results are known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+from app.studies.compare.command import report
+from app.studies.compare.records import read_comparison
+from app.studies.compare.state import account_of, check_unchanged, clear_unsaved, note_asked
+from app.studies.compare.summary import summarise
+from app.studies.compare.wording import ratio_text
+from datamodules.errors import UserError
+from tests.unit.compare_runs import asked_of, comparison_of_two, finished_run, request
+
+
+@pytest.fixture
+def figures(tmp_path: Path) -> dict:
+    report(comparison_of_two(tmp_path), tmp_path)
+    return json.loads((tmp_path / "compare.json").read_text())
+
+
+def test_ratios_to_the_baseline_by_hand(figures: dict) -> None:
+    fast = figures["arms"]["fast"]
+    # To 0.8: 20 and 10 of 40 steps, each at half the cost of the baseline's.
+    assert [one["ratio"] for one in fast["step_ratio"]["per_seed"].values()] == pytest.approx([0.5, 0.25])
+    assert [one["ratio"] for one in fast["time_ratio"]["per_seed"].values()] == pytest.approx([0.25, 0.125])
+    for name in ("time_ratio", "completion_ratio", "token_ratio"):
+        assert fast[name]["mean"] == pytest.approx(math.sqrt(0.25 * 0.125))
+        low, high = fast[name]["ci95"]
+        # Of two logarithms ln 2 apart: half the width is 12.706 ln(2) / 2.
+        assert math.log(high / low) == pytest.approx(12.7062 * math.log(2), rel=1e-5)
+    assert (fast["time_ratio"]["reached"], fast["time_ratio"]["censored"]) == (2, 0)
+    grpo = figures["arms"]["grpo"]
+    assert grpo["time_ratio"]["mean"] == grpo["to_best"]["step_ratio"]["mean"] == 1.0
+    assert grpo["time_ratio"]["ci95"] == [1.0, 1.0]
+
+
+def test_what_came_out_by_hand(figures: dict) -> None:
+    fast = figures["arms"]["fast"]
+    assert fast["final_accuracy"]["mean"] == pytest.approx(0.9)
+    assert fast["accuracy_gain"]["per_seed"] == {"0": pytest.approx(0.1), "1": pytest.approx(0.1)}
+    assert fast["informative_fraction"]["mean"] == pytest.approx(0.8)
+    assert fast["fresh_informative_fraction"]["mean"] == pytest.approx(0.7)
+    assert fast["forecast_pearson"]["mean"] == pytest.approx(0.5)
+    assert figures["arms"]["grpo"]["forecast_pearson"] == {"mean": None, "ci95": None, "per_seed": {}}
+    assert fast["seconds"]["training"] == pytest.approx(0.5 * 10 * 40)
+    assert fast["seconds"]["rollout"] == pytest.approx(0.5 * 40)
+    assert fast["totals"]["completions"] == 0.5 * 256 * 40
+    assert fast["totals"]["reference_completions"] == 64
+
+
+def test_the_setting_says_in_what_arms_differ(figures: dict) -> None:
+    setting = figures["setting"]
+    assert setting["baseline"] == "grpo" and setting["seeds"] == [0, 1] and setting["missing"] == []
+    assert setting["differences"] == {"fast": ["data.init_args.selector: Uniform() -> Dots()"]}
+    assert len(setting["machines"]) == 1 and setting["machines"][0]["processor"]
+
+
+def test_the_page_in_words(tmp_path: Path, figures: dict) -> None:
+    text = (tmp_path / "compare.md").read_text()
+    assert "| fast | 0.18 [0.00, 14.45] | 0.18 [0.00, 14.45] | 0.18 [0.00, 14.45] | 0.35 [0.00, 28.90] |" in text
+    assert "| fast | 0.25, 0.900 | 0.12, 0.900 |" in text
+    assert "Budget: a training clock of the length of the baseline's run, at most 4 times trainer.max_steps." in text
+
+
+class Tags(HTMLParser):
+    """Counts elements by name and class, and notes every address that a browser would fetch."""
+
+    VOID = ("meta", "input", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        named = dict(attributes)
+        self.found.append((tag, named.get("class") or ""))
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes).get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_html_is_whole_and_asks_for_nothing(tmp_path: Path, figures: dict) -> None:
+    text = (tmp_path / "compare.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert tags.addresses == []
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    # Four axes of accuracy with two runs of two arms each, and their means.
+    seeds = [name for tag, name in tags.found if tag == "g" and name.endswith(" seed")]
+    assert len(seeds) == 4 * 4
+    means = [name for tag, name in tags.found if tag == "g" and name == "arm-1 mean"]
+    # Accuracy four times, the informative fraction twice, the one forecast that was logged.
+    assert len(means) == 4 + 2 + 1
+    assert text.count("No run measured this.") == 2
+
+
+def test_a_curve_goes_through_its_points(tmp_path: Path, figures: dict) -> None:
+    text = (tmp_path / "compare.html").read_text()
+    drawn = re.search(r'<g class="arm-0 seed"><polyline points="([^"]+)"', text)
+    assert drawn
+    points = [tuple(map(float, pair.split(","))) for pair in drawn[1].split()]
+    across, heights = zip(*points, strict=True)
+    # Equal distances in time and in accuracy, from the left border to the right one; upwards is smaller.
+    assert across == pytest.approx([56, 198.5, 341, 483.5, 626], abs=0.1)
+    falls = [before - after for before, after in itertools.pairwise(heights)]
+    assert falls == pytest.approx([falls[0]] * 4, abs=0.11) and falls[0] > 0
+
+
+def test_an_arm_that_never_gets_there_is_shown(tmp_path: Path) -> None:
+    asked = request("grpo slow")
+    for seed in (0, 1):
+        finished_run(tmp_path, "grpo", seed, [0.4, 0.5, 0.6, 0.7, 0.8])
+    finished_run(tmp_path, "slow", 0, [0.4, 0.6, 0.8])
+    finished_run(tmp_path, "slow", 1, [0.4, 0.5, 0.5])
+    report(asked, tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())["arms"]["slow"]["time_ratio"]
+    assert found["mean"] == pytest.approx(0.5) and found["ci95"] is None and found["at_least"] is True
+    assert found["per_seed"]["1"] == {"ratio": 0.5, "reached": False}
+    assert ratio_text(found) == ">= 0.50 (1 of 2 reached)"
+    assert "| slow | 0.50, 0.800 | > 0.50, 0.500 |" in (tmp_path / "compare.md").read_text()
+    assert "&gt;= 0.50 (1 of 2 reached)" in (tmp_path / "compare.html").read_text()
+
+
+def test_what_is_not_finished_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = comparison_of_two(tmp_path)
+    finished_run(tmp_path, "fast", 1, [0.4, 0.5], completed=False)
+    replace(asked, seeds=(0, 1, 2)).save(tmp_path)
+    main(["compare", "--report", str(tmp_path)])
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["setting"]["missing"] == ["grpo seed 2", "fast seed 1", "fast seed 2"]
+    assert found["arms"]["fast"]["runs"] == 1
+    assert found["arms"]["fast"]["time_ratio"]["ci95"] is None
+    assert "fast seed 2" in (tmp_path / "compare.html").read_text()
+    assert "not finished: fast seed 2" in capsys.readouterr().out
+
+
+def test_runs_without_a_baseline_have_no_ratio(tmp_path: Path) -> None:
+    finished_run(tmp_path, "fast", 0, [0.4, 0.8])
+    figures = summarise(read_comparison(request(), tmp_path))
+    assert list(figures["arms"]) == ["fast"]
+    assert figures["arms"]["fast"]["time_ratio"]["mean"] is None
+    report(request(), tmp_path)
+    assert "| fast | - | - | - | - |" in (tmp_path / "compare.md").read_text()
+
+
+def test_different_held_out_prompts_are_refused(tmp_path: Path) -> None:
+    finished_run(tmp_path, "grpo", 0, [0.4, 0.8])
+    finished_run(tmp_path, "fast", 0, [0.4, 0.8], prompts="others")
+    with pytest.raises(UserError, match="grpo and fast were evaluated on different prompts with seed 0"):
+        read_comparison(request(), tmp_path)
+
+
+def test_nothing_finished_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of its 4 runs is finished"):
+        read_comparison(request(), tmp_path)
+
+
+def test_a_run_that_was_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
+    note_asked(tmp_path, asked_of("Uniform"))
+    check_unchanged(tmp_path, asked_of("Uniform"))
+    with pytest.raises(UserError, match=r"asked for otherwise: .*Uniform -> datamodules.selectors.Dots; give another"):
+        check_unchanged(tmp_path, asked_of("Dots"))
+
+
+def test_only_what_nothing_can_go_on_from_is_cleared(tmp_path: Path) -> None:
+    version = finished_run(tmp_path, "grpo", 0, [0.4, 0.8], completed=False)
+    folder = version.parent
+    assert account_of(folder) is None
+    (version / "checkpoints").mkdir()
+    (version / "checkpoints" / "step_00000003.ckpt").write_bytes(b"")
+    clear_unsaved(folder)
+    assert version.exists()
+    (version / "checkpoints" / "step_00000003.ckpt").unlink()
+    clear_unsaved(folder)
+    assert not version.exists()
