@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from itertools import pairwise
 
@@ -14,15 +15,19 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from datamodules.char_tokenizer import char_tokenizer
 from datamodules.demonstrations import ANSWER_MARKER, DEMONSTRATORS
 from datamodules.demonstrations.base import SLIPS
+from datamodules.demonstrations.simple_equations import linear
 from datamodules.errors import UserError
 from datamodules.procedural import ProceduralTask
 from datamodules.supervised import IGNORED, Demonstrations
 
 PARAMS = {
     "chain_sum": {"min_terms": 2, "max_terms": 12, "min_digits": 1, "max_digits": 2},
+    "complex_arithmetic": {"operations": ["+", "-", "*"], "operations_weights": [0.3, 0.3, 0.4]},
     "leg_counting": {"min_animals": 1, "max_animals": 6, "max_instances": 9},
+    "simple_equations": {"min_terms": 2, "max_terms": 6, "max_value": 12, "operators_weights": [0.5, 0.5, 0.0]},
     "spell_backward": {"min_word_len": 3, "max_word_len": 10},
 }
+VALUE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 MIX = [
     ProceduralTask("chain_sum", 20, {"min_terms": 2, "max_terms": 5, "min_digits": 1, "max_digits": 1}),
     ProceduralTask("spell_backward", 10),
@@ -46,6 +51,9 @@ def wrong_steps(task: str, metadata: dict, work: str) -> tuple[int, int]:
             right = int(results[0]) == count * legs and int(results[-1]) == before + int(results[0])
             wrong, before = wrong + (not right), int(results[-1])
         return wrong, work.count("*")
+    if task in ("complex_arithmetic", "simple_equations"):
+        steps = re.findall(r"(-?\d+)([-+*/])(-?\d+)=(-?\d+)", work)
+        return sum(VALUE[sign](int(a), int(b)) != int(c) for a, sign, b, c in steps), len(steps)
     letters = work.split(",")
     return sum(a != b for a, b in zip(letters, reversed(metadata["word"]), strict=True)), len(letters)
 
@@ -95,6 +103,38 @@ def test_solutions_worked_by_hand() -> None:
     assert ANIMALS["cat"] == 4 and ANIMALS["spider"] == 8
     assert DEMONSTRATORS["leg_counting"].solve({"animals": animals}, 0.0, rng).text == "3*4=12,2*8=16=28#### 28"
     assert DEMONSTRATORS["spell_backward"].solve({"word": "sun"}, 0.0, rng).text == "n,u,s#### nus"
+    equation = {"equation": "17 - 5*x = 2", "variable": "x"}
+    assert DEMONSTRATORS["simple_equations"].solve(equation, 0.0, rng).text == "2-17=-15,-15/-5=3#### 3"
+    product = {"num1": (1.0, -2.0), "num2": (3.0, 4.0), "operation": "*"}
+    assert (
+        DEMONSTRATORS["complex_arithmetic"].solve(product, 0.0, rng).text
+        == "1*3=3,-2*4=-8,3--8=11,1*4=4,-2*3=-6,4+-6=-2#### 11-2i"
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [
+        ("-x + 4 = 1", (-1, 4, 1)),
+        ("7*n = -21", (7, 0, -21)),
+        ("3 - 12*x = 9", (-12, 3, 9)),
+        ("x = 5", (1, 0, 5)),
+    ],
+)
+def test_an_equation_is_read_term_by_term(equation: str, expected: tuple[int, int, int]) -> None:
+    assert linear(equation, "n" if "n" in equation else "x") == expected
+
+
+@pytest.mark.parametrize("equation", ["x*y + 1 = 2", "2.5*x = 5", "4 = 4"])
+def test_what_is_not_linear_is_refused(equation: str) -> None:
+    with pytest.raises(UserError, match="equation"):
+        linear(equation, "x")
+
+
+def test_a_division_is_not_demonstrated() -> None:
+    metadata = {"num1": (1.0, 2.0), "num2": (1.0, 1.0), "operation": "/"}
+    with pytest.raises(UserError, match="demonstrated are"):
+        DEMONSTRATORS["complex_arithmetic"].solve(metadata, 0.0, np.random.default_rng(0))
 
 
 def test_tokenizer_gives_text_back_with_phrases_as_one_token() -> None:
