@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
 
@@ -48,24 +49,4 @@ def geometric_interval(values: Sequence[float]) -> Interval:
 
 def student_t(dof: int, confidence: float = CONFIDENCE) -> float:
     """The t within which the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom lies."""
-    low, high = 0.0, 1.0
-    while _within(high, dof) < confidence:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, dof) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _within(t: float, dof: int) -> float:
-    """P(|T| < t), by the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(dof))
-    square = math.cos(angle) ** 2
-    # The terms of either series, each the one before times (k - 1) / k cos^2.
-    term = math.cos(angle) if dof % 2 else 1.0
-    total = term if dof > 1 else 0.0
-    for k in range(3 if dof % 2 else 2, dof - 1, 2):
-        term *= (k - 1) / k * square
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if dof % 2 else total
+    return float(stdtrit(dof, (1 + confidence) / 2))

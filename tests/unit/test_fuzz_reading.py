@@ -54,7 +54,8 @@ def test_rows_of_any_kind(rows: list[dict[str, Any]], chat: bool) -> None:
     for position, prompt in enumerate(pool):
         assert (prompt.index, prompt.id) == (position, pool.ids[position])
         assert prompt.question == pool.questions[position]
-        assert prompt.columns.get(schema.prompt, prompt.question) == prompt.question  # only as the question's text
+        assert (schema.prompt in prompt.columns) == (schema.prompt == "question")
+        assert prompt.columns["question"] == prompt.question or "question" in columns
         assert all(isinstance(token, int) for token in prompt.token_ids)
 
 
