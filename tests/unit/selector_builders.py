@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from datamodules.pool import PromptPool
-from datamodules.selectors import SelectionContext, Selector
+from datamodules.selectors import Dots, Dps, Greso, Mopps, Pools, SelectionContext, Selector, Uniform
 from datamodules.types import Outcomes, Source
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "Uniform": Uniform,
+    "Dots": lambda: Dots(tau=0.05),
+    "Greso": lambda: Greso(step_size=0.05),
+    "Mopps": lambda: Mopps(decay=0.9, candidates=3),
+    "Dps": Dps,
+    "Pools": Pools,
+}
+"""The published selectors, each with nothing around it."""
 
 
 def pool_of(questions: Sequence[str]) -> PromptPool:

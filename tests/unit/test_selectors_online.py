@@ -10,24 +10,16 @@ from datamodules.pool import PromptPool
 from datamodules.selectors import (
     Composed,
     Dots,
-    Dps,
     Greso,
     Mopps,
-    Pools,
     SelectionContext,
-    Uniform,
     ZeroVarianceSkip,
 )
-from tests.unit.selector_builders import outcomes, random_embeddings, saved_and_loaded
+from tests.unit.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
 
 SIZE, MILLION = 60, 1_000_000
 SELECTORS = {
-    "Uniform": Uniform,
-    "Dots": lambda: Dots(tau=0.05),
-    "Greso": lambda: Greso(step_size=0.05),
-    "Mopps": lambda: Mopps(decay=0.9, candidates=3),
-    "Dps": Dps,
-    "Pools": Pools,
+    **PLAIN,
     "Composed": lambda: Composed(Mopps(), [ZeroVarianceSkip()], cool_down=2, explore=0.3),
     "Greso around Dots": lambda: Greso(ranker=Dots(), cool_down=1, explore=0.1),
 }
