@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -42,7 +43,7 @@ class DemonstrationPretraining(L.LightningModule):
     """
 
     policy: Qwen2ForCausalLM
-    measured: Measured
+    measured: Measured | None = None
 
     def __init__(
         self,
@@ -149,11 +150,15 @@ class DemonstrationPretraining(L.LightningModule):
             self.export()
 
     def export(self) -> None:
-        """Weights in float32, tokenizer, generation settings and card."""
+        """Weights in float32, tokenizer, generation settings and, once it was validated, the card."""
         self.policy.float().eval()
         self.policy.generation_config = self._generation()
         self.policy.save_pretrained(self.output_dir)
         self.data.tokenizer.save_pretrained(self.output_dir)
+        if self.measured is None:
+            (self.output_dir / "README.md").unlink(missing_ok=True)  # it would speak of other weights
+            rank_zero_warn(f"training ended before it was validated: {self.output_dir} gets no card")
+            return
         write_card(self.output_dir, self.data, self.measured, self.policy.num_parameters(), self._seconds())
 
     def _seconds(self) -> float:
