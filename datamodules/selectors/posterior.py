@@ -17,12 +17,15 @@ from datamodules.posterior import Acquisition, Beliefs, BeliefTable, Constants, 
 from datamodules.posterior.evidence import replay
 from datamodules.posterior.table import Cells
 from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
+from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
 
 LOGGED = 16384
 """Outcomes from which the constants are learnt; they stay as they are after so many."""
 FIRST_GROUP = 8
 """Completions per group assumed before the first outcome."""
+LEAST_CHANCE = 1e-6
+"""Of being informative: a prompt believed hopeless stays within reach of a draw."""
 
 
 class Posterior(Ranker):
@@ -59,6 +62,9 @@ class Posterior(Ranker):
         knowledge: batches of informative prompts that knowing the whole pool would be worth at the first step, >= 0;
             0 explores only what pays for itself. Larger values forecast the pool better and choose a little worse.
         learn_constants: whether the model's constants are fitted to the run.
+        temperature: 0 takes the prompts of the highest priority. Above 0, prompts are drawn without replacement with
+            probabilities ~ P(informative)^(1 / temperature), and the two terms above play no part. At 1 and with sharp
+            beliefs the batch is what dynamic sampling would keep: a uniform draw among informative prompts.
     """
 
     def __init__(
@@ -69,14 +75,16 @@ class Posterior(Ranker):
         lookahead: float = 16.0,
         knowledge: float = 110.0,
         learn_constants: bool = True,
+        temperature: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("lookahead", lookahead), ("knowledge", knowledge)):
+        for name, value in (("lookahead", lookahead), ("knowledge", knowledge), ("temperature", temperature)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value}, expected a finite number >= 0: 0 switches that term off")
         self.predictor, self.encoder, self.use_embeddings = predictor, encoder, use_embeddings
         self.acquisition = Acquisition(lookahead, knowledge)
         self.learn_constants = learn_constants
+        self.temperature = temperature
         self._features = np.zeros((0, 0), dtype=np.float32)
         self._model = PosteriorModel(self._features, Constants())
         self._log = Log.empty()
@@ -116,6 +124,9 @@ class Posterior(Ranker):
 
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
         memory, step = self._model.constants.memory, max(1, self._steps)
+        if self.temperature > 0:
+            informative = self.acquisition.greedy(self._tabulated(), self._placed())
+            return gumbel(np.log(np.maximum(informative, LEAST_CHANCE)) / self.temperature, rng)
         return self.acquisition.priorities(self._tabulated(), self._placed(), self._prior_variance(), memory, n, step)
 
     def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NOBODY) -> None:

@@ -181,6 +181,35 @@ def test_exploration_is_counted_against_greedy_choice(embeddings, context):
         assert share == (0.0 if selector is greedy else 1.0)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_draws_follow_the_chance_of_being_informative(embeddings, context, temperature):
+    """The first of a draw is prompt i with probability ~ P(informative)_i^(1 / temperature)."""
+    selector = ready(Posterior(temperature=temperature, learn_constants=False), context)
+    selector.observe(outcomes(np.arange(30), np.repeat([0.0, 0.5, 1.0], 10), "reference"))
+    chance = selector.acquisition.greedy(selector._tabulated(), selector._placed()) ** (1 / temperature)
+    chance /= chance.sum()
+    rng, draws = np.random.default_rng(0), 20_000
+    first = np.bincount([int(selector.priorities(1, rng).argmax()) for _ in range(draws)], minlength=SIZE)
+    # Pearson's statistic has mean SIZE - 1 and standard deviation sqrt(2 (SIZE - 1)) if the draws are right.
+    statistic = float(((first - draws * chance) ** 2 / (draws * chance)).sum())
+    assert abs(statistic - (SIZE - 1)) < 5 * np.sqrt(2 * (SIZE - 1))
+    uniform = float(((first - draws / SIZE) ** 2 / (draws / SIZE)).sum())
+    assert uniform > 5 * statistic
+
+
+def test_drawing_keeps_to_every_kind_that_teaches(embeddings, context):
+    """Of two kinds of prompts, one known to be informative and one about which little is known, greedy choice stays
+    with the first for ever; a draw takes both."""
+    taken = {}
+    for temperature in (0.0, 0.3):
+        selector = ready(Posterior(temperature=temperature, lookahead=0.0, knowledge=0.0), context)
+        selector.observe(outcomes(np.arange(60), np.full(60, 0.5), "reference"))
+        taken[temperature] = np.concatenate([selector.pool.positions(selector.choose(8)) for _ in range(50)])
+    assert (taken[0.0] < 60).all()
+    assert 0.2 < (taken[0.3] < 60).mean() < 0.8
+    assert len(np.unique(taken[0.3])) > 150
+
+
 def test_without_an_encoder_it_counts_what_the_texts_hold(tmp_path):
     named = ready(Posterior(encoder="statistics"), SelectionContext(seed=0, policy_path="policy", cache_dir=tmp_path))
     selector = ready(Posterior(), SelectionContext(seed=0, cache_dir=tmp_path))
@@ -211,6 +240,8 @@ def test_wrong_arguments_are_one_line_errors():
         Posterior(lookahead=-1)
     with pytest.raises(UserError, match="knowledge is inf"):
         Posterior(knowledge=float("inf"))
+    with pytest.raises(UserError, match=r"temperature is -0\.1"):
+        Posterior(temperature=-0.1)
 
 
 @pytest.mark.slow
