@@ -114,6 +114,7 @@ def test_the_same_gradient_for_any_split(center: Any, parts: int) -> None:
         gradient += torch.autograd.grad(result.loss, given["logprobs"])[0]
         statistics = statistics.merge(result.statistics)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(statistics.sums, whole.statistics.sums, rtol=1e-5, atol=1e-6)
     assert statistics.metrics() == pytest.approx(whole.statistics.metrics(), rel=1e-5)
 
 
