@@ -41,8 +41,12 @@ def test_arms_change_what_selects_rolls_out_and_replays_and_nothing_else() -> No
     for name, settings in found.items():
         for line in differences(settings, found["grpo"]):
             assert line.startswith(("data.selector", *(f"callbacks.{one}" for one in allowed))), (name, line)
-    # The quickstart itself is DOTS + RR.
-    assert differences(found["dots_rr"], resolve(asked, Arm("base", ()), 0)) == []
+    # The quickstart itself is DOTS + RR, with the sizes that suit its larger steps.
+    from_base = differences(found["dots_rr"], resolve(asked, Arm("base", ()), 0))
+    assert [line.split(":")[0] for line in from_base] == [
+        "callbacks.ReferenceRollouts.every",
+        "callbacks.RolloutReplay.capacity",
+    ]
     assert found["grpo"]["trainer"]["val_check_interval"] == 10
 
 
