@@ -47,8 +47,8 @@ class Posterior(Ranker):
 
     In a training, set `temperature` (0.3 in `configs/arms/posterior.yaml`). The share of informative prompts, which the
     greedy choice maximises, is not all that training needs: where some prompts are known to be informative and others
-    little known, it stays with the first. On the quickstart's pool, 8 prompts per step, 76 steps took 180 prompts (plain
-    GRPO 608), and with a cool-down of 80 steps no legs were counted in any logged step, which is 28% of that pool.
+    little known, it stays with the first. On the quickstart's pool, 8 prompts per step, 76 steps took 180 prompts
+    (plain GRPO 608), and with a cool-down of 80 steps no legs were counted in any logged step: 28% of that pool.
 
     What it falls short of: where prompts improve at unlike rates one common drift is too much for those that are never
     solved and too little for easy ones (a prompt at 0 of 8 thirty visits ago is forecast at 0.13, and is at 0.07), so
