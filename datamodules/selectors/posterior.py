@@ -25,7 +25,7 @@ LOGGED = 16384
 FIRST_GROUP = 8
 """Completions per group assumed before the first outcome."""
 LEAST_CHANCE = 1e-6
-"""Of being informative: a prompt believed hopeless stays within reach of a draw."""
+"""Smallest P(informative) that a draw reckons with: its logarithm stays finite."""
 
 
 class Posterior(Ranker):
@@ -83,9 +83,13 @@ class Posterior(Ranker):
         temperature: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("lookahead", lookahead), ("knowledge", knowledge), ("temperature", temperature)):
+        for name, value, zero in (
+            ("lookahead", lookahead, "switches that term off"),
+            ("knowledge", knowledge, "switches that term off"),
+            ("temperature", temperature, "takes the best instead of drawing"),
+        ):
             if not 0 <= value < float("inf"):
-                raise UserError(f"{name} is {value}, expected a finite number >= 0: 0 switches that term off")
+                raise UserError(f"{name} is {value}, expected a finite number >= 0: 0 {zero}")
         self.predictor, self.encoder, self.use_embeddings = predictor, encoder, use_embeddings
         self.acquisition = Acquisition(lookahead, knowledge)
         self.learn_constants = learn_constants
