@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,6 +55,9 @@ def kill_only_the_comparison(sign: Path, arguments: list[str]) -> None:
         process.wait()
 
 
+Accounts = dict[tuple[str, int], dict[str, Any]]
+
+
 def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(MICRO))
     out = tmp_path / "out"
@@ -77,11 +81,22 @@ def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in killed.glob("version_*")] == ["version_0"]
     assert "stopped by SIGTERM" in (killed / "log.txt").read_text(errors="replace")
 
-    accounts = {
+    accounts = accounts_of(out)
+    assert_arms_had_their_budgets(accounts)
+    assert_report_says_what_the_runs_say(out, accounts)
+    assert_other_settings_are_refused([*arguments, "--evaluate_every", "3"])
+
+
+def accounts_of(out: Path) -> Accounts:
+    """`summary.json` of every run, by arm and seed."""
+    return {
         (name, seed): json.loads((out / "runs" / name / f"seed_{seed}" / "version_0" / "summary.json").read_text())
         for name in ("grpo", "rr")
         for seed in (0, 1)
     }
+
+
+def assert_arms_had_their_budgets(accounts: Accounts) -> None:
     for (name, seed), account in accounts.items():
         assert account["completed"] is True
         steps = [one["step"] for one in account["evaluations"]]
@@ -99,6 +114,8 @@ def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
     held_out = {key: account["validation_prompts"] for key, account in accounts.items()}
     assert held_out["grpo", 0] == held_out["rr", 0] != held_out["grpo", 1]
 
+
+def assert_report_says_what_the_runs_say(out: Path, accounts: Accounts) -> None:
     figures = json.loads((out / "compare.json").read_text())
     found = figures["arms"]["rr"]
     assert figures["setting"]["missing"] == []
@@ -112,7 +129,9 @@ def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads((out / "compare.json").read_text()) == figures
 
-    other = dots(*arguments, "--evaluate_every", "3")
+
+def assert_other_settings_are_refused(arguments: list[str]) -> None:
+    other = dots(*arguments)
     assert other.returncode == 2
     lines = other.stderr.splitlines()
     assert [line for line in lines if line.startswith("dots: error:")] == lines[-1:]
