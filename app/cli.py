@@ -163,7 +163,7 @@ def _describe_here(config: Any) -> None:
     config.trainer.strategy, config.trainer.precision = "auto", None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Drops notices that say nothing about the user's run."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
@@ -175,7 +175,7 @@ def _quiet() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command; `args` default to the process's own."""
-    _quiet()
+    quiet()
     # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -163,6 +164,17 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
 def causal_lm(model: Any) -> PreTrainedModel:
     """The Hugging Face model itself, inside a peft wrapper or not; adapters stay active in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def attending(lm: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Forward passes with a registered attention implementation; with the model's own for None."""
+    usual = lm.config._attn_implementation
+    lm.config._attn_implementation = implementation or usual
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = usual
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AttentionInterface, PreTrainedModel
 
-from app.engines.kv_cache import full_attention_only
+from app.engines.kv_cache import full_attention_only, plain_attention
 from app.objective.logprobs import token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
-from app.policy import causal_lm
+from app.policy import attending, causal_lm
 
 SHARED_PROMPT = "dots_shared_prompt"
 _AS_FORWARD = "dots_score"
@@ -63,14 +63,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     Not with gradient checkpointing, which runs layers again in the backward pass, when attention is the model's own.
     """
     lm = causal_lm(model)
-    config = lm.config
-    return (
-        getattr(lm, "_supports_attention_backend", False)
-        and config._attn_implementation == "sdpa"
-        and full_attention_only(config)
-        and getattr(config, "attn_logit_softcapping", None) is None
-        and not lm.is_gradient_checkpointing
-    )
+    return plain_attention(lm) and lm.config._attn_implementation == "sdpa" and not lm.is_gradient_checkpointing
 
 
 def _rectangle(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
@@ -88,15 +81,10 @@ def _rectangle(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
 
 def _shared(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
     """Last hidden states `[1, N, H]` of a micro-batch in one row."""
-    usual = lm.config._attn_implementation
-    # Only for this forward: generation keeps the model's own attention.
-    lm.config._attn_implementation = SHARED_PROMPT
-    try:
+    with attending(lm, SHARED_PROMPT):
         return lm.base_model(
             input_ids=packed.input_ids, position_ids=packed.position_ids, layout=packed.layout, use_cache=False
         ).last_hidden_state
-    finally:
-        lm.config._attn_implementation = usual
 
 
 def head_weight(head: torch.nn.Module) -> Tensor:

@@ -14,10 +14,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines.base import RolloutEngine, Sampling, Weights
 from app.engines.checks import check_request
-from app.engines.kv_cache import RowCache, row_cache
+from app.engines.kv_cache import GrowingCache, RowCache, plain_attention
 from app.engines.sampler import draw, uniforms
 from app.engines.schedule import Rows, Work, fill_holes, plan, take_bucket
+from app.engines.shared_cache import SharedPromptCache
 from app.engines.stopping import StopStrings, end_token_ids
+from app.policy import attending, causal_lm
 from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
@@ -26,19 +28,28 @@ from datamodules.types import Completion, Prompt
 class Transformers(RolloutEngine):
     """Generates with the policy's own module, so that `push` has nothing to copy.
 
-    Every prompt is read once and its keys and values are given to all its completions; finished rows leave the batch
-    at once, and waiting prompts take their places.
+    Every prompt is read once, and its keys and values are kept and read once for all its completions, where the
+    policy's layers attend to the whole context; finished rows leave the batch at once, and waiting prompts take their
+    places.
 
     Args:
         max_rows: completions decoded together.
-        max_cache_tokens: bound on rows x (longest prompt + max_completion_length), that is on the memory of the
+        max_cache_tokens: bound on rows x (longest prompt + max_completion_length), and so on the memory of the
             key-value cache; fewer rows are decoded together when it would be exceeded.
         prefill_tokens: prompt tokens (padding included) read in one forward pass.
+        share_prompts: false decodes with the model's own attention and cache, which copies the prompt to every row;
+            for a policy whose attention wants something that `decode_attention` does not do.
     """
 
     uses_policy = True
 
-    def __init__(self, max_rows: int = 256, max_cache_tokens: int = 262_144, prefill_tokens: int = 16_384) -> None:
+    def __init__(
+        self,
+        max_rows: int = 256,
+        max_cache_tokens: int = 262_144,
+        prefill_tokens: int = 16_384,
+        share_prompts: bool = True,
+    ) -> None:
         for name, given in (
             ("max_rows", max_rows),
             ("max_cache_tokens", max_cache_tokens),
@@ -47,6 +58,7 @@ class Transformers(RolloutEngine):
             if given < 1:
                 raise UserError(f"engine {name}={given}: expected at least 1")
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
+        self.share_prompts = share_prompts
         self.version = 0
 
     def setup(
@@ -60,12 +72,11 @@ class Transformers(RolloutEngine):
     ) -> None:
         """Raises UserError for a model whose forward takes no `past_key_values`."""
         super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
-        unwrap: Any = getattr(model, "get_base_model", None)  # peft's
-        base = unwrap() if unwrap else model
-        self._accepted = set(inspect.signature(base.forward).parameters)
+        lm = causal_lm(model)
+        self._accepted = set(inspect.signature(lm.forward).parameters)
         if "past_key_values" not in self._accepted:
             raise UserError(
-                f"{type(base).__name__} keeps no key-value cache (its forward takes no past_key_values): "
+                f"{type(lm).__name__} keeps no key-value cache (its forward takes no past_key_values): "
                 "the Transformers engine needs one, choose another model or engine"
             )
 
@@ -94,16 +105,14 @@ class Transformers(RolloutEngine):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past: object,
+        **cached: Any,
     ) -> torch.Tensor:
-        """Logits `[n, V]` of the last position of `[n, T]` tokens."""
+        """Logits `[n, V]` of the last position of `[n, T]` tokens, whose context is `cached`."""
         optional = {"position_ids": position_ids, "logits_to_keep": 1}
         output = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past,
             use_cache=True,
+            **cached,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
         return output.logits[:, -1]
@@ -114,11 +123,12 @@ class _Generation:
 
     def __init__(self, engine: Transformers, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> None:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
-        self.config = engine.model.config
+        self.lm = causal_lm(engine.model)
+        self.config = self.lm.config
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
         self.max_rows = min(engine.max_rows, seeds.size, max(1, engine.max_cache_tokens // columns))
-        self.cache: RowCache = row_cache(self.config, self.max_rows, columns)
         self.waiting = plan([prompt.token_ids for prompt in prompts], sampling.num_generations, self.max_rows)
+        self.cache = self._new_cache()
         self.rows = Rows()
         self.ends = end_token_ids(engine.model, engine.tokenizer)
         self.stops = StopStrings(sampling.stop, engine.tokenizer)
@@ -127,6 +137,13 @@ class _Generation:
         self.logprobs = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.float32)
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
         self.stopped = np.zeros(seeds.size, dtype=bool)
+
+    def _new_cache(self) -> RowCache:
+        if not (self.engine.share_prompts and plain_attention(self.lm)):
+            return GrowingCache()
+        layers = len(DynamicCache(config=self.config).layers)
+        prompts = min(len(self.waiting), self.max_rows)
+        return SharedPromptCache(layers, self.max_rows, prompts, self.sampling.max_completion_length)
 
     def run(self) -> list[tuple[Completion, ...]]:
         while self.waiting or len(self.rows):
@@ -156,7 +173,9 @@ class _Generation:
         mask = self._to_device((positions >= 0).astype(np.int64)) if (lengths != lengths.max()).any() else None
         prefilled = DynamicCache(config=self.config)
         position_ids = self._to_device(positions.clip(min=0))
-        logits = self.engine._forward(self._to_device(padded), position_ids, mask, prefilled)
+        logits = self.engine._forward(
+            self._to_device(padded), position_ids, attention_mask=mask, past_key_values=prefilled
+        )
         source = np.repeat(np.arange(len(bucket)), [len(work.samples) for work in bucket])
         self.cache.admit(prefilled, source, lengths[source])
         self.rows.add(np.concatenate([work.samples for work in bucket]), lengths[source])
@@ -164,9 +183,10 @@ class _Generation:
 
     def _step(self) -> torch.Tensor:
         """Logits `[n, V]` after the last token of every row."""
-        mask = self.cache.attention_mask(self.device)
+        cached = self.cache.inputs(self.device)
         token, position = self._to_device(np.stack([self.rows.token, self.rows.position]))
-        return self.engine._forward(token[:, None], position[:, None], mask, self.cache.past)
+        with attending(self.lm, self.cache.attention):
+            return self.engine._forward(token[:, None], position[:, None], **cached)
 
     def _record(self, logits: torch.Tensor, first: int) -> None:
         """Draws a token for the rows from `first` on and lets finished rows go."""

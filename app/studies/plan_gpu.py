@@ -118,7 +118,10 @@ def trainer_memory(shape: DecoderShape, run: Run, trainers: int, *, sharded: boo
     columns = run.prompt_length + run.completion_length
     rows = _rows(run, trainers)
     copies = memory.autocast_copies(shape, numbers, head=True)
-    prefill = min(run.prefill_tokens, run.prompt_length * math.ceil(_fresh(run) / trainers))
+    prompts = math.ceil(_fresh(run) / trainers)
+    prefill = min(run.prefill_tokens, run.prompt_length * prompts)
+    lengths = (run.prompt_length, run.completion_length)
+    cache = memory.shared_cache(shape, width, rows, prompts, *lengths) if generates else 0
     return TrainerMemory(
         parameters=states.parameters,
         gradients=states.gradients,
@@ -132,8 +135,8 @@ def trainer_memory(shape: DecoderShape, run: Run, trainers: int, *, sharded: boo
         exchange=memory.gradient_sum(shape) if trainers > 1 and not sharded else 0,
         optimizer_step=memory.optimizer_workspace(states, foreach=True),
         gathered=(shape.parameters * numbers.compute if sharded else copies) if generates else 0,
-        cache=memory.row_cache(shape, width, rows, columns) if generates else 0,
-        decoding=memory.decode_workspace(shape, width, rows, columns, prefill) if generates else 0,
+        cache=cache,
+        decoding=memory.decode_workspace(shape, width, rows, columns, prefill, cache) if generates else 0,
     )
 
 

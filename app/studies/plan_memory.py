@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.engines.kv_cache import SLACK
+from app.engines.shared_cache import SLACK
 from app.studies.plan_shapes import DecoderShape
 
 _FLOAT = 4
@@ -236,9 +236,12 @@ def gradient_sum(shape: DecoderShape) -> int:
     return _SUM_BUCKET if shape.adapters else max(_SUM_BUCKET, shape.vocabulary * shape.hidden * _FLOAT)
 
 
-def row_cache(shape: DecoderShape, width: int, rows: int, columns: int) -> int:
-    """The transformers engine's cache (`engines.kv_cache.InPlaceCache`): whole buffers, with its spare columns."""
-    return rows * (columns + SLACK) * cache_per_token(shape, width)
+def shared_cache(
+    shape: DecoderShape, width: int, rows: int, prompts: int, prompt_length: int, completion_length: int
+) -> int:
+    """The transformers engine's cache (`engines.shared_cache`): whole buffers, with its spare columns."""
+    tokens = rows * (completion_length + SLACK) + min(prompts, rows) * prompt_length
+    return tokens * cache_per_token(shape, width)
 
 
 def cache_per_token(shape: DecoderShape, width: int, tensor_parallel: int = 1) -> int:
@@ -246,17 +249,17 @@ def cache_per_token(shape: DecoderShape, width: int, tensor_parallel: int = 1) -
     return 2 * shape.layers * max(1, shape.kv_heads // tensor_parallel) * shape.head_dim * width
 
 
-def decode_workspace(shape: DecoderShape, width: int, rows: int, columns: int, prefill_tokens: int) -> int:
+def decode_workspace(shape: DecoderShape, width: int, rows: int, columns: int, prefill_tokens: int, cache: int) -> int:
     """What the transformers engine needs beside cache and weights.
 
-    The larger of a decode step and a prefill. Step: where keys have fewer heads than queries a layer's are repeated
-    for all of them (rows of different lengths are masked, and masked attention wants that); logits, and two float32
-    copies of them in which a token is drawn. Prefill: keys and values of the bucket, and of one layer the MLP's three
-    tensors and four of the stream.
+    The largest of three. A decode step: a layer's products of queries and keys, in parts, whole and as weights; or
+    logits, and two float32 copies of them in which a token is drawn. The first prefill, before there is a cache: keys
+    and values of the bucket, and of one layer the MLP's three tensors and four of the stream. A later one, of the
+    eighth of the rows that has to be free for it.
     """
-    repeated = 2 * rows * columns * shape.queries * width if shape.heads > shape.kv_heads else 0
+    scores = 3 * rows * columns * shape.heads * max(width, _FLOAT)
     logits = rows * shape.vocabulary * (2 * _FLOAT + (width if width < _FLOAT else 0))
     prefill = prefill_tokens * (
         cache_per_token(shape, width) + (3 * shape.intermediate + 2 * shape.queries + 4 * shape.hidden) * width
     )
-    return max(repeated, logits, prefill)
+    return max(scores, logits, prefill // 8, prefill - cache)

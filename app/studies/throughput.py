@@ -1,4 +1,4 @@
-"""`dots throughput`: time and memory of a training step beside another trainer's, in one process, step by step."""
+"""`dots throughput`: time and memory of a training step beside another trainer's, step by step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +18,7 @@ from app.parsing import DotsArgumentParser
 from app.studies.throughput_case import CASES, Work, write_policy, write_prompts
 from app.studies.throughput_dots import run_dots
 from app.studies.throughput_trl import run_trl
-from app.studies.throughput_turns import Clock, OtherFailedError, Step, Turns
+from app.studies.throughput_turns import Side, Step
 from datamodules.errors import UserError
 
 DESCRIPTION = (
@@ -46,12 +44,8 @@ def main(args: list[str]) -> None:
         )
     out = Path(options.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    before = torch.get_num_threads()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            results = {case: measure(options, case, Path(scratch)) for case in options.cases}
-    finally:
-        torch.set_num_threads(before)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = {case: measure(options, case, Path(scratch)) for case in options.cases}
     (out / "throughput.json").write_text(json.dumps(report(results, options.as_dict()), indent=2) + "\n")
     print_tables(results)
 
@@ -73,27 +67,18 @@ def measure(options: Any, case: str, scratch: Path) -> list[Pair]:
     write_policy(options.policy, work.policy)
     data = folder / "train.jsonl"
     write_prompts(work, CASES[case], data)
-    turns = Turns("dots")
-    mine, theirs = Clock(turns, "dots", "trl"), Clock(turns, "trl", "dots")
-    failures: list[BaseException] = []
-
-    def side(run: Any, clock: Clock) -> None:
-        try:
-            clock.enter()
-            run(work, data, folder, clock, options.threads)
-        except OtherFailedError:
-            pass
-        except BaseException as error:  # noqa: BLE001  # handed to the main thread, which raises it
-            failures.append(error)
-            turns.fail()
-
-    other = threading.Thread(target=side, args=(run_dots, mine), name="dots")
-    other.start()
-    side(run_trl, theirs)
-    other.join()
-    if failures:
-        raise failures[0]
-    return list(zip(mine.steps, theirs.steps, strict=True))[options.warmup :]
+    sides = [
+        Side("Dots", run_dots, work, data, folder, options.threads),
+        Side("TRL", run_trl, work, data, folder, options.threads),
+    ]
+    try:
+        for side in sides:
+            side.set_up()
+        pairs = [(sides[0].step(), sides[1].step()) for _ in range(work.steps)]
+    finally:
+        for side in sides:
+            side.end()
+    return pairs[options.warmup :]
 
 
 def report(results: dict[str, list[Pair]], settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,28 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from app.cli import DotsCLI
+from app.cli import DotsCLI, quiet
 from app.studies.throughput_case import Work
 from app.studies.throughput_turns import Clock
 from datamodules.types import TrainBatch
 
 
-def run_dots(work: Work, data: Path, folder: Path, clock: Clock, threads: int) -> None:
+def run_dots(work: Work, data: Path, folder: Path, threads: int, clock: Clock) -> None:
     """Trains `work.steps` steps, each when it is the turn of Dots."""
     torch.set_num_threads(threads)
     config = folder / "dots.yaml"
     config.write_text(yaml.safe_dump(_config(work, data, folder), sort_keys=False))
-    _TimedFit(["fit", "--config", str(config)], clock)
+    quiet()
+    sys.argv[1:] = ["fit", "--config", str(config)]  # of this process, which is the trainer's own
+    _TimedFit(clock)
 
 
 class _TimedFit(DotsCLI):
     """`dots fit` with a callback before and one behind all others."""
 
-    def __init__(self, args: list[str], clock: Clock) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        super().__init__(args)
+        super().__init__()
 
     def before_fit(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector

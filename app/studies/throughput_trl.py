@@ -14,7 +14,7 @@ from app.studies.throughput_turns import Clock
 from datamodules.errors import UserError
 
 
-def run_trl(work: Work, data: Path, folder: Path, clock: Clock, threads: int) -> None:
+def run_trl(work: Work, data: Path, folder: Path, threads: int, clock: Clock) -> None:
     """Trains `work.steps` steps, each when it is TRL's turn."""
     try:
         from datasets import load_dataset

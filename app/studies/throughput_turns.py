@@ -1,47 +1,21 @@
-"""Two trainers in one process, one step of the one after one of the other, and the clock of each."""
+"""Two trainers in a process each, one step of the one after one of the other, and the clock of each.
+
+In one process they would have two teams of OpenMP threads between them, of which each makes the other's small
+operations slower.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Literal
 
-
-class OtherFailedError(RuntimeError):
-    """The other trainer has failed."""
-
-
-class Turns:
-    """Lets one named thread go on at a time.
-
-    Args:
-        first: whose turn it is at the beginning.
-    """
-
-    def __init__(self, first: str) -> None:
-        self._turn = first
-        self._failed = False
-        self._changed = threading.Condition()
-
-    def wait(self, name: str) -> None:
-        """Returns when it is the turn of `name`. Raises OtherFailedError when another thread has failed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failed or self._turn == name)
-            if self._failed:
-                raise OtherFailedError
-
-    def give(self, name: str) -> None:
-        """Makes it the turn of `name`."""
-        with self._changed:
-            self._turn = name
-            self._changed.notify_all()
-
-    def fail(self) -> None:
-        """Ends all waiting."""
-        with self._changed:
-            self._failed = True
-            self._changed.notify_all()
+from datamodules.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +28,7 @@ class Step:
         reward: seconds of scoring.
         update: seconds of log-probabilities, loss, gradients and optimizer.
         completion_tokens: generated.
-        peak_mib: highest resident memory of the process over that at the step's start.
+        peak_mib: highest resident memory of the trainer's process over that at the step's start.
     """
 
     seconds: float
@@ -65,27 +39,26 @@ class Step:
     peak_mib: float
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a trainer ended before its time: for the user, or with a traceback of its own on stderr."""
+
+    message: str
+    of_user: bool
+
+
+Message = Step | Failure | Literal["ready", "done"]
+
+
 class Clock:
-    """Starts when its side's turn comes and gives the turn on when it stops.
+    """The trainer's end of the pipe: it starts when its turn comes, and says what the step cost when it stops."""
 
-    The sides are set up in turn as well, between `enter` and the first start: models cannot be loaded side by side,
-    because transformers switches the whole process to the meta device meanwhile.
-    """
-
-    def __init__(self, turns: Turns, mine: str, other: str) -> None:
-        self.turns, self.mine, self.other = turns, mine, other
-        self.steps: list[Step] = []
-        self._set_up = False
-
-    def enter(self) -> None:
-        """Before the side is set up."""
-        self.turns.wait(self.mine)
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
 
     def start(self) -> None:
-        if not self._set_up:
-            self._set_up = True
-            self.turns.give(self.other)
-        self.turns.wait(self.mine)
+        self.pipe.send("ready")
+        self.pipe.recv()
         self._resident = _reset_peak()
         self._started = time.perf_counter()
 
@@ -94,8 +67,80 @@ class Clock:
         seconds = time.perf_counter() - self._started
         left = seconds - rollout - reward if update is None else update
         peak = _status("VmHWM") - self._resident
-        self.steps.append(Step(seconds, rollout, reward, left, completion_tokens, peak))
-        self.turns.give(self.other)
+        self.pipe.send(Step(seconds, rollout, reward, left, completion_tokens, peak))
+
+
+class Side:
+    """A trainer in a process of its own, from the parent's end of the pipe.
+
+    Args:
+        name: of the trainer.
+        run: called there with a `Clock` behind `arguments`; importable by name.
+        arguments: that can be pickled.
+    """
+
+    def __init__(self, name: str, run: Callable[..., None], *arguments: Any) -> None:
+        self.name = name
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_trainer, args=(theirs, run, arguments), name=name, daemon=False)
+        self._process.start()
+        theirs.close()
+
+    def set_up(self) -> None:
+        """Returns when it is about to begin its first step. Raises as `step`."""
+        self._expect("ready")
+
+    def step(self) -> Step:
+        """Has it do one step, and returns when it is about to begin the next one, or has ended.
+
+        Raises:
+            UserError: it cannot go on, and the user can do something about it.
+            RuntimeError: it failed or was killed.
+        """
+        self._pipe.send("go")
+        step = self._next()
+        if not isinstance(step, Step):
+            raise RuntimeError(f"{self.name}: {step!r} where the cost of a step was due")
+        self._expect("ready", "done")
+        return step
+
+    def end(self) -> None:
+        """Ends the process, wherever it is."""
+        self._pipe.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _expect(self, *wanted: str) -> None:
+        message = self._next()
+        if message not in wanted:
+            raise RuntimeError(f"{self.name}: {message!r} where {' or '.join(wanted)} was due")
+
+    def _next(self) -> Message:
+        try:
+            message: Message = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"{self.name}: its process ended with code {self._process.exitcode}") from None
+        if isinstance(message, Failure):
+            raise (UserError if message.of_user else RuntimeError)(message.message)
+        return message
+
+
+def _trainer(pipe: Connection, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        run(*arguments, Clock(pipe))
+        last: Message = "done"
+    except UserError as error:
+        last = Failure(str(error), of_user=True)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent has ended, or is about to
+        return
+    except BaseException as error:  # noqa: BLE001  # the parent raises it
+        traceback.print_exc()
+        last = Failure(f"{type(error).__name__}: {error}", of_user=False)
+    pipe.send(last)
 
 
 def _reset_peak() -> float:

@@ -122,8 +122,8 @@ def test_rollouts_of_the_tiny_policy() -> None:
     seeds = np.arange(64).reshape(16, 4)
     engine.generate(prompts, sampling, seeds)
     measured = peak_bytes(lambda: engine.generate(prompts, sampling, seeds))
-    cache = memory.row_cache(shape, 4, 48, 180)
-    found = cache + memory.decode_workspace(shape, 4, 48, 180, 12 * 60)
+    cache = memory.shared_cache(shape, 4, rows=48, prompts=16, prompt_length=60, completion_length=120)
+    found = cache + memory.decode_workspace(shape, 4, 48, 180, 12 * 60, cache)
     print(f"\nrollouts: {measured / 2**20:.1f} MiB, {cache / 2**20:.1f} of them cache, {found / measured - 1:+.1%}")
     assert found == pytest.approx(measured, rel=WITHIN)
 

@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, Qwen3Config
 
-from app.engines.kv_cache import InPlaceCache, row_cache
+from app.engines.shared_cache import SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.optimization import Optimization
-from app.policy import Lora, Policy, add_lora
+from app.policy import Lora, Policy, add_lora, attending
 from app.scoring import score
 from app.studies import plan_memory as memory
 from app.studies.plan_memory import MicroBatch, Precision
@@ -144,16 +144,18 @@ def test_flops_are_those_of_the_kernels(shared: bool) -> None:
 
 def test_cache_is_the_engines_own() -> None:
     model = Policy(str(TINY)).load().eval()
-    shape, rows, columns = shape_of(str(TINY)), 5, 40
-    cache = row_cache(model.config, rows, columns)
-    assert isinstance(cache, InPlaceCache)
+    shape, rows, prompts = shape_of(str(TINY)), 5, 2
+    cache = SharedPromptCache(shape.layers, rows, prompts, columns=28)
     prefilled = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.arange(12)[None], past_key_values=prefilled, use_cache=True)
-    cache.admit(prefilled, np.zeros(rows, dtype=np.int64), np.full(rows, 12))
-    buffers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert memory.row_cache(shape, 4, rows, columns) == sum(tensor.untyped_storage().nbytes() for tensor in buffers)
-    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefilled.layers) // 12
+        model(input_ids=torch.arange(24).view(2, 12), past_key_values=prefilled, use_cache=True)
+        cache.admit(prefilled, np.array([0, 0, 1, 1, 1]), np.full(rows, 12))
+        with attending(model, cache.attention):
+            model(input_ids=torch.zeros(5, 1, dtype=torch.long), **cache.inputs(model.device), use_cache=True)
+    buffers = [tensor for layer in [*cache.written, *cache.read] for tensor in (layer.keys, layer.values)]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in buffers)
+    assert memory.shared_cache(shape, 4, rows, prompts, prompt_length=12, completion_length=28) == held
+    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefilled.layers) // 24
     assert memory.cache_per_token(shape, 4) == per_token
     # Two of the four heads on each of two GPUs.
     assert memory.cache_per_token(shape, 4, tensor_parallel=2) == per_token // 2

@@ -1,37 +1,12 @@
-"""`dots throughput`: the order of steps, its arithmetic and the reward that both trainers get."""
+"""`dots throughput`: its arithmetic and the reward that both trainers get."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 
 from app.studies.throughput import report
 from app.studies.throughput_case import scripted
-from app.studies.throughput_turns import OtherFailedError, Step, Turns
-
-
-def test_turns_alternate() -> None:
-    turns, order = Turns("a"), []
-
-    def go(mine: str, other: str) -> None:
-        for _ in range(3):
-            turns.wait(mine)
-            order.append(mine)
-            turns.give(other)
-
-    thread = threading.Thread(target=go, args=("b", "a"))
-    thread.start()
-    go("a", "b")
-    thread.join(timeout=5)
-    assert order == ["a", "b"] * 3
-
-
-def test_a_failure_ends_the_others_waiting() -> None:
-    turns = Turns("a")
-    turns.fail()
-    with pytest.raises(OtherFailedError):
-        turns.wait("b")
+from app.studies.throughput_turns import Step
 
 
 def test_ratio_is_the_median_of_the_pairs() -> None:

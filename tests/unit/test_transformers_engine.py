@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from app.engines import Sampling, Transformers
-from app.engines.kv_cache import RowLayer
 from app.engines.schedule import fill_holes, plan, take_bucket
+from app.engines.shared_cache import WrittenLayer
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -114,6 +114,15 @@ def test_draws_do_not_depend_on_batch_order_or_neighbours(name: str, sampling: S
         assert_same(together[i], alone[i])
 
 
+def test_the_models_own_attention_draws_the_same() -> None:
+    model, batch, sampling = build("qwen2"), prompts(LENGTHS), Sampling(G, 40)
+    shared = engine(model, max_rows=9).generate(batch, sampling, SEEDS)
+    own = engine(model, max_rows=9, share_prompts=False).generate(batch, sampling, SEEDS)
+    for left, right in zip(shared, own, strict=True):
+        assert_same(left, right)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_greedy_agrees_with_model_generate() -> None:
     model = build("qwen2")
     for prompt in prompts(LENGTHS):
@@ -205,8 +214,8 @@ def test_schedule_by_hand() -> None:
 
 def test_rows_that_join_for_long_move_the_cache_window_and_keep_their_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rewinds = []
-    rewind = RowLayer.rewind
-    monkeypatch.setattr(RowLayer, "rewind", lambda layer: (rewinds.append(layer.first), rewind(layer)))
+    rewind = WrittenLayer.rewind
+    monkeypatch.setattr(WrittenLayer, "rewind", lambda layer: (rewinds.append(layer.first), rewind(layer)))
     model, batch = build("qwen2"), prompts([6] * 40)
     seeds = np.arange(40).reshape(40, 1)
     joined = engine(model, max_rows=3).generate(batch, Sampling(1, 30), seeds)

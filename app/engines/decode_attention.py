@@ -1,0 +1,103 @@
+"""Attention of one new token per row over its prompt, which all completions of it share, and over its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+DECODE = "dots_decode"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedKeys:
+    """What `n` rows read of `g` prompts, each of which has at most `W` rows.
+
+    One matrix product per prompt serves all its rows, so that its keys and values are read once for all of them; and
+    key-value heads are never repeated for the query heads that share them.
+
+    Attributes:
+        keys: of every layer, `[g, key_value_heads, P, head_dim]`.
+        values: of every layer, the same.
+        rows: int64 `[g * key_value_heads * W]`: the row and head (`row * key_value_heads + head`) at each place of each
+            head of each prompt; any row where a prompt has fewer than `W`.
+        places: int64 `[n * key_value_heads]`: the place of each head of each row.
+        bias: float `[n, 1, P + T]`, minus infinity where a row sees nothing; None where everything is seen.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    rows: Tensor
+    places: Tensor
+    bias: Tensor | None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Output `[n, 1, heads, head_dim]`.
+
+        Args:
+            layer: number of the layer.
+            query: `[n, heads, 1, head_dim]`.
+            key: `[n, key_value_heads, T, head_dim]`: the rows' own tokens up to the new one.
+            value: the same.
+            scale: factor of the products.
+        """
+        rows, heads, _, width = query.shape
+        query = query[:, :, 0] * scale
+        read_keys, read_values = self.keys[layer], self.values[layer]
+        groups = len(read_keys) * read_keys.shape[1]
+        read = torch.bmm(self._by_prompt(_by_head(query, key), groups), read_keys.flatten(0, 1).mT)
+        written = torch.bmm(_by_head(query, key), key.flatten(0, 1).mT)
+        scores = torch.cat([self._by_row(read, heads // key.shape[1]), written], dim=2).view(rows, heads, -1)
+        if self.bias is not None:
+            scores += self.bias
+        weights = scores.softmax(dim=2, dtype=None if scores.dtype.itemsize > 2 else torch.float32).to(value.dtype)
+        on_read, on_written = _by_head(weights, key).split([read.shape[2], written.shape[2]], dim=2)
+        read = torch.bmm(self._by_prompt(on_read, groups), read_values.flatten(0, 1))
+        output = torch.baddbmm(self._by_row(read, heads // key.shape[1]), on_written, value.flatten(0, 1))
+        return output.view(rows, 1, heads, width)
+
+    def _by_prompt(self, states: Tensor, groups: int) -> Tensor:
+        """`[n * key_value_heads, repeats, X]` as `[g * key_value_heads, W * repeats, X]`."""
+        return states.index_select(0, self.rows).view(groups, -1, states.shape[2])
+
+    def _by_row(self, states: Tensor, repeats: int) -> Tensor:
+        """The reverse of `_by_prompt`."""
+        return states.view(-1, repeats, states.shape[2]).index_select(0, self.places)
+
+
+def _by_head(states: Tensor, keys: Tensor) -> Tensor:
+    """`[n, heads, X]` as `[n * key_value_heads, repeats, X]`: the query heads that share a key-value head together."""
+    return states.reshape(len(states) * keys.shape[1], -1, states.shape[2])
+
+
+def decode_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: SharedKeys | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`SharedKeys.attend` as transformers calls it.
+
+    Raises:
+        ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
+    """
+    unknown = [name for name in ("softcap", "sliding_window", "s_aux", "position_bias") if others.get(name) is not None]
+    if layout is None or unknown or attention_mask is not None:
+        wanted = "layout is missing" if layout is None else f"{', '.join(unknown) or 'attention_mask'} is not supported"
+        raise ValueError(
+            f"{type(module).__name__}: {wanted}; set model.engine.init_args.share_prompts to false for this policy"
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return layout.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(DECODE, decode_attention)
