@@ -36,9 +36,10 @@ def ready(selector: Selector, size: int, seed: int = 7) -> Any:
 
 
 def random_embeddings(monkeypatch: pytest.MonkeyPatch, size: int, width: int) -> np.ndarray:
-    """Random vectors in the place of Dots' encoder: what an encoder gives is tested with the encoder."""
+    """Random vectors in the encoder's place: what an encoder gives is tested with the encoder."""
     vectors = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
-    monkeypatch.setattr("datamodules.selectors.dots.embed_with", lambda *_: (vectors, "key"))
+    for selector in ("dots", "posterior"):
+        monkeypatch.setattr(f"datamodules.selectors.{selector}.embed_with", lambda *_: (vectors, "key"))
     return vectors
 
 
