@@ -50,6 +50,12 @@ def key() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c() -> None:
+    """A shell has its background jobs ignore Ctrl-C, and their children with them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(POLICY).eval()
