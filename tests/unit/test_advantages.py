@@ -9,6 +9,7 @@ import torch
 
 from app.objective.advantages import decoupled_advantages, group_advantages
 from datamodules.errors import UserError
+from datamodules.types import REWARD_TOLERANCE
 
 
 def test_by_hand() -> None:
@@ -64,7 +65,7 @@ def test_integer_rewards() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(UserError, match=r"scale='grup'.*did you mean 'group'\?"):
+    with pytest.raises(UserError, match=r"scale='grup': expected one of group, batch, none; did you mean 'group'\?"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "grup")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
@@ -121,7 +122,59 @@ def test_wrong_components_are_refused() -> None:
     zeros, groups = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(UserError, match=r"advantage_scale='none'.*nothing would be normalised"):
         decoupled_advantages(zeros, torch.ones(2), groups, "none")
-    with pytest.raises(ValueError, match=r"expected \[N, R\], \[R\] and \[N\]"):
+    shapes = r"components \(2, 2\), reward_weights \(3,\), groups \(2,\): expected \[N, R\], \[R\] and \[N\]"
+    with pytest.raises(ValueError, match=shapes):
         decoupled_advantages(zeros, torch.ones(3), groups)
+    with pytest.raises(UserError, match=r"^scale='grup'.*did you mean 'group'\?"):
+        decoupled_advantages(zeros, torch.ones(2), groups, "grup")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"baseline='leave-one-out'.*did you mean 'leave_one_out'\?"):
         group_advantages(torch.zeros(2), groups, "none", "leave-one-out")  # type: ignore[arg-type]
+
+
+def test_equal_negative_rewards_are_exactly_zero() -> None:
+    # The mean of seven times -0.1 is not -0.1 either.
+    rewards = torch.tensor([-0.1] * 7 + [-1.0, -2.0])
+    advantages = group_advantages(rewards, torch.tensor([0] * 7 + [1, 1]))
+    assert advantages[:7].tolist() == [0.0] * 7
+    assert advantages[7] > 0 > advantages[8]
+
+
+def test_rewards_as_far_apart_as_the_tolerance_are_equal() -> None:
+    rewards = torch.tensor([0.0, REWARD_TOLERANCE, 0.0, 2 * REWARD_TOLERANCE], dtype=torch.float64)
+    advantages = group_advantages(rewards, torch.tensor([0, 0, 1, 1]), "none")
+    torch.testing.assert_close(advantages, torch.tensor([0, 0, -1e-6, 1e-6], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_a_pair_is_compared_with_one_another() -> None:
+    # Each is the other's baseline: 1 - 0 and 0 - 1.
+    pair, together = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([3, 3])
+    assert group_advantages(pair, together, "none", "leave_one_out").tolist() == [1, -1]
+    # A batch of two: deviations +-1/2 over the unbiased deviation sqrt(1/2).
+    halves = torch.tensor([0.5, -0.5], dtype=torch.float64) / (0.5**0.5 + 1e-6)
+    torch.testing.assert_close(group_advantages(pair, together, "batch"), halves)
+
+
+def test_rewards_in_half_precision_are_compared_in_float32() -> None:
+    rewards, groups = torch.tensor([0.1, 0.7, 0.2, 0.9]).bfloat16(), torch.zeros(4, dtype=torch.int64)
+    advantages = group_advantages(rewards, groups, "none")
+    values = rewards.tolist()
+    expected = torch.tensor([value - statistics.fmean(values) for value in values])
+    torch.testing.assert_close(advantages, expected, rtol=1e-6, atol=1e-7)
+    assert group_advantages(torch.tensor([], dtype=torch.int64), groups[:0]).dtype == torch.float32
+
+
+def test_rewards_apart_with_the_others_as_the_baseline() -> None:
+    # 1, 0, 0 minus the mean of the others is 1, -1/2, -1/2; the spread that divides is sqrt(1/3).
+    components = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    found = decoupled_advantages(components, torch.tensor([2.0]), torch.zeros(3), "group", "leave_one_out")
+    spread = (1 / 3) ** 0.5 + 1e-6
+    torch.testing.assert_close(found, torch.tensor([2 / spread, -1 / spread, -1 / spread], dtype=torch.float64))
+
+
+def test_rewards_apart_of_the_smallest_batches() -> None:
+    one, weight = torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([3.0])
+    assert decoupled_advantages(one, weight, torch.tensor([0]), "batch").tolist() == [0]
+    # Of two: +-3 / sqrt(2) each, whose unbiased deviation is 3.
+    two = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    found = decoupled_advantages(two, weight, torch.tensor([0, 0]), "batch")
+    torch.testing.assert_close(found, torch.tensor([0.5**0.5, -(0.5**0.5)], dtype=torch.float64), rtol=1e-5, atol=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.objective.logprobs import token_logprobs
+from app.objective.logprobs import _tile_shape, token_logprobs
 
 ONE_TILE = 2**20
 # Tiles of 8 numbers at float64 in which 23 tokens x 31 words leave ragged edges on both sides.
@@ -119,6 +119,15 @@ def test_gradcheck(tile_bytes: int) -> None:
     assert torch.autograd.gradcheck(outputs, tuple(given.values()))
 
 
+def test_temperature_and_scale_reach_the_gradient_whatever_their_ratio() -> None:
+    given = example(tokens=4, words=5, width=3)
+    leaves = [given["hidden"], given["weight"], given["bias"]]
+    for options in ({"temperature": 0.5}, {"temperature": 2.0}, {"temperature": 0.5, "scale": 0.5}, {"scale": 4.0}):
+        expected = torch.autograd.grad(plain(**given, **options)[0].sum(), leaves)
+        actual = torch.autograd.grad(token_logprobs(**given, **options)[0].sum(), leaves)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_tied_head_adds_both_gradients() -> None:
     """The same parameter embeds the input and scores the output."""
     inputs, targets = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([1, 4, 1, 5, 0])
@@ -138,14 +147,15 @@ def test_frozen_head_and_frozen_body() -> None:
         torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), given[name])[0], expected[position])
 
 
-def test_extreme_logits() -> None:
-    """Logits of +-800, whose exponentials overflow float32, and a certain token."""
-    hidden = torch.tensor([[800.0], [-800.0], [0.0]], requires_grad=True)
+@pytest.mark.parametrize("tile_bytes", [4, 16, ONE_TILE])
+def test_extreme_logits(tile_bytes: int) -> None:
+    """Logits of +-800, whose exponentials overflow float32, and a certain token, beside one of logits 0."""
+    hidden = torch.tensor([[800.0], [0.0], [-800.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 0, 2]), tile_bytes=4)
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 2, 0]), tile_bytes=tile_bytes)
     assert entropy is not None
-    torch.testing.assert_close(logprobs, torch.tensor([0.0, -1600.0, -math.log(3)]))
-    torch.testing.assert_close(entropy, torch.tensor([0.0, 0.0, math.log(3)]))
+    torch.testing.assert_close(logprobs, torch.tensor([0.0, -math.log(3), -1600.0]))
+    torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(3), 0.0]))
     (logprobs + entropy).sum().backward()
     assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
@@ -167,11 +177,32 @@ def test_bfloat16_is_summed_in_float32() -> None:
         torch.testing.assert_close(narrow[name].grad.float(), wide[name].grad, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_the_wider_type_of_states_and_head_is_summed_in(wide: str) -> None:
+    given = example()
+    given.pop("bias")
+    exact = {name: values.detach() for name, values in given.items()}
+    narrow = "weight" if wide == "hidden" else "hidden"
+    exact[narrow] = exact[narrow].float().double()
+    logprobs, _ = token_logprobs(**{**exact, narrow: exact[narrow].float()})
+    assert logprobs.dtype == torch.float64
+    torch.testing.assert_close(logprobs, plain(**exact)[0], rtol=1e-11, atol=1e-12)
+
+
 def test_autocast_does_not_round_the_logits() -> None:
     given = {k: v.detach() for k, v in example(dtype=torch.float32).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = token_logprobs(**given)
     torch.testing.assert_close(inside, token_logprobs(**given), rtol=0, atol=0)
+
+
+def test_autocast_does_not_round_the_gradients() -> None:
+    given = example(dtype=torch.float32)
+    leaves = [given["hidden"], given["weight"], given["bias"]]
+    outside = torch.autograd.grad(token_logprobs(**given)[0].sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(token_logprobs(**given)[0].sum(), leaves)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -209,9 +240,33 @@ def test_no_tokens() -> None:
 
 def test_wrong_input_is_refused() -> None:
     given = {k: v.detach() for k, v in example().items()}
-    with pytest.raises(ValueError, match="temperature=0"):
-        token_logprobs(**given, temperature=0)
-    with pytest.raises(ValueError, match=r"expected 0 \.\. 30"):
-        token_logprobs(**{**given, "targets": torch.full((23,), 31)})
-    with pytest.raises(ValueError, match=r"hidden \(22, 6\)"):
-        token_logprobs(**{**given, "hidden": given["hidden"][:22]})
+    for temperature in (0, -1):
+        with pytest.raises(ValueError, match=f"^temperature={temperature}: expected above 0 "):
+            token_logprobs(**given, temperature=temperature)
+    for outside in (31, -1):
+        targets = torch.full((23,), 5)
+        targets[7] = outside
+        low, high = min(outside, 5), max(outside, 5)
+        with pytest.raises(ValueError, match=rf"^targets from {low} to {high}: expected 0 \.\. 30$"):
+            token_logprobs(**{**given, "targets": targets})
+    shapes = {
+        r"^hidden \(22, 6\), weight \(31, 6\), targets \(23,\): expected": {"hidden": given["hidden"][:22]},
+        r"hidden \(23, 5\)": {"hidden": given["hidden"][:, :5]},
+        r"hidden \(23, 6, 1\)": {"hidden": given["hidden"][..., None]},
+        r"weight \(31, 6, 1\)": {"weight": given["weight"][..., None]},
+        r"targets \(23, 1\): expected \[T, H\], \[V, H\] and \[T\]": {"targets": given["targets"][:, None]},
+    }
+    for message, wrong in shapes.items():
+        with pytest.raises(ValueError, match=message):
+            token_logprobs(**{**given, **wrong})
+
+
+def test_tiles_are_square_where_both_sides_are_large_and_fill_their_budget() -> None:
+    # Of 2,500 numbers of 4 bytes: 50 x 50; beside a short side the other one takes what is left.
+    assert _tile_shape(1000, 1000, 4, 10_000) == (50, 50)
+    assert _tile_shape(10, 1000, 4, 10_000) == (10, 250)
+    assert _tile_shape(1000, 10, 4, 10_000) == (250, 10)
+    assert _tile_shape(20, 30, 4, 10_000) == (20, 30)
+    # One number at least, also where nothing fits or there is nothing.
+    assert _tile_shape(7, 7, 4, 3) == (1, 1)
+    assert _tile_shape(0, 5, 4, 10_000) == (1, 5)

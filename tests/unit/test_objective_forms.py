@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.objective.forms import capped_tokens, clipped_tokens
 from app.objective.kl import kl_estimate
 from app.objective.surrogate import SurrogateOptions, policy_loss
 from datamodules.errors import UserError
@@ -123,8 +124,15 @@ def test_kl_values_are_unbiased() -> None:
     [
         ({"form": "clipp"}, r"form='clipp'.*did you mean 'clip'\?"),
         ({"dual_clip": 1.1}, r"dual_clip=1.1: expected null, or above 1 \+ epsilon_high"),
+        ({"dual_clip": 1.25, "epsilon_high": 0.25}, r"dual_clip=1.25: expected null, or above 1 \+ epsilon_high"),
+        ({"epsilon_low": 1.01}, r"epsilon_low=1.01: expected in \[0, 1\]"),
+        ({"epsilon_high": -0.1}, r"epsilon_high=-0.1: expected 0 or more"),
         ({"cispo_cap": 0}, "cispo_cap=0: expected above 0"),
+        ({"sapo_tau_positive": 0}, "sapo_tau_positive=0: expected above 0"),
+        ({"sapo_tau_negative": 0}, "sapo_tau_negative=0: expected above 0"),
         ({"sapo_tau_negative": -1}, "sapo_tau_negative=-1: expected above 0"),
+        ({"importance_cap": 0}, "importance_cap=0: expected above 0"),
+        ({"beta": -0.1}, r"beta=-0.1: expected 0 \(no reference\) or more"),
         ({"dual_clip": 3.0, "form": "sapo"}, r"dual_clip=3.0 with form='sapo'.*set dual_clip: null"),
         ({"clip_center": "behaviour", "importance_level": "sequence"}, "clip_center='behaviour' with importance_level"),
         ({"clip_center": "behaviour", "importance_mode": "mask"}, "has no importance weight.*set clip_center: old"),
@@ -140,3 +148,32 @@ def test_combinations_that_mean_nothing_are_refused(options: dict[str, Any], mes
 def test_the_sequence_ratio_needs_sequences() -> None:
     with pytest.raises(ValueError, match="needs the sequence index"):
         run((1,), (1,), SurrogateOptions(ratio_level="sequence"))
+
+
+def test_every_value_inside_its_bounds_is_accepted() -> None:
+    SurrogateOptions(epsilon_low=0, epsilon_high=0, dual_clip=1.01)
+    SurrogateOptions(epsilon_low=1, epsilon_high=5)
+    SurrogateOptions(form="cispo", cispo_cap=0.5, importance_cap=0.5)
+    SurrogateOptions(form="sapo", sapo_tau_positive=0.5, sapo_tau_negative=0.5, beta=0.001, kl_corrected=True)
+
+
+def test_tokens_on_a_bound_or_without_advantage_do_not_count_as_clipped() -> None:
+    ratio = tensor(0.75, 0.5, 1.25, 1.5, 0.5, 1.5)
+    advantages = tensor(-1, 0, 1, 0, -1, 1)
+    low, high = clipped_tokens(ratio, advantages, SurrogateOptions(epsilon_low=0.25, epsilon_high=0.25))
+    assert low.tolist() == [False] * 4 + [True, False]
+    assert high.tolist() == [False] * 5 + [True]
+    for form in ("cispo", "sapo"):
+        for nowhere in clipped_tokens(ratio, advantages, SurrogateOptions(form=form)):  # type: ignore[arg-type]
+            assert (nowhere.tolist(), nowhere.dtype) == ([False] * 6, torch.bool)
+
+
+def test_tokens_on_the_second_bound_or_without_advantage_do_not_count_as_capped() -> None:
+    ratio, advantages = tensor(3, 4, 4, 4), tensor(-1, 0, 1, -1)
+    capped = capped_tokens(ratio, advantages, SurrogateOptions(dual_clip=3.0))
+    assert capped is not None
+    assert capped.tolist() == [False, False, False, True]
+    capped = capped_tokens(ratio, advantages, SurrogateOptions(form="cispo", cispo_cap=3.0))
+    assert capped is not None
+    assert capped.tolist() == [False, True, True, True]
+    assert capped_tokens(ratio, advantages, SurrogateOptions()) is None

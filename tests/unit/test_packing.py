@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from app.objective.logprobs import token_logprobs
-from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches
 from app.objective.surrogate import SurrogateOptions, policy_loss
 from app.objective.weights import token_weights
 
@@ -17,6 +19,11 @@ def test_plan_by_hand() -> None:
     # By length: 9 (its own, above 8), then 4, 3 (2 x 4 = 8), then 2, 2, 1 (3 x 2 = 6; a fourth would fit).
     assert plan_microbatches([3, 9, 2, 4, 1, 2], 8) == [[1], [3, 0], [2, 5, 4]]
     assert plan_microbatches([], 8) == []
+    # A row takes one token at least, and the budget of one token is enough for one.
+    assert plan_microbatches([0, 0, 0], 2) == [[0, 1], [2]]
+    assert plan_microbatches([1, 1], 1) == [[0], [1]]
+    # Equal ones keep their order, however many there are.
+    assert plan_microbatches([5] * 100, 500) == [list(range(100))]
     with pytest.raises(ValueError, match="max_tokens=0"):
         plan_microbatches([1], 0)
 
@@ -54,15 +61,35 @@ def test_collate_by_hand() -> None:
     assert batch.weights.tolist() == [0.25, 0.5, 0.5, 0.5]
     assert batch.replayed.tolist() == [False, True, True, True]
     assert batch.padding_fraction == pytest.approx(1 / 8)
+    assert (batch.real_tokens, batch.sequence_tokens, batch.layout) == (7, 7, None)
+    shorter, longer = ScoredSequence([5], [7], [-0.5], 1.0, 1.0), ScoredSequence([5, 6], [7], [-0.5], 1.0, 1.0)
+    assert collate([shorter, longer]).input_ids.tolist() == [[5, 7, 0], [5, 6, 7]]
+
+
+@pytest.mark.parametrize("lay_out", [collate, pack])
+def test_tokens_are_integers_numbers_float32_and_marks_bool(lay_out: Any) -> None:
+    sequences = [ScoredSequence([1], [2, 3], [-1.0, -2.0], 1.0, 1.0), ScoredSequence([1, 4], [2], [-1.0], 1.0, 1.0)]
+    batch = lay_out(sequences)
+    numbers = {"behaviour_logprobs", "old_logprobs", "advantages", "weights"}
+    tokens = {"input_ids", "attention_mask", "position_ids", "predictors", "targets", "sequences"}
+    assert {getattr(batch, name).dtype for name in numbers} == {torch.float32}
+    assert {getattr(batch, name).dtype for name in tokens} == {torch.int64}
+    assert batch.replayed.dtype == torch.bool
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="sequence 0: 0 prompt and 1 completion"):
-        collate([ScoredSequence([], [1], [-1.0], 1.0, 1.0)])
-    with pytest.raises(ValueError, match="2 behaviour_logprobs, expected 1"):
-        collate([ScoredSequence([1], [1], [-1.0, -1.0], 1.0, 1.0)])
-    with pytest.raises(ValueError, match="no sequences"):
-        collate([])
+    fine = ScoredSequence([1], [1], [-1.0], 1.0, 1.0)
+    for lay_out in (collate, pack):
+        with pytest.raises(ValueError, match="sequence 0: 0 prompt and 1 completion tokens, expected both above 0"):
+            lay_out([ScoredSequence([], [1], [-1.0], 1.0, 1.0)])
+        with pytest.raises(ValueError, match="sequence 1: 1 prompt and 0 completion tokens"):
+            lay_out([fine, ScoredSequence([1], [], [], 1.0, 1.0)])
+        with pytest.raises(ValueError, match="sequence 1: 2 behaviour_logprobs, expected 1, one per completion token"):
+            lay_out([fine, ScoredSequence([1], [1], [-1.0, -1.0], 1.0, 1.0)])
+        with pytest.raises(ValueError, match="sequence 0: 0 old_logprobs, expected 1"):
+            lay_out([ScoredSequence([1], [1], [-1.0], 1.0, 1.0, old_logprobs=[])])
+        with pytest.raises(ValueError, match="no sequences"):
+            lay_out([])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from app.objective.advantages import group_advantages
 from callbacks.replay_buffer import ReplayBuffer, draw_weight
 from datamodules.group_codec import pack, pack_groups, unpack_groups
 from datamodules.seeding import generator
-from datamodules.types import Completion, RolloutGroup
+from datamodules.types import REWARD_TOLERANCE, Completion, RolloutGroup
 from tests.fuzzing import examples
 from tests.unit.builders import group, pool, prompt
 
@@ -263,6 +263,10 @@ def test_the_weights_by_hand():
     for name, rewards in WEIGHED.items():
         assert draw_weight(np.array(rewards, np.float32)) == pytest.approx(VARIANCES[name], abs=1e-12)
     assert draw_weight(np.empty(0, np.float32)) == 0
+    # Rewards as far apart as the tolerance are equal.
+    assert draw_weight(np.array([0.0, REWARD_TOLERANCE])) == 0
+    # One right of three: 1/3 - 1/9, exact although rewards are stored in float32.
+    assert draw_weight(np.float32([1, 0, 0])) == pytest.approx(2 / 9, rel=1e-12)
 
 
 def test_prompts_named_last_are_drawn_when_there_are_no_others():
@@ -380,3 +384,16 @@ def test_a_checkpoint_takes_the_place_of_what_was_there():
     after.load_state_dict(before.state_dict(), POOL)
     assert [one.prompt.id for one in after.groups] == ["p1"]
     assert after.nbytes == before.nbytes
+
+
+def test_a_group_of_just_the_bytes_allowed_is_kept():
+    one = group(prompt(0), [0, 1])
+    size = bytes_of(one, half=False)
+    assert ReplayBuffer(2, max_bytes=size).insert([one]) == []
+    assert ReplayBuffer(2, max_bytes=size - 1).insert([one]) == [one]
+
+
+def test_weights_of_0_raise_no_warning():
+    with np.errstate(all="raise"):
+        drawn = weighed_buffer("advantage").draw(5, generator(0))
+    assert drawn[4].prompt.id == "p3"

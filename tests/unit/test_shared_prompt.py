@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from app.objective.packing import ScoredSequence, collate, pack, plan_packs
-from app.objective.shared_prompt import Blocks, plan_shared
+from app.objective.packing import PackedBatch, ScoredSequence, collate, owners, pack, plan_packs
+from app.objective.shared_prompt import Blocks, SharedPrompts, plan_shared, shared_prompt_attention
 from app.scoring import can_share_prompts, score
 
 SIZES = {
@@ -50,6 +50,7 @@ def test_layout_by_hand() -> None:
     )
     # Prompts 5 6 and 4, then 7 8 of the first completion and 1 of the third; what comes last predicts nothing.
     assert batch.input_ids.tolist() == [[5, 6, 4, 7, 8, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 2, 3, 2]]
     assert batch.targets.tolist() == [7, 8, 9, 3, 1, 2]
     assert batch.predictors.tolist() == [1, 3, 4, 2, 1, 5]
@@ -74,6 +75,8 @@ def test_blocks_give_back_what_they_pad() -> None:
     assert padded[2, 0].tolist() == [[4, 5], [6, 7], [8, 9]]
     assert torch.equal(blocks.join(padded), values)
     assert torch.autograd.gradcheck(lambda x: blocks.join(blocks.pad(x) ** 2), values)
+    # Padding repeats a token that there is.
+    assert Blocks.of(np.array([1, 0])).pad(values[:1]).tolist() == [[[[0, 1]]], [[[0, 1]]]]
 
 
 @pytest.mark.parametrize("make", [qwen, llama], ids=["qwen_gqa_tied", "llama"])
@@ -119,6 +122,10 @@ def test_plan_by_hand() -> None:
     assert plan_shared(owner, prompts, completions, 11) == [[1], [3], [0, 2]]
     assert plan_shared(owner, prompts, completions, 1) == [[1], [3], [0], [2]]
     assert plan_shared([], [], [], 5) == []
+    assert plan_shared([0], [1], [1], 5) == [[0]]
+    # Prompt 0 takes 1 + 4 of 10 tokens. Prompt 1 takes 1 + 3 + 3 + 3, a whole micro-batch, and is not torn apart
+    # although one of its completions would fit into the first.
+    assert plan_shared([0, 1, 1, 1], [1, 1], [5, 4, 4, 4], 10) == [[0], [1, 2, 3]]
     with pytest.raises(ValueError, match="max_tokens=0"):
         plan_shared(owner, prompts, completions, 0)
 
@@ -138,3 +145,110 @@ def test_plan_covers_everything_within_the_budget() -> None:
     whole = pack(made).real_tokens
     assert sum(sizes) == whole  # no prompt is read twice
     assert len(plan) <= 1.3 * np.ceil(whole / 2048)
+
+
+def test_a_prompt_is_recognised_whatever_holds_its_tokens() -> None:
+    kinds = ([5, 6], (5, 6), np.array([5, 6], dtype=np.int32), np.array([5, 6]), [5, 6, 0])
+    owner, chosen = owners([ScoredSequence(kind, [1], [-1.0], 1.0, 1.0) for kind in kinds])
+    assert (owner.tolist(), chosen) == ([0, 0, 0, 0, 1], [0, 4])
+
+
+def test_completions_of_one_token_add_nothing_to_the_prompts() -> None:
+    prompts = [3, 7, 2], [9]
+    made = [ScoredSequence(prompts[owner], [token], [-1.0], 1.0, 0.1) for owner, token in [(0, 4), (1, 5), (0, 6)]]
+    batch = pack(made)
+    assert batch.input_ids.tolist() == [[3, 7, 2, 9]]
+    assert batch.predictors.tolist() == [2, 3, 2]
+    assert batch.layout is not None
+    assert batch.layout.completions.shape == (3, 0)
+    model = qwen()
+    with torch.no_grad():
+        together, _ = score(model, batch, 1.0, with_entropy=False)
+        apart = torch.cat([score(model, collate([one]), 1.0, with_entropy=False)[0] for one in made])
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
+
+
+HEADS, WIDTH = 2, 3
+# Prompts at 0 .. 1 and 2 .. 4; completions of prompt 1 at 5 .. 6, of prompt 0 at 7, of prompt 1 none.
+SEEN = [[0], [0, 1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5, 6], [0, 1, 7]]
+
+
+def layout_of_seen() -> SharedPrompts:
+    return SharedPrompts.of(np.array([2, 3]), np.array([2, 1, 0]), np.array([1, 0, 1]))
+
+
+def states(heads: int = HEADS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(len(SEEN), n, WIDTH, generator=generator, dtype=torch.float64) for n in (HEADS, heads, heads)]
+
+
+def attention_by_a_loop(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    rows = []
+    for token, seen in enumerate(SEEN):
+        for head in range(HEADS):
+            weights = torch.softmax(scale * key[seen, head] @ query[token, head], 0)
+            rows.append(weights @ value[seen, head])
+    return torch.stack(rows).reshape(len(SEEN), HEADS, WIDTH)
+
+
+def test_attention_equals_a_loop_over_tokens() -> None:
+    given = states()
+    for scale, factor in ((None, WIDTH**-0.5), (0.3, 0.3), (2.0, 2.0)):
+        found = layout_of_seen().attend(*given, scale=scale, dropout=0.0)
+        torch.testing.assert_close(found, attention_by_a_loop(*given, factor), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_reaches_prompts_and_completions() -> None:
+    # With all weights dropped nothing is left.
+    assert not layout_of_seen().attend(*states(), scale=None, dropout=1.0).any()
+
+
+def transposed(given: list[Tensor]) -> list[Tensor]:
+    """As a model holds them: `[1, heads, N, width]`."""
+    return [one.transpose(0, 1)[None] for one in given]
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_attention_as_a_model_calls_it(heads: int) -> None:
+    query, key, value = states(heads)
+    shared = [one.expand(-1, HEADS, -1) for one in (key, value)]
+    found, weights = shared_prompt_attention(
+        torch.nn.Identity(), *transposed([query, key, value]), None, scaling=0.3, layout=layout_of_seen()
+    )
+    assert weights is None
+    torch.testing.assert_close(found, attention_by_a_loop(query, *shared, 0.3)[None], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"softcap": 30.0}, "Identity: softcap is not supported; set model.share_prompts to false"),
+        ({"sliding_window": 4}, "sliding_window is not supported"),
+        ({"s_aux": torch.zeros(2)}, "s_aux is not supported"),
+        ({"position_bias": torch.zeros(1)}, "position_bias is not supported"),
+        ({"softcap": 30.0, "s_aux": torch.zeros(2)}, "Identity: softcap, s_aux is not supported"),
+        ({"attention_mask": torch.ones(1, 8)}, "Identity: attention_mask is not supported"),
+        ({"layout": None}, "Identity: layout is missing"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(wanted: dict, message: str) -> None:
+    given = {"attention_mask": None, "layout": layout_of_seen(), "softcap": None, "sliding_window": None, **wanted}
+    with pytest.raises(ValueError, match=message):
+        shared_prompt_attention(torch.nn.Identity(), *transposed(states()), **given)
+
+
+def tensors_of(batch: PackedBatch) -> list[Tensor]:
+    parts: list[object] = [batch, batch.layout]
+    if batch.layout is not None:
+        parts += [batch.layout.prompts, batch.layout.completions]
+    held = [getattr(part, name) for part in parts if part is not None for name in part.__slots__]  # type: ignore[attr-defined]
+    return [one for one in held if isinstance(one, Tensor)]
+
+
+@pytest.mark.parametrize(("lay_out", "count"), [(collate, 11), (pack, 11 + 6)])
+def test_everything_is_put_on_the_device_asked_for(
+    sequences: list[ScoredSequence], lay_out: object, count: int
+) -> None:
+    held = tensors_of(lay_out(sequences, device="meta"))  # type: ignore[operator]
+    assert len(held) == count
+    assert {one.device.type for one in held} == {"meta"}

@@ -67,6 +67,11 @@ def test_by_hand_around_the_behaviour_policy() -> None:
     result.loss.backward()
     torch.testing.assert_close(result.loss, torch.tensor(-1.7, dtype=F64))
     torch.testing.assert_close(logprobs.grad, tensor(0, -2.2, 0, 0.9))
+    # Nothing was updated since, and no weight is used: what is reported is pi_old / mu, not capped.
+    metrics = result.statistics.metrics()
+    assert metrics["policy/approx_kl"] == 0
+    reported = [metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max")]
+    assert reported == pytest.approx([0.5, 1.0, 1.5])
 
 
 def random_tokens(count: int = 200) -> dict[str, Tensor]:
@@ -149,6 +154,28 @@ def test_zero_advantage_and_absurd_ratios_stay_finite() -> None:
     # No advantage: exactly none; beyond the bound of 20: none either.
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [0, 0, 0]
+    # What is reported stays finite as well: log-ratios of 2, -499 and 500 are taken for 2, -20 and 20.
+    metrics = result.statistics.metrics()
+    exact = [math.expm1(x) - x for x in (2, -20, 20)]
+    assert metrics["policy/approx_kl"] == pytest.approx(sum(exact) / 3, rel=1e-6)
+    assert result.terms.ratio.tolist() == pytest.approx([math.exp(2), math.exp(-20), math.exp(20)])
+    assert result.terms.log_update.tolist() == [2, -20, 20]
+    assert result.terms.logp_difference.tolist() == [400, 400, 400]
+
+
+def test_importance_around_the_behaviour_policy_stays_finite() -> None:
+    zero = tensor(0, 0)
+    options = SurrogateOptions(clip_center="behaviour")
+    terms = policy_loss(zero, tensor(-1000, 1000), zero, zero, options).terms
+    assert terms.importance.tolist() == pytest.approx([math.exp(20), math.exp(-20)])
+
+
+def test_a_weight_of_just_the_cap_is_not_masked() -> None:
+    # On policy every weight is exactly 1.
+    logprobs = tensor(-1, -2).requires_grad_()
+    options = SurrogateOptions(importance_mode="mask", importance_cap=1)
+    policy_loss(logprobs, logprobs.detach(), tensor(1, -3), tensor(1, 1), options).loss.backward()
+    torch.testing.assert_close(logprobs.grad, tensor(-1, 3))
 
 
 def test_kl_and_entropy_by_hand() -> None:
@@ -157,6 +184,10 @@ def test_kl_and_entropy_by_hand() -> None:
     log2 = math.log(2)
     for name, value in {"k1": -log2, "k2": log2**2 / 2, "k3": 1 - log2}.items():
         assert float(kl_estimate(pi, ref, name)) == pytest.approx(value)  # type: ignore[arg-type]
+    # Log-ratios are bounded here too: 99 and -99 are taken for 20 and -20.
+    apart, bound = (tensor(-100, -1), tensor(-1, -100)), math.expm1(20)
+    for name, values in {"k1": (-20, 20), "k2": (200, 200), "k3": (bound - 20, math.expm1(-20) + 20)}.items():
+        assert kl_estimate(*apart, name).tolist() == pytest.approx(values)  # type: ignore[arg-type]
     logprobs, entropy = pi.clone().requires_grad_(), tensor(0.7).requires_grad_()
     zero = torch.zeros(1, dtype=F64)
     options = SurrogateOptions(beta=0.1, entropy_coef=0.01)
@@ -181,12 +212,30 @@ def test_statistics_of_some_tokens() -> None:
 def test_token_weights_by_hand() -> None:
     lengths = torch.tensor([1, 3, 4])
     close = torch.testing.assert_close
+    close(token_weights(lengths), torch.tensor([1 / 8] * 3))
     close(token_weights(lengths, "token"), torch.tensor([1 / 8] * 3))
     close(token_weights(lengths, "sequence"), torch.tensor([1 / 3, 1 / 9, 1 / 12]))
     close(token_weights(lengths, "constant", max_completion_length=5), torch.tensor([1 / 15] * 3))
     # The same sequences as part of a mini-batch of 20 tokens in 6 sequences.
     close(token_weights(lengths, "token", total_tokens=20), torch.tensor([1 / 20] * 3))
     close(token_weights(lengths, "sequence", total_sequences=6), torch.tensor([1 / 6, 1 / 18, 1 / 24]))
+    constant = token_weights(lengths, "constant", max_completion_length=5, total_sequences=6)
+    close(constant, torch.tensor([1 / 30] * 3))
+
+
+def test_token_weights_of_little_and_of_nothing() -> None:
+    one, none = torch.tensor([1.0], dtype=F64), torch.zeros(2, dtype=torch.int64)
+    for aggregation in ("token", "sequence", "constant"):
+        weights = token_weights(one, aggregation, max_completion_length=1)  # type: ignore[arg-type]
+        assert (weights.tolist(), weights.dtype) == ([1], F64)
+        empty = token_weights(none[:0], aggregation, max_completion_length=1)  # type: ignore[arg-type]
+        assert (empty.tolist(), empty.dtype) == ([], torch.float32)
+    # Nothing to divide by: without tokens no weight is ever used, but it must not be infinite.
+    assert token_weights(none, "token").tolist() == [1, 1]
+    assert token_weights(none, "sequence").tolist() == [1 / 2, 1 / 2]
+    for aggregation in ("sequence", "constant"):
+        found = token_weights(one, aggregation, max_completion_length=4, total_sequences=0)  # type: ignore[arg-type]
+        assert found.tolist() == [1 if aggregation == "sequence" else 1 / 4]
 
 
 def test_wrong_input_is_refused() -> None:
@@ -194,18 +243,50 @@ def test_wrong_input_is_refused() -> None:
         SurrogateOptions(clip_center="new")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"epsilon_low=-0\.1: expected in \[0, 1\]"):
         SurrogateOptions(epsilon_low=-0.1)
-    with pytest.raises(UserError, match="did you mean 'token'"):
+    choice = "aggregation='tokens': expected one of token, sequence, constant; did you mean 'token'"
+    with pytest.raises(UserError, match=choice):
         token_weights(torch.ones(1), "tokens")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_completion_length"):
+    with pytest.raises(ValueError, match=r"^aggregation 'constant' needs max_completion_length"):
         token_weights(torch.ones(1), "constant")
     one = torch.ones(1)
 
     def loss(options: SurrogateOptions, weights: Tensor = one) -> PolicyLoss:
         return policy_loss(one, one, one, weights, options)
 
-    with pytest.raises(ValueError, match=r"beta=0\.1"):
+    with pytest.raises(ValueError, match=r"^beta=0\.1 needs reference_logprobs"):
         loss(SurrogateOptions(beta=0.1))
-    with pytest.raises(ValueError, match="sequence index"):
+    levels = "^ratio_level 'token', importance_level 'sequence': 'sequence' needs the sequence index of every token"
+    with pytest.raises(ValueError, match=levels):
         loss(SurrogateOptions(importance_level="sequence"))
-    with pytest.raises(ValueError, match=r"expected all to be \[T\]"):
+    with pytest.raises(ValueError, match=r"^shapes \[.*\(2,\).*\]: expected all to be \[T\]"):
         loss(SurrogateOptions(), weights=torch.ones(2))
+    square = torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"\(1, 1\).*expected all to be \[T\]"):
+        policy_loss(square, square, square, square, SurrogateOptions())
+
+
+def test_the_share_of_a_sample_that_is_masked_away_is_0() -> None:
+    # pi_old / mu = 4 everywhere is above the cap, and the weights become 0.
+    old = tensor(-1, -2)
+    options = SurrogateOptions(importance_mode="mask", importance_cap=2)
+    result = policy_loss(old, old - math.log(4), tensor(1, -1), tensor(1, 1), options)
+    metrics = result.statistics.metrics()
+    assert result.loss == 0
+    assert metrics["sampling/effective_sample_fraction"] == 0
+    assert metrics["sampling/importance_sampling_ratio/max"] == 0
+
+
+def test_statistics_of_nothing_stay_on_their_device() -> None:
+    empty = Statistics.empty("meta")
+    assert (empty.sums.device.type, empty.maxima.device.type) == ("meta", "meta")
+    none = torch.empty(0, device="meta")
+    statistics = policy_loss(none, none, none, none, SurrogateOptions()).statistics
+    assert (statistics.sums.device.type, statistics.maxima.device.type) == ("meta", "meta")
+
+
+@pytest.mark.parametrize("wrong", ["sequences", "entropy", *random_tokens(1)])
+def test_a_tensor_of_another_length_is_refused(wrong: str) -> None:
+    given = {**random_tokens(3), "sequences": torch.tensor([0, 0, 1]), "entropy": torch.ones(3)}
+    given[wrong] = given[wrong][:2]
+    with pytest.raises(ValueError, match=r"^shapes \[.*\(2,\).*\]: expected all to be \[T\]"):
+        policy_loss(**given, options=SurrogateOptions())
