@@ -23,7 +23,7 @@ def test_plan_by_hand() -> None:
     assert plan_microbatches([0, 0, 0], 2) == [[0, 1], [2]]
     assert plan_microbatches([1, 1], 1) == [[0], [1]]
     # Equal ones keep their order, however many there are.
-    assert plan_microbatches([5] * 100, 500) == [list(range(100))]
+    assert plan_microbatches([1, 2] * 50, 200) == [[*range(1, 100, 2), *range(0, 100, 2)]]
     with pytest.raises(ValueError, match="max_tokens=0"):
         plan_microbatches([1], 0)
 
