@@ -49,8 +49,11 @@ class MicroBatches:
     def idle(self, passes: int) -> list[PackedBatch]:
         """Micro-batches without weight, for a rank to make as many passes as the one with most.
 
+        Collective where the ranks pass together, as the passes are: so ask before the first of them, or a rank with
+        few passes waits here for one that waits for it there.
+
         Args:
-            passes: that this rank has to make. Collective, where the ranks pass together.
+            passes: that this rank has to make.
         """
         if self.together is None:
             return []
@@ -68,6 +71,7 @@ class MicroBatches:
         sequences = list(part.sequences)
         replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
         plan = self._plan([sequences[index] for index in replayed])
+        idle = self.idle(len(plan))
         for rows in plan:
             chosen = [replayed[row] for row in rows]
             packed = self.one([sequences[index] for index in chosen])
@@ -75,7 +79,7 @@ class MicroBatches:
             sizes = [len(sequences[index].completion_ids) for index in chosen]
             for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
                 sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())
-        for packed in self.idle(len(plan)):
+        for packed in idle:
             score(self.policy, packed, self.temperature, with_entropy=False)
         return dataclasses.replace(part, sequences=sequences)
 

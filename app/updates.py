@@ -180,11 +180,12 @@ class Updates:
         seen, module = Seen.nothing(self._module.device), self._module
         with self._apart(), talking("update"):
             packs = module.microbatches_of(share.sequences)
+            idle = module.microbatches.idle(len(packs))
             for packed in packs:
                 found = module.loss_of(packed)
                 module.manual_backward(found.loss)
                 seen = seen.plus(packed, found)
-            for packed in module.microbatches.idle(len(packs)):
+            for packed in idle:
                 module.manual_backward(module.loss_of(packed).loss)
         return seen
 

@@ -148,9 +148,11 @@ def _terms(
 
 
 def _check(options: SurrogateOptions, logprobs: Tensor, *others: Tensor | None) -> None:
-    *_, sequences, _, reference_logprobs = others
+    *_, sequences, entropy, reference_logprobs = others
     if options.beta and reference_logprobs is None:
         raise ValueError(f"beta={options.beta} needs reference_logprobs")
+    if options.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef={options.entropy_coef} needs entropy")
     if options.needs_sequences and sequences is None:
         levels = f"ratio_level {options.ratio_level!r}, importance_level {options.importance_level!r}"
         raise ValueError(f"{levels}: 'sequence' needs the sequence index of every token")

@@ -157,6 +157,15 @@ def test_two_processes_choose_and_update_as_one(alone: Path, pairs: Callable[[st
     assert max(scalars(pairs(strategy))["ranks/update_token_imbalance"].values()) <= 0.1
 
 
+def test_processes_with_unlike_numbers_of_passes_wait_for_one_another(tmp_path: Path):
+    # One completion per pass; dealt by tokens, the ranks get more or fewer of them, replayed and fresh.
+    more = ("--trainer.max_steps=12", "--model.mini_batches=2", "--model.max_tokens_per_microbatch=1")
+    succeeded([dots(*arguments(tmp_path / "one", 1, *more, strategy=None))])
+    succeeded(dots_on_ranks(2, *arguments(tmp_path / "two", 2, *more, strategy="fsdp2"), timeout=120))
+    assert_same_choices_and_updates(tmp_path / "two", tmp_path / "one")
+    assert max(scalars(tmp_path / "two")["replay/fraction"].values()) > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_processes_choose_and_update_as_one(alone: Path, tmp_path: Path, strategy: str):

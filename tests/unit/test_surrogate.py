@@ -255,6 +255,8 @@ def test_wrong_input_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"^beta=0\.1 needs reference_logprobs"):
         loss(SurrogateOptions(beta=0.1))
+    with pytest.raises(ValueError, match=r"^entropy_coef=0\.1 needs entropy"):
+        loss(SurrogateOptions(entropy_coef=0.1))
     levels = "^ratio_level 'token', importance_level 'sequence': 'sequence' needs the sequence index of every token"
     with pytest.raises(ValueError, match=levels):
         loss(SurrogateOptions(importance_level="sequence"))
