@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from app.studies.plots import read_scalars
-from tests.integration.command import dots, run_of
+from tests.integration.command import EVERY_STEP, ROOT, assert_same_run, command, dots, fit_arguments, run_of
 
 # Not forked: libraries that vLLM starts with must not find threads and environment of another program.
 fresh = partial(dots, fresh=True)
@@ -68,6 +72,34 @@ def test_validating_a_checkpoint_measures_the_checkpoints_policy(run: Path, tmp_
     for name in ("val/accuracy", "val/completions/mean_length"):
         assert found[name][1][-1] == pytest.approx(expected[name][1][-1], abs=1e-6)
     assert expected["val/completions/mean_length"][1][0] != expected["val/completions/mean_length"][1][-1]
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """With selection and replay: every scalar the same, and the weights bit by bit."""
+    more = (
+        "--config",
+        "configs/engines/vllm.yaml",
+        SMALL[-1],
+        "--trainer.max_steps=6",
+        "--trainer.val_check_interval=3",
+    )
+    whole = [*fit_arguments(tmp_path / "whole", changes=[EVERY_STEP]), *more]
+    stopped = [*fit_arguments(tmp_path / "stopped", changes=[EVERY_STEP]), *more]
+    assert fresh(*whole).returncode == 0
+    killed = subprocess.Popen(
+        command(*stopped), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    sign = run_of(tmp_path / "stopped") / "checkpoints" / "step_00000003.ckpt"
+    deadline = time.monotonic() + 280
+    while not sign.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (run_of(tmp_path / "stopped") / "summary.json").exists()
+    done = fresh(*stopped, "--ckpt_path=last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_model_that_vllm_cannot_serve_is_one_line(tmp_path: Path) -> None:
