@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from app.objective.shared_prompt import UNSUPPORTED, unsupported
+
 DECODE = "dots_decode"
 
 
@@ -90,12 +92,9 @@ def decode_attention(
     Raises:
         ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
     """
-    unknown = [name for name in ("softcap", "sliding_window", "s_aux", "position_bias") if others.get(name) is not None]
-    if layout is None or unknown or attention_mask is not None:
-        wanted = "layout is missing" if layout is None else f"{', '.join(unknown) or 'attention_mask'} is not supported"
-        raise ValueError(
-            f"{type(module).__name__}: {wanted}; set model.engine.init_args.share_prompts to false for this policy"
-        )
+    if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
+        given = {**others, "layout": layout, "attention_mask": attention_mask}
+        raise unsupported(module, given, "model.engine.init_args.share_prompts")
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return layout.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
 

@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
+"""What transformers passes to attention for some models, and an attention with a layout of its own does not do."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
@@ -116,14 +119,19 @@ def shared_prompt_attention(
     Raises:
         ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
     """
-    unknown = [name for name in ("softcap", "sliding_window", "s_aux", "position_bias") if others.get(name) is not None]
-    if layout is None or unknown or attention_mask is not None:
-        wanted = "layout is missing" if layout is None else f"{', '.join(unknown) or 'attention_mask'} is not supported"
-        raise ValueError(f"{type(module).__name__}: {wanted}; set model.share_prompts to false for this policy")
+    if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
+        raise unsupported(module, {**others, "layout": layout, "attention_mask": attention_mask}, "model.share_prompts")
     repeats = query.shape[1] // key.shape[1]
     states = [query, *(one if repeats == 1 else one.repeat_interleave(repeats, dim=1) for one in (key, value))]
     output = layout.attend(*(one[0].transpose(0, 1) for one in states), scale=scaling, dropout=dropout)
     return output.unsqueeze(0), None
+
+
+def unsupported(module: torch.nn.Module, given: dict[str, Any], option: str) -> ValueError:
+    """Says what a model wants of an attention with a layout of its own, and the option that leaves it to the model."""
+    wanted = [name for name in (*UNSUPPORTED, "attention_mask") if given.get(name) is not None]
+    why = "layout is missing" if given["layout"] is None else f"{', '.join(wanted)} is not supported"
+    return ValueError(f"{type(module).__name__}: {why}; set {option} to false for this policy")
 
 
 def plan_shared(
