@@ -37,6 +37,7 @@ def finished_run(
     prompts: str = "held out",
     informative: float = 0.5,
     forecast: bool = False,
+    rollout_share: float | None = None,
 ) -> Path:
     """A run evaluated every 10 steps with these results, each step costing `pace` times the usual."""
     folder = run_folder_of(out, arm, seed)
@@ -45,6 +46,8 @@ def finished_run(
     evaluations = [_evaluation(10 * place, pace, one) for place, one in enumerate(accuracy)]
     steps = 10 * (len(accuracy) - 1)
     seconds = dict.fromkeys(PHASES, pace * steps) | {"total": 100.0}
+    if rollout_share is not None:
+        seconds["rollout"] = rollout_share * evaluations[-1]["seconds"]
     counts = {"prompts": 0, "completions": 0, "tokens": 0}
     summary = {
         "steps": steps,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from app.cli import main
@@ -56,6 +57,40 @@ def test_what_came_out_by_hand(figures: dict) -> None:
     assert fast["seconds"]["rollout"] == pytest.approx(0.5 * 40)
     assert fast["totals"]["completions"] == 0.5 * 256 * 40
     assert fast["totals"]["reference_completions"] == 64
+
+
+def _completions(version: Path, step: int, groups: list[tuple[str, str, list[float], int]]) -> None:
+    rows = [
+        {"step": step, "prompt_id": prompt, "source": source, "correctness": one, "completion_tokens": tokens}
+        for prompt, source, correctness, tokens in groups
+        for one in correctness
+    ]
+    (version / "completions").mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_parquet(version / "completions" / f"step_{step:06d}.parquet")
+
+
+def test_what_perfect_choice_would_take_by_hand(tmp_path: Path) -> None:
+    asked = comparison_of_two(tmp_path)
+    report(asked, tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text())["perfect_choice"]["time_ratio"]["mean"] is None
+    assert "could save" not in (tmp_path / "compare.md").read_text() + (tmp_path / "compare.html").read_text()
+    for seed in (0, 1):
+        # 40 steps of 10 s each, of which the rollout takes 4.
+        version = finished_run(tmp_path, "grpo", seed, [0.4, 0.5, 0.6, 0.7, 0.8], rollout_share=0.4)
+        # Informative: 2 x 10 of the 2 x (10 + 5 + 15) tokens of step 0. A replayed group was rolled out elsewhere.
+        _completions(version, 0, [("a", "fresh", [0, 1], 10), ("b", "fresh", [1, 1], 5), ("c", "fresh", [0, 0], 15)])
+        # The same prompt in another step is another group: seed 0 has it informative too.
+        _completions(version, 7, [("b", "fresh", [seed, 1], 30), ("d", "replay", [0, 1], 500)])
+    report(asked, tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())["perfect_choice"]
+    assert found["informative_tokens"]["per_seed"] == {"0": pytest.approx(80 / 120), "1": pytest.approx(20 / 120)}
+    expected = {"0": pytest.approx(1 - 0.4 / 3), "1": pytest.approx(1 - 0.4 * 5 / 6)}
+    assert found["time_ratio"]["per_seed"] == expected
+    assert "would take 0.77 [" in (tmp_path / "compare.md").read_text()
+    assert "would take 0.77 [" in (tmp_path / "compare.html").read_text()
+    (version / "completions" / "step_000007.parquet").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"step_000007\.parquet' cannot be read"):
+        report(asked, tmp_path)
 
 
 def test_the_setting_says_in_what_arms_differ(figures: dict) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from app.studies.compare.wording import Row, cost_table, result_table, seconds_table, seed_table, setting_lines
+from app.studies.compare.wording import (
+    Row,
+    ceiling_lines,
+    cost_table,
+    result_table,
+    seconds_table,
+    seed_table,
+    setting_lines,
+)
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -22,6 +30,8 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"## To the final accuracy of {baseline}\n"
     yield f"Of what {baseline} needed to get there itself (its own first time by the same rule).\n"
     yield from _table(*cost_table(arms, None))
+    for line in ceiling_lines(figures["perfect_choice"], baseline):
+        yield f"{line}\n"
     yield f"## To the best accuracy of {baseline}\n"
     yield from _table(*cost_table(arms, "to_best"))
     yield f"## To the final accuracy, of the whole run of {baseline}\n"

@@ -9,7 +9,15 @@ from typing import Any
 from app.studies.compare.charts import FORECAST, INFORMATIVE, PHASES, accuracy_charts, metric_charts, phase_charts
 from app.studies.compare.records import Comparison
 from app.studies.compare.style import STYLE, arm_style, part_style
-from app.studies.compare.wording import Row, cost_table, result_table, seconds_table, seed_table, setting_lines
+from app.studies.compare.wording import (
+    Row,
+    ceiling_lines,
+    cost_table,
+    result_table,
+    seconds_table,
+    seed_table,
+    setting_lines,
+)
 
 
 def page(comparison: Comparison, figures: dict[str, Any]) -> str:
@@ -33,6 +41,7 @@ def _body(comparison: Comparison, figures: dict[str, Any]) -> Iterator[str]:
     yield "".join(f'<p class="setting">{escape(line)}</p>' for line in setting_lines(setting))
     yield f"<h2>Cost of the final accuracy of {escape(baseline)}, over its own</h2>"
     yield _table(*cost_table(arms, None))
+    yield "".join(f"<p>{escape(line)}</p>" for line in ceiling_lines(figures["perfect_choice"], baseline))
     yield _legend([arm.name for arm in comparison.request.arms])
     yield '<div class="charts">'
     yield _chart("accuracy", "Accuracy", "against", accuracy_charts(comparison, goal))

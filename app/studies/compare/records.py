@@ -45,6 +45,7 @@ class Record:
         account: its `summary.json`.
         curves: steps and values of `MEASURED`, where it logged them.
         machine: what it was made on.
+        folder: where its account, metrics and completions lie.
     """
 
     arm: str
@@ -53,6 +54,7 @@ class Record:
     account: Mapping[str, Any]
     curves: Mapping[str, Curve]
     machine: Mapping[str, str]
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +128,7 @@ def _read(arm: str, seed: int, folder: Path) -> Record | None:
         raise UserError(f"{version}: its summary.json holds no evaluations; expected a run of this version with any")
     scalars = read_scalars(version)
     curves = {name: scalars[name] for name in MEASURED if name in scalars}
-    return Record(arm, seed, course_of(account), account, curves, machine_of(folder))
+    return Record(arm, seed, course_of(account), account, curves, machine_of(folder), version)
 
 
 def _differences(request: Request, out: Path) -> dict[str, Sequence[str]]:

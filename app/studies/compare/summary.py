@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from app.studies.compare.ceiling import informative_token_share, perfect_choice
 from app.studies.compare.reach import (
     COSTS,
     Course,
@@ -42,14 +43,26 @@ _Rule = Callable[[Course, Course, str, Goal, int], Ratio]
 
 def summarise(comparison: Comparison) -> Figures:
     """All figures, as JSON holds them: `{"setting": ..., "arms": {NAME: {"time_ratio": {"mean", "ci95"}, ...}}}`."""
+    baseline = comparison.of(comparison.request.baseline)
     return {
         "setting": _setting(comparison),
+        "perfect_choice": _perfect_choice(baseline),
         "arms": {
             arm.name: _arm(comparison, comparison.of(arm.name))
             for arm in comparison.request.arms
             if comparison.of(arm.name)
         },
     }
+
+
+def _perfect_choice(baseline: Sequence[Record]) -> Figures:
+    """By what is counted; runs that kept no completions are left out."""
+    shares = {record.seed: informative_token_share(record.folder) for record in baseline}
+    known = {seed: share for seed, share in shares.items() if share is not None}
+    times = {
+        record.seed: perfect_choice(record.account, known[record.seed]) for record in baseline if record.seed in known
+    }
+    return {"informative_tokens": _over_seeds(known), "time_ratio": _over_seeds(times)}
 
 
 def write_json(path: Path, figures: Figures) -> None:

@@ -37,6 +37,18 @@ def interval_text(figure: Mapping[str, Any], digits: int) -> str:
     return "" if bounds is None else f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
+def ceiling_lines(ceiling: Mapping[str, Any], baseline: str) -> list[str]:
+    """What choosing could save, in a sentence; nothing where the baseline's completions are not on record."""
+    if ceiling["time_ratio"]["mean"] is None:
+        return []
+    return [
+        f"What choice alone could save: {baseline} without the rollouts of its uninformative groups would take "
+        f"{number_text(ceiling['time_ratio'], 2)} of its time ({number_text(ceiling['informative_tokens'], 2)} of the "
+        "tokens that it rolled out, where completions are on record, were in informative groups). Below that an arm "
+        "comes only if its groups teach more than those of the baseline."
+    ]
+
+
 def cost_table(arms: Mapping[str, Any], part: str | None) -> tuple[Row, list[Row]]:
     """Head and rows: what reaching a goal cost; `part` is a key of the arm's figures, None for the final accuracy."""
     head = ["arm", "time", "completions", "completion tokens", "steps"]
