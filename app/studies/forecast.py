@@ -52,6 +52,7 @@ def main(args: list[str]) -> None:
     if options.shuffle:
         traces = traces.shuffled()
     contenders = list(_contenders(parser, options))
+    _try_setup(contenders, traces, options)
     out = Path(options.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     parser.save(options, out / "config.yaml", overwrite=True, multifile=False)
@@ -80,6 +81,17 @@ def _contenders(parser: DotsArgumentParser, options: Namespace) -> Iterator[Cont
     yield Contender(ORACLE, Oracle, Budget(options.batch), reveal_all=True)
 
 
+def _try_setup(contenders: list[Contender], traces: Traces, options: Namespace) -> None:
+    """Raises UserError for a selector that cannot start, before the others are replayed for minutes."""
+    pool = traces.pool()
+    for contender in contenders:
+        contender.make().setup(pool, _context(0, options))
+
+
+def _context(seed: int, options: Namespace) -> SelectionContext:
+    return SelectionContext(seed, options.encoder, Path(options.cache_dir).expanduser())
+
+
 def _replays(contenders: list[Contender], traces: Traces, options: Namespace) -> dict[str, list[Replay]]:
     seeds = range(options.seeds)
     shown = [revealed(traces, options.samples, seed if options.resample else None) for seed in seeds]
@@ -87,13 +99,12 @@ def _replays(contenders: list[Contender], traces: Traces, options: Namespace) ->
     found: dict[str, list[Replay]] = {contender.label: [] for contender in contenders}
     console = Console(stderr=True)
     for contender, seed in track(jobs, "Replaying", console=console, transient=True, disable=not console.is_terminal):
-        context = SelectionContext(seed, options.encoder, Path(options.cache_dir).expanduser())
         found[contender.label].append(
             replay(
                 contender.make(),
                 traces,
                 contender.budget,
-                context,
+                _context(seed, options),
                 shown=shown[seed],
                 samples=options.samples,
                 reveal_all=contender.reveal_all,

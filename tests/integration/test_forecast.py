@@ -152,3 +152,13 @@ def test_wrong_options_are_one_line_errors(traces, tmp_path, capsys, options, me
     error = capsys.readouterr().err
     assert error.startswith("dots: error: ") and error.count("\n") == 1
     assert message in error
+
+
+def test_a_selector_that_cannot_start_is_named_before_any_is_replayed(traces, tmp_path, capsys, monkeypatch):
+    replayed = []
+    monkeypatch.setattr("app.studies.forecast.replay", lambda *asked, **more: replayed.append(asked))
+    with pytest.raises(SystemExit) as caught:
+        study(traces, tmp_path / "study", "--selector", "Uniform", "--selector", "Dots")
+    assert caught.value.code == 2
+    assert "selectors.Dots got no text encoder" in capsys.readouterr().err
+    assert replayed == []
