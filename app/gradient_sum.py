@@ -21,7 +21,7 @@ _BUCKET = 1 << 24
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> None:
-    """Makes every parameter's gradient the sum over ranks, in float32; one that has it on no rank keeps None.
+    """Makes every parameter's gradient the sum over ranks, in float32 or better; one that has it on no rank keeps None.
 
     Args:
         parameters: the trained ones; the same on all ranks, in the same order.
@@ -36,11 +36,15 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> Non
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1).float() for gradient in bucket])
+        flat = torch.cat([gradient.reshape(-1).to(_sum_dtype(gradient)) for gradient in bucket])
         with talking("update"):
             dist.all_reduce(flat)
         for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(summed.view_as(gradient))
+
+
+def _sum_dtype(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

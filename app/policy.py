@@ -46,7 +46,8 @@ class Policy:
 
     Args:
         path: folder or hub name of a Hugging Face causal language model with its tokenizer.
-        dtype: of the weights; "auto" keeps the file's.
+        dtype: of the weights; "auto" keeps the file's. "float64" is for comparing runs: with it the order of sums
+            (processes, micro-batches) moves nothing that float32 could show.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
         lora: train low-rank adapters instead of all weights.
@@ -54,7 +55,7 @@ class Policy:
     """
 
     path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     lora: Lora | None = None
