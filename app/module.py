@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from transformers import PreTrainedTokenizerBase
 
@@ -157,10 +158,11 @@ class GRPOModule(LightningModule):
     def prepare_data(self) -> None:
         """Loads and checks before the logger makes the run's folder: what cannot be used leaves nothing behind.
 
-        Lightning calls this in one process; where there are several, each does so when the folder is there.
+        Lightning calls this in one process; where there are several, each does so when the folder is there. So does a
+        single one with a strategy that cuts the policy, which is to be built after its callback has said how.
         """
         trainer: Any = self.trainer
-        if trainer.world_size > 1:
+        if self._checks_late:
             return
         for callback in trainer.callbacks:
             if hasattr(callback, "check_first"):
@@ -169,8 +171,12 @@ class GRPOModule(LightningModule):
         self._check_run()
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
+        if self._checks_late:
             self._check_run()
+
+    @property
+    def _checks_late(self) -> bool:
+        return self.trainer.world_size > 1 or isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _check_run(self) -> None:
         trainer: Any = self.trainer

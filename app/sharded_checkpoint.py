@@ -130,6 +130,11 @@ def _is_cut(value: object) -> bool:
 
 def _check_same(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
     found = _stored(folder)
+    if unread := sorted(name for name in found if name.startswith(f"{_MODEL}/") and name not in parts):
+        raise UserError(
+            f"--ckpt_path {folder}: {len(unread)} tensors there ({unread[0]}) have no place in model.policy as it is "
+            "cut here: expected a checkpoint of the same policy, and callbacks.ShardedPolicy"
+        )
     for name, part in parts.items():
         there = tuple(found[name].size) if name in found else None
         if there != tuple(part.shape):

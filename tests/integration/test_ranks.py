@@ -213,8 +213,15 @@ def test_a_terminated_run_goes_on_as_if_never_stopped(
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 1), ("fsdp2", 1), ("fsdp2", 4)], ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [
+        pytest.param("ddp", 1, marks=pytest.mark.long),
+        ("fsdp2", 1),
+        pytest.param("fsdp2", 4, marks=pytest.mark.long),
+    ],
+    ids=lambda value: str(value),
+)
 def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: str, ranks: int):
     change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
     dots_on_ranks(2, *arguments(tmp_path, 2, strategy=strategy, changes=(change,)), path=tmp_path, timeout=120)
@@ -222,6 +229,9 @@ def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: s
     after = None if (strategy, ranks) == ("ddp", 1) else strategy
     succeeded(dots_on_ranks(ranks, *arguments(tmp_path, ranks, "--ckpt_path=last", strategy=after)))
     assert_same_choices_and_updates(tmp_path, alone)
+    if strategy == "fsdp2":
+        parts = run_of(tmp_path) / "checkpoints" / "last.ckpt"
+        assert len(list(parts.glob("*.safetensors"))) == ranks
 
 
 @pytest.mark.long

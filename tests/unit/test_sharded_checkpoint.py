@@ -1,0 +1,39 @@
+"""Checkpoints of a cut policy, in one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from app.policy import Policy
+from app.sharded_checkpoint import read_sharded, write_sharded
+from app.sharding import Sharding
+from datamodules.errors import UserError
+
+POLICY = Policy("configs/tiny_policy")
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_weights_come_back_and_an_uncut_policy_is_refused(tmp_path: Path):
+    sharding = Sharding(torch.device("cpu"), shard_size=1)
+    saved, fresh = sharding.load(POLICY), sharding.load(POLICY)
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(1.0)
+    write_sharded({"state_dict": get_model_state_dict(saved), "epoch": 3}, tmp_path / "parts")
+    assert read_sharded(tmp_path / "parts", fresh, [])["epoch"] == 3
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter.full_tensor(), fresh.get_parameter(name).full_tensor()), name
+    # It would read nothing and go on with other weights.
+    with pytest.raises(UserError, match="as it is cut here: expected a checkpoint of the same policy"):
+        read_sharded(tmp_path / "parts", POLICY.load(), [])
