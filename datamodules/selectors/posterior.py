@@ -58,9 +58,9 @@ class Posterior(Ranker):
     forces the choice down to the 512 best: 0.78 against 0.80 of the best rested 128 at the same moments. What is
     missing is mostly the price of looking: were every prompt once tried measured anew at every visit, for nothing, this
     selector would reach 0.90 with Pearson 0.89 (0.82 under that cool-down), and on the second half of the run, 22
-    visits, at most 0.88 (0.75) with `knowledge` from 0 to 110, where it has 0.81 to 0.85 (0.70 to 0.71). Texts tell a
-    question's success rate (kernel ridge regression, 5 folds: Pearson 0.45), but hardly whether it is informative
-    (0.20).
+    visits, at most 0.88 (0.75) with `knowledge` 0, 30 or 110, where it has 0.81 to 0.85 (0.70 to 0.71; one seed). Texts
+    tell a question's success rate (the best of nine kernel ridge regressions, 5 folds: Pearson 0.45), but hardly
+    whether it is informative (0.20).
 
     Args:
         predictor: folder of a trained attention predictor, whose query vectors then take the embeddings' place; null
