@@ -1,6 +1,6 @@
 """`python -m app` is `dots`."""
 
-from app.cli import main
+from app.cli.dots import main
 
 if __name__ == "__main__":
     main()

@@ -15,30 +15,30 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from transformers import PreTrainedTokenizerBase
 
-from app.compilation import compile_layers
-from app.drought import Drought
 from app.engines import RolloutEngine, Sampling, Transformers
-from app.metrics import batch_metrics, update_metrics
-from app.microbatches import MicroBatches
-from app.minibatch import MiniBatch, advantages_of, minibatches, shares, token_imbalance
 from app.objective.advantages import Baseline, Scale
 from app.objective.packing import PackedBatch, ScoredSequence
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
 from app.objective.weights import Aggregation
-from app.optimization import Optimization
 from app.option_checks import check_options
-from app.policy import Policy, causal_lm, plain_weights
+from app.policy.compilation import compile_layers
+from app.policy.model import Policy, causal_lm
+from app.policy.reference import ReferencePolicy
+from app.policy.scoring import score
+from app.policy.sharding import Sharding
+from app.policy.weights import plain_weights
 from app.ranks import Ranks
-from app.reference_policy import ReferencePolicy
+from app.reporting.run_table import print_run_table
+from app.reporting.validation import ValidationMetrics
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
-from app.rollouts import RolloutPipeline
-from app.run_folder import run_folder
-from app.run_identity import RunIdentity
-from app.run_table import print_run_table
-from app.scoring import score
-from app.sharding import Sharding
-from app.updates import Updates
-from app.validation_metrics import ValidationMetrics
+from app.rollouts.pipeline import RolloutPipeline
+from app.runs.folder import run_folder
+from app.runs.identity import RunIdentity
+from app.update.metrics import batch_metrics, update_metrics
+from app.update.microbatches import MicroBatches
+from app.update.minibatch import MiniBatch, advantages_of, minibatches, shares, token_imbalance
+from app.update.optimization import Optimization
+from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.seeding import generator, run_seed
 from datamodules.types import TrainBatch
@@ -118,7 +118,7 @@ class GRPOModule(LightningModule):
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
-        self._updates, self._drought = Updates(self), Drought()
+        self._updates = Updates(self)
         self.resumed: Mapping[str, Any] | None = None
         """`RunIdentity` of the checkpoint that training will go on from."""
         self.sharding: Sharding | None = None
@@ -243,7 +243,6 @@ class GRPOModule(LightningModule):
         self.engine.close()
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        self._drought.step(batch.step, batch.groups)
         with batch.ledger.phase("update"):
             batch.advantages = self.advantages_of(batch)
             parts = self.minibatches_of(batch)

@@ -1,21 +1,21 @@
 """Dots: what happens around a step. The callbacks listed in a config, in their order, are the algorithm."""
 
-from callbacks.balanced import Balanced
-from callbacks.checkpoint import RunCheckpoint
-from callbacks.clock_budget import ClockBudget
-from callbacks.completions import CompletionsLog
-from callbacks.dynamic_sampling import DynamicSampling
-from callbacks.progress import RunProgress
-from callbacks.random_state import RandomState
-from callbacks.references import ReferenceRollouts
-from callbacks.replay import RolloutReplay
-from callbacks.rollout_ahead import RolloutAhead
-from callbacks.rollouts import Rollouts
-from callbacks.run_ledger import RunLedger
-from callbacks.selection_monitor import SelectionMonitor
-from callbacks.sharded_policy import ShardedPolicy
-from callbacks.start_validation import StartValidation
-from callbacks.weight_sync import WeightSync
+from callbacks.algorithm.balanced import Balanced
+from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.references import ReferenceRollouts
+from callbacks.algorithm.replay import RolloutReplay
+from callbacks.algorithm.rollout_ahead import RolloutAhead
+from callbacks.algorithm.rollouts import Rollouts
+from callbacks.algorithm.weight_sync import WeightSync
+from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.upkeep.clock_budget import ClockBudget
+from callbacks.upkeep.random_state import RandomState
+from callbacks.upkeep.sharded_policy import ShardedPolicy
+from callbacks.watching.completions import CompletionsLog
+from callbacks.watching.progress import RunProgress
+from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.selection_monitor import SelectionMonitor
+from callbacks.watching.start_validation import StartValidation
 
 __all__ = [
     "Balanced",

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError, nearest
 from datamodules.pool import PromptPool
-from datamodules.prompts import PromptSource
-from datamodules.reading import read_pool
-from datamodules.schemas import Schema
+from datamodules.prompts.file import PromptSource
+from datamodules.prompts.reading import read_pool
+from datamodules.prompts.schemas import Schema
+from datamodules.prompts.tables import ListTable
+from datamodules.prompts.templates import Renderer, check_template
 from datamodules.seeding import derive_seed
-from datamodules.tables import ListTable
-from datamodules.templates import Renderer, check_template
 
 _SCHEMA = Schema(prompt="question", answer="answer", id="id", answer_required=False)
 """Tasks that many answers solve (`rush_hour`) have no reference answer; their scorer needs none."""

@@ -1,8 +1,8 @@
 """Engines: what generates rollouts."""
 
 from app.engines.base import RolloutEngine, Sampling
-from app.engines.transformers import Transformers
-from app.engines.vllm import Vllm
-from app.engines.vllm_server import VllmServer
+from app.engines.server.engine import VllmServer
+from app.engines.transformers.engine import Transformers
+from app.engines.vllm.engine import Vllm
 
 __all__ = ["RolloutEngine", "Sampling", "Transformers", "Vllm", "VllmServer"]

@@ -8,8 +8,8 @@ from app.rewards.numeric import Exact, Numeric
 from app.rewards.overlong import SoftOverlong
 from app.rewards.procedural import Procedural
 from app.rewards.scorer import RewardScorer, ScoreResult
-from app.rewards.task import TrainerState
-from app.rewards.workers import RewardWorkers, WorkerOptions
+from app.rewards.workers.pool import RewardWorkers, WorkerOptions
+from app.rewards.workers.task import TrainerState
 
 __all__ = [
     "Exact",

@@ -7,8 +7,8 @@ from typing import Any
 
 from app.rewards.answers import AnswerSpan, plain, text_of
 from app.rewards.base import Reward
-from datamodules import exact_json
 from datamodules.errors import UserError, nearest
+from datamodules.prompts import exact_json
 from datamodules.types import Messages
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from app.rewards.base import Reward
-from app.rewards.task import Call, CallResult, FailureKind, TrainerState
-from app.rewards.workers import RewardWorkers, WorkerOptions
+from app.rewards.workers.pool import RewardWorkers, WorkerOptions
+from app.rewards.workers.task import Call, CallResult, FailureKind, TrainerState
 from datamodules.errors import UserError
 from datamodules.seeding import derive_seed
 from datamodules.types import Completion, Prompt, RolloutGroup, Source

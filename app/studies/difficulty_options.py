@@ -7,8 +7,8 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from app.commands import command_parser
-from app.parsing import DotsArgumentParser
+from app.cli.commands import command_parser
+from app.cli.parsing import DotsArgumentParser
 from datamodules.difficulty.calibration import CalibrationName
 from datamodules.errors import UserError
 

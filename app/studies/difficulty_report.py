@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from app.reporting.pictures import pixels, reliability_figure
 from app.studies.difficulty_scoring import Scored
-from app.studies.pictures import pixels, reliability_figure
 
 _WIDTH = 110
 _DECIMALS = {"pearson": 3, "spearman": 3, "brier": 4, "ece": 3}

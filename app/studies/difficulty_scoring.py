@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.reliability import reliability
-from app.stats import brier, pearson, spearman
+from app.reporting.forecast_quality import brier, pearson, spearman
+from app.reporting.reliability import reliability
 from app.studies.difficulty_forecasters import Forecaster
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.seeding import generator

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.progress import track
 
-from app.parsing import DotsArgumentParser
+from app.cli.parsing import DotsArgumentParser
 from app.studies.forecast_options import forecast_parser, labels, read_options
 from app.studies.forecast_report import draw_study, print_table
 from app.studies.forecast_summary import summarise, visits_table, write_json

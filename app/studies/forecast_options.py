@@ -10,9 +10,9 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from app.commands import command_parser
-from app.given_config import resolve, short_names
-from app.parsing import DotsArgumentParser
+from app.cli.commands import command_parser
+from app.cli.given_config import resolve, short_names
+from app.cli.parsing import DotsArgumentParser
 from datamodules.errors import UserError, nearest
 from datamodules.selectors import Selector
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from app.commands import command_parser
-from app.parsing import DotsArgumentParser
+from app.cli.commands import command_parser
+from app.cli.parsing import DotsArgumentParser
 from app.studies.plan_gpu import Machine
 from app.studies.plan_report import print_plan
 from app.studies.plan_run import DEFAULTS, ENGINES, read_run

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.engines.shared_cache import SLACK
+from app.engines.transformers.shared_cache import SLACK
 from app.studies.plan_shapes import DecoderShape
 
 _FLOAT = 4
 _ADAMW_MOMENTS = 2
 _TILES = 3
 _SUM_BUCKET = 64 * 2**20
-"""What `app.gradient_sum` reduces together."""
+"""What `app.update.gradient_sum` reduces together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def ddp_buckets(shape: DecoderShape, precision: Precision) -> int:
 
 
 def gradient_sum(shape: DecoderShape) -> int:
-    """`app.gradient_sum` copies 64 MiB of gradients at a time in float32, or the largest parameter's."""
+    """`app.update.gradient_sum` copies 64 MiB of gradients at a time in float32, or the largest parameter's."""
     return _SUM_BUCKET if shape.adapters else max(_SUM_BUCKET, shape.vocabulary * shape.hidden * _FLOAT)
 
 

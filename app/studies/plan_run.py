@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from app.cli.given_config import read
 from app.engines import Sampling
-from app.given_config import read
 from app.objective.packing import plan_microbatches
 from app.objective.shared_prompt import plan_shared
-from app.policy import Lora, Policy
+from app.policy.model import Lora, Policy
 from app.studies.plan_memory import MicroBatch, Precision
 from datamodules.errors import UserError, nearest
 

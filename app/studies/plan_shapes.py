@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from app.policy import Lora, Policy, add_lora, causal_lm, count_parameters, decoder_layers
+from app.policy.model import Lora, Policy, add_lora, causal_lm, decoder_layers
+from app.policy.weights import count_parameters
 from datamodules.errors import UserError, nearest
 
 _QWEN, _LLAMA, _SMOL = "Qwen2.5", "Llama 3", "SmolLM2"

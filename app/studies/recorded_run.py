@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.stats import brier, pearson
+from app.reporting.forecast_quality import brier, pearson
 from app.studies.traces import Traces
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from app.commands import command_parser
-from app.parsing import DotsArgumentParser
+from app.cli.commands import command_parser
+from app.cli.parsing import DotsArgumentParser
 from app.studies.throughput_case import CASES, Work, write_policy, write_prompts
 from app.studies.throughput_dots import run_dots
 from app.studies.throughput_trl import run_trl

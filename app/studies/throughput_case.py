@@ -62,7 +62,7 @@ def write_policy(source: str, folder: Path) -> None:
     Raises:
         UserError: the policy has no padding token apart from its end token.
     """
-    from app.policy import Policy
+    from app.policy.model import Policy
 
     policy = Policy(source)
     tokenizer: Any = policy.load_tokenizer()
@@ -78,7 +78,7 @@ def write_policy(source: str, folder: Path) -> None:
 
 def write_prompts(work: Work, informative: float, path: Path) -> None:
     """JSONL of `work.prompts` problems with a column that says whether the prompt's rewards differ."""
-    from app.policy import Policy
+    from app.policy.model import Policy
 
     tasks = [ProceduralTask(name, max(1, round(share * work.prompts)) + 2, params) for name, share, params in _TASKS]
     pool = Procedural(tasks, template="{question}\n").load(Policy(str(work.policy)).load_tokenizer(), seed=0)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from app.cli import DotsCLI, quiet
+from app.cli.dots import DotsCLI, quiet
 from app.studies.throughput_case import Work
 from app.studies.throughput_turns import Clock
 from datamodules.types import TrainBatch

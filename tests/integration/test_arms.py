@@ -12,7 +12,7 @@ from app.studies.compare.differences import differences
 from app.studies.compare.request import Arm, Budget, Request
 from app.studies.compare.settings import resolve
 from datamodules.errors import UserError
-from tests.integration.command import QUICK, ROOT, dots
+from tests.support.command import QUICK, ROOT, dots
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model, T5Config
 
-from tests.integration.refusal import TINY, Change, Place, callback, data, model, source, write_pool
+from tests.support.refusal import TINY, Change, Place, callback, data, model, source, write_pool
 
 FIT = ("fit", "--config", "run.yaml")
 

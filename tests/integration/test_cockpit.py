@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from app.studies.plots import read_scalars
-from callbacks.cockpit import CHARTS
-from tests.integration.browser import await_port, browser, free_port
-from tests.integration.command import dots, fit_arguments, run_of
+from app.reporting.curves import read_scalars
+from callbacks.watching.cockpit import CHARTS
+from tests.support.browser import await_port, browser, free_port
+from tests.support.command import dots, fit_arguments, run_of
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.studies.compare.command import report
-from tests.integration.browser import browser
-from tests.unit.compare_runs import comparison_of_two
+from tests.support.browser import browser
+from tests.support.compare_runs import comparison_of_two
 
 pytestmark = pytest.mark.slow
 

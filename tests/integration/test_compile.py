@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.cli import main
-from app.compilation import compile_layers
+from app.cli.dots import main
 from app.engines import Sampling, Transformers
 from app.module import GRPOModule
 from app.objective.packing import ScoredSequence
-from app.policy import Lora, Policy
-from app.scoring import score
-from app.studies.plots import read_scalars
+from app.policy.compilation import compile_layers
+from app.policy.model import Lora, Policy
+from app.policy.scoring import score
+from app.reporting.curves import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Prompt
-from tests.unit.policies import flat_gradient, module_on
+from tests.support.policies import flat_gradient, module_on
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny_policy"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.integration.command import dots
+from tests.support.command import dots
 
 
 def test_the_published_setting_prints_its_table():

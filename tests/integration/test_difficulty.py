@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.cli import main
+from app.cli.dots import main
 from app.studies.difficulty import SEEN
 from datamodules.difficulty.attention import AttentionPredictor
 from datamodules.pool import PromptPool

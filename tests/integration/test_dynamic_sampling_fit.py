@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.integration.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
+from tests.support.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
 
 STEPS = 6
 OVERLAY = """

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.command import Done, dots
-from tests.integration.refusal import TINY, Change, Place, callback, data, files, model, source, write_pool
+from tests.support.command import Done, dots
+from tests.support.refusal import TINY, Change, Place, callback, data, files, model, source, write_pool
 
 pytestmark = pytest.mark.slow
 

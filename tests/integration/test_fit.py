@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.studies.plots import read_scalars
-from tests.integration.command import EVERY_STEP, assert_same_run, dots, fit_arguments, kill_when, run_of, scalars
+from app.reporting.curves import read_scalars
+from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, kill_when, run_of, scalars
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from app.cli import main
+from app.cli.dots import main
 from app.studies.forecast_options import forecast_parser, labels, read_options
 
 WORDS = ("triangle", "prime", "matrix", "coin", "ladder", "train")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.command import ROOT, Done, dots, logged, run_of
+from tests.support.command import ROOT, Done, dots, logged, run_of
 
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "objective").glob("*.yaml"))
 BASE = ["--config", "configs/quickstart.yaml", "--config", "configs/arms/grpo.yaml"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from app.cli import main
+from app.cli.dots import main
 from datamodules import selectors
-from tests.integration.command import dots, fit_arguments, last_checkpoint, run_of, scalars
+from tests.support.command import dots, fit_arguments, last_checkpoint, run_of, scalars
 
 OWN_METRICS = {
     "Uniform": "selection/pool_epoch",

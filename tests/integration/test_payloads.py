@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from datamodules.difficulty.cache import cached_matrix
-from tests.integration.refusal import TINY, Place, data, model, source
+from tests.support.refusal import TINY, Place, data, model, source
 
 FIT = ("fit", "--config", "run.yaml")
 

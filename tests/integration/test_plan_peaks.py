@@ -16,15 +16,15 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from app.engines import Sampling, Transformers
 from app.objective.logprobs import CPU_TILE_BYTES
-from app.policy import Policy
-from app.scoring import score
+from app.policy.model import Policy
+from app.policy.scoring import score
 from app.studies import plan_memory as memory
 from app.studies.plan_memory import MicroBatch, Precision
 from app.studies.plan_shapes import counted, shape_of
 from datamodules.types import Prompt
-from tests.integration.allocations import peak_bytes
-from tests.integration.command import ROOT
-from tests.unit.policies import TINY
+from tests.support.allocations import peak_bytes
+from tests.support.command import ROOT
+from tests.support.policies import TINY
 from tests.unit.test_plan_memory import PRECISIONS, layout, model_of
 
 pytestmark = pytest.mark.slow
@@ -37,8 +37,8 @@ SMOLLM = LlamaConfig(
 BUCKETS = """
 import sys, torch
 from torch.distributed import FileStore, init_process_group
-from app.policy import Policy
-from tests.integration.allocations import peak_bytes
+from app.policy.model import Policy
+from tests.support.allocations import peak_bytes
 init_process_group("gloo", store=FileStore(sys.argv[1]), rank=0, world_size=1)
 model, kept = Policy("configs/tiny_policy").load(), []
 print(peak_bytes(lambda: kept.append(torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False))))
@@ -48,10 +48,10 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
-from app.scoring import score
-from app.sharding import Sharding
+from app.policy.scoring import score
+from app.policy.sharding import Sharding
 from app.studies.plan_memory import MicroBatch
-from tests.integration.allocations import peak_bytes
+from tests.support.allocations import peak_bytes
 from tests.unit.test_plan_memory import layout
 dist.init_process_group("gloo")
 dtype = torch.bfloat16 if sys.argv[2] == "bfloat16" else None

@@ -12,13 +12,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from app.pretraining import DemonstrationPretraining
-from app.pretraining_card import Measured
+from app.pretraining.card import Measured
+from app.pretraining.module import DemonstrationPretraining
 from app.rewards.procedural import Procedural
 from datamodules.demonstrations import ANSWER_MARKER
+from datamodules.demonstrations.supervised import Demonstrations
 from datamodules.procedural import ProceduralTask
-from datamodules.supervised import Demonstrations
-from tests.integration.command import ROOT, dots
+from tests.support.command import ROOT, dots
 
 FOLDER = ROOT / "configs" / "tiny_policy"
 

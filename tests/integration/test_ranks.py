@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.sharded_checkpoint import whole_weights
-from tests.integration.command import (
+from app.runs.sharded_checkpoint import whole_weights
+from tests.support.command import (
     EVERY_STEP,
     Done,
     dots,
@@ -98,8 +98,8 @@ def orphans() -> list[list[bytes]]:
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = file.read_bytes().split(b"\0")
-            if b"app.rewards.worker_main" in words:
-                trainer = words[words.index(b"app.rewards.worker_main") + 2].decode()
+            if b"app.rewards.workers.main" in words:
+                trainer = words[words.index(b"app.rewards.workers.main") + 2].decode()
                 found += [words] if not Path("/proc", trainer).exists() else []
     return found
 

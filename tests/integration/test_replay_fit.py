@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.integration.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
+from tests.support.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
 
 STEPS, PER_STEP, MAX_AGE, MAX_BYTES = 10, 6, 2, 11000
 OVERLAY = f"""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import EVERY_STEP, assert_same_run, dots, fit_arguments, overlay, run_of
+from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, overlay, run_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(7200)]
 
@@ -25,7 +25,7 @@ PHASES = ("select", "rollout", "reward", "update", "sync", "checkpoint")
 KILLER = '''
 import contextlib, os, signal, threading
 from lightning.pytorch import Callback
-from callbacks.checkpoint import RunCheckpoint
+from callbacks.upkeep.checkpoint import RunCheckpoint
 from datamodules.ledger import Ledger
 
 class Killer(Callback):

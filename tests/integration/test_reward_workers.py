@@ -186,7 +186,7 @@ def test_a_worker_or_the_nursery_killed_from_outside_is_replaced():
     with scoring(Function("dots_functions.hostile")) as scorer:
         scorer.wait_ready()
         for victim in ("worker", "nursery"):
-            nursery = next(p for p in psutil.Process().children() if "app.rewards.worker_main" in p.cmdline())
+            nursery = next(p for p in psutil.Process().children() if "app.rewards.workers.main" in p.cmdline())
             (nursery.children()[0] if victim == "worker" else nursery).kill()
             time.sleep(0.1)
             assert score(scorer, data(("ok", "wrong"), ("ok",))).dropped == 0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from app.studies.plots import read_scalars
-from tests.integration.command import dots, kill_when, run_of, scalars
+from app.reporting.curves import read_scalars
+from tests.support.command import dots, kill_when, run_of, scalars
 
 STEPS, PER_STEP, SAMPLES = 5, 6, 8
 SERVER = ("--config", "configs/engines/vllm_server.yaml")

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from app.offline.learnalign import alignment_scores, learnability
-from app.policy import Policy
+from app.policy.model import Policy
+from app.subsets.learnalign import alignment_scores, learnability
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts import PromptFile, split_pool
-from tests.integration.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
+from datamodules.prompts.file import PromptFile, split_pool
+from tests.support.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
 
 CHAIN = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 TASKS = [ProceduralTask("chain_sum", 50, CHAIN), ProceduralTask("spell_backward", 20, {"max_word_len": 5})]

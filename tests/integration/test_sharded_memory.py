@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from tests.integration.command import ROOT
+from tests.support.command import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
@@ -30,7 +30,7 @@ def held(config: LlamaConfig, ranks: int, folder: Path) -> list[dict[str, int]]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1])}
-    command = [sys.executable, "-m", "tests.integration.sharded_memory", str(folder)]
+    command = [sys.executable, "-m", "tests.support.sharded_memory", str(folder)]
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, text=True,

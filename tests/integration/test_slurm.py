@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import EVERY_STEP, ROOT, dots, run_of, scalars
 from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, succeeded, weights_of
+from tests.support.command import EVERY_STEP, ROOT, dots, run_of, scalars
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.integration.command import dots
-from tests.integration.refusal import BASE, TINY, write_pool
+from tests.support.command import dots
+from tests.support.refusal import BASE, TINY, write_pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import dots, run_of, scalars
-from tests.integration.hosts import Host, end, torchrun, two_hosts
 from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, completions, succeeded
+from tests.support.command import dots, run_of, scalars
+from tests.support.hosts import Host, end, torchrun, two_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.command import ROOT, dots, logged, run_of
+from tests.support.command import ROOT, dots, logged, run_of
 
 SMALL = [
     "--trainer.max_steps=2",

@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from app.engines import Sampling, Vllm
-from app.engines.vllm_common import EngineError
-from app.policy import Lora, Policy, add_lora, causal_lm, plain_weights
+from app.engines.requests import EngineError
+from app.policy.model import Lora, Policy, add_lora, causal_lm
+from app.policy.weights import plain_weights
 from datamodules.errors import UserError
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt
-from tests.unit.policies import TINY
+from tests.support.policies import TINY
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from app.studies.plots import read_scalars
-from tests.integration.command import EVERY_STEP, ROOT, assert_same_run, command, dots, fit_arguments, run_of
+from app.reporting.curves import read_scalars
+from tests.support.command import EVERY_STEP, ROOT, assert_same_run, command, dots, fit_arguments, run_of
 
 # Not forked: libraries that vLLM starts with must not find threads and environment of another program.
 fresh = partial(dots, fresh=True)

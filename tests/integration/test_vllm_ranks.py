@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command import EVERY_STEP, Done, dots, dots_on_ranks, run_of
-from tests.integration.servers import engines, killed_when
 from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, succeeded
+from tests.support.command import EVERY_STEP, Done, dots, dots_on_ranks, run_of
+from tests.support.servers import engines, killed_when
 
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
 SCALARS = 1e-3

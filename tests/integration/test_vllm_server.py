@@ -21,15 +21,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from app.engines import Sampling, VllmServer
-from app.engines.server_client import ServerClient
-from app.engines.vllm_common import EngineError
-from app.engines.weight_push import WeightPusher
-from app.policy import Lora, add_lora, causal_lm, plain_weights
-from app.studies.plots import read_scalars
+from app.engines.requests import EngineError
+from app.engines.server.client import ServerClient
+from app.engines.wire.push import WeightPusher
+from app.policy.model import Lora, add_lora, causal_lm
+from app.policy.weights import plain_weights
+from app.reporting.curves import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
-from tests.integration.command import ROOT, command, dots, run_of
-from tests.integration.servers import engines, killed_when
+from tests.support.command import ROOT, command, dots, run_of
+from tests.support.servers import engines, killed_when
 
 POLICY = str(ROOT / "configs" / "tiny_policy")
 KEY = "the-key-of-these-tests"

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from app.engines import RolloutEngine, Sampling, Transformers, Vllm
-from app.policy import Policy, causal_lm, plain_weights
-from app.smollm import PACKAGE, convert
+from app.policy.model import Policy, causal_lm
+from app.policy.weights import plain_weights
+from app.pretraining.smollm import PACKAGE, convert
 from datamodules.types import Completion, Prompt
 
 pytestmark = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import main
+from app.cli.dots import main
 from app.studies.compare.differences import differences
 from app.studies.compare.meter import clock, seconds_left, share_done
 from app.studies.compare.request import Arm, Budget, Request, run_folder_of

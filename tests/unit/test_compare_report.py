@@ -13,14 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from app.cli import main
+from app.cli.dots import main
 from app.studies.compare.command import report
 from app.studies.compare.records import read_comparison
 from app.studies.compare.state import account_of, check_unchanged, clear_unsaved, note_asked
 from app.studies.compare.summary import summarise
 from app.studies.compare.wording import ratio_text
 from datamodules.errors import UserError
-from tests.unit.compare_runs import asked_of, comparison_of_two, finished_run, request
+from tests.support.compare_runs import asked_of, comparison_of_two, finished_run, request
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engines.decode_attention import SharedKeys, decode_attention
-from app.engines.shared_cache import places_of_rows
+from app.engines.transformers.decode_attention import SharedKeys, decode_attention
+from app.engines.transformers.shared_cache import places_of_rows
 
 SHARED, REPEATS, WIDTH, WRITTEN = 2, 3, 4, 5
 PROMPT_OF_ROW = np.array([1, 0, 2, 1, 1, 0])

@@ -12,13 +12,13 @@ import reasoning_gym
 import torch
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from datamodules.char_tokenizer import char_tokenizer
 from datamodules.demonstrations import ANSWER_MARKER, DEMONSTRATORS
 from datamodules.demonstrations.base import SLIPS
+from datamodules.demonstrations.char_tokenizer import char_tokenizer
 from datamodules.demonstrations.simple_equations import linear
+from datamodules.demonstrations.supervised import IGNORED, Demonstrations
 from datamodules.errors import UserError
 from datamodules.procedural import ProceduralTask
-from datamodules.supervised import IGNORED, Demonstrations
 
 PARAMS = {
     "chain_sum": {"min_terms": 2, "max_terms": 12, "min_digits": 1, "max_digits": 2},

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callbacks.completions import _rows
+from callbacks.watching.completions import _rows
 from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes
 from datamodules.difficulty.question_split import split_questions
 from datamodules.errors import UserError
-from tests.fuzzing import examples
-from tests.unit.builders import group, prompt
+from tests.support.builders import group, prompt
+from tests.support.fuzzing import examples
 
 
 def write_step(folder, step, groups):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.stats import pearson
+from app.reporting.forecast_quality import pearson
 from app.studies.difficulty_forecasters import Material, kernel, linear_ridge, trained
 from datamodules.difficulty import training
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig

@@ -13,8 +13,8 @@ from callbacks import Balanced, DynamicSampling, ReferenceRollouts, RolloutRepla
 from datamodules.errors import UserError
 from datamodules.selectors import SelectionContext, Uniform
 from datamodules.types import TrainBatch
-from tests.unit.builders import group, pool, prompt
-from tests.unit.scripted_run import HALF, QUARTER, RIGHT, WRONG, names, scripted_run
+from tests.support.builders import group, pool, prompt
+from tests.support.scripted_run import HALF, QUARTER, RIGHT, WRONG, names, scripted_run
 
 
 class Eager(Uniform):

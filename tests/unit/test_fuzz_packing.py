@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
-from tests.fuzzing import examples
+from tests.support.fuzzing import examples
 
 
 @settings(max_examples=examples(200), deadline=None)

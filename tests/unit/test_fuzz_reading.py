@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules.answers import extract, gsm8k_answer, last_boxed
 from datamodules.errors import UserError
-from datamodules.files import open_dataset
-from datamodules.prompts import SchemaOverrides, detect
-from datamodules.reading import read_pool
-from datamodules.tables import ListTable
-from datamodules.templates import Renderer
-from tests.fuzzing import examples
-from tests.unit.reading_helpers import character_tokenizer
+from datamodules.prompts.answers import extract, gsm8k_answer, last_boxed
+from datamodules.prompts.file import SchemaOverrides, detect
+from datamodules.prompts.files import open_dataset
+from datamodules.prompts.reading import read_pool
+from datamodules.prompts.tables import ListTable
+from datamodules.prompts.templates import Renderer
+from tests.support.fuzzing import examples
+from tests.support.reading_helpers import character_tokenizer
 
 QUICK = settings(max_examples=examples(50), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NAMES = ("prompt", "messages", "input", "question", "answer", "solution", "reward_model", "extra_info", "id", "label")

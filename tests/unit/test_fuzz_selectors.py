@@ -22,8 +22,8 @@ from datamodules.selectors import (
     Selector,
     ZeroVarianceSkip,
 )
-from tests.fuzzing import examples
-from tests.unit.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
+from tests.support.fuzzing import examples
+from tests.support.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
 
 SIZE = 24
 SELECTORS: dict[str, Any] = {

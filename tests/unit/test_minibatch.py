@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from app.minibatch import advantages_of, minibatches
+from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
-from tests.unit.builders import group, prompt
+from tests.support.builders import group, prompt
 
 
 def make(groups, *, parts=1, aggregation="token", keep=False, mask=False):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.minibatch import CompletionId, MiniBatch
-from app.nonfinite import NonFiniteGuard, offenders
 from app.objective.packing import ScoredSequence
+from app.update.minibatch import CompletionId, MiniBatch
+from app.update.nonfinite import NonFiniteGuard, offenders
 from datamodules.errors import UserError
 
 NAN = torch.tensor(float("nan"))

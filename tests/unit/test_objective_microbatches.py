@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.minibatch import advantages_of, minibatches
 from app.module import GRPOModule
 from app.objective.surrogate import SurrogateOptions
+from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
 from datamodules.types import Prompt, RolloutGroup
-from tests.unit.policies import flat_gradient, gradient, group_of, module_on, tiny_model
+from tests.support.policies import flat_gradient, gradient, group_of, module_on, tiny_model
 
 VOCABULARY = 11
 SIZE = 4

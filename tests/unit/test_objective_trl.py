@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from app.minibatch import advantages_of, minibatches
 from app.objective import advantages as ours
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
 from app.objective.surrogate import SurrogateOptions, policy_loss
 from app.objective.weights import Aggregation, token_weights
+from app.policy.scoring import score
 from app.rewards import SoftOverlong
-from app.scoring import score
+from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
 from datamodules.types import Completion, RolloutGroup
-from tests.unit.builders import prompt
+from tests.support.builders import prompt
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra: dev)")
 

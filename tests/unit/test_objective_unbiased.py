@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from app.objective.surrogate import SurrogateOptions
-from callbacks.replay_buffer import ReplayBuffer
+from callbacks.algorithm.replay_buffer import ReplayBuffer
 from datamodules.types import Prompt, RolloutGroup
-from tests.unit.policies import flat_gradient, gradient, group_of, module_on, tiny_model
+from tests.support.policies import flat_gradient, gradient, group_of, module_on, tiny_model
 
 END, LIMIT, BATCHES, GROUPS = 1, 3, 20, 400
 FREE = [0, 2, 3]

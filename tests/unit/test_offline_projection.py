@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import app.offline.projection as module
-from app.offline.projection import NONZEROS, Rademacher, Sparse, projection
+import app.subsets.projection as module
+from app.subsets.projection import NONZEROS, Rademacher, Sparse, projection
 from datamodules.errors import UserError
 
 KINDS = [Rademacher, Sparse]

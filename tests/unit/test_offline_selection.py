@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from app.cli.trainer import DotsTrainer
 from app.engines import Sampling
 from app.module import GRPOModule
-from app.offline.base import Column, best
-from app.offline.bench import Bench
-from app.offline.gradients import PromptGradients, chosen_parameters
-from app.offline.learnalign import LearnAlign, LearnAlignOptions, alignment_scores, learnability
-from app.offline.measurements import Workspace
-from app.offline.ufo import Ufo, UfoOptions, mean_logprobs
-from app.policy import Lora, Policy
+from app.policy.model import Lora, Policy
 from app.rewards import Procedural as ProceduralReward
-from app.trainer import DotsTrainer
+from app.subsets.base import Column, best
+from app.subsets.bench import Bench
+from app.subsets.gradients import PromptGradients, chosen_parameters
+from app.subsets.learnalign import LearnAlign, LearnAlignOptions, alignment_scores, learnability
+from app.subsets.measurements import Workspace
+from app.subsets.ufo import Ufo, UfoOptions, mean_logprobs
 from datamodules.errors import UserError
 from datamodules.procedural import Procedural, ProceduralTask
 from datamodules.types import Prompt, RolloutGroup

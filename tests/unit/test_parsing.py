@@ -12,10 +12,10 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from app.parsing import DotsArgumentParser, run_or_exit
+from app.cli.parsing import DotsArgumentParser, run_or_exit
 from datamodules.errors import UserError
 
-HERE = "tests.unit.parsing_classes"
+HERE = "tests.support.parsing_classes"
 GOOD: dict[str, Any] = {
     "trainer": {"logger": False, "callbacks": [{"class_path": f"{HERE}.Replay", "init_args": {"delta": 0.2}}]},
     "model": {"class_path": f"{HERE}.Module", "init_args": {"lr": 0.1, "drawing": {"temperature": 0.5}}},

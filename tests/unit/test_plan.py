@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import main
+from app.cli.dots import main
 from app.objective.packing import plan_microbatches
 from app.studies.plan_gpu import Machine
 from app.studies.plan_run import Run, read_run
 from app.studies.plan_shapes import shape_of
 from app.studies.plan_split import remedies, splits
 from app.studies.plan_time import GPUS, Efficiency, Rollout, exchange_seconds, rollout_seconds
-from tests.unit.policies import TINY
+from tests.support.policies import TINY
 
 GIB = 2**30
 PAPER = "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"

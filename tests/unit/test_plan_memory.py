@@ -8,17 +8,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, Qwen3Config
 
-from app.engines.shared_cache import SharedPromptCache
+from app.engines.transformers.shared_cache import SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
-from app.optimization import Optimization
-from app.policy import Lora, Policy, add_lora, attending
-from app.scoring import score
+from app.policy.model import Lora, Policy, add_lora, attending
+from app.policy.scoring import score
 from app.studies import plan_memory as memory
 from app.studies.plan_memory import MicroBatch, Precision
 from app.studies.plan_shapes import DecoderShape, counted, shape_of
 from app.studies.plan_time import update_flops
+from app.update.optimization import Optimization
 from datamodules.errors import UserError
-from tests.unit.policies import TINY
+from tests.support.policies import TINY
 
 PUBLISHED = {
     "135M": 134_515_008, "0.5B": 494_032_768, "1.5B": 1_543_714_304, "1B": 1_235_814_400, "7B": 7_615_616_512,

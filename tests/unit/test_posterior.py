@@ -15,7 +15,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.posterior import Constants
 from datamodules.selectors import Composed, Mopps, Posterior, SelectionContext
-from tests.unit.selector_builders import outcomes, pool_of, saved_and_loaded
+from tests.support.selector_builders import outcomes, pool_of, saved_and_loaded
 
 SIZE, WIDTH = 200, 8
 

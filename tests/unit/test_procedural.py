@@ -10,7 +10,7 @@ import reasoning_gym
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.procedural import Procedural, ProceduralTask, generate
-from tests.unit.reading_helpers import character_tokenizer
+from tests.support.reading_helpers import character_tokenizer
 
 TASKS = [
     ProceduralTask("chain_sum", 30, {"min_terms": 2, "max_terms": 2}),

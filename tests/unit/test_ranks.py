@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from app.engines.first_rank import by_first, loss_of_any
-from app.engines.server_client import ServerGone
-from app.engines.vllm_common import EngineError
-from app.gradient_sum import sum_gradients
-from app.minibatch import CompletionId, MiniBatch, shares, token_imbalance
+from app.engines.requests import EngineError
+from app.engines.server.client import ServerGone
+from app.engines.server.first_rank import by_first, loss_of_any
 from app.objective.packing import ScoredSequence
 from app.ranks import LostRankError, Ranks, deal, imbalance
-from app.rollout_exchange import Rolled, exchange
+from app.rollouts.exchange import Rolled, exchange
+from app.update.gradient_sum import sum_gradients
+from app.update.minibatch import CompletionId, MiniBatch, shares, token_imbalance
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt, RolloutGroup
 

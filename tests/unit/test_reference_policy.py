@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.microbatches import MicroBatches
 from app.objective.packing import ScoredSequence
-from app.policy import Lora, Policy
-from app.reference_policy import ReferencePolicy
-from tests.unit.policies import TINY
+from app.policy.model import Lora, Policy
+from app.policy.reference import ReferencePolicy
+from app.update.microbatches import MicroBatches
+from tests.support.policies import TINY
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["all_weights", "lora"])

@@ -14,10 +14,10 @@ import torch
 from callbacks import RolloutReplay
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
-from datamodules.prompts import PromptFile
+from datamodules.prompts.file import PromptFile
 from datamodules.types import RolloutGroup, TrainBatch
-from tests.unit.builders import group, pool, prompt
-from tests.unit.scripted_run import names
+from tests.support.builders import group, pool, prompt
+from tests.support.scripted_run import names
 
 PER_STEP = 6
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from app.objective.advantages import group_advantages
-from callbacks.replay_buffer import ReplayBuffer, draw_weight
+from callbacks.algorithm.replay_buffer import ReplayBuffer, draw_weight
 from datamodules.group_codec import pack, pack_groups, unpack_groups
 from datamodules.seeding import generator
 from datamodules.types import REWARD_TOLERANCE, Completion, RolloutGroup
-from tests.fuzzing import examples
-from tests.unit.builders import group, pool, prompt
+from tests.support.builders import group, pool, prompt
+from tests.support.fuzzing import examples
 
 POOL = pool(7)
 

@@ -10,8 +10,8 @@ import pytest
 
 from app.rewards import Exact, Format, Function, Math, Numeric, Procedural, Reward, RewardScorer
 from app.rewards.numeric import find_numbers
-from app.rewards.task import CallResult
-from app.rewards.worker_main import MAX_REPLY_BYTES, Journal, checked, reply
+from app.rewards.workers.main import MAX_REPLY_BYTES, Journal, checked, reply
+from app.rewards.workers.task import CallResult
 from datamodules.errors import UserError
 
 DATA = Path("../shared/data")

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare, kstest
 
 from app.engines.base import Sampling
-from app.engines.sampler import BLOCK, draw, uniforms
+from app.engines.transformers.sampler import BLOCK, draw, uniforms
 
 
 def brute_force(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.answers import extract, gsm8k_answer, last_boxed
 from datamodules.errors import UserError
-from datamodules.prompts import PromptFile
-from datamodules.schemas import SchemaOverrides, detect
-from tests.unit.reading_helpers import character_tokenizer, shared, write_jsonl
+from datamodules.prompts.answers import extract, gsm8k_answer, last_boxed
+from datamodules.prompts.file import PromptFile
+from datamodules.prompts.schemas import SchemaOverrides, detect
+from tests.support.reading_helpers import character_tokenizer, shared, write_jsonl
 
 USER = [{"role": "user", "content": "2+3?"}]
 SHOWN = [*USER, {"role": "assistant", "content": "It is 5."}]

@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from app.reliability import reliability
-from app.stats import informative_probability
-from app.studies.pictures import pixels, reliability_figure, scatter_figure
-from callbacks.selection_monitor import chosen_groups, forecast_pairs
-from callbacks.uniform_share import UniformShare
+from app.reporting.forecast_quality import informative_probability
+from app.reporting.pictures import pixels, reliability_figure, scatter_figure
+from app.reporting.reliability import reliability
+from callbacks.watching.selection_monitor import chosen_groups, forecast_pairs
+from callbacks.watching.uniform_share import UniformShare
 from datamodules.types import TrainBatch
-from tests.unit.builders import group, prompt
+from tests.support.builders import group, prompt
 
 
 @pytest.mark.parametrize("success", [0.0, 0.1, 0.5, 0.83, 1.0])

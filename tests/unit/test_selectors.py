@@ -13,7 +13,7 @@ from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.errors import UserError
 from datamodules.selectors import Dots, SelectionContext, Uniform
 from datamodules.selectors.sampling import gumbel, top_k
-from tests.unit.selector_builders import outcomes, pool_of, random_embeddings, saved_and_loaded
+from tests.support.selector_builders import outcomes, pool_of, random_embeddings, saved_and_loaded
 
 SIZE, WIDTH = 60, 6
 

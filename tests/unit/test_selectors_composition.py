@@ -8,7 +8,7 @@ import pytest
 from datamodules.errors import UserError
 from datamodules.selectors import Composed, Dps, Filter, Greso, Mopps, Pools, Ranker, Uniform, ZeroVarianceSkip
 from datamodules.selectors.sampling import top_k
-from tests.unit.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, ready
 
 
 class Scripted(Ranker):

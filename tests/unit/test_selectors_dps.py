@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.selectors import Composed, Dps
-from tests.unit.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, ready
 
 STATES = range(3)
 

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.selectors import Composed, Greso, Mopps, Selector, Uniform, ZeroVarianceSkip
-from tests.unit.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, ready
 
 HISTORIES = {
     # what a prompt's groups showed, oldest first -> probability of keeping it at p_easy 0.5, p_hard 0.4

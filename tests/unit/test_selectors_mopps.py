@@ -9,7 +9,7 @@ from datamodules.errors import UserError
 from datamodules.seeding import generator
 from datamodules.selectors import Mopps
 from datamodules.types import Outcomes
-from tests.unit.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, ready
 
 
 def test_the_posterior_by_hand():

@@ -15,7 +15,7 @@ from datamodules.selectors import (
     SelectionContext,
     ZeroVarianceSkip,
 )
-from tests.unit.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
+from tests.support.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
 
 SIZE, MILLION = 60, 1_000_000
 SELECTORS = {

@@ -6,7 +6,7 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.selectors import Pools
-from tests.unit.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, ready
 
 RATES = [0.0, 0.25, 0.375, 0.75, 0.875, 1.0]
 WEIGHTS = [0.2, 0.2, 1.0, 1.0, 0.2, 0.2, 1.0]  # the seventh prompt was never measured

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from app.policy import Policy
-from app.sharded_checkpoint import read_sharded, write_sharded
-from app.sharding import Sharding
+from app.policy.model import Policy
+from app.policy.sharding import Sharding
+from app.runs.sharded_checkpoint import read_sharded, write_sharded
 from datamodules.errors import UserError
 
 POLICY = Policy("configs/tiny_policy")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from app.objective.packing import PackedBatch, ScoredSequence, collate, owners, pack, plan_packs
 from app.objective.shared_prompt import Blocks, SharedPrompts, plan_shared, shared_prompt_attention
-from app.scoring import can_share_prompts, score
+from app.policy.scoring import can_share_prompts, score
 
 SIZES = {
     "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from app.rewards import Procedural as ProceduralReward
 from datamodules.errors import UserError
-from datamodules.exact_json import dumps, loads
 from datamodules.pool import PromptPool
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts import PromptFile, PromptSource
-from datamodules.splits import sub_pool
-from datamodules.subset import check_subset, subset_options, write_subset
-from tests.unit.builders import prompt as made_up
+from datamodules.prompts.exact_json import dumps, loads
+from datamodules.prompts.file import PromptFile, PromptSource
+from datamodules.prompts.splits import sub_pool
+from datamodules.prompts.subset import check_subset, subset_options, write_subset
+from tests.support.builders import prompt as made_up
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from datamodules.errors import UserError
-from datamodules.templates import Renderer, check_template
-from tests.unit.reading_helpers import character_tokenizer
+from datamodules.prompts.templates import Renderer, check_template
+from tests.support.reading_helpers import character_tokenizer
 
 TURNS = [
     {"role": "user", "content": "2+3?"},

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from callbacks import ClockBudget, ReferenceRollouts, Rollouts, RunCheckpoint, RunLedger, WeightSync
-from callbacks import training_clock as module
-from callbacks.training_clock import TrainingClock
+from callbacks.watching import training_clock as module
+from callbacks.watching.training_clock import TrainingClock
 from datamodules.errors import UserError
 from datamodules.selectors import Uniform
-from tests.unit.scripted_run import HALF, scripted_run
+from tests.support.scripted_run import HALF, scripted_run
 
 PATTERNS = [HALF] * 12
 

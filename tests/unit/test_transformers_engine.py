@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from app.engines import Sampling, Transformers
-from app.engines.schedule import fill_holes, plan, take_bucket
-from app.engines.shared_cache import WrittenLayer
+from app.engines.transformers.schedule import fill_holes, plan, take_bucket
+from app.engines.transformers.shared_cache import WrittenLayer
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 

@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.seeding import derive_seed, sample_seeds
 from datamodules.types import Outcomes
-from tests.unit.builders import group, prompt
+from tests.support.builders import group, prompt
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer
 
 from app.engines import Sampling, Vllm
-from app.engines.vllm_common import Answer, EngineError, completions_of, engine_environment, environment, request_fields
+from app.engines.requests import Answer, EngineError, completions_of, engine_environment, environment, request_fields
 from datamodules.errors import UserError
-from tests.unit.policies import TINY, tiny_model
+from tests.support.policies import TINY, tiny_model
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 ENDS = np.array([1, 7])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from app.engines.weight_names import not_pushed
-from app.policy import Lora, Policy, add_lora, is_adapted, plain_weights
-from tests.unit.policies import TINY, tiny_model
+from app.engines.worker.weight_names import not_pushed
+from app.policy.model import Lora, Policy, add_lora
+from app.policy.weights import is_adapted, plain_weights
+from tests.support.policies import TINY, tiny_model
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 GIVEN = {f"l.0.attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")} | {"l.0.norm.weight", "head"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from app.commands import command_parser
-from app.parsing import DotsArgumentParser
+from app.cli.commands import command_parser
+from app.cli.parsing import DotsArgumentParser
 from app.studies.compare.request import SEED, Arm, Budget, Request
 from datamodules.errors import UserError
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from app.reporting.curves import Curve, read_scalars
 from app.studies.compare.differences import differences
 from app.studies.compare.reach import Course
 from app.studies.compare.request import Request, run_folder_of
 from app.studies.compare.state import account_of, asked_of, machine_of, version_of
-from app.studies.plots import Curve, read_scalars
 from datamodules.errors import UserError
 
 CLOCK = "time/training"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from app.cli import DotsCLI
+from app.cli.dots import DotsCLI
 from app.studies.compare.request import Arm, Request
 from datamodules.errors import UserError
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.changed_config import changes
-from app.checkpoint_files import by_age
+from app.runs.changed_config import changes
+from app.runs.checkpoint_files import by_age
 from app.studies.compare.machine import describe_machine
 from app.studies.compare.settings import digest
 from datamodules.errors import UserError

@@ -1,0 +1,190 @@
+"""The `dots` command: LightningCLI with our trainer, one-line errors, and a resume that goes on in the same folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+# Set before torch and tokenizers are imported by what follows.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from app.cli.commands import COMMANDS, epilog
+from app.cli.parsing import DotsArgumentParser, run_or_exit
+from app.cli.trainer import DotsTrainer
+from app.module import GRPOModule
+from app.policy.weights import CHECKPOINT_PREFIX
+from app.runs import changed_config
+from app.runs.checkpoint_files import OnDamage
+from app.runs.checkpoint_files import check as check_files
+from app.runs.checkpoint_files import read as read_checkpoint
+from app.runs.folder import find_last
+from app.runs.identity import check_weights
+from app.runs.sharded_checkpoint import read_rest
+from datamodules.errors import UserError
+
+_TRAINER_DEFAULTS = {
+    # Steps, not epochs, are the unit of everything: the training loader never ends.
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    # Selection is global; Lightning must not wrap the loader in a sampler of its own.
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class DotsCLI(LightningCLI):
+    """`dots fit|validate|test|predict|describe|export|select|serve`, models and data named by `class_path`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            trainer_class=DotsTrainer,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_class=DotsArgumentParser,
+            parser_kwargs={
+                "prog": "dots",
+                "description": "Data-efficient reinforcement fine-tuning of language models.",
+                "epilog": epilog(),
+            },
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {
+            "describe": {"model", "datamodule"},
+            "export": {"model", "datamodule"},
+            "select": {"model", "datamodule"},
+            "serve": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--on_damaged_checkpoint",
+            type=OnDamage,
+            default="previous",
+            help="what --ckpt_path last does when the newest checkpoint is not what was written: take the one before "
+            "it, and say so, or stop",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint holds no hyperparameters, and must not choose which classes are made."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            self._resume_last(config)
+        self._resumed = _read_checkpoint(config)
+        if self._resumed is not None and self.subcommand == "fit":
+            given = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            if changed := changed_config.report(Path(config.ckpt_path), given):
+                print(changed, file=sys.stderr, flush=True)
+        if "weights_only" in config:
+            if config.weights_only is False:
+                raise UserError(
+                    "--weights_only false would unpickle the checkpoint, which runs any code in it: drop it"
+                )
+            config.weights_only = True
+        if self.subcommand == "describe":
+            _describe_here(config)
+        if self.subcommand in ("describe", "export", "select", "serve"):
+            # They leave no run folder (the warm-up of a selection stands beside its result).
+            config.trainer.logger = False
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # Lightning's own words for a strategy or an accelerator
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def after_instantiate_classes(self) -> None:
+        if self._resumed is not None and isinstance(self.model, GRPOModule):
+            # Of a sharded one, a folder, the weights are compared when they are read.
+            if not Path(self.config[self.subcommand].ckpt_path).is_dir():
+                check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
+            self.model.resumed = self._resumed.get("run_identity", {})
+        self._resumed = None
+
+    def _resume_last(self, config: Any) -> None:
+        """Finds the newest run of the logger's name and, when training, lets it go on in its own folder.
+
+        Training starts anew when there is no run of that name, so that one command serves for every start of a run.
+        """
+        logger = config.trainer.logger
+        options = getattr(logger, "init_args", None)
+        save_dir, name = getattr(options, "save_dir", None), getattr(options, "name", None)
+        runs = Path(save_dir or "."), name or "lightning_logs"
+        found = find_last(*runs, config.on_damaged_checkpoint)
+        if found is None:
+            if self.subcommand != "fit":
+                raise UserError(f"--ckpt_path last: no run under {runs[0] / runs[1]}; train one first, or name a file")
+            print(f"--ckpt_path last: no run under {runs[0] / runs[1]} yet, this is the first", file=sys.stderr)
+            config.ckpt_path = None
+            return
+        version, checkpoint = found
+        config.ckpt_path = str(checkpoint)
+        if options is not None and self.subcommand == "fit":
+            options.version = version
+
+
+def _read_checkpoint(config: Any) -> dict[str, Any] | None:
+    """What the checkpoint of --ckpt_path holds, when it is a file; anything wrong with it is said before it is used."""
+    given = config.get("ckpt_path")
+    if not given or "://" in given:
+        return None
+    path = Path(given)
+    if path.is_dir():
+        check_files(path)
+        return read_rest(path)
+    return read_checkpoint(path)
+
+
+def _describe_here(config: Any) -> None:
+    """Describes a run of any size on this machine: its processes are counted, not started."""
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
+        config.world_size = int(devices) * int(nodes)
+    config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
+    config.trainer.strategy, config.trainer.precision = "auto", None
+
+
+def quiet() -> None:
+    """Drops notices that say nothing about the user's run."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; `args` default to the process's own."""
+    quiet()
+    # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] in COMMANDS:
+        run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
+    else:
+        run_or_exit(lambda: DotsCLI(args))
+
+
+if __name__ == "__main__":
+    main()

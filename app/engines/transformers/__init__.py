@@ -1,0 +1,1 @@
+"""Rollouts with the policy itself, in its own process."""

@@ -1,0 +1,72 @@
+"""Key-value caches whose rows come and go while the others are being decoded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import Cache
+
+
+class RowCache(ABC):
+    """What the decode loop needs of a cache, and the bookkeeping of each row's first column.
+
+    Attributes:
+        past: what the model is given as `past_key_values`.
+        starts: int64 `[rows]`: the first column of each row; earlier columns are padding.
+        can_join: whether rows may be admitted while others are being decoded.
+        attention: the attention implementation that the model's forward needs with it; None for the model's own.
+    """
+
+    past: Cache
+    can_join: bool
+    attention: str | None = None
+
+    def __init__(self) -> None:
+        self.starts = np.zeros(0, dtype=np.int64)
+
+    @abstractmethod
+    def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends one row per entry of `source` (a row of `prefilled`), whose prompt has `lengths` tokens."""
+
+    @abstractmethod
+    def keep(self, order: np.ndarray) -> None:
+        """Leaves `len(order)` rows: row i is the former row `order[i]`."""
+
+    @abstractmethod
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """Prepares one more column; what the next token's forward is given beside token and position."""
+
+
+class GrowingCache(RowCache):
+    """The model's own cache, for layers of any kind (sliding, linear): rows join only an empty one."""
+
+    can_join = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._end = 0
+
+    def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
+        self.past = prefilled
+        self._end = int(prefilled.get_seq_length())
+        self.past.reorder_cache(_row_numbers(source))
+        self.starts = self._end - lengths
+
+    def keep(self, order: np.ndarray) -> None:
+        self.past.reorder_cache(_row_numbers(order))
+        self.starts = self.starts[order]
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        self._end += 1
+        mask = None
+        if (self.starts > 0).any():
+            starts = torch.from_numpy(self.starts).to(device)
+            mask = (torch.arange(self._end, device=device) >= starts[:, None]).long()
+        return {"past_key_values": self.past, "attention_mask": mask}
+
+
+def _row_numbers(rows: np.ndarray) -> torch.LongTensor:
+    return cast(torch.LongTensor, torch.from_numpy(rows))

@@ -1,0 +1,228 @@
+"""Key-value cache that holds each prompt once for all its completions, whose rows come and go while others decode.
+
+Prompts stand right-aligned in buffers of their own, written once. The tokens that the rows write themselves share one
+column per step; a row that joins later has padding before its first column. Positions are encoded in the keys, so a row
+can begin at any column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from app.engines.transformers.decode_attention import DECODE, SharedKeys
+from app.engines.transformers.kv_cache import RowCache
+from app.engines.transformers.schedule import fill_holes
+
+SLACK = 64
+"""Spare columns: the window of written tokens moves back to the left at most once per so many tokens."""
+
+
+class WrittenLayer(CacheLayerMixin):
+    """The rows' own keys and values in one layer: buffers `[max_rows, key_value_heads, columns, head_dim]`.
+
+    The model sees the first `rows` rows and the columns `first` to `end`.
+    """
+
+    is_sliding = False
+
+    def __init__(self, max_rows: int, columns: int) -> None:
+        super().__init__()
+        self.max_rows, self.columns = max_rows, columns
+        self.rows = self.first = self.end = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            states.new_empty(self.max_rows, states.shape[1], self.columns, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends `[rows, key_value_heads, 1, head_dim]` states and returns views of the whole window."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, self.end = self.end, self.end + key_states.shape[2]
+        keys, values = self.buffers()
+        keys[: self.rows, :, before : self.end] = key_states
+        values[: self.rows, :, before : self.end] = value_states
+        return keys[: self.rows, :, self.first : self.end], values[: self.rows, :, self.first : self.end]
+
+    def admit(self, count: int) -> None:
+        """Appends `count` rows that have written nothing yet."""
+        if self.rows == 0:
+            self.first = self.end = 0
+        elif self.is_initialized:
+            for buffer in self.buffers():
+                # A masked column still enters the weighted sum with weight 0, and 0 * NaN is NaN.
+                buffer[self.rows : self.rows + count, :, self.first : self.end] = 0
+        self.rows += count
+
+    def keep(self, rows: int, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
+        """Leaves `rows` rows, after moving some into the places of rows that are gone."""
+        if len(moved_to) and self.is_initialized:
+            for buffer in self.buffers():
+                buffer[moved_to, :, self.first : self.end] = buffer[moved_from, :, self.first : self.end]
+        self.rows = rows
+
+    def rewind(self) -> None:
+        """Moves the window to the buffer's left end."""
+        for buffer in self.buffers():
+            window = buffer[: self.rows, :, self.first : self.end].clone()
+            buffer[: self.rows, :, : window.shape[2]] = window
+        self.first, self.end = 0, self.end - self.first
+
+    def get_seq_length(self) -> int:
+        return self.end - self.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.columns
+
+
+class ReadPrompts:
+    """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`."""
+
+    def __init__(self, max_prompts: int, prefilled: DynamicLayer) -> None:
+        """For prompts that are none longer than those of `prefilled`."""
+        self.keys, self.values = (states.new_empty(max_prompts, *states.shape[1:]) for states in _states_of(prefilled))
+        self.longest = self.keys.shape[2]
+
+    def admit(self, prefilled: DynamicLayer, first: int) -> None:
+        """Writes the prompts of `prefilled`, which are padded on the left, from place `first` on."""
+        for buffer, states in zip((self.keys, self.values), _states_of(prefilled), strict=True):
+            places = buffer[first : first + len(states)]
+            places[:, :, self.longest - states.shape[2] :] = states
+            places[:, :, : self.longest - states.shape[2]] = 0  # not NaN: see WrittenLayer.admit
+
+    def keep(self, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[moved_to] = buffer[moved_from]
+
+
+def _states_of(prefilled: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    assert prefilled.keys is not None
+    assert prefilled.values is not None
+    return prefilled.keys, prefilled.values
+
+
+class SharedPromptCache(RowCache):
+    """For models in which every layer attends to the whole context.
+
+    Args:
+        layers: of the model.
+        max_rows: decoded together.
+        max_prompts: whose rows are decoded together.
+        columns: the most tokens that a row can write.
+    """
+
+    can_join = True
+    attention = DECODE
+
+    def __init__(self, layers: int, max_rows: int, max_prompts: int, columns: int) -> None:
+        super().__init__()
+        self.max_prompts = max_prompts
+        self.written = [WrittenLayer(max_rows, columns + SLACK) for _ in range(layers)]
+        self.read: list[ReadPrompts] = []
+        self.past = Cache(layers=[*self.written])
+        self.prompt_of_row = self.lengths = np.zeros(0, dtype=np.int64)
+
+    def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
+        states = [layer for layer in prefilled.layers if isinstance(layer, DynamicLayer)]
+        self.read = self.read or [ReadPrompts(self.max_prompts, layer) for layer in states]
+        for written, read, layer in zip(self.written, self.read, states, strict=True):
+            written.admit(len(source))
+            read.admit(layer, len(self.lengths))
+        self.starts = np.concatenate([self.starts, np.full(len(source), self.written[0].end)])
+        self.prompt_of_row = np.concatenate([self.prompt_of_row, source + len(self.lengths)])
+        _, first_rows = np.unique(source, return_index=True)
+        self.lengths = np.concatenate([self.lengths, lengths[first_rows]])
+        self._place_rows()
+
+    def keep(self, order: np.ndarray) -> None:
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        for layer in self.written:
+            layer.keep(len(order), torch.from_numpy(moved), torch.from_numpy(order[moved]))
+        self.starts, self.prompt_of_row = self.starts[order], self.prompt_of_row[order]
+        self._forget_prompts()
+        self._place_rows()
+
+    def _forget_prompts(self) -> None:
+        """Drops the prompts that have no row left."""
+        alive = np.bincount(self.prompt_of_row, minlength=len(self.lengths)) > 0
+        if alive.all():
+            return
+        order = fill_holes(alive)
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        for layer in self.read if len(moved) else ():
+            layer.keep(torch.from_numpy(moved), torch.from_numpy(order[moved]))
+        self.lengths = self.lengths[order]
+        place = np.empty(len(alive), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        self.prompt_of_row = place[self.prompt_of_row]
+
+    def _place_rows(self) -> None:
+        """Numbers the rows of every prompt, and notes what each row sees of its prompt's columns."""
+        counts = np.bincount(self.prompt_of_row, minlength=len(self.lengths))
+        by_prompt = np.argsort(self.prompt_of_row, kind="stable")
+        within = np.empty_like(by_prompt)
+        within[by_prompt] = np.arange(len(by_prompt)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._rows, self._places = places_of_rows(self.prompt_of_row, within, self.read[0].keys.shape[1])
+        longest = int(self.lengths.max(initial=0))
+        self._unread = np.arange(longest) < (longest - self.lengths[self.prompt_of_row])[:, None]
+
+    def _window(self) -> tuple[int, int]:
+        """Prepares one more column; first visible column and the column that will be written."""
+        first = int(self.starts.min())
+        for layer in self.written:
+            layer.first = first
+        if self.written[0].end == self.written[0].columns:
+            for layer in self.written:
+                layer.rewind()
+            self.starts -= first
+        return self.written[0].first, self.written[0].end
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        first, end = self._window()
+        unseen = np.concatenate([self._unread, np.arange(first, end + 1) < self.starts[:, None]], axis=1)
+        g, longest = len(self.lengths), self._unread.shape[1]
+        layout = SharedKeys(
+            keys=[layer.keys[:g, :, layer.longest - longest :] for layer in self.read],
+            values=[layer.values[:g, :, layer.longest - longest :] for layer in self.read],
+            rows=torch.from_numpy(self._rows).to(device),
+            places=torch.from_numpy(self._places).to(device),
+            bias=torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0))[:, None]).to(device)
+            if unseen.any()
+            else None,
+        )
+        return {"past_key_values": self.past, "layout": layout}
+
+
+def places_of_rows(prompt_of_row: np.ndarray, within: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """`SharedKeys.rows` and `SharedKeys.places`.
+
+    Args:
+        prompt_of_row: int64 `[n]`: 0 .. g - 1, each at least once.
+        within: int64 `[n]`: number of the row among those of its prompt.
+        heads: of keys and values.
+    """
+    most = int(within.max(initial=-1)) + 1
+    prompts = int(prompt_of_row.max(initial=-1)) + 1
+    head = np.arange(heads)
+    places = (prompt_of_row[:, None] * heads + head) * most + within[:, None]
+    rows = np.zeros(prompts * heads * most, dtype=np.int64)
+    rows[places] = np.arange(len(within))[:, None] * heads + head
+    return rows, places.reshape(-1)

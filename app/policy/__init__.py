@@ -1,0 +1,1 @@
+"""The policy: any Hugging Face causal language model, loaded, scored, sharded and exported."""

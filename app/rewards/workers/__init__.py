@@ -1,0 +1,1 @@
+"""The processes that compute rewards, with limits on their time and memory."""

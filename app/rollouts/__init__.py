@@ -1,0 +1,1 @@
+"""The rollout half of a step: generate, score, and share between processes."""

@@ -1,0 +1,97 @@
+"""What was measured of each prompt, on disk, so that a stopped selection goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.subsets.base import Column
+from datamodules.errors import UserError
+
+_SETTINGS, _PROGRESS = "settings.json", "progress.json"
+
+
+class Workspace:
+    """The folder of one selection. It belongs to one set of settings; another set is refused.
+
+    Args:
+        folder: made when it is not there.
+        settings: everything that the measurements depend on, as plain values.
+
+    Raises UserError when the folder holds another selection, naming what differs.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        plain = json.loads(json.dumps(settings))
+        path = folder / _SETTINGS
+        if path.is_file():
+            found = json.loads(path.read_text())
+            names = sorted({*found, *plain})
+            if different := [name for name in names if found.get(name) != plain.get(name)]:
+                raise UserError(
+                    f"{folder} holds measurements made with another {', '.join(different)}: "
+                    "repeat the command as it was, give another --out, or delete the folder"
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is no folder of `dots select`: give another --out")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(plain, indent=2) + "\n")
+
+    def measurements(self, columns: Mapping[str, Column], prompts: int) -> Measurements:
+        return Measurements(self.folder, columns, prompts)
+
+
+class Measurements:
+    """Memory-mapped columns with one row per prompt, filled from the first prompt to the last.
+
+    A row counts once it is on the disk and `done` says so; what a killed process wrote behind that is written again.
+
+    Args:
+        folder: where `NAME.npy` are, or will be.
+        columns: by name.
+        prompts: `Q`.
+    """
+
+    def __init__(self, folder: Path, columns: Mapping[str, Column], prompts: int) -> None:
+        self._progress = folder / _PROGRESS
+        self.prompts = prompts
+        self.done = json.loads(self._progress.read_text())["done"] if self._progress.is_file() else 0
+        self.arrays = {
+            name: _open(folder / f"{name}.npy", column.dtype, column.shape(prompts), fresh=self.done == 0)
+            for name, column in columns.items()
+        }
+
+    def append(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Adds the next prompts' rows, `[B]` or `[B, width]` each."""
+        count = len(next(iter(rows.values())))
+        for name, array in self.arrays.items():
+            array[self.done : self.done + count] = rows[name]
+            array.flush()
+        self.done += count
+        write_whole(self._progress, json.dumps({"done": self.done}) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _open(path: Path, dtype: str, shape: tuple[int, ...], *, fresh: bool) -> np.memmap:
+    if fresh:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    array = np.lib.format.open_memmap(path, mode="r+")
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {shape}: delete its folder")
+    return array

@@ -1,0 +1,65 @@
+"""What a selection leaves beside its prompt file: the table of scores and a config for `dots fit`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from matplotlib.figure import Figure
+
+from app.subsets.measurements import write_whole
+
+
+def write_scores(
+    path: Path, ids: Sequence[str], measured: Mapping[str, np.ndarray], score: np.ndarray, chosen: np.ndarray
+) -> None:
+    """A parquet table with one row per prompt of the pool, in its order.
+
+    Args:
+        path: of the file.
+        ids: `Q`.
+        measured: what the method measured; columns with several numbers per prompt are left out.
+        score: float64 `[Q]`.
+        chosen: int64 `[N]`: positions of the kept prompts, the best first.
+    """
+    rank = np.full(len(ids), -1, dtype=np.int64)
+    rank[chosen] = np.arange(len(chosen))
+    columns: dict[str, Any] = {"id": list(ids)}
+    columns |= {name: np.asarray(values) for name, values in measured.items() if values.ndim == 1}
+    columns |= {"score": score, "kept": rank >= 0, "rank": pa.array(rank, mask=rank < 0)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+
+
+def write_config(path: Path, data_class: type, train: dict[str, Any], val: dict[str, Any] | None) -> None:
+    """An overlay for `dots fit --config BASE --config THIS`: the subset as training prompts.
+
+    Args:
+        path: of the file.
+        data_class: of the DataModule.
+        train: arguments of the `PromptFile` of the subset.
+        val: those of the validation prompts, where they had been held out of the pool.
+    """
+    options: dict[str, Any] = {"train": _source(train)}
+    if val is not None:
+        options |= {"val": _source(val), "val_size": 0}
+    overlay = {"data": {"class_path": f"{data_class.__module__}.{data_class.__qualname__}", "init_args": options}}
+    head = f"# The subset of `dots select`: dots fit --config BASE.yaml --config {path}\n"
+    write_whole(path, head + yaml.safe_dump(overlay, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _source(options: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": "datamodules.prompts.PromptFile", "init_args": options}

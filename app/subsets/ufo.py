@@ -1,0 +1,81 @@
+"""UFO-RL: prompts that the policy is neither sure nor at a loss about (arXiv 2505.12457).
+
+The confidence in a prompt is the mean log-probability of the tokens of **one completion**, drawn from the policy with
+the training's sampling (end token included, prompt excluded), under one teacher-forced forward pass of the policy at
+temperature 1. No reward is asked for. The prompts nearest the middle of the pool's confidences are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from app.policy.scoring import score as score_tokens
+from app.subsets.base import Column, Measured, OfflineMethod
+from app.subsets.bench import Bench
+from app.subsets.pictures import ufo_figure
+from datamodules.types import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class UfoOptions:
+    """UFO-RL's settings.
+
+    Args:
+        middle: what the middle of the confidences is: their "median" or their "mean".
+    """
+
+    middle: Literal["median", "mean"] = "median"
+
+
+class Ufo(OfflineMethod):
+    """See the top of this file."""
+
+    def __init__(self, options: UfoOptions) -> None:
+        self.options = options
+
+    def prepare(self, bench: Bench) -> dict[str, Column]:
+        return {"confidence": Column("float64"), "tokens": Column("int64")}
+
+    def measure(self, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        completions = bench.complete(prompts)
+        return {
+            "confidence": mean_logprobs(bench, prompts, completions),
+            "tokens": np.array([len(one.token_ids) for one in completions], dtype=np.int64),
+        }
+
+    def score(self, measured: Measured) -> np.ndarray:
+        """Minus the distance from the middle."""
+        confidence = measured["confidence"]
+        known = confidence[np.isfinite(confidence)]
+        middle = np.median(known) if self.options.middle == "median" else np.mean(known)
+        return np.where(np.isfinite(confidence), -np.abs(confidence - middle), -np.inf)
+
+    def draw(self, measured: Measured, score: np.ndarray, kept: np.ndarray) -> Figure:
+        return ufo_figure(measured["confidence"], kept)
+
+
+@torch.no_grad()
+def mean_logprobs(bench: Bench, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> np.ndarray:
+    """Mean log-probability per token of every completion, float64 `[B]`, in nats; NaN for one without tokens."""
+    module = bench.module
+    means = np.full(len(completions), np.nan)
+    there = [row for row, completion in enumerate(completions) if len(completion.token_ids)]
+    sequences = [
+        ScoredSequence(prompts[row].token_ids, completions[row].token_ids, completions[row].logprobs, 0.0, 0.0)
+        for row in there
+    ]
+    for rows in plan_microbatches([len(sequence) for sequence in sequences], module.max_tokens_per_microbatch):
+        packed = collate([sequences[row] for row in rows], module.tokenizer.pad_token_id, module.device)
+        with bench.precision():
+            logprobs, _ = score_tokens(module.policy_model, packed, temperature=1.0, with_entropy=False)
+        sizes = [len(sequences[row].completion_ids) for row in rows]
+        for row, values in zip(rows, logprobs.double().cpu().split(sizes), strict=True):
+            means[there[row]] = float(values.mean())
+    return means

@@ -1,0 +1,80 @@
+"""What a training step logs: TRL's names where the meaning is TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from app.update.minibatch import MiniBatch
+from app.update.steps import Update
+from datamodules.types import RolloutGroup
+
+
+def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Rewards and lengths of the groups that are trained on, and the share that teaches."""
+    groups = [group for group in groups if group.completions]
+    if not groups:
+        return {}
+    rewards = np.concatenate([group.rewards for group in groups])
+    deviations = np.array([np.std(group.rewards, ddof=1) if len(group.rewards) > 1 else 0.0 for group in groups])
+    metrics = {
+        "reward": float(rewards.mean()),
+        "reward_std": float(deviations.mean()),
+        "frac_reward_zero_std": float(np.mean(deviations == 0)),
+        "selection/informative_fraction": float(np.mean([group.informative for group in groups])),
+    }
+    for name in groups[0].components:
+        values = np.concatenate([group.components[name] for group in groups])
+        if not np.isnan(values).all():
+            metrics[f"rewards/{name}/mean"] = float(np.nanmean(values))
+            metrics[f"rewards/{name}/std"] = float(np.nanstd(values))
+    return metrics | _lengths(groups)
+
+
+def _lengths(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = np.array([len(completion.token_ids) for completion in completions])
+    ended = np.array([completion.finish_reason == "stop" for completion in completions])
+    metrics = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - ended.mean()),
+    }
+    if ended.any():
+        metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
+    return metrics
+
+
+def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dict[str, float]:
+    """Loss, gradient norm and ratios of a batch's optimizer steps."""
+    seen = [update.seen for update in updates]
+    merged, replayed = seen[0].all, seen[0].replayed
+    for one in seen[1:]:
+        merged, replayed = merged.merge(one.all), replayed.merge(one.replayed)
+    norms = [float(update.grad_norm) for update in updates]
+    tokens = sum(part.tokens for part in parts)
+    positions = sum(one.read.positions for one in seen)
+    whole = sum(one.read.sequence_tokens for one in seen)
+    metrics = {
+        "loss": float(np.mean([float(one.loss) for one in seen])),
+        "grad_norm": float(np.mean(norms)),
+        "updates/skipped": float(sum(update.skipped for update in updates)),
+        "updates/empty": float(sum(not part.sequences for part in parts)),
+        "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),
+    }
+    if positions:
+        metrics["updates/padding_fraction"] = 1 - sum(one.read.tokens for one in seen) / positions
+        metrics["updates/positions_per_token"] = positions / whole
+    return metrics | merged.metrics() | _replay_metrics(replayed.metrics())
+
+
+def _replay_metrics(found: Mapping[str, float]) -> dict[str, float]:
+    names = {
+        "sampling/importance_sampling_ratio/mean": "replay/importance_ratio_mean",
+        "sampling/importance_sampling_ratio/max": "replay/importance_ratio_max",
+        "sampling/effective_sample_fraction": "replay/effective_sample_fraction",
+        "clip_ratio/region_mean": "replay/clip_ratio",
+    }
+    return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}

@@ -1,0 +1,1 @@
+"""Callbacks that keep a run going: checkpoints, random state, signals, sharding."""

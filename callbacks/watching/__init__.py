@@ -1,0 +1,1 @@
+"""Callbacks that only look: metrics, pictures, completions, progress."""

@@ -1,0 +1,119 @@
+"""Completions to read: a few in TensorBoard, all of a step in a parquet file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from app.module import GRPOModule
+from app.runs.folder import run_folder
+from callbacks.stages import Stage, StepCallback
+from datamodules.errors import UserError
+from datamodules.types import RolloutGroup, TrainBatch
+
+_SHOWN_CHARACTERS = 2000
+
+
+class CompletionsLog(StepCallback):
+    """Writes `completions/step_*.parquet` and the text of sampled completions with their rewards.
+
+    A file holds every completion that its step trained on, and those of groups that a filter dropped or the batch had
+    no place for: these have no `advantage`. They are as much a record of difficulty as the others.
+
+    `dots predict` writes all its completions to `completions/predict.parquet`.
+
+    Args:
+        every: steps between two files.
+        samples: completions shown as text each time.
+    """
+
+    stage = Stage.WATCH
+
+    def __init__(self, every: int = 10, samples: int = 4) -> None:
+        if every < 1 or samples < 0:
+            raise UserError(f"CompletionsLog(every={every}, samples={samples}): expected every >= 1 and samples >= 0")
+        self.every = every
+        self.samples = samples
+        self._predicted: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        if batch.step % self.every == 0:
+            untrained = [*batch.dropped, *(group for group in batch.surplus if group.source == "fresh")]
+            rows = [*_rows(batch.groups, batch.advantages, batch.step), *_rows(untrained, [], batch.step)]
+            _write(trainer, f"step_{batch.step:08d}", rows)
+            self._show(trainer, "completions/train", batch.groups, batch.step)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            step = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if trainer.state.fn == "fit" else 0
+            self._show(trainer, "completions/val", batch.groups, step)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self._predicted.extend(_rows(batch.groups, [], 0))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        _write(trainer, "predict", self._predicted)
+        self._predicted = []
+
+    def _show(self, trainer: Trainer, tag: str, groups: Sequence[RolloutGroup], step: int) -> None:
+        shown = [group for group in groups if group.completions][: self.samples]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and shown:
+                logger.experiment.add_text(tag, "\n\n---\n\n".join(map(_markdown, shown)), step)
+
+
+def _rows(groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], step: int) -> Iterator[dict[str, Any]]:
+    for position, group in enumerate(groups):
+        for sample, completion in enumerate(group.completions):
+            row = {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "question": group.prompt.question,
+                "prompt": _text(group.prompt.prompt),
+                "completion": completion.text,
+                "reward": float(group.rewards[sample]),
+                "correctness": float(group.correctness[sample]),
+                "advantage": float(advantages[position][sample]) if advantages else None,
+                "source": group.source,
+                "birth_step": group.birth_step,
+                "policy_version": completion.policy_version,
+                "finish_reason": completion.finish_reason,
+                "completion_tokens": len(completion.token_ids),
+            }
+            row |= {f"reward/{name}": float(values[sample]) for name, values in group.components.items()}
+            yield row
+
+
+def _write(trainer: Trainer, name: str, rows: list[dict[str, Any]]) -> None:
+    if rows and trainer.is_global_zero:
+        folder = run_folder(trainer) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _markdown(group: RolloutGroup) -> str:
+    """The first completion of a group; indented, because TensorBoard shows indented text as it is."""
+    completion = group.completions[0]
+    head = (
+        f"**{group.prompt.id}** · {group.source} · reward {group.rewards[0]:.3g} "
+        f"· group success {group.success_rate:.2f} · {completion.finish_reason}"
+    )
+    body = f"{_text(group.prompt.prompt)}\n>>> {completion.text}"[:_SHOWN_CHARACTERS]
+    return head + "\n\n" + "\n".join(f"    {line}" for line in body.splitlines())

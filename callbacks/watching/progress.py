@@ -1,0 +1,60 @@
+"""The progress bar, and one line per validation for logs that show no bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+from app.module import GRPOModule
+from callbacks.stages import Stage, StepCallback
+from datamodules.types import TrainBatch
+
+_SHOWN = {
+    "reward": "reward",
+    "selection/informative_fraction": "informative",
+    "tokens_per_second": "tok/s",
+    "val/accuracy": "val",
+}
+
+
+class RunProgress(StepCallback, RichProgressBar):
+    """Steps done of all, with reward, informative fraction, tokens per second and the last validation accuracy."""
+
+    stage = Stage.SHOW_PROGRESS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._latest: dict[str, float] = {}
+
+    @property
+    def total_train_batches(self) -> int | float:
+        steps = self.trainer.max_steps
+        if steps < 0:
+            return float("inf")
+        return -(-steps // getattr(self.trainer.lightning_module, "mini_batches", 1))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self._latest.update(batch.metrics)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        line = "  ".join(f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items())
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {line}", flush=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict[str, float]]:
+        values = self._latest | {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return {label: _short(values[name]) for name, label in _SHOWN.items() if name in values}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"

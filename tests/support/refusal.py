@@ -1,0 +1,146 @@
+"""The real command in this process, on a small run of its own: fast enough to be refused a hundred times."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.cli.dots import main
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny_policy"
+PROMPTS = 8
+BASE: dict[str, Any] = {
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 1,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": "runs", "name": "small", "default_hp_metric": False},
+        },
+        "callbacks": [
+            {"class_path": "callbacks.WeightSync"},
+            {"class_path": "callbacks.Rollouts"},
+            {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 8, "admit": "all"}},
+            {"class_path": "callbacks.RandomState"},
+            {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}},
+        ],
+    },
+    "model": {
+        "class_path": "app.module.GRPOModule",
+        "init_args": {
+            "policy": {"path": str(TINY)},
+            "rewards": [{"class_path": "app.rewards.Numeric"}],
+            "sampling": {"num_generations": 2, "max_completion_length": 3},
+        },
+    },
+    "data": {
+        "class_path": "datamodules.online.OnlinePromptDataModule",
+        "init_args": {
+            "prompts_per_step": 2,
+            "cache_dir": "cache",
+            "selector": {"class_path": "datamodules.selectors.Uniform"},
+            "train": {"class_path": "datamodules.prompts.PromptFile", "init_args": {"path": "pool.jsonl"}},
+        },
+    },
+}
+Change = Callable[[dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a config and data for a small run.
+
+    Attributes:
+        path: the working folder of the command.
+        capture: of what the command prints.
+    """
+
+    path: Path
+    capture: pytest.CaptureFixture[str]
+
+    @classmethod
+    def at(cls, path: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> Place:
+        monkeypatch.chdir(path)
+        monkeypatch.setattr("sys.argv", ["dots"])
+        for name in ("DOTS_DEBUG", "PL_GLOBAL_SEED"):
+            monkeypatch.setenv(name, "0")
+        write_pool(path / "pool.jsonl")
+        place = cls(path, capture)
+        place.config(lambda config: None)
+        return place
+
+    def config(self, change: Change) -> None:
+        """Writes `run.yaml`: the small run, changed."""
+        config = copy.deepcopy(BASE)
+        change(config)
+        (self.path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and standard error of `dots ARGUMENTS`."""
+        self.capture.readouterr()
+        code: int | str | None = 0
+        try:
+            main(list(arguments))
+        except SystemExit as stopped:
+            code = stopped.code
+        assert isinstance(code, int | None)
+        return code or 0, self.capture.readouterr().err
+
+    def refused(self, *arguments: str, touches: bool = False) -> str:
+        """The one line that the command ends with, its exit code being 2 and (unless it `touches`) every file as it
+        was."""
+        before = files(self.path)
+        code, said = self.run(*arguments)
+        lines = [line for line in said.splitlines() if line.startswith("dots: error: ")]
+        assert code == 2, f"exit {code}: {said[-600:]}"
+        assert len(lines) == 1, said[-3000:]
+        assert "Traceback" not in said
+        if not touches:
+            after = files(self.path)
+            assert after == before, sorted(after.keys() ^ before.keys())
+        return lines[0].removeprefix("dots: error: ")
+
+
+def write_pool(path: Path, rows: Sequence[dict[str, Any]] | None = None) -> None:
+    rows = rows or [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in range(PROMPTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    """Content of every file and the names of the folders (None), links by what they name."""
+    found: dict[str, bytes | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = os.readlink(path).encode()
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def model(config: dict[str, Any]) -> dict[str, Any]:
+    return config["model"]["init_args"]
+
+
+def data(config: dict[str, Any]) -> dict[str, Any]:
+    return config["data"]["init_args"]
+
+
+def source(config: dict[str, Any]) -> dict[str, Any]:
+    return data(config)["train"]["init_args"]
+
+
+def callback(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The arguments of a callback, by its short name."""
+    found = next(one for one in config["trainer"]["callbacks"] if one["class_path"] == f"callbacks.{name}")
+    return found.setdefault("init_args", {})
