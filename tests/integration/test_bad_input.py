@@ -160,13 +160,9 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "absent.f"}}]),
         "reward function 'absent.f': no module 'absent' on the Python path",
     ),
-    "callbacks in disorder": (
-        lambda c: c["trainer"]["callbacks"].reverse(),
-        "put ",
-    ),
-    "no rollouts": (
-        lambda c: c["trainer"]["callbacks"].pop(1),
-        "holds callbacks.Rollouts 0 times: list it exactly onc",
+    "a callback twice": (
+        lambda c: c["trainer"]["callbacks"].append({"class_path": "callbacks.RolloutReplay"}),
+        "trainer.callbacks lists callbacks.RolloutReplay more than once",
     ),
     "folder of checkpoints": (
         lambda c: callback(c, "RunCheckpoint").update(dirpath="/proc/nowhere"),

@@ -84,8 +84,8 @@ def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
         "--trainer.max_steps=6",
         "--trainer.val_check_interval=3",
     )
-    whole = [*fit_arguments(tmp_path / "whole", changes=[EVERY_STEP]), *more]
-    stopped = [*fit_arguments(tmp_path / "stopped", changes=[EVERY_STEP]), *more]
+    whole = [*fit_arguments(tmp_path / "whole", EVERY_STEP), *more]
+    stopped = [*fit_arguments(tmp_path / "stopped", EVERY_STEP), *more]
     assert fresh(*whole).returncode == 0
     killed = subprocess.Popen(
         command(*stopped), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

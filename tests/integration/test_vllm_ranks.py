@@ -46,7 +46,7 @@ def test_two_processes_with_one_server_choose_and_update_as_one(alone: Path, tmp
 def test_a_lost_server_is_replaced_for_all_of_them_and_nothing_counted_twice(alone: Path, tmp_path: Path):
     sign = run_of(tmp_path) / "completions" / "step_00000001.parquet"
     with killed_when(sign) as killed:
-        done = dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, changes=(EVERY_STEP,)), timeout=400)
+        done = dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, EVERY_STEP), timeout=400)
     succeeded(done)
     assert len(killed) == 1
     first, second = map(said, done)
