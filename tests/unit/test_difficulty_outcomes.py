@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callbacks.watching.completions import _rows
-from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes
-from datamodules.difficulty.question_split import split_questions
+from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes, split_questions
 from datamodules.errors import UserError
 from tests.support.builders import group, prompt
 from tests.support.fuzzing import examples

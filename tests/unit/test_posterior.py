@@ -162,7 +162,7 @@ def test_a_predictor_decides_what_texts_have_in_common(embeddings, context, pred
 
 def test_a_predictor_needs_the_encoder_that_it_was_trained_with(embeddings, tmp_path, context, predictor):
     _, folder = predictor
-    with pytest.raises(UserError, match="got a predictor but no text encoder: set `encoder`"):
+    with pytest.raises(UserError, match=r"got a predictor but no text encoder, .* Set data.selector.encoder"):
         ready(Posterior(predictor=str(folder)), SelectionContext(seed=0, cache_dir=tmp_path))
     with pytest.raises(UserError, match="holds no difficulty predictor"):
         ready(Posterior(predictor=str(tmp_path / "missing")), context)

@@ -5,13 +5,9 @@ import pytest
 
 from datamodules.posterior import BeliefTable, Constants, Log, PosteriorModel, assimilate, fit_constants
 from datamodules.posterior.acquisition import Acquisition
-from datamodules.posterior.constants import INTERCEPT_VARIANCE
-from datamodules.posterior.drift import Drift
-from datamodules.posterior.evidence import REPLAYED, _some_histories, replay
-from datamodules.posterior.history import History
-from datamodules.posterior.model import Beliefs
+from datamodules.posterior.evidence import REPLAYED, replay, sample_histories
+from datamodules.posterior.model import INTERCEPT_VARIANCE, Beliefs, Drift, History, Shared
 from datamodules.posterior.observation import Sites, measure
-from datamodules.posterior.shared import Shared
 from datamodules.posterior.table import Cells
 
 NO_FEATURES = np.zeros((1, 0), dtype=np.float32)
@@ -143,8 +139,7 @@ def test_shared_and_own_parts_are_the_dense_gaussian_process():
 
 
 def test_drift_by_hand():
-    drift = Drift(0.5, 0.2)
-    drift.advance(0.05)
+    drift = Drift(0.5, 0.25)
     drift.update(Sites(np.array([2.0, -1.0]), np.array([1.0, 0.5]), np.zeros(2)), np.array([0.5, 0.0]), np.ones(2))
     # Precisions 1/0.25, 1/2 and 1/1.5 on the values 0.5, 1.5 and -1.
     assert drift.mean == pytest.approx((0.5 * 4 + 1.5 / 2 - 1 / 1.5) / (4 + 1 / 2 + 1 / 1.5))
@@ -166,7 +161,7 @@ def world(constants, steps, batch, size=800, width=3, slope=0.0, seed=0):
         positions = rng.choice(size, batch, replace=False)
         noise = rng.normal(size=batch) * np.sqrt(constants.noise)
         successes = rng.binomial(8, sigmoid(drift + course[positions] + noise)).astype(float)
-        log = log.then(step, positions, successes, np.full(batch, 8.0))
+        log = log.extended(step, positions, successes, np.full(batch, 8.0))
     return features, log, drift + course, drift
 
 
@@ -214,20 +209,16 @@ def test_log_keeps_whole_histories_and_distinct_batches():
     log = Log.empty()
     rng = np.random.default_rng(0)
     for step in range(60):
-        log = log.then(step, rng.choice(900, 100, replace=False), np.ones(100), np.full(100, 8.0))
-    kept = _some_histories(log)
+        log = log.extended(step, rng.choice(900, 100, replace=False), np.ones(100), np.full(100, 8.0))
+    kept = sample_histories(log)
     assert REPLAYED - 60 <= len(kept) <= REPLAYED
     chosen = np.unique(kept.positions)
     assert len(kept) == np.isin(log.positions, chosen).sum()
-    twice = (
-        Log.empty().then(1, np.array([3, 5]), np.ones(2), np.ones(2)).then(1, np.array([5, 6]), np.ones(2), np.ones(2))
-    )
+    twice = Log.empty().extended(1, np.array([3, 5]), np.ones(2), np.ones(2))
+    twice = twice.extended(1, np.array([5, 6]), np.ones(2), np.ones(2))
     assert [batch.positions.tolist() for batch in twice.batches()] == [[3, 5], [5, 6]]
-    assert [batch.positions.tolist() for batch in twice.then(2, np.array([7]), np.ones(1), np.ones(1)).batches()] == [
-        [3, 5],
-        [5, 6],
-        [7],
-    ]
+    thrice = twice.extended(2, np.array([7]), np.ones(1), np.ones(1))
+    assert [batch.positions.tolist() for batch in thrice.batches()] == [[3, 5], [5, 6], [7]]
 
 
 def quantities(mean, deviation, noise, samples, threshold):

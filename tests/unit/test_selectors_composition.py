@@ -94,9 +94,9 @@ def test_a_step_never_chooses_twice_and_a_refill_may_run_dry(selector):
     assert len(last) in (1, 2)  # two were left, or one where p9 was not chosen yet
     assert len(set(step) | set(last)) == len(step) + len(last)
     assert 9 not in [*step[4:], *last]
-    with pytest.raises(UserError, match="11 prompts per step asked of a pool of 10"):
+    with pytest.raises(UserError, match="prompts_per_step is 11 but only 10 prompts"):
         selector.choose(11)
-    with pytest.raises(UserError, match="9 prompts per step asked of a pool of 8"):
+    with pytest.raises(UserError, match="prompts_per_step is 9 but only 8 prompts"):
         selector.choose(9, exclude=["p1", "p2"])
 
 
