@@ -151,13 +151,9 @@ class AttentionPredictor(nn.Module):
         keys = self.reference(self.inputs(references))
         return torch.softmax(self.query(self.inputs(queries)) @ keys.T / self.config.width**0.5, dim=-1)
 
-    def base(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
-        """Return uncalibrated success rates `[N]` from embeddings `[N, E]`, `[K, E]` and reference rates `[K]`."""
-        return self.weights(queries, references) @ rates
-
     def forward(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
-        """Return calibrated success rates `[N]`; see `base` for the arguments."""
-        return self.head(self.base(queries, references, rates), rates)
+        """Return calibrated success rates `[N]` from embeddings `[N, E]`, `[K, E]` and the references' rates `[K]`."""
+        return self.head(self.weights(queries, references) @ rates, rates)
 
     def fingerprint(self) -> str:
         """Return a hash of the configuration and weights."""

@@ -27,7 +27,7 @@ GAINS = np.geomspace(0.1, 10.0, 25)
 """Candidate strengths of the tilt, in units of 1 / variance of the forecasts."""
 MAX_CENTRES = 4000
 COMPANIONS = 63
-"""Principal components of the text beside the forecast."""
+"""Principal components of the text that follow the forecast."""
 MAX_SEARCHED = 1000
 """Questions among which bandwidths are chosen: each candidate costs a decomposition of their kernel matrix."""
 HEAD_STEPS = 200

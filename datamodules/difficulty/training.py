@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,6 @@ class Trained:
     predictor: AttentionPredictor
     losses: tuple[float, ...]
 
-    @property
-    def best_epoch(self) -> int:
-        return int(np.argmin(self.losses))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Record:
@@ -88,7 +84,6 @@ def train_attention(
     train: np.ndarray,
     validation: np.ndarray,
     options: TrainingOptions,
-    progress: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> Trained:
     """Train adapters and calibration head by soft-label cross-entropy, with early stopping on validation questions.
 
@@ -103,7 +98,6 @@ def train_attention(
         train: int64 rows of the `>= 2` questions to train on.
         validation: int64 rows of the questions to validate on; their references are training questions.
         options: options of the training.
-        progress: called with every epoch and its validation loss.
 
     Raises:
         UserError: training and validation questions share no visit.
@@ -127,13 +121,11 @@ def train_attention(
         predictor.inputs.scale.copy_(torch.where(deviation > 1e-9, 1.0 / deviation.clamp(min=1e-9), 0.0))
         # With equal adapters, attention starts as a similarity kernel.
         predictor.reference.load_state_dict(predictor.query.state_dict())
-        losses = _run_epochs(predictor, record, options, progress)
+        losses = _run_epochs(predictor, record, options)
     return Trained(predictor.eval().requires_grad_(False), tuple(losses))
 
 
-def _run_epochs(
-    predictor: AttentionPredictor, record: _Record, options: TrainingOptions, progress: Callable[[int, float], None]
-) -> list[float]:
+def _run_epochs(predictor: AttentionPredictor, record: _Record, options: TrainingOptions) -> list[float]:
     """Train to the weights of lowest validation loss; return the losses before training and after each epoch."""
     rng = generator(options.seed, "predictor training")
     steps = math.ceil(len(record.train) / options.batch)
@@ -154,7 +146,6 @@ def _run_epochs(
             optimizer.step()
             schedule.step()
         losses.append(_validate(predictor, record))
-        progress(epoch, losses[-1])
         if losses[-1] < best_loss:
             best_loss, best_epoch = losses[-1], epoch
             best = {name: tensor.clone() for name, tensor in predictor.state_dict().items()}

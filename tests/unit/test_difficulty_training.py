@@ -1,4 +1,4 @@
-"""Training on worlds whose difficulty is known, and the closed forms against plain ones."""
+"""Training on worlds of known difficulty, and closed forms against direct computation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = PredictorConfig(in_features=32, width=32, depth=1, input_dropout=0.2)
 
 
 class World:
-    """Success depends on one direction of 32, a small part of what makes two texts alike; the policy improves."""
+    """Success depends on one of 32 directions, a small part of the similarity of texts; the policy improves."""
 
     def __init__(self, folder: Path, size: int = 500, visits: int = 6, measured: float = 1.0) -> None:
         rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ class World:
         self.material = Material(self.outcomes, self.embeddings, "world", [32], folder)
 
     def pearson(self, forecaster, visit: int = 2) -> float:
-        """Correlation with the true success of questions never seen, given 100 references measured at the visit."""
+        """Return the correlation with the true success of unseen questions, given 100 references of the visit."""
         known = self.split.train[np.isfinite(self.outcomes.rates[self.split.train, visit])][:100]
         forecast = forecaster(known, self.outcomes.rates[known, visit].astype(np.float64))
         return pearson(forecast[self.split.test], self.truth[self.split.test, visit])
@@ -94,13 +94,12 @@ def test_a_sparse_record_teaches_too(tmp_path):
 def test_early_stopping_restores_the_best(world):
     s = world.split
     arguments = (SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation)
-    # So high a rate that training soon gets worse.
-    seen = []
+    # The learning rate is so high that training soon gets worse.
     options = TrainingOptions(epochs=30, references=100, batch=100, learning_rate=0.03, patience=4)
-    made = train_attention(*arguments, options, progress=lambda epoch, loss: seen.append((epoch, loss)))
-    assert [loss for _, loss in seen] == list(made.losses[1:])
-    assert 0 < made.best_epoch == len(made.losses) - 1 - options.patience < options.epochs - options.patience
-    assert made.losses[-1] > made.losses[made.best_epoch]
+    made = train_attention(*arguments, options)
+    best_epoch = int(np.argmin(made.losses))
+    assert 0 < best_epoch == len(made.losses) - 1 - options.patience < options.epochs - options.patience
+    assert made.losses[-1] > made.losses[best_epoch]
     x, rates = torch.from_numpy(world.embeddings), torch.from_numpy(world.outcomes.rates)
     references = generator(options.seed, "validation references").permutation(s.train)
     record = training._Record(x, rates, s.train, s.validation, references)
@@ -111,7 +110,7 @@ def test_early_stopping_restores_the_best(world):
 def test_equal_seeds_train_equal_predictors(world):
     s, marks = world.split, []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(marks))  # the ambient generator plays no part
+        torch.manual_seed(len(marks))  # the global generator must not matter
         options = TrainingOptions(epochs=2, references=50, batch=50, seed=seed)
         made = train_attention(SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation, options)
         marks.append(made.predictor.fingerprint())
@@ -173,7 +172,7 @@ def test_the_ridge_adapter_is_the_regression_and_references_leave_themselves_out
     np.testing.assert_allclose(space.queries[:, 0], gain * kernel_matrix @ fit.coefficients, atol=2e-3)
     keys = space.keys(rows)
     np.testing.assert_allclose(keys[:, 0], gain * (fit.held_out - fit.offset), atol=2e-3)
-    # The text's components: as long as the forecast, not read by attention.
+    # The text's components are as long as the forecast and not read by attention.
     assert not keys[:, 1:].any()
     assert np.mean(np.sum(space.queries[rows, 1:] ** 2, axis=1)) == pytest.approx(np.var(keys[:, 0]), rel=0.01)
 

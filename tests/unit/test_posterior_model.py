@@ -55,7 +55,7 @@ def test_a_site_moves_the_belief_as_the_group_does():
 
 
 def exact_filter(groups, constants, last_step):
-    """Mean success rate, mean and variance of z and the log-evidence, on a grid over (g, z); drift is none."""
+    """Mean success rate, mean and variance of z and the log-evidence, on a grid over (g, z), without drift."""
     g, z = np.linspace(-9, 9, 91), np.linspace(-16, 16, 257)
     joint = normal(g, 0, INTERCEPT_VARIANCE)[:, None] * normal(z[None], g[:, None], constants.own)
     joint /= joint.sum()
@@ -147,7 +147,7 @@ def test_drift_by_hand():
 
 
 def world(constants, steps, batch, size=800, width=3, slope=0.0, seed=0):
-    """Outcomes of prompts drawn at random, in a world that is as the model says; with it the last log-odds."""
+    """Return features, outcomes of random prompts in a world that follows the model, last log-odds and drift."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(size, width)).astype(np.float32) / np.sqrt(width, dtype=np.float32)
     level = features @ rng.normal(size=width) * np.sqrt(constants.shared) - 0.5
@@ -179,7 +179,7 @@ def test_coverage_in_a_world_that_it_models():
 
 @pytest.mark.parametrize("slope", [0.05, -0.05, 0.0])
 def test_drift_is_recovered(slope):
-    """A steady trend is followed with a lag; what the level of the pool takes up of it is not lost to the beliefs."""
+    """A steady trend is followed with a lag; the part absorbed by the pool's level is not lost to the beliefs."""
     features, log, truth, drift = world(
         Constants(own=2.0, shared=1.0, memory=500.0, noise=1e-3, drift=1e-3), steps=40, batch=100, slope=slope
     )
@@ -222,7 +222,7 @@ def test_log_keeps_whole_histories_and_distinct_batches():
 
 
 def quantities(mean, deviation, noise, samples, threshold):
-    """rate, its deviation, P(informative), variance removed and improvement by summing over grids and counts."""
+    """Return all tabulated quantities by summing over grids and counts."""
     x = np.linspace(mean - 9 * deviation - 1, mean + 9 * deviation + 1, 3001)
     shifts, shift_weight = np.polynomial.hermite_e.hermegauss(21)
     prior = normal(x, mean, deviation**2)
@@ -255,7 +255,7 @@ def test_table_is_the_brute_force(mean, deviation):
     assert cells.read(table.rate)[0] == pytest.approx(rate, abs=2e-3)
     assert cells.read(table.rate_deviation)[0] == pytest.approx(spread, abs=2e-3)
     assert cells.read(table.informative)[0] == pytest.approx(informative, abs=6e-3)
-    # After a group, table and model keep two moments of the belief, so these two agree less closely.
+    # Table and model keep two moments of the belief after a group, so these two agree less closely.
     assert cells.read(table.removed)[0] == pytest.approx(removed, abs=5e-3)
     assert cells.read(table.improvement(threshold))[0] == pytest.approx(improvement, abs=1.2e-2)
     assert np.all(table.improvement(0.0) == 0)
