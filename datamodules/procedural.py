@@ -76,7 +76,9 @@ class Procedural(PromptSource):
             raise UserError("Procedural tasks is []. Give at least one reasoning-gym task, e.g. {name: chain_sum}.")
         for task in tasks:
             if task.size < 1:
-                raise UserError(f"Procedural task {task.name!r}: size is {task.size}, but must be at least 1. Raise it.")
+                raise UserError(
+                    f"Procedural task {task.name!r}: size is {task.size}, but must be at least 1. Raise it."
+                )
             if reserved := sorted({"seed", "size"} & set(task.params)):
                 raise UserError(f"Procedural task {task.name!r}: params has {reserved[0]!r}. Set it outside of params.")
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length)

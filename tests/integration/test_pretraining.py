@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from app.rewards.procedural import Procedural
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.pretraining.card import Measured
 from app.pretraining.module import DemonstrationPretraining
-from app.rewards.procedural import Procedural
 from datamodules.demonstrations import ANSWER_MARKER
 from datamodules.demonstrations.supervised import Demonstrations
 from datamodules.procedural import ProceduralTask

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datamodules.prompts.exact_json import dumps, loads
 from transformers import AutoTokenizer
 
 from app.rewards import Procedural as ProceduralReward
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts.exact_json import dumps, loads
 from datamodules.prompts.file import PromptFile, PromptSource
 from datamodules.prompts.splits import sub_pool
 from datamodules.prompts.subset import check_subset, subset_options, write_subset
