@@ -112,7 +112,7 @@ class DemonstrationPretraining(L.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of completion tokens, projecting only their hidden states onto the vocabulary."""
+        """Return the mean cross-entropy of completion tokens. Only their hidden states are projected to logits."""
         states = self.policy.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden = states.last_hidden_state[:, :-1]
         targets = batch.labels[:, 1:]

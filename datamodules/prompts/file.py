@@ -67,9 +67,7 @@ class PromptSource(ABC):
     def _check_positive(self, **options: int | None) -> None:
         for name, given in options.items():
             if given is not None and given < 1:
-                raise UserError(
-                    f"{type(self).__name__} {name} is {given}, but must be at least 1, or null for no limit."
-                )
+                raise UserError(f"{type(self).__name__} {name} is {given}. Set at least 1, or null for no limit.")
 
 
 class PromptFile(PromptSource):

@@ -1,4 +1,4 @@
-"""Writes some prompts of a pool to a file from which `PromptFile` reads ids, questions, prompts and columns unchanged."""
+"""Writes prompts of a pool to a file from which `PromptFile` restores ids, questions, prompts and columns."""
 
 from __future__ import annotations
 
