@@ -83,7 +83,7 @@ this project and from reasoning-gym's generators. The demonstrations use no seed
 {tasks}
 
 ## Results
-On {measured.prompts} prompts not seen in training, at temperature 1: {measured.accuracy:.2f} of the completions are correct
+On {measured.prompts} unseen prompts at temperature 1, {measured.accuracy:.2f} of the completions are correct
 ({by_task}), and {measured.informative:.2f} of the groups of {GROUP} contain both correct and wrong completions.
 Fraction of prompts by success rate, in tenths from 0 to 1: {deciles}.
 """

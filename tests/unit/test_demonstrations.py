@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import reasoning_gym
 import torch
-from datamodules.demonstrations.base import SLIPS
-from datamodules.demonstrations.char_tokenizer import char_tokenizer
-from datamodules.demonstrations.simple_equations import linear
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 from datamodules.demonstrations import ANSWER_MARKER, DEMONSTRATORS, demonstrate
-from datamodules.demonstrations.supervised import IGNORED, Demonstrations
+from datamodules.demonstrations.solutions import SLIPS, linear
+from datamodules.demonstrations.supervised import IGNORED, Demonstrations, char_tokenizer
 from datamodules.errors import UserError
 from datamodules.procedural import ProceduralTask
 

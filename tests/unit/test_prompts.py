@@ -203,7 +203,7 @@ def test_missing_things_are_named_with_what_is_near(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=r"no split 'trian': did you mean 'train'"):
         load(tmp_path / "saved", split="trian")
-    with pytest.raises(UserError, match="limit is 0. Set at least 1"):
+    with pytest.raises(UserError, match=r"limit is 0\. Set at least 1"):
         PromptFile("x", limit=0)
 
 
@@ -233,10 +233,10 @@ def test_split_keeps_a_question_on_one_side(tmp_path: Path) -> None:
         train, val = split_pool(pool, 10, seed)
         assert len(val) == 10
         assert set(train.questions).isdisjoint(val.questions)
-    with pytest.raises(UserError, match="would divide the prompts of one question. Set data.val_size to 10"):
+    with pytest.raises(UserError, match=r"would divide the prompts of one question\. Set data\.val_size to 10"):
         split_pool(pool, 11, 0)
     with pytest.raises(
-        UserError, match="validation split of 40 prompts was requested from a pool of 40. Set data.val_size to 1 to 39"
+        UserError, match=r"split of 40 prompts was requested from a pool of 40\. Set data\.val_size to 1 to 39"
     ):
         split_pool(pool, 40, 0)
 
