@@ -33,7 +33,7 @@ def answer(tasks: list[Task]) -> dict[str, object]:
         for unknown in sorted(set(task["params"]) - known):
             error = f"task {task['name']!r} has no setting {unknown!r}"
             return {"error": error, "given": unknown, "valid": sorted(known)}
-    problems = []
+    problems: list[list[object]] = []
     for task in tasks:
         try:
             dataset = create_dataset(task["name"], seed=task["seed"], size=task["size"], **task["params"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -63,14 +64,15 @@ class DemonstrationPretraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.output_dir = Path(output_dir)
-        self.shape: dict[str, float] = {
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": inner,
-            "initializer_range": initializer_range,
-        }
+        self.config = partial(
+            Qwen2Config,
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=inner,
+            initializer_range=initializer_range,
+        )
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.clip_norm, self.val_samples, self.max_completion_tokens = clip_norm, val_samples, max_completion_tokens
         self._successes: dict[str, list[np.ndarray]] = {}
@@ -84,14 +86,13 @@ class DemonstrationPretraining(L.LightningModule):
         if hasattr(self, "policy"):
             return
         tokenizer = self.data.tokenizer
-        config = Qwen2Config(
+        config = self.config(
             vocab_size=len(tokenizer),
             max_position_embeddings=tokenizer.model_max_length,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **self.shape,
         )
         self.policy = Qwen2ForCausalLM(config)
 
