@@ -72,7 +72,7 @@ def test_means_do_not_reward_being_tried_late():
     ("line", "said"),
     [
         ("{", "line 2: Expecting property name"),
-        ("[1]", r"line 2: '\[1\]' is no object"),
+        ("[1]", r"line 2: '\[1\]' is not an object"),
         ('{"question": "a", "pass_rates": [1]}', "line 2 has no 'pass_rate_by_epoch'.*did you mean 'pass_rates'"),
         ('{"question": "a", "pass_rate_by_epoch": [1.5]}', "line 2 holds .*expected"),
         ('{"question": "a", "pass_rate_by_epoch": 1}', "line 2 holds .*expected"),
