@@ -11,14 +11,12 @@ import numpy as np
 import torch
 
 from app.engines.ahead import Ahead, timed
-from app.engines.base import RolloutEngine, Sampling
-from app.engines.checks import check_request
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
 from app.engines.requests import Answer, completions_of, request_fields
 from app.engines.server.client import ServerClient, ServerGone, together
 from app.engines.server.first_rank import loss_of_any
 from app.engines.server.fleet import FleetOptions, ServerFleet
 from app.engines.server.options import ServerOptions
-from app.engines.stopping import end_token_ids
 from app.engines.wire.push import Transport
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling, Weights
-from app.engines.checks import check_request
+from app.engines.base import RolloutEngine, Sampling, Weights, check_request, end_token_ids
 from app.engines.requests import (
     EXTENSION,
     LOGPROBS_MODE,
@@ -24,7 +23,6 @@ from app.engines.requests import (
     environment,
     request_fields,
 )
-from app.engines.stopping import end_token_ids
 from app.engines.vllm.process import plain_torch, process_restored
 from app.ranks import Ranks
 from datamodules.errors import UserError
