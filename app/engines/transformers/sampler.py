@@ -102,7 +102,7 @@ def _block_sums(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first token (int64 `[N]`) whose cumulative weight exceeds `uniform` of the total, and the total `[N]`."""
+    """Return the first token (int64 `[N]`) whose cumulative weight exceeds `uniform` of the total, and the totals."""
     vocabulary = weights.shape[-1]
     sums = _block_sums(weights)
     edges = F.pad(sums.cumsum(dim=-1), (1, 0))
