@@ -63,5 +63,5 @@ def test_a_server_that_does_not_start_ends_all_of_them_in_one_line(tmp_path: Pat
     unknown = "--model.engine.init_args.server.arguments=[--no-such-flag]"
     for one in dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, unknown), timeout=200):
         assert one.returncode == 2, one.stderr[-2000:]
-        assert "the vLLM server did not start; its log ends: " in said(one)[-1]
+        assert "The vLLM server did not start. Its log ends: " in said(one)[-1]
         assert "no-such-flag" in said(one)[-1] and "Traceback" not in one.stderr

@@ -202,7 +202,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(WeightPusher, "_call", without_the_end)
-        with pytest.raises(EngineError, match="after the push of version 2 the vLLM workers report None"):
+        with pytest.raises(EngineError, match="After the push of version 2 the vLLM workers report None"):
             owner.push(model.state_dict().items(), 2)
     assert owner.fleet.version is None
     assert owner.fleet.loop.run(owner.fleet.clients[0]._request("GET", "/is_paused")) == {"is_paused": True}
@@ -276,7 +276,7 @@ def test_weights_that_another_trainer_pushed_are_replaced(
         theirs.push(other.state_dict().items(), 8)
         groups = mine.generate(prompts(2), SAMPLING, seeds(2))
         assert difference(model, prompts(2), groups) < 1e-4
-        assert "hold versions 8 in place of 3" in capsys.readouterr().err
+        assert "hold versions 8 instead of 3" in capsys.readouterr().err
     finally:
         mine.close()
         theirs.close()
@@ -285,11 +285,11 @@ def test_weights_that_another_trainer_pushed_are_replaced(
 def test_a_wrong_key_and_a_long_prompt_are_refused_in_one_line(
     owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(UserError, match=r"'p1'.* tokens.*exceed the server's 512 tokens"):
+    with pytest.raises(UserError, match=r"'p1' has .* tokens.*exceed the server's 512 tokens"):
         owner.generate([prompts(1)[0], prompts(2, 130)[1]], SAMPLING, seeds(2))
     monkeypatch.setenv("VLLM_API_KEY", "another")
     stranger = engine_on(model, url=url_of(owner))
-    with pytest.raises(UserError, match=r"refuses the key \(401\); export VLLM_API_KEY"):
+    with pytest.raises(UserError, match=r"refuses the key \(401\)\. Set VLLM_API_KEY"):
         stranger.push(model.state_dict().items(), 1)
     stranger.close()
     # The paths that load weights ask for the key as well, which vLLM's own check leaves out.
