@@ -1,4 +1,4 @@
-"""Several trainer processes and one vLLM server: the run of one process, also when the server is lost."""
+"""Several trainer processes with one vLLM server train like one process, even if the server is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.servers import engines, killed_when
 
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
 SCALARS = 1e-3
-"""Relative: a server's log-probabilities depend in the last digits on what it computes beside them."""
+"""Relative tolerance: the last digits of a server's log-probabilities depend on the rest of its batch."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(one: Done) -> list[str]:
-    """The lines for the user."""
+    """Return the lines for the user."""
     return [line for line in one.stderr.splitlines() if line.startswith("dots:")]
 
 

@@ -1,4 +1,4 @@
-"""The engine on tiny random models, against plain forwards without a cache."""
+"""The engine with tiny random models, compared with plain forwards without a cache."""
 
 import numpy as np
 import pytest

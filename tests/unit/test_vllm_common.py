@@ -1,4 +1,4 @@
-"""What the vLLM engines share, without vLLM: requests, answers, the environment, and what is refused beforehand."""
+"""The vLLM engines without vLLM: requests, answers, the environment, and rejected options."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs a server for a trainer, and ends it with all its processes when the trainer has ended in whatever way.
+"""Runs a server for a trainer, and ends it with all its processes when the trainer ends, even by a crash.
 
 Usage: `python watch.py FD COMMAND...`, where FD is the read end of a pipe whose write end the trainer holds open. This
 program leads the process group that contains the server and its workers. It only uses the standard library.

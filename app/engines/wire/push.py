@@ -104,7 +104,7 @@ class WeightPusher:
             size = sum(tensor.nbytes for _, tensor in chunk)
             raise UserError(
                 f"The shared memory has no room for {size} bytes of weights ({error.strerror}). "
-                "Lower engine.chunk_mib, give the container a larger /dev/shm, or set engine.transport to process_group."
+                "Lower engine.chunk_mib, enlarge the container's /dev/shm, or set engine.transport to process_group."
             ) from error
 
     def _form_group(self) -> WeightGroup:
