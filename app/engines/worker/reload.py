@@ -1,4 +1,7 @@
-"""One reload of the weights in vLLM's worker, of all weights or of those that changed. Runs only inside vLLM."""
+"""One reload of the weights in vLLM's worker, of all weights or of those that changed. Runs only inside vLLM.
+
+vLLM 0.32's own reload and weight transfer leave a tied output head unchanged on a CPU, and accept incomplete weights.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ class Reload:
             log.setLevel(before)
 
 
-def repack_heads(model: torch.nn.Module) -> None:
+def repack_heads(model: Any) -> None:
     """Repack tied output heads, which a reload on a CPU leaves unchanged.
 
     vLLM's CPU kernels multiply by a packed copy of a head's weight. A head that shares its weight with the embedding
