@@ -387,7 +387,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
     "LoRA of absent layers": (lambda c: model(c)["policy"].update(lora={"target_modules": ["absent"]}), "absent"),
     "no room for completions": (
         lambda c: model(c)["sampling"].update(max_completion_length=512),
-        "exceed the model's 512 positions: shorten the completions or drop longer prompts",
+        "exceed the model's 512 positions. Lower sampling.max_completion_length or remove longer prompts.",
     ),
 }
 
