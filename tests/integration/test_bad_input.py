@@ -117,9 +117,12 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["sampling"].update(num_generations=1),
         "model.sampling.num_generations=1: expected at least 2",
     ),
-    "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length=0: expec"),
+    "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length is 0 but"),
     "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling truncates the distribut"),
-    "top_p": (lambda c: model(c)["sampling"].update(top_p=1.5), "sampling.top_p=1.5: expected in (0, 1]"),
+    "top_p": (
+        lambda c: model(c)["sampling"].update(top_p=1.5),
+        "sampling.top_p is 1.5 but must be greater than 0 and",
+    ),
     "no prompts per step": (lambda c: data(c).update(prompts_per_step=0), "data.prompts_per_step=0: expected at least"),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches=0: expected at least 1"),
     "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k=0: expected at least 1"),
@@ -383,7 +386,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
     "LoRA of absent layers": (lambda c: model(c)["policy"].update(lora={"target_modules": ["absent"]}), "absent"),
     "no room for completions": (
         lambda c: model(c)["sampling"].update(max_completion_length=512),
-        "exceed the model's 512 positions: shorten the completions or drop longer prompts",
+        "exceed the model's 512 positions. Lower sampling.max_completion_length or remove longer prompts.",
     ),
 }
 
