@@ -63,7 +63,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
     "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder; expected a"),
-    "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file; expected a checkpoint"),
+    "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
     "nothing to validate": (
         ("validate", "--config", "run.yaml", "--ckpt_path", "last"),
         "--ckpt_path last: no run under runs/small; train one first, or name a file",
@@ -495,12 +495,16 @@ CHECKPOINTS: dict[str, tuple[Resumed, str]] = {
     "text": (Resumed(spoil=lambda path: path.write_text("hello")), "damaged: step_00000001.ckpt (5 bytes)"),
     "weights alone": (
         Resumed(spoil=_rewritten(lambda state: state.pop("state_dict"))),
-        "holds no state_dict; expected a checkpoint of a run, not weights alone",
+        "holds no state_dict. Expected the checkpoint of a run, not weights alone",
     ),
-    "other model": (Resumed(_in_place, prepare=_wider), "the checkpoint is of another model: of model.layers.0.mlp."),
+    "other model": (Resumed(_in_place, prepare=_wider), "the checkpoint belongs to another model: for model.layers.0.mlp."),
+    "earlier version": (
+        Resumed(spoil=_rewritten(lambda state: state["run_identity"].pop("format"))),
+        "written by another version of Dots (its format is 1, this version reads 2). Resume it with that version",
+    ),
     "other tokenizer": (
         Resumed(_in_place, prepare=_other_tokenizer),
-        "saved with another tokenizer: token ids would change; resume with the one it was saved with, or start a new",
+        "saved with another tokenizer: token ids would change. Resume with the one it was saved with, or leave",
     ),
     "other group size": (
         Resumed(lambda c: model(c)["sampling"].update(num_generations=4)),
