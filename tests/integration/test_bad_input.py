@@ -62,7 +62,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
     "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
-    "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder; expected a"),
+    "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder. Expected a"),
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
     "nothing to validate": (
         ("validate", "--config", "run.yaml", "--ckpt_path", "last"),
@@ -354,7 +354,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights of other shapes": (_other_shapes, "cannot be loaded by AutoModelForCausalLM ("),
     "no weights": (_without("model.safetensors"), "cannot be loaded by AutoModelForCausalLM ("),
     "no tokenizer": (_without("tokenizer.json", "tokenizer_config.json"), "cannot be loaded by AutoTokenizer ("),
-    "no end token": (_no_end_token, "its tokenizer has no end token; expected eos_token to be set"),
+    "no end token": (_no_end_token, "its tokenizer has no end token. Set eos_token"),
 }
 
 
@@ -497,7 +497,10 @@ CHECKPOINTS: dict[str, tuple[Resumed, str]] = {
         Resumed(spoil=_rewritten(lambda state: state.pop("state_dict"))),
         "holds no state_dict. Expected the checkpoint of a run, not weights alone",
     ),
-    "other model": (Resumed(_in_place, prepare=_wider), "the checkpoint belongs to another model: for model.layers.0.mlp."),
+    "other model": (
+        Resumed(_in_place, prepare=_wider),
+        "the checkpoint belongs to another model: for model.layers.0.mlp.",
+    ),
     "earlier version": (
         Resumed(spoil=_rewritten(lambda state: state["run_identity"].pop("format"))),
         "written by another version of Dots (its format is 1, this version reads 2). Resume it with that version",

@@ -156,7 +156,7 @@ def test_policy_with_pickled_weights_only(place: Place, mark: Path, plain: bool)
     torch.save({**weights, "model.norm.weight": Payload(mark)}, folder / "pytorch_model.bin")
     line = place.refused(*FIT)
     assert f"policy.path={folder}: cannot be loaded" in line
-    assert "expected a folder or hub name with config.json, weights in safetensors and a tokenizer" in line
+    assert "Expected a folder or hub name with config.json, weights in safetensors and a tokenizer" in line
     assert not mark.exists()
 
 

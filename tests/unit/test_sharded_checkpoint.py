@@ -35,5 +35,5 @@ def test_weights_are_restored_and_an_unsharded_policy_is_refused(tmp_path: Path)
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter.full_tensor(), fresh.get_parameter(name).full_tensor()), name
     # Without the check nothing would be read, and the run would continue with other weights.
-    with pytest.raises(UserError, match="as it is sharded here, does not have. Resume with the same policy"):
+    with pytest.raises(UserError, match=r"as it is sharded here, does not have\. Resume with the same policy"):
         read_sharded(tmp_path / "parts", POLICY.load(), [])
