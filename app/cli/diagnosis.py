@@ -34,12 +34,13 @@ def explain(message: str, parser: DotsArgumentParser) -> str:
     """
     prefix = class_path = ""
     classes: list[str] = []
-    depth, lines = -1, message.splitlines()
-    for number, line in enumerate(message.splitlines()):
+    depth = -1
+    report = lines = message.splitlines() or [""]
+    for number, line in enumerate(report):
         level = re.match(_LEVEL, line)
         if level and _indent(line) > depth:  # otherwise it is another alternative of a union
             depth = _indent(line)
-            lines = [line[level.end() :], *message.splitlines()[number + 1 :]]
+            lines = [line[level.end() :], *report[number + 1 :]]
             if level["option"]:
                 parser = parser.of_class(class_path) if class_path else parser
                 classes = parser.class_paths(level["option"])
@@ -56,16 +57,16 @@ def explain(message: str, parser: DotsArgumentParser) -> str:
     if found := re.search(r"File does not exist: '([^']+)'", cause):
         path = Path(found[1])
         return f"{path}: no such file.{_hint(path.name, [one.name for one in path.parent.glob(f'*{path.suffix}')])}"
-    if found := re.search(r"(\w+): invalid choice: '(.+?)' \(choose from (.+)\)", cause):
+    if found := re.search(r"([\w.]+): invalid choice: '(.+?)' \(choose from (.+)\)", cause):
         choices = re.findall(r"[^\s,']+", found[3])
         return f"{found[1]} {found[2]!r} does not exist.{_hint(found[2], choices)}"
     if found := re.search(_UNKNOWN, cause):
-        if class_path in classes[:1]:
-            return f"{option} has no class_path. Name the class that its init_args are for"
         options = (parser.of_class(class_path) if class_path else parser).option_names()
         name, valid = _unknown_part(".".join(filter(None, found.groups())), options)
-        owner = f" of {class_path}" if class_path else ""
-        return f"{prefix}{name} is not an option{owner}.{_hint(name.rpartition('.')[2], valid)}"
+        line = f"{prefix}{name} is not an option{f' of {class_path}' if class_path else ''}."
+        # Without a class_path, the annotated class itself is meant.
+        line += f" Is {option}.class_path missing?" if class_path in classes[:1] else ""
+        return line + _hint(name.rpartition(".")[2], valid)
     if found := re.search(r"arguments are required: ([\w.-]+)", cause):
         # A subcommand's own option is reported with the subcommand before it.
         own = not class_path and found[1] not in parser.option_names()
@@ -81,7 +82,8 @@ def explain(message: str, parser: DotsArgumentParser) -> str:
         r"(?:Expected an? (?!path)|Not a valid (?=subclass))(.+?)(?:\. Got value: .*)?$", cause, re.MULTILINE
     ):
         members = [name for text in expected if "Literal[" in text for name in re.findall(r"'([^']*)'", text)]
-        types = " or ".join(re.sub(r"<class '(.+)'>|typing\.Literal\[(.+)\]", _plain_type, text) for text in expected)
+        types = re.sub(r"<class '(.+?)'>", r"\1", " or ".join(expected)).replace("NoneType", "null")
+        types = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", types)
         return f"{option}={value}: expected {types}.{_hint(value, members, only_near=True)}"
     line = " ".join(f"{option}: {cause}".removeprefix(": ").split()).replace('in "<unicode string>", ', "at ")
     return line if len(line) <= _MAX_LENGTH else line[:_MAX_LENGTH] + " ..."
@@ -89,10 +91,6 @@ def explain(message: str, parser: DotsArgumentParser) -> str:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" -"))
-
-
-def _plain_type(found: re.Match[str]) -> str:
-    return f"one of {found[2]}" if found[2] else found[1].replace("NoneType", "null")
 
 
 def _unknown_part(name: str, options: set[str]) -> tuple[str, set[str]]:

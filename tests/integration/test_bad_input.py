@@ -117,7 +117,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "No module named 'datamodule'. Did you mean 'datamodules.selectors.Dots'?",
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
-    "no class": (lambda c: c["model"].pop("class_path"), "model has no class_path. Name the class"),
+    "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
     "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate=-1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),

@@ -159,7 +159,7 @@ IN_FILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "required": (lambda c: data(c).pop("path"), "data.path is missing. Set it in a --config file or as --data.path"),
     "no class": (
         lambda c: c["model"].pop("class_path"),
-        "model has no class_path. Name the class that its init_args are for",
+        "model.drawing is not an option of lightning.LightningModule. Is model.class_path missing?",
     ),
     "option of a class in a union with str": (
         lambda c: c["trainer"].update(strategy={"class_path": DDP, "init_args": {"bucket_cap": 25}}),
