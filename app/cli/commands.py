@@ -1,29 +1,29 @@
-"""The subcommands of `dots` that train nothing by Lightning: studies and tools with options of their own."""
+"""The subcommands of `dots` that do not go through LightningCLI: studies and tools with options of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 
 from app.cli.parsing import DotsArgumentParser
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand that is imported only when it is asked for.
+    """A subcommand, imported only when it is used.
 
     Attributes:
         summary: one line for `dots --help`.
-        target: `module:function`; the function takes the arguments that follow the subcommand.
+        target: `module:function`; the function is passed the arguments after the subcommand.
     """
 
     summary: str
     target: str
 
     def run(self, args: list[str]) -> None:
-        module, function = self.target.split(":")
-        entry: Callable[[list[str]], None] = getattr(import_module(module), function)
+        """Import the subcommand and call it with the arguments after its name."""
+        entry: Callable[[list[str]], None] = resolve_name(self.target)
         entry(args)
 
 
@@ -37,10 +37,10 @@ COMMANDS = {
 
 
 def command_parser(name: str, description: str) -> DotsArgumentParser:
-    """A parser for `dots NAME`, with one-line errors."""
+    """Return a parser for `dots NAME`, with one-line errors."""
     return DotsArgumentParser(prog=f"dots {name}", description=description)
 
 
 def epilog() -> str:
-    """What `dots --help` says of these subcommands."""
+    """Return the part of `dots --help` that lists these subcommands."""
     return "Also: " + "; ".join(f"dots {name} - {command.summary}" for name, command in COMMANDS.items()) + "."

@@ -1,86 +1,146 @@
-"""The command's parser: whatever is wrong with the input is said in one line on stderr, with exit code 2."""
+"""The command's parser: anything wrong with the input becomes one line on stderr and exit code 2.
+
+The only file that uses private names of jsonargparse, which has no public way to list the classes that an option
+accepts: `ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`. `_actions` and `_SubParsersAction` are
+argparse's, which cannot list the options of a parser otherwise.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.cli.diagnosis import explain
 from datamodules.errors import UserError
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "DOTS_DEBUG"
-_NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
-"""Errors of the disk, not of the program."""
+MOVED = {
+    "app.sharded_strategy.ShardedStrategy": "app.runs.sharded_strategy.ShardedStrategy",
+    "datamodules.supervised.Demonstrations": "datamodules.demonstrations.supervised.Demonstrations",
+}
+"""Class paths of earlier versions, which configs of users and the config.yaml of old runs may still name."""
+_DISK_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
 
-# Lightning calls names that jsonargparse has deprecated; nothing the user could change.
+# Lightning uses names that jsonargparse has deprecated; the user cannot change that.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 class DotsArgumentParser(LightningArgumentParser):
-    """LightningArgumentParser whose errors are one line.
+    """LightningArgumentParser whose errors are one line, and which accepts the class paths in `MOVED`.
 
-    jsonargparse prints the whole usage and nested reports, and names a wrong key without the section it stands in.
-    `--debug` anywhere on the command line, or DOTS_DEBUG=1, gives the traceback instead.
+    `--debug` anywhere on the command line, or DOTS_DEBUG=1, shows the traceback instead.
 
     Args:
-        args: as for LightningArgumentParser.
-        kwargs: as for LightningArgumentParser. Abbreviated options are off unless asked for: a misspelt option should
-            be reported, not completed.
+        args: passed to LightningArgumentParser.
+        kwargs: passed to LightningArgumentParser. Abbreviated options are off by default: a misspelt option should be
+            reported, not completed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self._given: list[str] = []
+        self._config_file = ""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         if DEBUG_FLAG in given:
             os.environ[DEBUG_VARIABLE] = "1"
             given = [token for token in given if token != DEBUG_FLAG]
-        self._given = given
+        return super().parse_args(given, *rest, **kwargs)
+
+    def parse_path(self, path: Any, *rest: Any, **kwargs: Any) -> Namespace:
+        self._config_file = str(path)
         try:
-            return super().parse_args(given, *rest, **kwargs)
-        except UnicodeDecodeError as error:  # jsonargparse reads config files as UTF-8, whatever they are
-            self.error(f"Problems parsing config: {error}", error)
+            return super().parse_path(path, *rest, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"not a text file: {error}", error)
+        finally:
+            self._config_file = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # Parsers of nested classes are told not to exit: their message belongs to the error of the outermost one.
-        if debugging() or not self.exit_on_error:
+        if debugging() or not self.exit_on_error:  # the outermost parser reports an error in a nested class
             super().error(message, ex)
         inner = find_user_error(ex)
-        print_and_exit(str(inner) if inner else explain(message, self._given, self._option_names()))
+        line = str(inner) if inner else explain(message, self)
+        print_and_exit(f"{self._config_file}: {line}" if self._config_file else line)
 
-    def _option_names(self) -> set[str]:
-        """Dotted names of every option, those of the subcommands included."""
-        names: set[str] = set()
+    def option_names(self) -> set[str]:
+        """Return the dotted names of all options, those of the subcommands included."""
+        return {name[2:] for action in self._all_actions() for name in action.option_strings if name.startswith("--")}
+
+    def class_paths(self, option: str) -> list[str]:
+        """Return the paths of the imported classes that a config may name for an option, the annotated class first."""
+        hints = [one._typehint for one in self._all_actions() if isinstance(one, ActionTypeHint) and one.dest == option]
+        return get_all_subclass_paths(hints[0], include_abstract=True, closed_types=False) if hints else []
+
+    def of_class(self, class_path: str) -> DotsArgumentParser:
+        """Return a parser of the arguments of an importable class or function."""
+        parser = DotsArgumentParser(exit_on_error=False, add_help=False)
+        target = resolve_name(class_path)
+        add = parser.add_class_arguments if inspect.isclass(target) else parser.add_function_arguments
+        add(target, fail_untyped=False)
+        return parser
+
+    def _all_actions(self) -> Iterator[argparse.Action]:
         for action in self._actions:
-            names.update(option[2:] for option in action.option_strings if option.startswith("--"))
-            choices = getattr(action, "_name_parser_map", None)
-            for parser in choices.values() if choices else ():
-                names.update(parser._option_names() if isinstance(parser, DotsArgumentParser) else ())
-        return names
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._all_actions()
+
+
+class MovedModule(ModuleType):
+    """Stands in for a module that `MOVED` names; the first use of a class warns which path to write instead."""
+
+    def __getattr__(self, name: str) -> type:
+        old = f"{self.__name__}.{name}"
+        if old not in MOVED:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        rank_zero_warn(f"class_path {old} has moved and will stop working. Write {MOVED[old]} instead")
+        found: type = resolve_name(MOVED[old])
+        setattr(self, name, found)
+        return found
+
+
+for _module in {path.rpartition(".")[0] for path in MOVED}:
+    sys.modules.setdefault(_module, MovedModule(_module))
+
+
+def short_names(base: type) -> dict[str, type]:
+    """Return `base` and its imported subclasses that are not abstract, by class name."""
+    found = {} if inspect.isabstract(base) else {base.__name__: base}
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        found |= short_names(child)
+    return found
 
 
 def debugging() -> bool:
-    """Whether errors of the user's input should show where they arose."""
+    """Return True if errors in the user's input should show their traceback."""
     return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 def run_or_exit(run: Callable[[], Any]) -> None:
-    """Calls `run`; a UserError, also one that a parser or trainer wrapped, becomes one line and exit code 2."""
+    """Call `run`; turn a UserError, even one wrapped by a parser or trainer, into one line and exit code 2."""
     try:
         run()
     except Exception as error:
-        inner = find_user_error(error) or _misconfigured(error)
+        inner = find_user_error(error) or _configuration_or_disk_error(error)
         if inner is None or debugging():
             if dist.is_available() and dist.is_initialized():
                 error.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}")
@@ -88,28 +148,24 @@ def run_or_exit(run: Callable[[], Any]) -> None:
         print_and_exit(str(inner))
 
 
-def _misconfigured(error: BaseException) -> UserError | None:
-    """What Lightning says of options that it cannot run with, and the system of files that cannot be used."""
+def _configuration_or_disk_error(error: BaseException) -> UserError | None:
     for each in _chain(error):
-        said = " ".join(str(each).split())
         if isinstance(each, MisconfigurationException):
-            return UserError(f"{said} (expected other trainer options: change them in the config or as --trainer....)")
-        if isinstance(each, OSError) and each.errno in _NOT_OURS and each.filename is not None:
-            return UserError(
-                f"{each.filename}: {each.strerror}; expected a place that can be used: free it or name another"
-            )
+            return UserError(f"{each} (Lightning rejects these options: change them in the config or as --trainer....)")
+        if isinstance(each, OSError) and each.errno in _DISK_ERRORS and each.filename is not None:
+            return UserError(f"{each.filename}: {each.strerror}. Free the place, make it writable or name another")
     return None
 
 
 def print_and_exit(message: str) -> NoReturn:
-    """Prints `dots: error: message` in one line on stderr, with the rank where there are several; exits with code 2."""
+    """Print `dots: error: message` as one line on stderr, with the rank if there are several, and exit with code 2."""
     rank = f"rank {dist.get_rank()}:" if dist.is_available() and dist.is_initialized() else ""
     print(*filter(None, ["dots: error:", rank, " ".join(message.split())]), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """The first UserError among an exception, its causes and the exceptions it arose from."""
+    """Return the first UserError among an exception, its causes and the exceptions it was raised in handling."""
     return next((each for each in _chain(error) if isinstance(each, UserError)), None)
 
 

@@ -13,14 +13,14 @@ from app.engines.server.options import ServerOptions, full_environment, shown
 from app.engines.server.process import ServerProcess, free_port
 from app.module import GRPOModule
 
-_POLL = 0.25
+_POLL_S = 0.25
 _PROBE_S = 5.0
 
 
 def serve(module: GRPOModule, host: str | None, port: int | None, start_timeout_s: float) -> None:
-    """Runs the server until it ends or Ctrl-C is pressed, and prints the command that it runs.
+    """Run the server until it exits or Ctrl-C is pressed, and print the command that starts it.
 
-    Raises EngineError when the server does not become healthy, or ends by itself.
+    Raises EngineError when the server does not become healthy, or exits on its own.
     """
     engine = module.engine
     options = engine.options.server if isinstance(engine, VllmServer) else ServerOptions()
@@ -35,13 +35,13 @@ def serve(module: GRPOModule, host: str | None, port: int | None, start_timeout_
     try:
         url = f"http://{options.host}:{listening}"
         _await_health(process, ServerClient(url, key, variable, 1, _PROBE_S), start_timeout_s)
-        said = f"key in {variable}" if key else f"no key: set {variable} to ask for one"
-        print(f"healthy after {time.monotonic() - started:.0f} s at {url} ({said}); Ctrl-C ends it", flush=True)
+        access = f"key in {variable}" if key else f"no key: set {variable} to require one"
+        print(f"healthy after {time.monotonic() - started:.0f} s at {url} ({access}); Ctrl-C stops it", flush=True)
         while process.alive:
-            time.sleep(_POLL)
-        raise EngineError(f"the vLLM server at {url} ended by itself: see its output above")
+            time.sleep(_POLL_S)
+        raise EngineError(f"the vLLM server at {url} exited. See its output above")
     except KeyboardInterrupt:
-        print("ending the server", flush=True)
+        print("stopping the server", flush=True)
     finally:
         process.close()
 
@@ -56,7 +56,9 @@ def _await_health(process: ServerProcess, client: ServerClient, limit: float) ->
     deadline = time.monotonic() + limit
     while not asyncio.run(probe()):
         if not process.alive:
-            raise EngineError("the vLLM server did not start: see its output above")
+            raise EngineError("the vLLM server did not start. See its output above")
         if time.monotonic() > deadline:
-            raise EngineError(f"the vLLM server is not healthy after {limit:.0f} s: see its output above")
-        time.sleep(_POLL)
+            raise EngineError(
+                f"the vLLM server is not healthy after {limit:.0f} s. See its output above, or raise --start_timeout_s"
+            )
+        time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by `torch.compile` for the update, and as they were for generation."""
+"""Decoder layers compiled with `torch.compile` for the update, and left as they are for generation."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from datamodules.errors import UserError
 
 
 def compile_layers(policy: torch.nn.Module) -> None:
-    """Gives the policy's decoder layers a compiled forward, used wherever gradients are asked for.
+    """Give the policy's decoder layers a compiled forward that is used whenever gradients are enabled.
 
-    The layers keep their parameters, names and hooks: a checkpoint is the same with and without, and what wraps a layer
-    (sharding, gradient checkpointing) still does. Generation asks for no gradients: its growing caches and shrinking
-    batches would compile again and again. Sizes are dynamic, and all layers of a kind share one compiled code.
+    The layers keep their parameters, names and hooks: a checkpoint is the same with and without compilation, and
+    wrappers of a layer (sharding, gradient checkpointing) still apply. Generation runs without gradients and is not
+    compiled, because its growing caches and shrinking batches would trigger recompilation again and again. Shapes are
+    dynamic, and all layers of a kind share one compiled graph.
 
     Raises UserError on a CPU without a C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if next(policy.parameters()).device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(
-            f"model.compile needs a C++ compiler, and {compiler!r} is not found: install one, set CXX, or set "
+            f"model.compile needs a C++ compiler, but {compiler!r} was not found. Install one, set CXX, or set "
             "model.compile to false"
         )
     for layer in decoder_layers(policy):
-        layer.forward = _where_trained(torch.compile(layer.forward, dynamic=True), layer.forward)
+        layer.forward = _with_gradients(torch.compile(layer.forward, dynamic=True), layer.forward)
 
 
-def _where_trained(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_gradients(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
 

@@ -1,4 +1,9 @@
-"""The policy: any Hugging Face causal language model, loaded, adapted and exported."""
+"""The policy: any Hugging Face causal language model, loaded, adapted and described.
+
+The file for private names of transformers: `_attn_implementation` is the only way to switch attention for a single
+forward pass (`set_attn_implementation` reloads it for every submodule), `_supports_attention_backend` says whether a
+model goes through `AttentionInterface` at all, `_tied_weights_keys` names the weights that share a tensor.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +33,13 @@ from datamodules.errors import UserError
 
 @dataclass
 class Lora:
-    """Low-rank adaptation through peft: only small added matrices are trained (Hu et al., arXiv 2106.09685).
+    """Low-rank adaptation with peft: only small added matrices are trained (Hu et al., arXiv 2106.09685).
 
     Args:
-        rank: of the added matrices.
+        rank: rank of the added matrices.
         alpha: their product is scaled by `alpha / rank`.
-        dropout: on the adapters' input while training.
-        target_modules: names of the linear layers to adapt; "all-linear" takes all but the head.
+        dropout: dropout on the adapters' input during training.
+        target_modules: names of the linear layers to adapt; "all-linear" adapts all but the head.
     """
 
     rank: int = 16
@@ -45,16 +50,16 @@ class Lora:
 
 @dataclass
 class Policy:
-    """Which model is trained, and how it is held.
+    """The model to train and how to load it.
 
     Args:
         path: folder or hub name of a Hugging Face causal language model with its tokenizer.
-        dtype: of the weights; "auto" keeps the file's. "float64" is for comparing runs: with it the order of sums
-            (processes, micro-batches) moves nothing that float32 could show.
+        dtype: dtype of the weights; "auto" keeps that of the file. "float64" is for comparing runs: it makes
+            differences in the order of sums (ranks, micro-batches) too small to show in float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
         lora: train low-rank adapters instead of all weights.
-        trust_remote_code: run code that comes with the model. Off unless you trust its author.
+        trust_remote_code: run code that comes with the model. Set it only if you trust the author.
     """
 
     path: str
@@ -65,34 +70,44 @@ class Policy:
     trust_remote_code: bool = False
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer, with a padding token (the end token where the model has none)."""
+        """Load the policy's tokenizer; its padding token is the end token if the model has none.
+
+        Raises:
+            UserError: there is no tokenizer, or it has no end token.
+        """
         tokenizer = self._load(AutoTokenizer)
+        # transformers returns an empty tokenizer for a folder without a tokenizer's files.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
-            # What transformers makes of a folder without a tokenizer's files.
             raise UserError(
-                f"policy.path={self.path}: cannot be loaded by AutoTokenizer (it holds no vocabulary); expected the "
-                "tokenizer's files (tokenizer.json) beside the weights"
+                f"policy.path={self.path}: cannot be loaded by AutoTokenizer (it holds no vocabulary). Expected the "
+                "tokenizer's files (tokenizer.json) next to the weights"
             )
         if tokenizer.eos_token_id is None:
-            raise UserError(f"policy.path={self.path}: its tokenizer has no end token; expected eos_token to be set")
+            raise UserError(
+                f"policy.path={self.path}: its tokenizer has no end token. Set eos_token in tokenizer_config.json"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def load(self) -> torch.nn.Module:
-        """The model with its weights, adapted if `lora` is set, in training mode."""
+        """Load the model with its weights, adapted if `lora` is set, in training mode.
+
+        Raises:
+            UserError: it cannot be loaded, or weights are missing.
+        """
         options = {"dtype": self._torch_dtype(), **self._attention()}
-        # use_safetensors: the other format is pickle.
+        # use_safetensors, because the other format is pickle.
         model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
         if missing := sorted(read["missing_keys"]):
             raise UserError(
                 f"policy.path={self.path}: its weights lack {len(missing)} tensors of {type(model).__name__} "
-                f"({missing[0]}), which would start at random; expected a causal language model, head and all"
+                f"({missing[0]}), which would be initialized at random. Expected a causal language model with its head"
             )
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
-        """The same model without memory or weights: to count its parameters, or to be cut before it gets them."""
+        """Return the model on the meta device: to count its parameters, or to shard it before loading weights."""
         config = self._load(AutoConfig)
         options = {"trust_remote_code": self.trust_remote_code, "dtype": self.stored_dtype(), **self._attention()}
         with torch.device("meta"):
@@ -100,7 +115,7 @@ class Policy:
             return self._adapt(model).train()
 
     def stored_dtype(self) -> torch.dtype:
-        """What the weights will have once loaded, without loading them."""
+        """Return the dtype that the weights will have, without loading them."""
         found = self._torch_dtype()
         if isinstance(found, str):
             found = getattr(self._load(AutoConfig), "dtype", None) or torch.float32
@@ -111,18 +126,18 @@ class Policy:
         looks_local = folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1
         if looks_local and not folder.is_dir():
             raise UserError(
-                f"policy.path={self.path}: no such folder; expected a Hugging Face model folder or hub name"
+                f"policy.path={self.path}: no such folder. Expected a Hugging Face model folder or hub name"
             )
         if self.trust_remote_code:
-            rank_zero_warn(f"policy.trust_remote_code: code that comes with {self.path} is run with your rights")
+            rank_zero_warn(f"policy.trust_remote_code runs code from {self.path} with your permissions")
         try:
             where = str(folder) if folder.is_dir() else self.path
             return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}); "
-                "expected a folder or hub name with config.json, weights in safetensors and a tokenizer"
+                f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}). "
+                "Expected a folder or hub name with config.json, weights in safetensors and a tokenizer"
             ) from error
 
     def _torch_dtype(self) -> torch.dtype | str:
@@ -138,67 +153,74 @@ class Policy:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
-    """`model` wrapped by peft, its own weights frozen. Needs the `lora` extra."""
+    """Wrap `model` with peft and freeze its own weights. Needs the `lora` extra.
+
+    Raises:
+        UserError: peft is not installed, or an option does not fit the model.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError("policy.lora is set but peft is not installed: pip install 'dots-grpo[lora]'") from error
+        raise UserError("policy.lora is set, but peft is not installed. Run: pip install 'dots-grpo[lora]'") from error
     if lora.rank < 1:
-        raise UserError(f"policy.lora.rank={lora.rank}: expected at least 1")
+        raise UserError(f"policy.lora.rank={lora.rank}: expected at least 1. Increase it")
     model.enable_input_require_grads()
-    targets: str | list[str] = lora.target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation says int, its arithmetic takes any number
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules="all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules,
         task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}; "
-            'expected names of linear layers, or ["all-linear"]'
+            f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}. "
+            'Expected names of linear layers, or ["all-linear"]'
         ) from error
 
 
-def causal_lm(model: Any) -> PreTrainedModel:
-    """The Hugging Face model itself, inside a peft wrapper or not; adapters stay active in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """Return the Hugging Face model, unwrapped from peft if necessary; adapters stay active."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
 
 
 @contextmanager
 def attending(lm: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Forward passes with a registered attention implementation; with the model's own for None."""
-    usual = lm.config._attn_implementation
-    lm.config._attn_implementation = implementation or usual
+    """Run forward passes with a registered attention implementation; None keeps the model's own."""
+    own = lm.config._attn_implementation
+    lm.config._attn_implementation = implementation or own
     try:
         yield
     finally:
-        lm.config._attn_implementation = usual
+        lm.config._attn_implementation = own
 
 
-def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The longest list of modules: in every decoder that is its layers. Raises UserError where there is no list."""
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the decoder layers: the longest module list of the model. Raises UserError if it has none."""
     lists = [module for module in causal_lm(model).modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of decoder layers: expected one, choose another policy")
+        raise UserError(f"{type(model).__name__} has no list of decoder layers. Choose another policy")
     return max(lists, key=len)
 
 
 def full_attention_only(config: PreTrainedConfig) -> bool:
-    """Whether every layer attends to the whole context: no sliding window, no linear attention or the like."""
+    """Return True if every layer attends to the whole context: no sliding window, no linear attention."""
     layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def plain_attention(lm: PreTrainedModel) -> bool:
-    """Whether attention is full in all layers, without soft-cap, and called by transformers' interface."""
+    """Return True if attention is full in all layers, without soft-cap, and called through `AttentionInterface`."""
     return (
         getattr(lm, "_supports_attention_backend", False)
         and full_attention_only(lm.config)
         and getattr(lm.config, "attn_logit_softcapping", None) is None
     )
+
+
+def tied_weight_names(lm: PreTrainedModel) -> set[str]:
+    """Return the names of weights that are the same tensor as another one, such as a tied head."""
+    return set(lm._tied_weights_keys or ()) if getattr(lm.config, "tie_word_embeddings", False) else set()

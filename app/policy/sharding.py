@@ -1,7 +1,7 @@
-"""The policy cut over the processes of a run: FSDP2, one unit per decoder layer and one for the rest.
+"""The policy sharded over the ranks of a run with FSDP2: one unit per decoder layer and one for the rest.
 
-Of parameters, gradients and optimizer state every process holds its share. A layer's weights are whole only while that
-layer works; embedding, head and last norm stay whole from the forward to the end of the backward pass.
+Every rank holds its shard of parameters, gradients and optimizer state. A layer's weights are gathered only while that
+layer runs; embedding, head and last norm stay gathered from the forward to the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -31,15 +31,16 @@ from app.policy.scoring import score_as_forward
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the policy is cut, and where its parts are.
+    """How the policy is sharded, and where the shards live.
 
     Attributes:
-        device: of this process's part.
-        shard_size: processes that hold one copy together; with fewer than all of them, copies are kept equal by an
-            all-reduce (hybrid sharding).
-        precision: dtypes of computation and of the reduction of gradients; the parts themselves keep the policy's.
-        offload: whether the parts live in host memory while they are not used.
-        reshard_after_forward: free a layer's whole weights after its forward pass, and gather them again for backward.
+        device: device of this rank's shards.
+        shard_size: ranks that hold one copy together; if fewer than all, an all-reduce keeps the copies equal (hybrid
+            sharding).
+        precision: dtypes of computation and of gradient reduction; the shards keep the policy's dtype.
+        offload: keep the shards in host memory while they are not in use.
+        reshard_after_forward: free a layer's gathered weights after its forward pass and gather them again for the
+            backward pass.
     """
 
     device: torch.device
@@ -49,30 +50,43 @@ class Sharding:
     reshard_after_forward: bool = True
 
     def load(self, policy: Policy, *, compiles: bool = False) -> torch.nn.Module:
-        """The policy, cut. Collective: rank 0 reads its files, the others get their parts from it.
+        """Load and shard a policy. Collective: rank 0 reads the files and sends the other ranks their shards.
 
         Args:
-            policy: which model.
-            compiles: `compile_layers` before cutting.
+            policy: the model to load.
+            compiles: apply `compile_layers` before sharding.
         """
         loaded = policy.load() if dist.get_rank() == 0 else None
         model = policy.on_meta()
         if compiles:
             compile_layers(model)
         self.shard(model)
-        _materialize(model, torch.device("cpu") if self.offload else self.device)
+        model.to_empty(device=torch.device("cpu") if self.offload else self.device)
+        # Every name was given memory of its own: names that share a parameter must share it again.
+        causal_lm(model).tie_weights()
         weights = loaded.state_dict() if loaded is not None else {}
         set_model_state_dict(
             model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
         )
-        _broadcast_buffers(model, loaded, self.device)
+        # Buffers (rotary frequencies) are computed, not loaded: all ranks take the values of rank 0.
+        values = dict(loaded.named_buffers()) if loaded is not None else {}
+        for name, buffer in model.named_buffers():
+            value = values[name].to(self.device) if loaded is not None else torch.empty_like(buffer, device=self.device)
+            dist.broadcast(value, 0)
+            buffer.data = value.to(buffer.dtype)
         return model
 
     def shard(self, model: torch.nn.Module) -> None:
-        """Cuts a model in place; its parameters may be on the meta device."""
-        lm: Any = causal_lm(model)
+        """Shard a model in place; its parameters may be on the meta device."""
+        lm = causal_lm(model)
+        ranks, device = dist.get_world_size(), self.device.type
+        if self.shard_size == ranks:
+            mesh = init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
+        else:
+            sizes = (ranks // self.shard_size, self.shard_size)
+            mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
         options: dict[str, Any] = {
-            "mesh": self._mesh(),
+            "mesh": mesh,
             "mp_policy": self.precision,
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
         }
@@ -80,16 +94,16 @@ class Sharding:
             fully_shard(layer, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(lm, **options)
         for unit in units(lm):
-            # A sum, not a mean: a token's weight is already that of the global mini-batch (see `gradient_sum`).
+            # A sum, not a mean: the loss already weights tokens by the global mini-batch (see `gradient_sum`).
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         score_as_forward(lm)
 
     @contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:
-        """All weights whole on every process while inside, gathered once. Collective.
+        """Gather all weights on every rank for the duration of the context. Collective.
 
-        For generation, which passes over the weights for every token.
+        For generation, which uses all weights for every token.
         """
         found = units(model)
         for unit in found:
@@ -102,40 +116,12 @@ class Sharding:
                 unit.reshard()
                 unit.set_reshard_after_forward(self.reshard_after_forward and unit is not found[0], recurse=False)
 
-    def _mesh(self) -> DeviceMesh:
-        ranks = dist.get_world_size()
-        if self.shard_size == ranks:
-            return init_device_mesh(self.device.type, (ranks,), mesh_dim_names=("shard",))
-        sizes = (ranks // self.shard_size, self.shard_size)
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
-
 
 def units(model: torch.nn.Module) -> Sequence[FSDPModule]:
-    """The units that the model's weights are gathered by, the root first; none where it is not cut."""
+    """Return the FSDP units of a model, the root first; empty if it is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether its parameters are cut over processes."""
-    return bool(units(model))
-
-
-def _materialize(model: torch.nn.Module, device: torch.device) -> None:
-    """Gives memory to what is on the meta device; values are to follow."""
-    model.to_empty(device=device)
-    # Memory was given to each name by itself: names that share a parameter must share it again.
-    causal_lm(model).tie_weights()
-
-
-def _broadcast_buffers(model: torch.nn.Module, loaded: torch.nn.Module | None, device: torch.device) -> None:
-    """Buffers (rotary frequencies) as rank 0 has computed them."""
-    values = dict(loaded.named_buffers()) if loaded is not None else {}
-    for name, buffer in model.named_buffers():
-        value = values[name].to(device) if loaded is not None else torch.empty_like(buffer, device=device)
-        dist.broadcast(value, 0)
-        buffer.data = value.to(buffer.dtype)
-
-
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that may be cut."""
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,58 +1,55 @@
-"""What a resumed run does otherwise than the run whose checkpoint it takes, setting by setting."""
+"""Report which settings of a resumed run differ from those of the run that wrote its checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-_SHOWN = 20
-_EXPECTED = ("ckpt_path", "weights_only", "trainer.logger.init_args.version", "on_damaged_checkpoint")
-"""Settings that a resume changes by itself."""
+_MAX_SHOWN = 20
+_CHANGED_BY_RESUME = ("ckpt_path", "weights_only", "trainer.logger.init_args.version", "on_damaged_checkpoint")
 _ABSENT = "(not set)"
 
 
-def changes(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """`name: before -> now` for every setting that differs."""
-    before, now = dict(_flat(saved)), dict(_flat(given))
-    names = [name for name in {**before, **now} if name not in _EXPECTED]
+def changes(saved: Mapping[str, object], given: Mapping[str, object]) -> list[str]:
+    """Return `name: before -> now` for every setting that differs, in the order of the settings."""
+    before, now = dict(_flatten(saved)), dict(_flatten(given))
     return [
         f"{name}: {before.get(name, _ABSENT)} -> {now.get(name, _ABSENT)}"
-        for name in names
-        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+        for name in {**before, **now}
+        if name not in _CHANGED_BY_RESUME and before.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
 
 
-def report(checkpoint: Path, given: Mapping[str, Any]) -> str | None:
-    """What to print when a run goes on from `checkpoint` with other settings; None when they are the same.
+def report(checkpoint: Path, given: Mapping[str, object]) -> str | None:
+    """Return the lines that list the changed settings, or None when nothing changed.
 
-    Known is what the `config.yaml` of the checkpoint's run says; without one there is nothing to compare.
+    The settings of the earlier run are read from its `config.yaml`; without a readable one nothing is compared.
+
+    Args:
+        checkpoint: the checkpoint that is resumed, in the `checkpoints` folder of its run.
+        given: the configuration of the resumed run.
     """
     file = checkpoint.resolve().parent.parent / "config.yaml"
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    if not isinstance(saved, dict):
+    found = changes(saved, given) if isinstance(saved, dict) else []
+    if not found:
         return None
-    found = changes(saved, given)
-    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    lines = [f"  {line}" for line in [*found[:_SHOWN], *more]]
-    return (
-        "\n".join([f"going on from {checkpoint.name} with other settings than its run had:", *lines]) if found else None
-    )
+    more = [f"and {len(found) - _MAX_SHOWN} more"] if len(found) > _MAX_SHOWN else []
+    lines = [f"  {line}" for line in [*found[:_MAX_SHOWN], *more]]
+    return "\n".join([f"resuming from {checkpoint.name} with other settings than its run had:", *lines])
 
 
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    children: Iterator[tuple[str, Any]] | None = None
+def _flatten(node: object, path: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(node, Mapping) and node:
-        children = ((f"{path}.{key}" if path else str(key), value) for key, value in node.items())
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list) and node:
-        children = ((f"{path}[{index}]", value) for index, value in enumerate(node))
-    if children is None:
+        for index, value in enumerate(node):
+            yield from _flatten(value, f"{path}[{index}]")
+    else:
         yield path, node
-        return
-    for name, value in children:
-        yield from _flat(value, name)

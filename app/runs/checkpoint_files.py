@@ -1,4 +1,4 @@
-"""Checkpoints on disk: sealed by a checksum when written, checked before they are read, found again by their step."""
+"""Checkpoints on disk: written with checksums, verified before they are read, and listed by step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from datamodules.errors import UserError
 
 SEAL = ".sha256"
-"""Ending of the file beside a checkpoint that holds its checksums, as `sha256sum --check` reads them."""
+"""Suffix of the file next to a checkpoint that holds its checksums in the format of `sha256sum --check`."""
 
 OnDamage = Literal["previous", "stop"]
 
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose content differs from what was written."""
 
 
 def seal(path: Path) -> None:
-    """Writes the checksums of a checkpoint, a file or a folder of files, beside it: whole, or not at all."""
+    """Write the checksums of a checkpoint, a file or a folder of files, next to it. Atomic."""
     lines = [f"{_digest(file)}  {file.relative_to(path.parent)}\n" for file in _files(path)]
     temporary = path.with_name(f".{path.name}{SEAL}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -45,12 +45,12 @@ def seal(path: Path) -> None:
 
 
 def seal_of(path: Path) -> Path:
-    """The file that holds the checksums of a checkpoint."""
+    """Return the path of a checkpoint's checksums."""
     return path.with_name(path.name + SEAL)
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint and its checksums; one that is not there is passed over."""
+    """Delete a checkpoint and its checksums, if they exist."""
     seal_of(path).unlink(missing_ok=True)
     if path.is_dir():
         shutil.rmtree(path)
@@ -59,7 +59,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes a file, or the names in a folder, outlast a power failure."""
+    """Flush a file, or the names in a folder, to disk, so that they survive a power failure."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -68,7 +68,7 @@ def flush(path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    """Compares a checkpoint with its checksums; without any (it was copied alone), with those inside its archive.
+    """Verify a checkpoint by its checksums or, if it was copied without them, by those inside its archive.
 
     Raises:
         DamagedCheckpointError: bytes are missing, added or changed.
@@ -77,43 +77,55 @@ def check(path: Path) -> None:
     path = path.resolve()
     if not path.exists():
         raise UserError(
-            f"--ckpt_path {path}: no such file; expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
+            f"--ckpt_path {path}: no such file. Expected a checkpoint, e.g. runs/NAME/version_0/checkpoints/last.ckpt"
         )
     if seal_of(path).is_file():
         _check_seal(path)
     elif path.is_file():
-        _check_archive(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged, or is not one: {_first_line(error)}. Expected a file that a run wrote"
+            ) from error
+        if broken is not None:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {broken} in it differs from its checksum")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checked checkpoint file, its tensors mapped, not loaded. Nothing in it is run.
+    """Verify a checkpoint file and return its content, with tensors memory-mapped. Runs no code from the file.
 
     Raises:
-        DamagedCheckpointError: it is not what was written.
-        UserError: it is no checkpoint of a run, or holds objects that could only be unpickled.
+        DamagedCheckpointError: the content differs from what was written.
+        UserError: it is not a checkpoint of a run, or holds objects that only unpickling could restore.
     """
     check(path)
-    refused = f"--ckpt_path {path}: refused, since it holds more than tensors and plain values"
     try:
         state = torch.load(path.resolve(), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{refused} ({_culprit(error)}); expected a checkpoint that dots wrote") from error
+        # torch's message advises unpickling the file; only the name of the object in it is of use here.
+        found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
+        raise UserError(
+            f"--ckpt_path {path}: refused, since it holds more than tensors and plain values "
+            f"({found[1] if found else 'a pickle'}). Expected a checkpoint that dots wrote"
+        ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({_line(error)})") from error
+        raise UserError(f"--ckpt_path {path}: cannot be read as a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
-        raise UserError(f"--ckpt_path {path}: holds no state_dict; expected a checkpoint of a run, not weights alone")
+        raise UserError(f"--ckpt_path {path}: holds no state_dict. Expected the checkpoint of a run, not weights alone")
     return state
 
 
 def newest_whole(folder: Path, on_damage: OnDamage = "previous") -> Path:
-    """The newest checkpoint of a folder that is what was written; a newer one that is not is reported.
+    """Return the newest intact checkpoint of a run's folder; log a warning about every damaged one that is newer.
 
     Args:
-        folder: of one run.
-        on_damage: "previous" takes the one before a damaged checkpoint, "stop" none.
+        folder: the `checkpoints` folder of one run.
+        on_damage: "previous" falls back to the checkpoint before a damaged one, "stop" raises.
 
     Raises:
-        DamagedCheckpointError: there is none, or a damaged one is newer and `on_damage` is "stop".
+        DamagedCheckpointError: no checkpoint is intact, or the newest is damaged and `on_damage` is "stop".
     """
     damaged = ""
     for path in by_age(folder):
@@ -123,44 +135,30 @@ def newest_whole(folder: Path, on_damage: OnDamage = "previous") -> Path:
             damaged = damaged or str(error)
             if on_damage == "stop":
                 raise
-            logger.warning("%s: the one before it is taken", error)
+            logger.warning("%s. The checkpoint before it is used", error)
             continue
         return path
-    raise DamagedCheckpointError(f"{damaged}; no other checkpoint in {folder} is whole: start a new run")
+    raise DamagedCheckpointError(f"{damaged}; no other checkpoint in {folder} is intact. Start a new run")
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """Return the checkpoints in a run's folder, newest first."""
     found = [(int(match[1]), path) for path in folder.glob("step_*.ckpt") if (match := _STEP.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def _check_seal(path: Path) -> None:
-    promised: dict[str, str] = {}
-    for line in seal_of(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        promised[name] = digest
-    there = {str(file.relative_to(path.parent)): file for file in _files(path)}
-    if missing := sorted(promised.keys() - there.keys()):
+    lines = seal_of(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {str(file.relative_to(path.parent)): file for file in _files(path)}
+    if missing := sorted(expected.keys() - found.keys()):
         raise DamagedCheckpointError(f"checkpoint {path} is damaged: {missing[0]} is missing")
-    for name, file in there.items():
-        if _digest(file) != promised.get(name):
+    for name, file in found.items():
+        if _digest(file) != expected.get(name):
             raise DamagedCheckpointError(
                 f"checkpoint {path} is damaged: {name} ({file.stat().st_size} bytes) differs from its checksum in "
                 f"{seal_of(path).name}"
             )
-
-
-def _check_archive(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {path} is damaged, or none: {_line(error)}; expected the file that a run wrote"
-        ) from error
-    if broken is not None:
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {broken} in it differs from its checksum")
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -172,11 +170,5 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _culprit(error: pickle.UnpicklingError) -> str:
-    """What the file asked for, out of torch's advice to load it all the same."""
-    found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
-    return found[1] if found else "a pickle"
-
-
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

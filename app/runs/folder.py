@@ -1,4 +1,4 @@
-"""Where a run leaves what it produces, and where a stopped one is found again."""
+"""The folder that a run writes to, and the newest run that can be resumed."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ LAST = "last.ckpt"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """`runs/NAME/version_N`: the logger's folder, or the trainer's root without a logger.
+    """Return `runs/NAME/version_N`: the logger's folder, or the trainer's root folder when there is no logger.
 
-    Right on rank 0, which is the one that writes. `trainer.log_dir` would make the other ranks agree, but stalls where
-    one rank alone asks for it.
+    Correct on rank 0, the only one that writes. `trainer.log_dir` is not used because it broadcasts: it would hang when
+    a single rank asks for it.
     """
     logger: Any = trainer.logger
     return Path(getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or trainer.default_root_dir)
 
 
 def find_last(save_dir: Path, name: str, on_damage: OnDamage = "previous") -> tuple[int, Path] | None:
-    """Version and newest whole checkpoint of the newest run under `save_dir/name`; None when there is no such run.
+    """Return the version of the newest run under `save_dir/name` and its newest intact checkpoint.
 
-    Raises UserError when runs are there, but no checkpoint that can be resumed.
+    Returns None when there is no such run. Raises UserError when there are runs, but no checkpoint to resume from.
     """
     versions = {
-        int(match[1]): folder
+        int(match[1]): folder / "checkpoints"
         for folder in (save_dir / name).glob("version_*")
         if (match := re.fullmatch(r"version_(\d+)", folder.name))
     }
-    saved = [version for version, folder in versions.items() if by_age(folder / "checkpoints")]
     if not versions:
         return None
+    saved = [version for version, folder in versions.items() if by_age(folder)]
     if not saved:
         raise UserError(
-            f"--ckpt_path last: no checkpoint under {save_dir / name}/version_*/checkpoints; expected a run of this "
-            "name that was stopped behind its first one: leave --ckpt_path out to start anew"
+            f"--ckpt_path last: no checkpoint under {save_dir / name}/version_*/checkpoints. Expected a run of this "
+            "name that got as far as its first checkpoint; leave --ckpt_path out to start a new run"
         )
-    return max(saved), newest_whole(versions[max(saved)] / "checkpoints", on_damage)
+    return max(saved), newest_whole(versions[max(saved)], on_damage)

@@ -1,4 +1,4 @@
-"""What a checkpoint and the run that goes on from it must have in common."""
+"""The parts of a run that must be the same when its checkpoint is resumed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 
+FORMAT = 2
+"""Version of what a checkpoint holds. Increase it when older checkpoints can no longer be resumed."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """Parts of a run that, changed half-way, would make its numbers those of no run at all.
+    """What cannot change halfway through a run without mixing the numbers of two different runs.
 
     Attributes:
         tokenizer: hash of vocabulary, rules, special tokens and chat template.
-        pool: hash of the training prompts, as the policy reads them, with their answers, in order.
-        prompts: the same, whatever the order.
+        pool: hash of the training prompts as the policy reads them, with their answers, in order.
+        prompts: the same hash, independent of the order.
         group_size: completions per prompt.
     """
 
@@ -33,39 +36,44 @@ class RunIdentity:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, pool: PromptPool, group_size: int) -> RunIdentity:
-        """Of a run."""
+        """Return the identity of a run."""
         ordered, unordered = (pool.content(in_order=in_order) for in_order in (True, False))
         return cls(tokenizer_hash(tokenizer), ordered, unordered, group_size)
 
     def as_dict(self) -> dict[str, str | int]:
-        """Plain values, for a checkpoint."""
-        return asdict(self)
+        """Return plain values for a checkpoint, with the checkpoint's format."""
+        return {"format": FORMAT, **asdict(self)}
 
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Compares with what a checkpoint holds.
+    def check(self, saved: Mapping[str, object]) -> None:
+        """Compare this run with the identity stored in a checkpoint.
 
         Raises:
-            UserError: a part differs.
+            UserError: another version of Dots wrote the checkpoint, or a part of the run differs.
         """
-        go_on = "resume with the one it was saved with, or start a new run (leave --ckpt_path out)"
+        remedy = "Resume with the one it was saved with, or leave --ckpt_path out to start a new run"
+        if (found := saved.get("format", 1)) != FORMAT:
+            raise UserError(
+                f"the checkpoint was written by another version of Dots (its format is {found}, this version reads "
+                f"{FORMAT}). Resume it with that version, or leave --ckpt_path out to start a new run"
+            )
         if saved.get("tokenizer") != self.tokenizer:
-            raise UserError(f"the checkpoint was saved with another tokenizer: token ids would change; {go_on}")
+            raise UserError(f"the checkpoint was saved with another tokenizer: token ids would change. {remedy}")
         if saved.get("group_size") != self.group_size:
             raise UserError(
                 f"model.sampling.num_generations={self.group_size}, but the checkpoint was saved with groups of "
-                f"{saved.get('group_size')}, which its replayed groups have; {go_on}"
+                f"{saved.get('group_size')}, and its replay buffer holds groups of that size. {remedy}"
             )
         if saved.get("prompts") != self.prompts:
             raise UserError(
-                "the checkpoint was saved with another prompt pool (prompts, answers or template differ): what it "
-                f"knows of the pool would be wrong; {go_on}"
+                "the checkpoint was saved with another prompt pool (prompts, answers or template differ): its record "
+                f"of the pool would be wrong. {remedy}"
             )
         if saved.get("pool") != self.pool:
-            raise UserError(f"the checkpoint was saved with the same prompts in another order; {go_on}")
+            raise UserError(f"the checkpoint was saved with the same prompts in another order. {remedy}")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides which ids a text becomes."""
+    """Return a hash of everything that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = sorted(tokenizer.get_vocab().items())
     if backend is not None:
@@ -76,23 +84,23 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_weights(model: torch.nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
-    """Compares the names and shapes of a model's tensors with those of a checkpoint's `state_dict`.
+def check_weights(model: torch.nn.Module, saved: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Compare the names and shapes of a model's tensors with those of a checkpoint's `state_dict`.
 
     Args:
-        model: may be on the meta device.
+        model: the policy; it may be on the meta device.
         saved: tensors by name.
-        prefix: of the model's names there.
+        prefix: what the names of the model's tensors start with in `saved`.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint belongs to another model.
     """
     expected = {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in saved.items() if name.startswith(prefix)}
     name = next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
     if name is not None:
-        there, here = (f"has {sizes[name]}" if name in sizes else "has none" for sizes in (found, expected))
+        there, here = (f"the shape {sizes[name]}" if name in sizes else "no such tensor" for sizes in (found, expected))
         raise UserError(
-            f"the checkpoint is of another model: of {name.removeprefix(prefix)} it {there}, the policy {here}; set "
-            "model.policy as it was when it was saved"
+            f"the checkpoint belongs to another model: for {name.removeprefix(prefix)} the checkpoint has {there} and "
+            f"the policy has {here}. Set model.policy to what it was when the checkpoint was saved"
         )

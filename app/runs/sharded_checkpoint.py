@@ -1,6 +1,6 @@
-"""A checkpoint as a folder: every process writes its parts of the tensors, in safetensors; rank 0 the rest.
+"""Checkpoints as folders: every rank writes its shards of the tensors in safetensors, rank 0 writes the rest.
 
-The parts say where they belong, so that any number of processes can read them. No file needs a pickle to be read.
+The shards record their place in the whole tensor, so that any number of ranks can read them. No file needs a pickle.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from torch.distributed.tensor import DTensor
 from datamodules.errors import UserError
 
 REST = "run.ckpt"
-"""What is not cut: loops, callbacks, selector, replay buffer, and the optimizer's plain values."""
+"""File of everything that is not sharded: loops, callbacks, selector, replay buffer, the optimizer's plain values."""
 _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
 _TIED = "tied_weights"
 
 
 def write_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Writes a checkpoint of Lightning whose tensors are cut. Collective.
+    """Write a Lightning checkpoint whose tensors are sharded. Collective.
 
     Args:
         checkpoint: as Lightning dumps it, with the states of model and optimizers by parameter name.
-        folder: where to; made if it is not there.
+        folder: where to write; created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts, rest = _apart(checkpoint)
-    dcp.save(parts, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
+    shards, rest = _split(checkpoint)
+    dcp.save(shards, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
     if dist.get_rank() == 0:
         torch.save(rest, folder / REST)
 
 
 def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Gives a model and its optimizers the state in a folder. Collective.
+    """Load the state of a model and its optimizers from a folder. Collective.
 
     Args:
-        folder: of `write_sharded`, by any number of processes.
-        model: cut over the processes of now.
-        optimizers: of it; none where only the weights are wanted.
+        folder: written by `write_sharded` with any number of ranks.
+        model: sharded over the current ranks.
+        optimizers: the model's optimizers; empty when only the weights are wanted.
 
     Returns:
-        What else the checkpoint holds.
+        The rest of the checkpoint.
 
     Raises:
-        UserError: it is no such folder, or is of another policy.
+        UserError: the folder is not a checkpoint, or belongs to another policy.
     """
     rest = read_rest(folder)
     rest.pop(_TIED)
     weights = get_model_state_dict(model)
     states = [get_optimizer_state_dict(model, one) for one in optimizers]
-    parts, _ = _apart({_MODEL: weights, _OPTIMIZERS: states})
-    _check_same(folder, parts)
-    # In place: the parts are the tensors of model and optimizers.
-    dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(folder)))
+    shards, _ = _split({_MODEL: weights, _OPTIMIZERS: states})
+    _check_same(folder, shards)
+    # Loads in place: the shards are the tensors of the model and the optimizers.
+    dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
     set_model_state_dict(model, weights | rest.pop(_MODEL))
     for optimizer, state, plain in zip(optimizers, states, rest.pop(_OPTIMIZERS), strict=False):
         for name, values in plain["state"].items():
@@ -75,18 +75,18 @@ def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torc
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """What is not cut. Raises UserError where the folder is no checkpoint."""
+    """Return what is not sharded. Raises UserError when the folder is not a checkpoint."""
     try:
         return torch.load(folder / REST, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise UserError(
-            f"--ckpt_path {folder}: cannot be read as a checkpoint ({type(error).__name__}); a sharded one is a folder "
-            f"with {REST} and safetensors files"
+            f"--ckpt_path {folder}: cannot be read as a checkpoint ({type(error).__name__}). Expected a file, or a "
+            f"folder with {REST} and safetensors files; name another checkpoint"
         ) from error
 
 
 def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in a folder, whole, in one process and without a model."""
+    """Return the model's tensors in a folder, gathered in this process. Needs no model and no process group."""
     prefix = f"{_MODEL}/"
     sizes = {name: one for name, one in _stored(folder).items() if name.startswith(prefix)}
     tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in sizes.items()}
@@ -96,24 +96,11 @@ def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights | rest[_MODEL] | {alias: weights[name] for alias, name in rest[_TIED].items()}
 
 
-def _apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors that are cut, by name, and the checkpoint without them."""
-    tied = _tied(checkpoint[_MODEL])
-    parts = {f"{_MODEL}/{name}": tensor for name, tensor in checkpoint[_MODEL].items() if name not in tied}
-    plain: list[dict[str, Any]] = []
-    states = checkpoint.get(_OPTIMIZERS, [])
-    for number, state in enumerate(states):
-        values = state["state"]
-        parts |= {f"{_OPTIMIZERS}/{number}/{name}/{key}": one for name in values for key, one in values[name].items()}
-        kept = {name: {key: one for key, one in values[name].items() if not _is_cut(one)} for name in values}
-        plain.append({"state": kept, "param_groups": state["param_groups"]})
-    weights = {name: tensor for name, tensor in checkpoint[_MODEL].items() if not _is_cut(tensor)}
-    cut = {name: tensor for name, tensor in parts.items() if _is_cut(tensor)}
-    return cut, dict(checkpoint) | {_MODEL: weights, _OPTIMIZERS: plain, _TIED: tied}
-
-
-def _tied(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Second names of tensors that have two (a tied head), each with the first."""
+def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the sharded tensors by name, and the checkpoint without them."""
+    weights: dict[str, torch.Tensor] = checkpoint[_MODEL]
+    # A tensor with a second name (a tied head) is stored once. Storages are told apart by their handle: the data
+    # pointers of empty shards are all 0.
     first: dict[int, str] = {}
     tied = {}
     for name, tensor in weights.items():
@@ -121,29 +108,36 @@ def _tied(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
             known = first.setdefault(tensor.to_local().untyped_storage()._cdata, name)
             if known != name:
                 tied[name] = known
-    return tied
+    shards = {f"{_MODEL}/{name}": one for name, one in weights.items() if isinstance(one, DTensor) and name not in tied}
+    plain = []
+    for number, state in enumerate(checkpoint.get(_OPTIMIZERS, [])):
+        kept: dict[str, dict[str, Any]] = {}
+        for name, values in state["state"].items():
+            kept[name] = {key: one for key, one in values.items() if not isinstance(one, DTensor)}
+            shards |= {
+                f"{_OPTIMIZERS}/{number}/{name}/{key}": one for key, one in values.items() if isinstance(one, DTensor)
+            }
+        plain.append({"state": kept, "param_groups": state["param_groups"]})
+    whole = {name: tensor for name, tensor in weights.items() if not isinstance(tensor, DTensor)}
+    return shards, dict(checkpoint) | {_MODEL: whole, _OPTIMIZERS: plain, _TIED: tied}
 
 
-def _is_cut(value: object) -> bool:
-    return isinstance(value, DTensor)
-
-
-def _check_same(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
+def _check_same(folder: Path, shards: Mapping[str, torch.Tensor]) -> None:
     found = _stored(folder)
-    if unread := sorted(name for name in found if name.startswith(f"{_MODEL}/") and name not in parts):
+    if unread := sorted(name for name in found if name.startswith(f"{_MODEL}/") and name not in shards):
         raise UserError(
-            f"--ckpt_path {folder}: {len(unread)} tensors there ({unread[0]}) have no place in model.policy as it is "
-            "cut here: expected a checkpoint of the same policy, and callbacks.ShardedPolicy"
+            f"--ckpt_path {folder}: holds {len(unread)} tensors ({unread[0]}) that model.policy, as it is sharded "
+            "here, does not have. Resume with the same policy and with callbacks.ShardedPolicy"
         )
-    for name, part in parts.items():
+    for name, shard in shards.items():
         there = tuple(found[name].size) if name in found else None
-        if there != tuple(part.shape):
+        if there != tuple(shard.shape):
             raise UserError(
-                f"--ckpt_path {folder}: {name} has the shape {there} there and {tuple(part.shape)} in model.policy: "
-                "expected a checkpoint of the same policy and optimizer"
+                f"--ckpt_path {folder}: {name} has the shape {there} in the checkpoint and {tuple(shard.shape)} in "
+                "model.policy. Resume with the same policy and optimizer"
             )
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """Sizes and dtypes of the tensors in a folder, by name."""
+    """Return sizes and dtypes of the tensors in a folder, by name."""
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata

@@ -1,4 +1,4 @@
-"""Lightning's strategy for a policy that is cut over processes, with checkpoints that need no pickle."""
+"""Lightning's strategy for a sharded policy, with checkpoints that need no pickle."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """`ModelParallelStrategy` (FSDP2); `callbacks.ShardedPolicy` says how the policy is cut.
+    """`ModelParallelStrategy` (FSDP2); `callbacks.ShardedPolicy` decides how the policy is sharded.
 
     Args:
-        sharded_checkpoints: a checkpoint is a folder that every process writes its part of, and that any number of
-            processes can go on from; else one file, put together on rank 0, that DDP and a single process read too.
-        process_group_backend: "gloo" or "nccl"; by default what suits the device.
-        timeout: a process that is later than this is reported by name.
+        sharded_checkpoints: if true, a checkpoint is a folder to which every rank writes its shard and from which any
+            number of ranks can resume; if false, it is one file gathered on rank 0, which DDP and a single process can
+            read too.
+        process_group_backend: "gloo" or "nccl"; chosen by device by default.
+        timeout: a rank that takes longer than this in a collective operation is reported by name.
     """
 
     def __init__(
@@ -35,14 +36,15 @@ class ShardedStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.sharded_checkpoints = sharded_checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self._save_distributed_checkpoint:
+        if self.sharded_checkpoints:
             write_sharded(checkpoint, Path(self.broadcast(filepath)))
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Mapping[str, Any]:  # type: ignore[override]  # as the base of its base
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Mapping[str, Any]:  # type: ignore[override]  # as in ParallelStrategy
         path = Path(self.broadcast(checkpoint_path))
         if not path.is_dir():
             return super().load_checkpoint(path, weights_only)

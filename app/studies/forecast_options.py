@@ -6,13 +6,13 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
 
 from app.cli.commands import command_parser
-from app.cli.given_config import resolve, short_names
-from app.cli.parsing import DotsArgumentParser
+from app.cli.parsing import DotsArgumentParser, short_names
 from datamodules.errors import UserError, nearest
 from datamodules.selectors import Selector
 
@@ -117,7 +117,7 @@ def _short(class_path: str) -> str:
 
 def _settings(spec: Namespace) -> str:
     """`name=value` of the options that differ from their defaults."""
-    defaults = inspect.signature(resolve(spec.class_path, None)).parameters
+    defaults = inspect.signature(resolve_name(spec.class_path)).parameters
     given = vars(spec.get("init_args") or Namespace())
     changed = {name: value for name, value in given.items() if value != defaults[name].default}
     return ", ".join(f"{name}={_shown(value)}" for name, value in changed.items())

@@ -36,21 +36,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 # --- Options and configs -------------------------------------------------------------------------------------------
 
 COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
-    "subcommand": (("fti", "--config", "run.yaml"), "subcommand 'fti' does not exist, did you mean 'fit'?"),
-    "no subcommand": ((), "a subcommand is missing: give one of fit, "),
-    "no such config": (("fit", "--config", "rum.yaml"), "rum.yaml: no such file, did you mean 'run.yaml'?"),
-    "option": ((*FIT, "--trainer.max_step=3"), "has no option 'max_step', did you mean 'max_steps'?"),
+    "subcommand": (("fti", "--config", "run.yaml"), "subcommand 'fti' does not exist. Did you mean 'fit'?"),
+    "no subcommand": ((), "to be one of {fit,"),
+    "no such config": (("fit", "--config", "rum.yaml"), "rum.yaml: no such file. Did you mean 'run.yaml'?"),
+    "option": ((*FIT, "--trainer.max_step=3"), "trainer.max_step is not an option. Did you mean 'max_steps'?"),
     "option of the model": (
         (*FIT, "--model.minibatches=3"),
-        "has no option 'minibatches', did you mean 'mini_batches'",
+        "model.minibatches is not an option of app.module.GRPOModule. Did you mean 'mini_batches'?",
     ),
     "option without value": ((*FIT, "--trainer.max_steps"), "--trainer.max_steps: expected one argument"),
     "type": ((*FIT, "--data.prompts_per_step=few"), "data.prompts_per_step=few: expected int"),
     "literal": (
         (*FIT, "--model.advantage_scale=grp"),
-        "expected one of 'group', 'batch', 'none', did you mean 'group'",
+        "model.advantage_scale=grp: expected one of 'group', 'batch', 'none'. Did you mean 'group'?",
     ),
-    "class": ((*FIT, "--data.selector=Dotz"), "data.selector: Dotz is no Selector, did you mean 'Dots'?"),
+    "class": (
+        (*FIT, "--data.selector=Dotz"),
+        "data.selector=Dotz: no class of this name is known. Did you mean 'Dots'?",
+    ),
     "precision": ((*FIT, "--trainer.precision=7"), "trainer.precision=7: expected "),
     "accelerator": ((*FIT, "--trainer.accelerator=cudda"), "cudda"),
     "strategy": ((*FIT, "--trainer.strategy=dpp"), "dpp"),
@@ -59,8 +62,8 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
     "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
-    "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder; expected a"),
-    "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file; expected a checkpoint"),
+    "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder. Expected a"),
+    "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
     "nothing to validate": (
         ("validate", "--config", "run.yaml", "--ckpt_path", "last"),
         "--ckpt_path last: no run under runs/small; train one first, or name a file",
@@ -80,7 +83,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "select by an unknown method": (
         ("select", "--config", "run.yaml", "--method", "uof", "--keep", "2", "--out", "s.jsonl"),
-        "method=uof: expected one of 'learnalign', 'ufo', did you mean 'ufo'?",
+        "method=uof: expected one of 'learnalign', 'ufo'. Did you mean 'ufo'?",
     ),
     "study of nothing": (("forecast", "--tracs", "x"), "tracs"),
 }
@@ -95,23 +98,26 @@ def test_command_line(place: Place, name: str) -> None:
 IN_CONFIG: dict[str, tuple[Change, str]] = {
     "key": (
         lambda c: c.update(modle={"class_path": "x"}),
-        "modle: the configuration has no option 'modle', did you mean 'model'?",
+        "modle is not an option. Did you mean 'model'?",
     ),
     "key of a selector": (
         lambda c: data(c)["selector"].update(class_path="datamodules.selectors.Dots", init_args={"alpa": 0.5}),
-        "data.selector.alpa: datamodules.selectors.Dots has no option 'alpa', did you mean 'alpha'?",
+        "data.selector.alpa is not an option of datamodules.selectors.Dots. Did you mean 'alpha'?",
     ),
-    "key of a callback": (lambda c: callback(c, "RunCheckpoint").update(evry=1), "has no option 'evry', did you mean"),
+    "key of a callback": (
+        lambda c: callback(c, "RunCheckpoint").update(evry=1),
+        "evry is not an option of callbacks.RunCheckpoint. Did you mean 'every'?",
+    ),
     "class of another kind": (
         lambda c: data(c).update(selector={"class_path": "callbacks.Rollouts"}),
-        "data.selector: class_path callbacks.Rollouts is no Selector: give a subclass of it",
+        "data.selector=callbacks.Rollouts: does not correspond to a subclass of Selector.",
     ),
     "module": (
         lambda c: data(c)["selector"].update(class_path="datamodule.selectors.Dots"),
-        "no module 'datamodule', did you mean 'datamodules.selectors.Dots'?",
+        "No module named 'datamodule'. Did you mean 'datamodules.selectors.Dots'?",
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
-    "no class": (lambda c: c["model"].pop("class_path"), "init_args without class_path: say which class they are for"),
+    "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
     "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate=-1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),
@@ -192,8 +198,8 @@ def test_config(place: Place, name: str) -> None:
 
 
 CONFIG_FILES = {
-    "broken YAML": (b"model:\n  lr: [1\nb: 2\n", "run.yaml, line 3: not valid YAML: "),
-    "list": (b"- 1\n- 2\n", "run.yaml: expected a YAML mapping of options, found list"),
+    "broken YAML": (b"model:\n  lr: [1\nb: 2\n", "run.yaml: Problems parsing config: "),
+    "list": (b"- 1\n- 2\n", "run.yaml: expected a YAML mapping of options"),
     "bytes": (b"\xff\xfe\x00\x01", "run.yaml: "),
     "tags that make objects": (b"model: !!python/object/apply:os.system [id]\n", "run.yaml"),
 }
@@ -350,7 +356,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights of other shapes": (_other_shapes, "cannot be loaded by AutoModelForCausalLM ("),
     "no weights": (_without("model.safetensors"), "cannot be loaded by AutoModelForCausalLM ("),
     "no tokenizer": (_without("tokenizer.json", "tokenizer_config.json"), "cannot be loaded by AutoTokenizer ("),
-    "no end token": (_no_end_token, "its tokenizer has no end token; expected eos_token to be set"),
+    "no end token": (_no_end_token, "its tokenizer has no end token. Set eos_token"),
 }
 
 
@@ -491,12 +497,19 @@ CHECKPOINTS: dict[str, tuple[Resumed, str]] = {
     "text": (Resumed(spoil=lambda path: path.write_text("hello")), "damaged: step_00000001.ckpt (5 bytes)"),
     "weights alone": (
         Resumed(spoil=_rewritten(lambda state: state.pop("state_dict"))),
-        "holds no state_dict; expected a checkpoint of a run, not weights alone",
+        "holds no state_dict. Expected the checkpoint of a run, not weights alone",
     ),
-    "other model": (Resumed(_in_place, prepare=_wider), "the checkpoint is of another model: of model.layers.0.mlp."),
+    "other model": (
+        Resumed(_in_place, prepare=_wider),
+        "the checkpoint belongs to another model: for model.layers.0.mlp.",
+    ),
+    "earlier version": (
+        Resumed(spoil=_rewritten(lambda state: state["run_identity"].pop("format"))),
+        "written by another version of Dots (its format is 1, this version reads 2). Resume it with that version",
+    ),
     "other tokenizer": (
         Resumed(_in_place, prepare=_other_tokenizer),
-        "saved with another tokenizer: token ids would change; resume with the one it was saved with, or start a new",
+        "saved with another tokenizer: token ids would change. Resume with the one it was saved with, or leave",
     ),
     "other group size": (
         Resumed(lambda c: model(c)["sampling"].update(num_generations=4)),

@@ -136,5 +136,5 @@ def test_the_engine_keeps_the_plain_layers() -> None:
 
 def test_without_a_compiler_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"model.compile needs a C\+\+ compiler, and 'no-such-compiler' is not found"):
+    with pytest.raises(UserError, match=r"model.compile needs a C\+\+ compiler, but 'no-such-compiler' was not found"):
         compile_layers(Policy(str(TINY)).load())

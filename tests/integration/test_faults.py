@@ -444,7 +444,7 @@ def test_last_starts_a_run_that_is_new(place: Place) -> None:
     assert "no run under runs/small yet, this is the first" in said
     shutil.rmtree(run_folder(place) / "checkpoints")
     line = place.refused(*FIT, "--ckpt_path", "last")
-    assert "no checkpoint under runs/small/version_*/checkpoints; expected a run of this name" in line
+    assert "no checkpoint under runs/small/version_*/checkpoints. Expected a run of this name" in line
 
 
 SIGNAL = '''

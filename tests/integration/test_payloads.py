@@ -112,7 +112,7 @@ def test_pickle_in_the_place_of_a_checkpoint(place: Place, mark: Path, legacy: b
     else:
         path.write_bytes(pickle.dumps(Payload(mark)))
     line = place.refused(*FIT, "--ckpt_path", "evil.ckpt")
-    assert "damaged, or none: File is not a zip file; expected the file that a run wrote" in line
+    assert "damaged, or is not one: File is not a zip file. Expected a file that a run wrote" in line
     assert not mark.exists()
 
 
@@ -156,7 +156,7 @@ def test_policy_with_pickled_weights_only(place: Place, mark: Path, plain: bool)
     torch.save({**weights, "model.norm.weight": Payload(mark)}, folder / "pytorch_model.bin")
     line = place.refused(*FIT)
     assert f"policy.path={folder}: cannot be loaded" in line
-    assert "expected a folder or hub name with config.json, weights in safetensors and a tokenizer" in line
+    assert "Expected a folder or hub name with config.json, weights in safetensors and a tokenizer" in line
     assert not mark.exists()
 
 

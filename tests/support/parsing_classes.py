@@ -17,11 +17,11 @@ class Drawing:
 
 
 class Chooser:
-    """A base class that is named by class_path."""
+    """A base class whose subclasses are named by class_path."""
 
 
 class Uniform(Chooser):
-    """Takes nothing."""
+    """Has no parameters."""
 
 
 class Aimed(Chooser):

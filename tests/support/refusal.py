@@ -1,4 +1,4 @@
-"""The real command in this process, on a small run of its own: fast enough to be refused a hundred times."""
+"""Run the real command in this process on a small run: fast enough for a hundred refusals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Place:
 
     Attributes:
         path: the working folder of the command.
-        capture: of what the command prints.
+        capture: captures what the command prints.
     """
 
     path: Path
@@ -77,13 +77,13 @@ class Place:
         return place
 
     def config(self, change: Change) -> None:
-        """Writes `run.yaml`: the small run, changed."""
+        """Write `run.yaml`: the small run with a change."""
         config = copy.deepcopy(BASE)
         change(config)
         (self.path / "run.yaml").write_text(yaml.safe_dump(config))
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Exit code and standard error of `dots ARGUMENTS`."""
+        """Return exit code and standard error of `dots ARGUMENTS`."""
         self.capture.readouterr()
         code: int | str | None = 0
         try:
@@ -94,8 +94,7 @@ class Place:
         return code or 0, self.capture.readouterr().err
 
     def refused(self, *arguments: str, touches: bool = False) -> str:
-        """The one line that the command ends with, its exit code being 2 and (unless it `touches`) every file as it
-        was."""
+        """Return the one error line of the command. Assert exit code 2 and, unless it `touches` files, no changes."""
         before = files(self.path)
         code, said = self.run(*arguments)
         lines = [line for line in said.splitlines() if line.startswith("dots: error: ")]
@@ -114,7 +113,7 @@ def write_pool(path: Path, rows: Sequence[dict[str, Any]] | None = None) -> None
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
-    """Content of every file and the names of the folders (None), links by what they name."""
+    """Return the content of every file by name: None for folders, the target for links."""
     found: dict[str, bytes | None] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -138,6 +137,6 @@ def source(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def callback(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arguments of a callback, by its short name."""
+    """Return the arguments of a callback by its short name."""
     found = next(one for one in config["trainer"]["callbacks"] if one["class_path"] == f"callbacks.{name}")
     return found.setdefault("init_args", {})

@@ -1,4 +1,4 @@
-"""Checkpoints of a cut policy, in one process."""
+"""Checkpoints of a sharded policy, in one process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_weights_come_back_and_an_uncut_policy_is_refused(tmp_path: Path):
+def test_weights_are_restored_and_an_unsharded_policy_is_refused(tmp_path: Path):
     sharding = Sharding(torch.device("cpu"), shard_size=1)
     saved, fresh = sharding.load(POLICY), sharding.load(POLICY)
     with torch.no_grad():
@@ -34,6 +34,6 @@ def test_weights_come_back_and_an_uncut_policy_is_refused(tmp_path: Path):
     assert read_sharded(tmp_path / "parts", fresh, [])["epoch"] == 3
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter.full_tensor(), fresh.get_parameter(name).full_tensor()), name
-    # It would read nothing and go on with other weights.
-    with pytest.raises(UserError, match="as it is cut here: expected a checkpoint of the same policy"):
+    # Without the check nothing would be read, and the run would continue with other weights.
+    with pytest.raises(UserError, match=r"as it is sharded here, does not have\. Resume with the same policy"):
         read_sharded(tmp_path / "parts", POLICY.load(), [])
