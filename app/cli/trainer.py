@@ -9,10 +9,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from app.cli.serve import serve
 from app.policy.weights import checkpoint_weights, export
-from app.reporting.run_table import print_run_table
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
+from callbacks.watching.run_table import print_run_table
 from datamodules.errors import UserError
 
 
@@ -37,12 +37,12 @@ class DotsTrainer(Trainer):
             weights_only: not used, likewise.
         """
         print_run_table(
-            model,
-            datamodule,
-            self.callbacks,  # type: ignore[attr-defined]  # set by the connector
+            self,
+            model,  # type: ignore[arg-type]  # our own classes, checked by the parser
+            datamodule,  # type: ignore[arg-type]
             policy=model.policy.on_meta(),  # type: ignore[union-attr,operator]
             world_size=world_size or self.world_size,
-            max_steps=self.max_steps,
+            with_memory=True,
         )
 
     def export(
