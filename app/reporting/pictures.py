@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from app.reporting.forecast_quality import brier, pearson
-from app.reporting.reliability import Reliability, reliability
+from app.reporting.forecast_quality import Reliability, brier, pearson, reliability
 
 _STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 _SIZE = (4.2, 4.0)

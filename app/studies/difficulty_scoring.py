@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.reporting.forecast_quality import brier, pearson, spearman
-from app.reporting.reliability import reliability
+from app.reporting.forecast_quality import brier, pearson, reliability, spearman
 from app.studies.difficulty_forecasters import Forecaster
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.seeding import generator

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from app.reporting.forecast_quality import spearman
-from app.reporting.reliability import reliability
+from app.reporting.forecast_quality import reliability, spearman
 from app.studies.difficulty_scoring import score
 from datamodules.difficulty.encoders import block_widths, embed_with, encoder_parts
 from datamodules.difficulty.outcomes import RecordedOutcomes
