@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from app.reporting.forecast_quality import reliability, spearman
-from app.studies.difficulty_scoring import score
+from app.studies.difficulty.forecasters import score
 from datamodules.difficulty.encoders import block_widths, embed_with, encoder_parts
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.difficulty.text_statistics import WIDTH, statistics
