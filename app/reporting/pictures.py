@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 
 from app.reporting.forecast_quality import Reliability, brier, pearson, reliability
 
-_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 _MARGINS = {"left": 0.14, "right": 0.96, "bottom": 0.12, "top": 0.85}
 
 
