@@ -22,9 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from lightning.pytorch import Callback
 
-from app.cli.dots import DotsCLI, quiet
 from app.policy.model import Policy
 from datamodules.errors import UserError
 from datamodules.procedural import Procedural, ProceduralTask
@@ -118,6 +116,11 @@ def scripted(completions: Sequence[str], informative: Sequence[bool], **_: objec
 
 def run_dots(options: argparse.Namespace, folder: Path, clock: Clock) -> None:
     """Train the steps of a case, each when it is Dots' turn: plain GRPO with uniform selection, as TRL does."""
+    # Slow to import, and the process of TRL, which imports this file too, does not need them.
+    from lightning.pytorch import Callback
+
+    from app.cli.dots import DotsCLI, quiet
+
     torch.set_num_threads(options.threads)
     reward = {"path": "tests.benchmarks.throughput.scripted", "correctness": True}
     config = {
@@ -158,33 +161,22 @@ def run_dots(options: argparse.Namespace, folder: Path, clock: Clock) -> None:
     quiet()
     sys.argv[1:] = ["fit", "--config", str(path)]
 
+    class StepStart(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TrainBatch, batch_idx: int) -> None:
+            clock.start()
+
+    class StepEnd(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int
+        ) -> None:
+            phases = {name: batch.ledger.seconds[name] for name in ("rollout", "reward", "update")}
+            clock.stop(**phases, completion_tokens=int(batch.ledger.counts["train/tokens"]))
+
     class TimedFit(DotsCLI):
         def before_fit(self) -> None:
-            self.trainer.callbacks.insert(0, StepStart(clock))  # type: ignore[attr-defined]  # set by a connector
-            self.trainer.callbacks.append(StepEnd(clock))  # type: ignore[attr-defined]
+            self.trainer.callbacks = [StepStart(), *self.trainer.callbacks, StepEnd()]
 
     TimedFit()
-
-
-class StepStart(Callback):
-    """Starts the clock before all other callbacks of a step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.clock.start()
-
-
-class StepEnd(Callback):
-    """Stops the clock after all other callbacks of a step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        phases = {name: batch.ledger.seconds[name] for name in ("rollout", "reward", "update")}
-        self.clock.stop(**phases, completion_tokens=int(batch.ledger.counts["train/tokens"]))
 
 
 def _frames(pairs: Sequence[Pair]) -> tuple[pd.DataFrame, pd.DataFrame]:
