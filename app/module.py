@@ -28,7 +28,6 @@ from app.policy.scoring import score
 from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
 from app.ranks import Ranks
-from app.reporting.run_table import print_run_table
 from app.reporting.validation import ValidationMetrics
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rollouts.pipeline import RolloutPipeline
@@ -219,14 +218,6 @@ class GRPOModule(LightningModule):
         self.ranks.meet("rollouts")
         with self.sharding.whole(self.policy_model):
             yield
-
-    def on_fit_start(self) -> None:
-        trainer: Any = self.trainer
-        if trainer.is_global_zero:
-            print_run_table(
-                self, trainer.datamodule, trainer.callbacks,
-                policy=self.policy_model, world_size=trainer.world_size, max_steps=trainer.max_steps,
-            )  # fmt: skip
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.optimizer(self.policy_model)

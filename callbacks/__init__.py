@@ -16,6 +16,7 @@ from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.start_validation import StartValidation
 
@@ -34,6 +35,7 @@ __all__ = [
     "RunChecks",
     "RunLedger",
     "RunProgress",
+    "RunTable",
     "SelectionMonitor",
     "ShardedPolicy",
     "StartValidation",

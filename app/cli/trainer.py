@@ -12,12 +12,12 @@ from lightning.pytorch.loggers import Logger
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.reporting.run_table import print_run_table
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
 from callbacks.stages import StepCallback
 from callbacks.standard import with_standard
+from callbacks.watching.run_table import print_run_table
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
@@ -97,12 +97,12 @@ class DotsTrainer(Trainer):
         """
         module, data = _of_a_run(model, datamodule)
         print_run_table(
+            self,
             module,
             data,
-            self._step_callbacks,
             policy=module.policy.on_meta(),
             world_size=world_size or self.world_size,
-            max_steps=self.max_steps,
+            with_memory=True,
         )
 
     def export(

@@ -8,9 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from app.reporting.forecast_quality import informative_probability
+from app.reporting.forecast_quality import informative_probability, reliability
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
-from app.reporting.reliability import reliability
 from callbacks.watching.selection_monitor import chosen_groups, forecast_pairs
 from callbacks.watching.uniform_share import UniformShare
 from datamodules.types import TrainBatch

@@ -1,4 +1,4 @@
-"""The planner's peaks beside what torch's allocator reports: the tiny policy, and SmolLM2-135M's shape."""
+"""The memory formulas against the peaks of torch's allocator: the tiny policy, and SmolLM2-135M's shape."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from app.engines import Sampling, Transformers
+from app.engines.transformers.shared_cache import SLACK
 from app.objective.logprobs import CPU_TILE_BYTES
 from app.policy.model import Policy
 from app.policy.scoring import score
-from app.studies import plan_memory as memory
-from app.studies.plan_memory import MicroBatch, Precision
-from app.studies.plan_shapes import counted, shape_of
+from app.reporting import memory
+from app.reporting.memory import DecoderShape, MicroBatch, Precision
 from datamodules.types import Prompt
 from tests.support.allocations import peak_bytes
 from tests.support.command import ROOT
 from tests.support.policies import TINY
-from tests.unit.test_plan_memory import PRECISIONS, layout, model_of
+from tests.unit.test_memory import PRECISIONS, layout, model_of
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +50,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 from app.policy.scoring import score
 from app.policy.sharding import Sharding
-from app.studies.plan_memory import MicroBatch
+from app.reporting.memory import MicroBatch
 from tests.support.allocations import peak_bytes
-from tests.unit.test_plan_memory import layout
+from tests.unit.test_memory import layout
 dist.init_process_group("gloo")
 dtype = torch.bfloat16 if sys.argv[2] == "bfloat16" else None
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.float32).train()
@@ -80,7 +80,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
     checkpointing = way == "checkpointing"
     model = model_of(config_of(name), mode, checkpointing=checkpointing, lora=lora)
-    shape, numbers = counted(name, model), PRECISIONS[mode]
+    shape, numbers = DecoderShape.of(model), PRECISIONS[mode]
     prompts, completions = (1, 4) if name == "smollm" else (4, 32)
     shared = way == "shared"
     batch = MicroBatch(prompts if shared else completions, completions, 60, 100, shared)
@@ -114,7 +114,7 @@ def test_an_update_of_smollm2s_shape(way: str) -> None:
 
 def test_rollouts_of_the_tiny_policy() -> None:
     policy = Policy(str(TINY))
-    engine, shape = Transformers(max_rows=48), shape_of(str(TINY))
+    engine, shape = Transformers(max_rows=48), DecoderShape.of(policy.on_meta())
     engine.setup(policy.load(), policy.load_tokenizer())
     ids = np.random.default_rng(0).integers(5, 262, (16, 60))
     prompts = [Prompt(str(row), row, "", "", tuple(tokens.tolist()), {}) for row, tokens in enumerate(ids)]
@@ -122,7 +122,7 @@ def test_rollouts_of_the_tiny_policy() -> None:
     seeds = np.arange(64).reshape(16, 4)
     engine.generate(prompts, sampling, seeds)
     measured = peak_bytes(lambda: engine.generate(prompts, sampling, seeds))
-    cache = memory.shared_cache(shape, 4, rows=48, prompts=16, prompt_length=60, completion_length=120)
+    cache = 4 * shape.cached * (48 * (120 + SLACK) + 16 * 60)
     found = cache + memory.decode_workspace(shape, 4, 48, 180, 12 * 60, cache)
     print(f"\nrollouts: {measured / 2**20:.1f} MiB, {cache / 2**20:.1f} of them cache, {found / measured - 1:+.1%}")
     assert found == pytest.approx(measured, rel=WITHIN)
@@ -132,8 +132,8 @@ def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    found = memory.ddp_buckets(shape_of(str(TINY)), PRECISIONS["32"])
-    assert found == pytest.approx(int(done.stdout.splitlines()[-1]), rel=WITHIN)
+    _, gradients, _ = memory.training_states(DecoderShape.of(Policy(str(TINY)).on_meta()), PRECISIONS["32"])
+    assert gradients == pytest.approx(int(done.stdout.splitlines()[-1]), rel=WITHIN)
 
 
 @pytest.mark.ranks
@@ -151,7 +151,7 @@ def test_fsdp2_holds_two_layers_and_the_root(tmp_path: Path, dtype: str) -> None
         for rank in range(2)
     ]  # fmt: skip
     measured = [int(process.communicate(timeout=200)[0].splitlines()[-1]) for process in processes]
-    shape = shape_of(str(tmp_path))
+    shape = DecoderShape.of(Policy(str(tmp_path)).on_meta())
     numbers = Precision(4, 2 if dtype == "bfloat16" else 4)
     batch = MicroBatch(1, 2, 20, 30, True)
     update = memory.update_peak(shape, numbers, batch, checkpointing=False, tile_bytes=CPU_TILE_BYTES)

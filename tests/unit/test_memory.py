@@ -1,29 +1,29 @@
-"""The planner's formulas beside the tensors that the program really keeps."""
+"""The memory formulas against the tensors that the program really keeps."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
-from app.engines.transformers.shared_cache import SharedPromptCache
+from app.engines.transformers.shared_cache import SLACK, SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.model import Lora, Policy, add_lora, attending
 from app.policy.scoring import score
-from app.studies import plan_memory as memory
-from app.studies.plan_memory import MicroBatch, Precision
-from app.studies.plan_shapes import DecoderShape, counted, shape_of
-from app.studies.plan_time import update_flops
+from app.reporting import memory
+from app.reporting.memory import DecoderShape, MicroBatch, Precision, StepSizes, memory_parts
 from app.update.optimization import Optimization
-from datamodules.errors import UserError
 from tests.support.policies import TINY
 
-PUBLISHED = {
-    "135M": 134_515_008, "0.5B": 494_032_768, "1.5B": 1_543_714_304, "1B": 1_235_814_400, "7B": 7_615_616_512,
-    "8B": 8_030_261_248, "32B": 32_763_876_352,
-}  # fmt: skip
 PRECISIONS = {"32": Precision(4, 4), "true": Precision(2, 2), "mixed": Precision(4, 2, autocast=True)}
 QWEN3 = Qwen3Config(
     vocab_size=500, hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6,
@@ -53,20 +53,12 @@ def layout(batch: MicroBatch, vocabulary: int) -> PackedBatch:
 
 
 def shape_and_model(name: str, mode: str, **options: int) -> tuple[DecoderShape, torch.nn.Module]:
-    lora = Lora(rank=options["lora"]) if options.get("lora") else None
-    if name == "tiny":
-        return shape_of(str(TINY), lora), model_of(AutoConfig.from_pretrained(TINY), mode, **options)
-    model = model_of(QWEN3, mode, **options)
-    return counted("qwen3", model), model
+    model = model_of(AutoConfig.from_pretrained(TINY) if name == "tiny" else QWEN3, mode, **options)
+    return DecoderShape.of(model), model
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_the_sizes_of_the_table_are_the_published_ones(size: str) -> None:
-    assert shape_of(size).parameters == PUBLISHED[size]
-
-
-def test_a_shape_is_read_from_a_folder() -> None:
-    found, model = shape_of(str(TINY)), Policy(str(TINY)).load()
+def test_a_shape_is_read_without_weights() -> None:
+    found, model = DecoderShape.of(Policy(str(TINY)).on_meta()), Policy(str(TINY)).load()
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.layers * found.layer_parameters + found.root_parameters == found.parameters
     # Worked by hand: the four matrices of attention (no key has fewer heads here) and the three of the MLP.
@@ -76,18 +68,18 @@ def test_a_shape_is_read_from_a_folder() -> None:
     assert found.root_parameters == 262 * 128 + 128
 
 
-@pytest.mark.parametrize("given", ["9B", "experts"])
-def test_what_is_no_dense_decoder_is_refused(given: str, tmp_path) -> None:
-    if given == "experts":
-        from transformers import MixtralConfig
-
+@pytest.mark.parametrize("kind", ["experts", "no gate"])
+def test_a_model_of_another_kind_is_refused(kind: str) -> None:
+    config = (
         MixtralConfig(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, num_local_experts=4,
-        ).save_pretrained(tmp_path)  # fmt: skip
-        given = str(tmp_path)
-    with pytest.raises(UserError, match="did you mean '8B'" if given == "9B" else "dense decoder with a gated MLP"):
-        shape_of(given)
+        )
+        if kind == "experts"
+        else GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"(ForCausalLM|LMHeadModel) is not a dense decoder with a gated MLP"):
+        DecoderShape.of(model_of(config, "32"))
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -99,10 +91,9 @@ def test_states_are_the_bytes_of_the_tensors(lora: int) -> None:
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    found = memory.training_states(shape, PRECISIONS["32"])
     measured = [sum(tensor.nbytes for tensor in each) for each in (list(model.parameters()), gradients, moments)]
-    assert [found.parameters, found.gradients, found.optimizer] == measured
-    assert found.total == sum(measured)
+    assert list(memory.training_states(shape, PRECISIONS["32"])) == measured
+    assert list(memory.training_states(shape, PRECISIONS["32"], shards=4)) == [-(-size // 4) for size in measured]
 
 
 @pytest.mark.parametrize("mode", PRECISIONS)
@@ -125,26 +116,23 @@ def test_kept_activations_are_what_autograd_saves(name: str, mode: str, shared: 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), casting:
         kept = score(model, packed, 1.0, with_entropy=True)
     inputs = 24 * batch.positions + 40 * batch.targets + batch.mask
-    predicted = memory.kept_activations(shape, numbers, batch, False) + memory.autocast_copies(shape, numbers) - inputs
+    below, head = memory.kept_activations(shape, numbers, batch, False)
+    predicted = below + head + memory.autocast_copies(shape, numbers) - inputs
     assert predicted == pytest.approx(sum(saved.values()), rel=0.02)
     assert kept[0].requires_grad
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_flops_are_those_of_the_kernels(shared: bool) -> None:
-    shape, model = shape_and_model("tiny", "32")
-    batch = MicroBatch(2, 8, 24, 20, shared) if shared else MicroBatch(8, 8, 24, 20, shared)
-    packed = layout(batch, shape.vocabulary)
-    with FlopCounterMode(display=False) as counted:
-        logprobs, _ = score(model, packed, 1.0, with_entropy=True)
-        logprobs.sum().backward()
-    # Attention is left out of the count for the CPU's kernel, and is a few per cent here.
-    assert update_flops(shape, batch, checkpointing=False) == pytest.approx(counted.get_total_flops(), rel=0.1)
+def step_of(**options: object) -> StepSizes:
+    sizes = {
+        "processes": 1, "shards": 1, "device": "cpu", "prompts": 2, "rolled_out": 2, "generations": 4,
+        "prompt_length": 12, "completion_length": 28, "max_tokens": 4096, "shared": True, "has_reference": False,
+    }  # fmt: skip
+    return StepSizes(**(sizes | options))  # type: ignore[arg-type]
 
 
 def test_cache_is_the_engines_own() -> None:
     model = Policy(str(TINY)).load().eval()
-    shape, rows, prompts = shape_of(str(TINY)), 5, 2
+    shape, rows, prompts = DecoderShape.of(model), 5, 2
     cache = SharedPromptCache(shape.layers, rows, prompts, columns=28)
     prefilled = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -154,8 +142,37 @@ def test_cache_is_the_engines_own() -> None:
             model(input_ids=torch.zeros(5, 1, dtype=torch.long), **cache.inputs(model.device), use_cache=True)
     buffers = [tensor for layer in [*cache.written, *cache.read] for tensor in (layer.keys, layer.values)]
     held = sum(tensor.untyped_storage().nbytes() for tensor in buffers)
-    assert memory.shared_cache(shape, 4, rows, prompts, prompt_length=12, completion_length=28) == held
+    bounds = {"max_rows": rows, "max_cache_tokens": 10**6, "prefill_tokens": 10**6, "spare_columns": SLACK}
+    parts = memory_parts(model, PRECISIONS["32"], step_of(rolled_out=prompts, **bounds))
+    assert [part.bytes for part in parts if part.name == "key-value cache"] == [held]
     per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefilled.layers) // 24
-    assert memory.cache_per_token(shape, 4) == per_token
-    # Two of the four heads on each of two GPUs.
-    assert memory.cache_per_token(shape, 4, tensor_parallel=2) == per_token // 2
+    assert shape.cached * 4 == per_token
+
+
+def test_parts_follow_the_split() -> None:
+    policy, precision = Policy(str(TINY)).on_meta(), PRECISIONS["32"]
+    size = 4 * 888_192
+
+    def found(**options: object) -> dict[str, int]:
+        return {part.name: part.bytes for part in memory_parts(policy, precision, step_of(**options))}
+
+    alone = found()
+    assert (alone["parameters"], alone["gradients"], alone["optimizer state"]) == (size, size, 2 * size)
+    assert set(alone) == {
+        "parameters", "gradients", "optimizer state", "activations of a micro-batch",
+        "log-prob tiles, gradients in flight",
+    }  # fmt: skip
+    copied = found(processes=2, device="cuda", has_reference=True)
+    assert copied["frozen reference"] == copied["DDP's buckets of gradients"] == size
+    assert copied["sum over processes"] == 64 * 2**20 and copied["roots of second moments"] == size
+    sharded = found(processes=4, shards=4)
+    assert sharded["optimizer state"] == 2 * size // 4
+    assert sharded["unsharded layers"] == memory.unsharded_layers(DecoderShape.of(policy), precision)
+    # Half as many tokens: two of 39 tokens, after a prompt of 12, and not eight after two.
+    assert found(max_tokens=12 + 2 * 27)["activations of a micro-batch"] == sum(
+        memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(1, 2, 12, 28, True), False)
+    )
+    assert (
+        sum(memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(2, 8, 12, 28, True), False))
+        == (alone["activations of a micro-batch"])
+    )
