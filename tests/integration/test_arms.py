@@ -57,7 +57,7 @@ def test_the_table_names_every_file() -> None:
 @pytest.mark.parametrize(
     ("change", "rule", "every", "message"),
     [
-        ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are not a multiple"),
+        ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are not"),
         ({"trainer": {"max_steps": 10}}, "steps", 10, "trainer.val_check_interval is 10 in a run of 5 steps"),
         ({"trainer": {"max_steps": -1}}, "steps", 10, "trainer.max_steps is -1"),
         ({"model": {"class_path": "app.module.GRPOModule", "init_args": {"optimization": {"schedule": "linear"}}}},

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from torch.utils.tensorboard import SummaryWriter
 
 from app.cli.dots import main

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from app.studies.compare.ceiling import informative_token_share, perfect_choice
-from app.studies.compare.reach import COSTS, Goal, Ratio, goal_accuracy, ratio, smooth
+from app.studies.compare.reach import Goal, Ratio, goal_accuracy, ratio, smooth
 from app.studies.compare.records import Comparison, Record
 from app.studies.intervals import Interval, geometric_interval, mean_interval
 from datamodules.ledger import PHASES
@@ -19,12 +19,12 @@ RATIOS = {"time": "time_ratio", "completions": "completion_ratio", "tokens": "to
 """Names of the ratios in `compare.json` by cost."""
 
 _METHOD = (
-    "An arm reaches the goal where {accuracy} first equals it, with cost and accuracy interpolated linearly between two "
-    "evaluations; the same rule applies to the baseline, seed by seed. Means of ratios are geometric; 95% intervals are "
-    "Student's t over seeds, on logarithms for ratios. A seed that never reaches the goal enters with the cost of its "
-    "whole run, which makes the mean a lower bound (>=) without an interval. Time is the training clock: selection, "
-    "rollouts (reference sets and discarded groups included), scoring and updates, without validation, checkpoints and "
-    "start-up."
+    "An arm reaches the goal where {accuracy} first equals it, with cost and accuracy interpolated linearly between "
+    "two evaluations; the same rule applies to the baseline, seed by seed. Means of ratios are geometric; 95% "
+    "intervals are Student's t over seeds, on logarithms for ratios. A seed that never reaches the goal enters with "
+    "the cost of its whole run, which makes the mean a lower bound (>=) without an interval. Time is the training "
+    "clock: selection, rollouts (reference sets and discarded groups included), scoring and updates, without "
+    "validation, checkpoints and start-up."
 )
 
 Figures = dict[str, Any]
@@ -33,7 +33,7 @@ Figures = dict[str, Any]
 def summarise(comparison: Comparison) -> Figures:
     """Return all figures: `{"setting": ..., "arms": {NAME: {"time_ratio": {"mean", "ci95"}, ...}}}`."""
     request = comparison.request
-    accuracy = "its accuracy" if request.window == 1 else f"the mean of its last {request.window} evaluations"
+    last = f"the mean of its last {request.window} evaluations (fewer at the beginning)"
     machines = [dict(record.machine) for record in comparison.records]
     baseline = comparison.of(request.baseline)
     shares = {record.seed: informative_token_share(record.version) for record in baseline}
@@ -48,14 +48,12 @@ def summarise(comparison: Comparison) -> Figures:
             "baseline": request.baseline,
             "budget": str(request.budget),
             "smoothing_window": request.window,
-            "method": _METHOD.format(accuracy=accuracy),
+            "method": _METHOD.format(accuracy="its accuracy" if request.window == 1 else last),
             "machines": [one for place, one in enumerate(machines) if one not in machines[:place]],
             "missing": list(comparison.missing),
         },
         "perfect_choice": {"informative_tokens": _over_seeds(known), "time_ratio": _over_seeds(times)},
-        "arms": {
-            arm.name: _arm(comparison, records) for arm in request.arms if (records := comparison.of(arm.name))
-        },
+        "arms": {arm.name: _arm(comparison, records) for arm in request.arms if (records := comparison.of(arm.name))},
     }
 
 
@@ -66,18 +64,17 @@ def write_json(path: Path, figures: Figures) -> None:
 
 def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
     window = comparison.request.window
-    pairs = [(record, base) for record in records if (base := comparison.baseline_of(record)) is not None]
+    bases = {base.seed: base for base in comparison.of(comparison.request.baseline)}
+    pairs = [(record, bases[record.seed]) for record in records if record.seed in bases]
     smoothed = {record.seed: smooth(record.summary.course.accuracy, window) for record in records}
     goals = {r.seed: goal_accuracy(base.summary.course, "final", window) for r, base in pairs}
 
     def ratios(goal: Goal, whole_run: bool = False) -> Figures:
-        found: Figures = {}
-        for cost in COSTS:
-            seeds = {r.seed: (r.summary.course, base.summary.course) for r, base in pairs}
-            found[RATIOS[cost]] = ratio_figures(
-                {seed: ratio(*both, cost, goal, window, whole_run=whole_run) for seed, both in seeds.items()}
-            )
-        return found
+        def of(cost: str) -> dict[int, Ratio]:
+            both = ((r.seed, r.summary.course, base.summary.course) for r, base in pairs)
+            return {seed: ratio(own, base, cost, goal, window, whole_run=whole_run) for seed, own, base in both}
+
+        return {name: ratio_figures(of(cost)) for cost, name in RATIOS.items()}
 
     def over_steps(name: str) -> Figures:
         return _over_seeds({r.seed: float(np.mean(r.curves[name][1])) for r in records if name in r.curves})
@@ -118,8 +115,8 @@ def ratio_figures(ratios: Mapping[int, Ratio]) -> Figures:
     Returns:
         `mean` and `ci95`: geometric mean and 95% interval (Student's t on the logarithms). With a seed that never
         reached the goal the mean is a lower bound (`at_least`) and has no interval.
-        `reached`, `censored`, `undefined`: number of seeds that reached the goal, that did not, and whose baseline began
-        at the goal; the last are left out of the mean.
+        `reached`, `censored`, `undefined`: seeds that reached the goal, that did not, and whose baseline began at the
+        goal; the last are left out of the mean.
         `per_seed`: ratio and whether the goal was reached.
     """
     values = [one.value for one in ratios.values() if one.value is not None]

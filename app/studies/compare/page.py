@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -61,16 +60,6 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """Charts of which one is shown at a time: SVG, or nothing where no run logged the metric, by label."""
-
-    key: str
-    title: str
-    prefix: str
-    charts: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class _ArmStyle:
     name: str
     color: str
@@ -79,25 +68,31 @@ class _ArmStyle:
 
 def page(comparison: Comparison, figures: Figures) -> str:
     """Return the whole file."""
-    setting, arms = figures["setting"], figures["arms"]
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    styles = _arm_styles(comparison)
+    baseline = comparison.request.baseline
+    others = [arm.name for arm in comparison.request.arms if arm.name != baseline]
+    styles = []
+    for arm in comparison.request.arms:
+        rank = others.index(arm.name) if arm.name in others else 0
+        color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
+        styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
     with matplotlib.rc_context(_STYLE):
+        # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
         panels = [
-            Panel("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
-            Panel("phases", "Seconds by phase", "", _phase_charts(arms)),
-            Panel("informative", "Informative groups", "of those", _metric_charts(comparison, styles, "informative")),
-            Panel("forecast", "Forecast quality", "", _metric_charts(comparison, styles, "forecast")),
+            ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
+            ("phases", "Seconds by phase", "", _phase_charts(figures["arms"])),
+            ("informative", "Informative groups", "of those", _metric_charts(comparison, styles, "informative")),
+            ("forecast", "Forecast quality", "", _metric_charts(comparison, styles, "forecast")),
         ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        baseline=setting["baseline"],
-        setting=setting_lines(setting),
-        sections=[(one.title, one.note, one.table.to_html(border=0)) for one in sections(figures)],
+        baseline=baseline,
+        setting=setting_lines(figures["setting"]),
+        sections=[(title, note, table.to_html(border=0)) for title, note, table in sections(figures)],
         ceiling=ceiling_line(figures),
         arms=styles,
         panels=panels,
-        differences=setting["differences"],
+        differences=comparison.differences,
     )
 
 
@@ -110,17 +105,6 @@ def mean_curve(curves: list[Curve]) -> Curve:
         return np.empty(0), np.empty(0)
     grid = np.linspace(low, high, _POINTS)
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-
-
-def _arm_styles(comparison: Comparison) -> list[_ArmStyle]:
-    baseline = comparison.request.baseline
-    others = [arm.name for arm in comparison.request.arms if arm.name != baseline]
-    found = []
-    for arm in comparison.request.arms:
-        rank = others.index(arm.name) if arm.name in others else 0
-        color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
-        found.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
-    return found
 
 
 def _accuracy_charts(comparison: Comparison, figures: Figures, styles: list[_ArmStyle]) -> dict[str, str]:
@@ -185,7 +169,6 @@ def _phase_charts(arms: Figures) -> dict[str, str]:
             total += values
         axes.bar_label(bars[-1], [f"{one:.3g} s" for one in total], padding=4)
         axes.invert_yaxis()
-        axes.set_axis_on()
         axes.figure.legend(handles=bars, loc="outside lower left", ncols=len(_PHASES), frameon=False, handlelength=1)
         found[label] = _svg(axes, f"phases-{place}")
     return found

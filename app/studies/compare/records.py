@@ -23,19 +23,7 @@ _COSTS = {"time": "seconds", "completions": "completions", "tokens": "completion
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Summary:
-    """Content of the `summary.json` of a completed run.
-
-    Attributes:
-        steps: training steps.
-        training_seconds: training clock at the end.
-        seconds: seconds by phase.
-        informative_fraction: mean over steps of the share of informative groups that were trained on.
-        reference_completions: completions of reference sets.
-        discarded_completions: completions that a filter refused.
-        replayed_groups: groups that came from the replay buffer.
-        validation_prompts: fingerprint of the held-out prompts.
-        course: evaluations.
-    """
+    """Content of the `summary.json` of a completed run: seconds by phase, counts, and the course of evaluations."""
 
     steps: int
     training_seconds: float
@@ -73,15 +61,7 @@ def read_summary(version: Path) -> Summary | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A finished run.
-
-    Attributes:
-        arm, seed: which run it is.
-        summary: content of its `summary.json`.
-        curves: steps and values of every metric.
-        machine: processor, accelerator, threads and package versions.
-        version: folder with its summary, metrics and completions.
-    """
+    """A finished run; `curves` are steps and values of every metric, `version` is the folder they were read from."""
 
     arm: str
     seed: int
@@ -111,10 +91,6 @@ class Comparison:
         """Return the runs of an arm by seed."""
         return [record for record in self.records if record.arm == arm]
 
-    def baseline_of(self, record: Record) -> Record | None:
-        """Return the baseline's run with the same seed."""
-        return next((one for one in self.of(self.request.baseline) if one.seed == record.seed), None)
-
 
 def read_comparison(request: Request, out: Path) -> Comparison:
     """Read the finished runs.
@@ -126,15 +102,17 @@ def read_comparison(request: Request, out: Path) -> Comparison:
     for arm in request.arms:
         for seed in request.seeds:
             folder = RunFolder.of(out, arm.name, seed)
-            if arm.name not in settings and (found := folder.settings()):
-                settings[arm.name] = found
+            started_with = folder.started_with()
+            if "asked" in started_with:
+                settings.setdefault(arm.name, started_with["asked"]["settings"])
             summary = read_summary(folder.version)
             if summary is None:
                 missing.append(f"{arm.name} seed {seed}")
                 continue
             if not len(summary.course.accuracy):
                 raise UserError(f"{folder.version}: summary.json has no evaluations. Run it again with evaluations.")
-            record = Record(arm.name, seed, summary, read_scalars(folder.version), folder.machine(), folder.version)
+            machine = started_with.get("machine", {})
+            record = Record(arm.name, seed, summary, read_scalars(folder.version), machine, folder.version)
             other = first.setdefault(seed, record)
             if summary.validation_prompts != other.summary.validation_prompts:
                 raise UserError(

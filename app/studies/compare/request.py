@@ -118,9 +118,9 @@ class Request:
         """Read a saved request. Raises UserError when there is none or it is unreadable."""
         try:
             saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-            arms = tuple(Arm(arm["name"], tuple(arm["configs"])) for arm in saved["arms"])
-            budget, lists = Budget(**saved["budget"]), {name: tuple(saved[name]) for name in ("base", "seeds")}
-            return cls(**(saved | lists | {"arms": arms, "budget": budget}))
+            saved["arms"] = tuple(Arm(arm["name"], tuple(arm["configs"])) for arm in saved["arms"])
+            saved["budget"] = Budget(**saved["budget"])
+            return cls(**saved | {name: tuple(saved[name]) for name in ("base", "seeds")})
         except FileNotFoundError as error:
             raise UserError(
                 f"--report {folder}: the folder has no {_FILE}. Give the --out folder of a `dots compare`."

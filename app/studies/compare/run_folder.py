@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -10,7 +9,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,16 +45,13 @@ class RunFolder:
 
     def check(self, request: Request, arm: Arm, settings: Settings) -> None:
         """Raise UserError when the folder has a run that was started with other settings."""
-        given = _start(request, arm, settings)
-        saved = self._saved()
-        if not saved or saved.get("sha256") == _sha256(given):
-            return
-        found = changes(saved.get("asked") or {}, given) or ["settings differ"]
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UserError(
-            f"{self.path} has a run that was started with other settings: {found[0]}{more}. Give another --out, "
-            "restore the settings, or remove that folder."
-        )
+        found = changes(self.started_with().get("asked", {}), _start(request, arm, settings))
+        if found and self.started_with():
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise UserError(
+                f"{self.path} has a run that was started with other settings: {found[0]}{more}. Give another --out, "
+                "restore the settings, or remove that folder."
+            )
 
     def prepare(self, request: Request, arm: Arm, settings: Settings) -> None:
         """Record settings and machine of a run that is about to start; remove a version without any checkpoint.
@@ -66,23 +61,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / _STARTED_WITH
         if not file.exists():
-            given = _start(request, arm, settings)
-            content = {"sha256": _sha256(given), "machine": describe_machine(), "asked": given}
+            content = {"machine": describe_machine(), "asked": _start(request, arm, settings)}
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             temporary.replace(file)
         if self.version.exists() and not by_age(self.version / "checkpoints"):
             shutil.rmtree(self.version)
 
-    def machine(self) -> dict[str, str]:
-        """Return the machine that the run started on."""
-        return dict(self._saved().get("machine", {}))
-
-    def settings(self) -> Settings:
-        """Return the settings that the run was started with; empty before its start."""
-        return dict(self._saved().get("asked", {}).get("settings", {}))
-
-    def _saved(self) -> dict[str, Any]:
+    def started_with(self) -> Settings:
+        """Return `machine` and settings (`asked`) of the run; empty before its start."""
         try:
             return dict(json.loads((self.path / _STARTED_WITH).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -92,10 +79,6 @@ class RunFolder:
 def _start(request: Request, arm: Arm, settings: Settings) -> Settings:
     """Return everything that decides what a run does."""
     return {"settings": settings, "budget": asdict(request.budget), "is_baseline": arm.name == request.baseline}
-
-
-def _sha256(content: Settings) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def describe_machine() -> dict[str, str]:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from app.studies.compare.process import fit, only_one
 from app.studies.compare.records import CLOCK, read_summary
 from app.studies.compare.request import Request
 from app.studies.compare.run_folder import RunFolder
 from app.studies.compare.settings import Settings, max_steps, updates_per_step
 from datamodules.errors import UserError
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_TICK_S = 1.0
 _LINES_SHOWN = 10
 
 
@@ -44,11 +35,8 @@ def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Sett
     """
     runs = request.runs()
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    # The estimate of the time left looks back over hours: some arms and phases are slower than others.
+    # The estimate of the time left looks back over hours: some arms are slower than others.
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e5)
     with only_one(out) as lock, bar:
         for arm, seed in runs:
@@ -142,65 +130,3 @@ class RunProgress:
         last = self._events.Scalars(CLOCK)[-1]
         share = (last.step + 1) / self._steps if self._clock_s is None else last.value / self._clock_s
         return min(1.0, float(share))
-
-
-def fit(arguments: Sequence[str], log: Path, keep_open: int, tick: Callable[[], None]) -> int:
-    """Run `dots fit ARGUMENTS --ckpt_path last` to its end and return its exit status.
-
-    When the comparison is stopped, the run is asked to finish its step and save, and is waited for; `subprocess.run`
-    would kill it. When the comparison is killed, Linux asks the run instead.
-
-    Args:
-        arguments: options of `dots fit`.
-        log: file to which its output is appended.
-        keep_open: file descriptor that the run holds until it ends.
-        tick: called every second.
-    """
-    command = [sys.executable, "-m", "app", "fit", *arguments, "--ckpt_path", "last"]
-    with log.open("ab") as out, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, pass_fds=(keep_open,),
-        preexec_fn=_end_with_parent if _LIBC else None,
-    ) as process:  # fmt: skip
-        try:
-            while True:
-                try:
-                    return process.wait(_TICK_S)
-                except subprocess.TimeoutExpired:
-                    tick()
-        finally:
-            try:
-                process.terminate()
-                process.wait()
-            except BaseException:  # a second Ctrl-C
-                process.kill()
-                raise
-
-
-def _end_with_parent() -> None:
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def only_one(folder: Path, patience_s: float = 60.0) -> Iterator[int]:
-    """Lock a folder for one comparison and its run; yield the descriptor through which the run holds the lock too.
-
-    A run whose comparison was killed needs some seconds to save, so it is waited for.
-
-    Raises UserError when the folder is still locked after `patience_s` seconds.
-    """
-    deadline = time.monotonic() + patience_s
-    with (folder / ".lock").open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"--out {folder} is in use by another dots compare or by a run that it left. Wait for it, end "
-                        "it, or give another folder."
-                    ) from None
-                time.sleep(0.2)
-        os.set_inheritable(lock.fileno(), True)
-        yield lock.fileno()

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pandas as pd
 
 from app.studies.compare.figures import RATIOS, Figures
 from datamodules.ledger import PHASES
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Section:
-    """A heading, a note below it (or nothing) and a table of text with a row per arm."""
-
-    title: str
-    note: str
-    table: pd.DataFrame
-
-
-def sections(figures: Figures) -> list[Section]:
-    """Return all tables of the report; the first is the cost to the final accuracy."""
+def sections(figures: Figures) -> list[tuple[str, str, pd.DataFrame]]:
+    """Return heading, note and table of each section; the first is the cost to the final accuracy."""
     arms, baseline = figures["arms"], figures["setting"]["baseline"]
     names = ["training", *PHASES]
     seconds = {name: {one: f"{arm['seconds'][one]:.1f}" for one in names} for name, arm in arms.items()}
+    first = f"Relative to the cost at which {baseline} first reached it."
+    best, whole = ({name: arm[part] for name, arm in arms.items()} for part in ("to_best", "share_of_baseline_run"))
+    paper = "The form in which the paper of DOTS + RR reports (arXiv 2506.05316)."
+    per_seed = "Time ratio to the final accuracy (>: never reached, a lower bound) and the arm's own final accuracy."
     return [
-        Section(
-            f"Cost to the final accuracy of {baseline}",
-            f"Relative to the cost at which {baseline} first reached it.",
-            _cost_table(arms),
-        ),
-        Section("Results", "", _result_table(arms)),
-        Section(
-            f"Cost to the best accuracy of {baseline}",
-            f"Relative to the cost at which {baseline} first reached it.",
-            _cost_table({name: arm["to_best"] for name, arm in arms.items()}),
-        ),
-        Section(
-            f"Cost to the final accuracy, relative to the whole run of {baseline}",
-            "The form in which the paper of DOTS + RR reports (arXiv 2506.05316).",
-            _cost_table({name: arm["share_of_baseline_run"] for name, arm in arms.items()}),
-        ),
-        Section(
-            "Seed by seed",
-            "Time ratio to the final accuracy (>: a lower bound, the accuracy was never reached) and the arm's own final "
-            "accuracy.",
-            _seed_table(arms, baseline),
-        ),
-        Section("Seconds of a run", "The training clock excludes validate and checkpoint.", _table(seconds)),
+        (f"Cost to the final accuracy of {baseline}", first, _cost_table(arms)),
+        ("Results", "", _result_table(arms)),
+        (f"Cost to the best accuracy of {baseline}", first, _cost_table(best)),
+        (f"Cost to the final accuracy, relative to the whole run of {baseline}", paper, _cost_table(whole)),
+        ("Seed by seed", per_seed, _seed_table(arms, baseline)),
+        ("Seconds of a run", "The training clock excludes validate and checkpoint.", _table(seconds)),
     ]
 
 
@@ -60,11 +36,10 @@ def markdown(figures: Figures) -> str:
     """Return the report as a Markdown page."""
     setting = figures["setting"]
     paragraphs = [f"# What it takes to match {setting['baseline']}", *setting_lines(setting)]
-    for place, section in enumerate(sections(figures)):
-        head = section.table.columns
-        rows = [[head.name, *head], ["---", *["---:"] * len(head)]]
-        rows += [[name, *cells] for name, cells in zip(section.table.index, section.table.values.tolist(), strict=True)]
-        paragraphs += [f"## {section.title}", section.note, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    for place, (title, note, table) in enumerate(sections(figures)):
+        rows = [["arm", *table], ["---", *["---:"] * len(table.columns)]]
+        rows += [[name, *cells] for name, cells in zip(table.index, table.values.tolist(), strict=True)]
+        paragraphs += [f"## {title}", note, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
         if place == 0:
             paragraphs.append(ceiling_line(figures))
     paragraphs.append(f"## Settings that differ from {setting['baseline']}")
@@ -98,8 +73,8 @@ def ceiling_line(figures: Figures) -> str:
     return (
         f"Perfect choice: without the rollouts of its uninformative groups, {baseline} would take "
         f"{number_text(ceiling['time_ratio'], 2)} of its time ({number_text(ceiling['informative_tokens'], 2)} of its "
-        "rolled-out tokens were in informative groups, where completions were written). An arm is faster than that only "
-        f"if its groups teach more than those of {baseline}."
+        "rolled-out tokens were in informative groups, where completions were written). An arm is faster than that "
+        f"only if its groups teach more than those of {baseline}."
     )
 
 
@@ -129,13 +104,8 @@ def _table(rows: dict[str, dict[str, str]]) -> pd.DataFrame:
 
 
 def _cost_table(arms: Figures) -> pd.DataFrame:
-    heads = ("time", "completions", "completion tokens", "steps")
-    return _table(
-        {
-            name: {head: ratio_text(arm[one]) for head, one in zip(heads, RATIOS.values(), strict=True)}
-            for name, arm in arms.items()
-        }
-    )
+    heads = dict(zip(("time", "completions", "completion tokens", "steps"), RATIOS.values(), strict=True))
+    return _table({name: {head: ratio_text(arm[one]) for head, one in heads.items()} for name, arm in arms.items()})
 
 
 def _result_table(arms: Figures) -> pd.DataFrame:
