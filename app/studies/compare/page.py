@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ _FORECAST = {
     "Pearson of the choice": "selection/forecast_pearson",
     "Pearson, uniform references": "difficulty/reference_pearson",
 }
-_PHASES = ("select", "rollout", "reference", "reward", "update", "sync", "other")
+_PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
 _POINTS = 81
 """Points of a mean curve."""
 _WINDOWS = 25
@@ -44,18 +45,6 @@ _WINDOWS = 25
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5af0", "#8c510a", "#b2182b")
 _GREY = "#6b7280"
 _PHASE_COLORS = (_GREY, "#0072b2", "#56b4e9", "#cc79a7", "#d55e00", "#e69f00", "#c9ced6")
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text, which the page's style colours
-    "font.size": 9,
-    "axes.edgecolor": "#9aa3ae",
-    "xtick.color": "#9aa3ae",
-    "ytick.color": "#9aa3ae",
-    "grid.color": "#9aa3ae",
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
 Curve = tuple[np.ndarray, np.ndarray]
 
 
@@ -75,7 +64,20 @@ def page(comparison: Comparison, figures: Figures) -> str:
         rank = others.index(arm.name) if arm.name in others else 0
         color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
         styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
-    with matplotlib.rc_context(_STYLE):
+    style = matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text, which the page's style colours
+            "font.size": 9,
+            "axes.edgecolor": "#9aa3ae",
+            "xtick.color": "#9aa3ae",
+            "ytick.color": "#9aa3ae",
+            "grid.color": "#9aa3ae",
+            "grid.alpha": 0.25,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    with style:
         # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
         panels = [
             ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
@@ -150,26 +152,24 @@ def _metric_charts(comparison: Comparison, styles: list[_ArmStyle], panel: str) 
 
 def _phase_charts(arms: Figures) -> dict[str, str]:
     """Seconds by phase, of a step and of a whole run; "other" is the rest of the training clock."""
+    seconds = pd.DataFrame({name: arm["seconds"] for name, arm in arms.items()}).T
+    run = seconds[list(_PHASES)]
+    run = run.assign(other=(seconds["training"] - run.sum(axis=1)).clip(lower=0))
+    steps = pd.Series({name: max(1.0, arm["totals"]["steps"]) for name, arm in arms.items()})
     found = {}
-    for place, label in enumerate(("of a step", "of a run")):
+    for place, (label, table) in enumerate({"of a step": run.div(steps, axis=0), "of a run": run}.items()):
         axes = Figure(figsize=(6.4, 0.9 + 0.34 * len(arms)), layout="constrained").subplots()
-        total = np.zeros(len(arms))
         bars = []
-        for number, phase in enumerate(_PHASES):
-            values = np.zeros(len(arms))
-            for row, arm in enumerate(arms.values()):
-                seconds = arm["seconds"]
-                rest = max(0.0, seconds["training"] - sum(seconds[one] for one in _PHASES[:-1]))
-                steps = max(1.0, arm["totals"]["steps"]) if place == 0 else 1.0
-                values[row] = (rest if phase == "other" else seconds[phase]) / steps
-            bars.append(axes.barh(list(arms), values, left=total, color=_PHASE_COLORS[number], label=phase))
-            for row, (bar, name) in enumerate(zip(bars[-1], arms, strict=True)):
+        ends = table.cumsum(axis=1)
+        for number, phase in enumerate(table):
+            left = ends[phase] - table[phase]
+            bars.append(axes.barh(table.index, table[phase], left=left, color=_PHASE_COLORS[number], label=phase))
+            for row, (bar, name) in enumerate(zip(bars[-1], table.index, strict=True)):
                 bar.set_gid(f"part-{number}-{row}-phases-{place}")
-                bar.set_label(f"{name}: {phase} {values[row]:.2f} s")
-            total += values
-        axes.bar_label(bars[-1], [f"{one:.3g} s" for one in total], padding=4)
+                bar.set_label(f"{name}: {phase} {table[phase].iloc[row]:.2f} s")
+        axes.bar_label(bars[-1], [f"{one:.3g} s" for one in ends["other"]], padding=4)
         axes.invert_yaxis()
-        axes.figure.legend(handles=bars, loc="outside lower left", ncols=len(_PHASES), frameon=False, handlelength=1)
+        axes.figure.legend(handles=bars, loc="outside lower left", ncols=len(bars), frameon=False, handlelength=1)
         found[label] = _svg(axes, f"phases-{place}")
     return found
 
@@ -191,6 +191,8 @@ def _draw_mean(axes: Axes, number: int, arm: _ArmStyle, curves: list[Curve], key
 
 def _svg(axes: Axes, key: str) -> str:
     """Save a chart as an `<svg>` element in which every artist with a gid shows its label when pointed at."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     artists = [one for one in (*axes.lines, *axes.patches) if one.get_gid()]
     if not artists:
         return ""
@@ -201,7 +203,7 @@ def _svg(axes: Axes, key: str) -> str:
     # Ids of markers and clip paths are hashes: one salt per chart, so that no chart refers to one that is hidden.
     with matplotlib.rc_context({"svg.hashsalt": key}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        axes.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     # Ids that matplotlib numbers would repeat from chart to chart.
     svg = re.sub(r'<g id="[A-Za-z0-9.]+_\d+"', "<g", svg[svg.index("<svg") :])

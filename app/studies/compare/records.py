@@ -13,7 +13,7 @@ from app.reporting.curves import Curve, read_scalars
 from app.studies.compare.reach import Course
 from app.studies.compare.request import Request
 from app.studies.compare.run_folder import RunFolder
-from app.studies.compare.settings import differences
+from app.studies.compare.settings import Settings, differences
 from datamodules.errors import UserError
 
 CLOCK = "time/training"
@@ -98,7 +98,9 @@ def read_comparison(request: Request, out: Path) -> Comparison:
     Raises UserError when there are none, or when two runs with the same seed were evaluated on different prompts.
     """
     records: list[Record] = []
-    missing, first, settings = [], {}, {}
+    missing: list[str] = []
+    first: dict[int, Record] = {}
+    settings: dict[str, Settings] = {}
     for arm in request.arms:
         for seed in request.seeds:
             folder = RunFolder.of(out, arm.name, seed)
