@@ -16,7 +16,7 @@ from app.module import GRPOModule
 from app.objective.packing import ScoredSequence
 from app.policy.compilation import compile_layers
 from app.policy.model import Lora, Policy
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.reporting.curves import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Prompt
@@ -106,8 +106,8 @@ def sequences(rng: np.random.Generator, prompts: int) -> list[ScoredSequence]:
 
 def gradient_of(module: GRPOModule, batch: list[ScoredSequence]) -> torch.Tensor:
     module.policy_model.zero_grad(set_to_none=True)
-    for packed in module.microbatches_of(batch):
-        logprobs, entropy = score(module.policy_model, packed, 1.0, with_entropy=True)
+    for packed in module.learner.microbatches.of(batch):
+        logprobs, entropy = completion_logprobs(module.policy_model, packed, 1.0, with_entropy=True)
         assert entropy is not None
         (logprobs * packed.advantages * packed.weights + 0.01 * entropy).sum().backward()
     return flat_gradient(module.policy_model)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from app.objective.advantages import group_advantages
 from app.objective.logprobs import token_logprobs
+from app.objective.ratios import token_weights
 from app.objective.surrogate import SurrogateOptions, policy_loss
-from app.objective.weights import token_weights
 
 F64 = torch.float64
 COMPLETIONS = [(1,), (0, 1), (0, 0, 1), (0, 0, 0)]

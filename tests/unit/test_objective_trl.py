@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from app.objective import advantages as ours
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from app.objective.ratios import Aggregation, token_weights
 from app.objective.surrogate import SurrogateOptions, policy_loss
-from app.objective.weights import Aggregation, token_weights
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.rewards import SoftOverlong
 from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
@@ -165,7 +165,7 @@ def mine(
     assert len(plan) > 1
     for rows in plan:
         packed = collate([sequences[row] for row in rows])
-        logprobs, entropy = score(policy, packed, 1.0, with_entropy=True)
+        logprobs, entropy = completion_logprobs(policy, packed, 1.0, with_entropy=True)
         reference = torch.cat([tokens.reference[row, : LENGTHS[row]] for row in rows])
         loss = policy_loss(
             logprobs, packed.behaviour_logprobs, packed.advantages, packed.weights, options,
@@ -338,7 +338,7 @@ def test_advantages(model: Any, tokenizer: Any, tmp_path: Path, aggregation: str
     ids = [row[:length] for row, length in zip(made["completion_ids"].tolist(), lengths, strict=True)]
     groups = [group_of(first // 4, ids[first : first + 4], rewards, weights) for first in (0, 4, 8)]
     apart = dict(zip(groups[0].components, weights, strict=True)) if aggregation == "normalize_then_sum" else None
-    found = np.concatenate(advantages_of(groups, scale, apart=apart))
+    found = np.concatenate(advantages_of(groups, scale, decoupled=apart))
     expected = made["advantages"].numpy()
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engines import Sampling
 from app.objective.surrogate import SurrogateOptions
 from callbacks.algorithm.replay_buffer import ReplayBuffer
 from datamodules.types import Prompt, RolloutGroup
@@ -87,9 +88,8 @@ def estimates(
     """`[BATCHES, P]` estimates of the gradient of the expected reward."""
     module = module_on(
         policy, surrogate=SurrogateOptions(**options), advantage_scale="none", advantage_baseline="leave_one_out",
-        aggregation="constant", mini_batches=mini_batches,
+        aggregation="constant", mini_batches=mini_batches, sampling=Sampling(max_completion_length=LIMIT),
     )  # fmt: skip
-    module.sampling = dataclasses.replace(module.sampling, max_completion_length=LIMIT)
     with torch.no_grad():
         chances = np.exp([float(values.sum()) for values in token_logprobs(behaviour)])
         logprobs = [values.numpy() for values in token_logprobs(claimed or behaviour)]

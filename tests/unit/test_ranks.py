@@ -180,11 +180,11 @@ def _losses(ranks: Ranks) -> None:
 
 
 def _one_leaves(ranks: Ranks) -> None:
-    ranks.meet("start")
+    ranks.barrier("start")
     if ranks.rank == 2:
         return
     with pytest.raises(LostRankError, match=r"lost rank 2 \(its process has ended\)" if ranks.rank == 0 else "rank 0"):
-        ranks.meet("test")
+        ranks.barrier("test")
 
 
 def _group(name: str, size: int) -> RolloutGroup:
