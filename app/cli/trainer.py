@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from app.cli.serve import serve
 from app.policy.weights import checkpoint_weights, export
@@ -13,6 +14,7 @@ from app.reporting.run_table import print_run_table
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
+from callbacks import RandomState, Rollouts, RunCheckpoint, RunLedger, RunProgress, WeightSync
 from datamodules.errors import UserError
 
 
@@ -108,7 +110,22 @@ class DotsTrainer(Trainer):
         """
         checkpoint = None if ckpt_path is None else Path(ckpt_path)
         request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
-        select(self, model, datamodule, request)  # type: ignore[arg-type]  # our own classes, checked there
+        select(self, model, datamodule, request, self._for_warmup)  # type: ignore[arg-type]  # checked there
+
+    def _for_warmup(self, *, logger: Logger, max_steps: int) -> Trainer:
+        """Return this trainer with the callbacks of plain GRPO alone, see `app.subsets.warmup.WarmupTrainer`."""
+        plain = (WeightSync, Rollouts, RandomState, RunLedger, RunProgress, RunCheckpoint)
+        trainer: Any = self
+        trainer.callbacks = [
+            one for one in trainer.callbacks if isinstance(one, plain) or type(one).__module__.startswith("lightning.")
+        ]
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.dirpath = None
+        trainer.logger = logger
+        trainer.limit_val_batches = 0
+        trainer.fit_loop.epoch_loop.max_steps = max_steps
+        return self
 
     def serve(
         self,

@@ -137,16 +137,16 @@ def test_ufo_keeps_the_middle(tmp_path: Path):
     ("options", "message"),
     [
         (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "did you mean 'learnalign'"),
-        (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep 500: the training pool has 60 prompts"),
+        (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep is 500, but the training pool has 60 prompts"),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.parameters=lm_heat"],
-            "parameters='lm_heat' names no trainable parameter",
+            "parameters is 'lm_heat', which matches no trainable parameter",
         ),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.dimension=1001"],
-            "dimension=1001: expected a multiple of 4",
+            "dimension is 1001; set it to a multiple of 4",
         ),
-        (["--method=ufo", "--keep=5", "--out=x.csv"], "expected a name that ends in .jsonl"),
+        (["--method=ufo", "--keep=5", "--out=x.csv"], "choose a name that ends in .jsonl"),
         (["--method=ufo", "--keep=5", "--out=x.jsonl", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
     ],
 )
