@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def fit(folder: Path, *more: str) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """What three batches of two updates each logged, and the checkpoint's weights."""
+    """Return the scalars of three batches of two updates each, and the checkpoint's weights."""
     main(["fit", *FEW, f"--trainer.logger.save_dir={folder}", *more])
     run = folder / "quickstart" / "version_0"
     found = {

@@ -84,7 +84,7 @@ def test_leave_one_out_by_hand() -> None:
 
 def test_rewards_normalised_apart_by_hand() -> None:
     # Two groups of two. Correctness differs in the first only, brevity (a hundredth as large) in the second only; a
-    # pair's deviations over its unbiased spread are +-1/sqrt(2) whatever its size.
+    # pair's deviations over its unbiased spread are +-1/sqrt(2) for any size.
     components = torch.tensor([[1.0, 0.02], [0.0, 0.02], [0.0, 0.01], [0.0, 0.02]], dtype=torch.float64)
     groups = torch.tensor([0, 0, 1, 1])
     weights = torch.tensor([1.0, 0.5])

@@ -54,7 +54,7 @@ def model(tokenizer: Any) -> Qwen2ForCausalLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What both sides are given. Padded `[N, L]`, with advantages `[N]`."""
+    """The input of both implementations: padded `[N, L]`, with advantages `[N]`."""
 
     prompt_ids: Tensor
     completion_ids: Tensor
@@ -246,7 +246,7 @@ def test_importance_correction(
 
 
 def test_entropy_bonus(model: Any, tokenizer: Any, tokens: Tokens, tmp_path: Path) -> None:
-    """On purpose: TRL's bonus is the mean over tokens whatever the loss; ours is aggregated as the loss is.
+    """On purpose: TRL's bonus is the mean over tokens for every loss; ours is aggregated like the loss.
 
     So they are equal with the token mean, and otherwise differ by the difference of the two means of the entropy.
     """
@@ -325,7 +325,7 @@ def same_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("same_epsilon")
 def test_advantages(model: Any, tokenizer: Any, tmp_path: Path, aggregation: str, scale: Any) -> None:
-    """12 completions in 3 groups of 4, three rewards with weights, one of which does not always apply."""
+    """12 completions in 3 groups of 4, three weighted rewards; one does not always apply."""
     rewards, weights = [by_length, by_first_token, sometimes], [1.0, 0.5, 2.0]
     trainer = trainer_of(
         copy.deepcopy(model).float(), tokenizer, tmp_path, rewards, reward_weights=weights, scale_rewards=scale,

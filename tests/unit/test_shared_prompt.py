@@ -1,4 +1,4 @@
-"""One row in which every prompt stands once, against each sequence run alone."""
+"""One row with every prompt once, compared with each sequence run alone."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_logprobs_and_gradients_equal_those_of_sequences_alone(make: object, seq
     actual = run([pack(sequences)])
     assert expected[1].norm() > 1
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-9)
-    # Qwen2 and Llama compute their norms in float32 whatever the weights are.
+    # Qwen2 and Llama compute their norms in float32 for weights of any type.
     assert (actual[1] - expected[1]).norm() <= 1e-7 * expected[1].norm()
     assert model.config._attn_implementation == "sdpa"
 
