@@ -60,7 +60,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "devices": ((*FIT, "--trainer.devices=0"), "`Trainer(devices='0')` value is not a valid input"),
     "clipping by the trainer": ((*FIT, "--trainer.gradient_clip_val=1"), "gradient_clip_val"),
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
-    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
+    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps is -1, and prompts never run out. Set it"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
     "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder. Expected a"),
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
@@ -75,7 +75,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "select nothing": (
         ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "0", "--out", "s.jsonl"),
-        "--keep 0",
+        "--keep is 0",
     ),
     "select to another kind of file": (
         ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "2", "--out", "s.csv"),
@@ -118,10 +118,10 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
     "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
-    "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate=-1"),
+    "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate is -1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),
-        "model.sampling.num_generations=1: expected at least 2",
+        "model.sampling.num_generations is 1, but an advantage compares",
     ),
     "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length is 0 but"),
     "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling truncates the distribut"),
@@ -130,8 +130,8 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "sampling.top_p is 1.5 but must be greater than 0 and",
     ),
     "no prompts per step": (lambda c: data(c).update(prompts_per_step=0), "data.prompts_per_step=0: expected at least"),
-    "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches=0: expected at least 1"),
-    "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k=0: expected at least 1"),
+    "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
+    "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k is 0; set it to 1 or more"),
     "checkpoint interval": (lambda c: callback(c, "RunCheckpoint").update(every=0), "RunCheckpoint(every=0, keep=2)"),
     "replay share": (
         lambda c: callback(c, "RolloutReplay").update(fresh_fraction=0),
@@ -144,7 +144,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     "clip range": (lambda c: model(c).update(surrogate={"epsilon_low": -1}), "epsilon"),
     "options in conflict": (
         lambda c: model(c).update(multi_objective_aggregation="normalize_then_sum", advantage_scale="none"),
-        "model.advantage_scale=none with multi_objective_aggregation=normalize_then_sum: nothing would be normalised",
+        "model.advantage_scale is none with multi_objective_aggregation=normalize_then_sum, which would",
     ),
     "options of a reward in conflict": (
         lambda c: model(c)["rewards"][0].update(init_args={"after": "=", "pattern": "x"}),

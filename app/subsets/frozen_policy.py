@@ -1,4 +1,4 @@
-"""The policy on the test bench: it rolls prompts out and can be differentiated, but is not trained."""
+"""The policy that a selection measures: it rolls prompts out and is differentiated, but never updated."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from datamodules.seeding import run_seed, sample_seeds
 from datamodules.types import Completion, Prompt, RolloutGroup
 
 _PURPOSE = "select"
-"""Keeps the random numbers of these rollouts apart from those of training."""
+"""Separates the random numbers of these rollouts from those of training."""
 
 
-class Bench:
-    """A module whose weights stay as they are, in evaluation mode (no dropout), on the trainer's device.
+class FrozenPolicy:
+    """A module with fixed weights, in evaluation mode (no dropout), on the trainer's device.
 
     Args:
         module: with its weights loaded (`configure_model`).
-        trainer: gives the device and the precision.
+        trainer: provides device and precision.
     """
 
     def __init__(self, module: GRPOModule, trainer: Trainer) -> None:
@@ -42,15 +42,15 @@ class Bench:
         self._pipeline = RolloutPipeline(module.engine, module.scorer, self.seed, self._context)
 
     def precision(self) -> AbstractContextManager[None]:
-        """The context that forward passes run in, as in training."""
+        """Return the context of forward passes, as in training."""
         return self._context()
 
     def roll(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Scored groups of `G` completions, drawn as in training."""
+        """Return scored groups of `G` completions, sampled as in training."""
         return self._pipeline.roll(prompts, self.module.sampling, self.ledger, purpose=_PURPOSE, step=0)
 
     def complete(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """One completion of every prompt, drawn as in training, without a score."""
+        """Return one completion of each prompt, sampled as in training, without a score."""
         sampling = replace(self.module.sampling, num_generations=1)
         seeds = sample_seeds(self.seed, _PURPOSE, 0, [prompt.id for prompt in prompts], 1)
         with self.precision():
