@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ def _scripted(prompts, values):
 
 def correct(prompts, pattern, **rest): return list(_scripted(prompts, pattern))
 def shape(prompts, shape, **rest): return list(_scripted(prompts, shape))
+
+def noted(prompts, pattern, log_metric, **rest):
+    scores = list(_scripted(prompts, pattern))
+    log_metric("right", sum(scores) / len(scores))
+    for name in ("reward", "loss", "mean"):
+        log_metric(name, 1234.5)
+    return scores
 """
 RIGHT, WRONG, HALF, QUARTER = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0), (0, 0, 0, 1)
 
@@ -85,6 +93,8 @@ def scripted_run(
     steps: int = 2,
     prompts_per_step: int = 4,
     shapes: Sequence[Sequence[float]] | None = None,
+    function: str = "correct",
+    **options: Any,
 ) -> Run:
     """Trains on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
     (folder / "dots_scripted_rewards.py").write_text(_REWARDS)
@@ -96,7 +106,7 @@ def scripted_run(
         for i, pattern in enumerate(patterns)
     ]
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rewards = [Function("dots_scripted_rewards.correct", correctness=True)]
+    rewards = [Function(f"dots_scripted_rewards.{function}", correctness=True)]
     if shapes:
         rewards.append(Function("dots_scripted_rewards.shape"))
     module = GRPOModule(
@@ -104,6 +114,7 @@ def scripted_run(
         rewards,
         sampling=Sampling(num_generations=len(patterns[0]), max_completion_length=3),
         reward_workers=WorkerOptions(num_workers=1),
+        **options,
     )
     source = PromptFile(str(folder / "pool.jsonl"), template="{question}\n", id_column="id")
     data = OnlinePromptDataModule(source, selector=selector, prompts_per_step=prompts_per_step)
