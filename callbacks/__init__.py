@@ -1,7 +1,6 @@
 """Dots: what happens around a step. The callbacks listed in a config, in their order, are the algorithm."""
 
-from callbacks.algorithm.balanced import Balanced
-from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.dynamic_sampling import Balanced, DynamicSampling
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollout_ahead import RolloutAhead

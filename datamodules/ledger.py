@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 PHASES = ("select", "rollout", "reference", "reward", "update", "sync", "validate", "checkpoint")
+STEP_PHASES = tuple(phase for phase in PHASES if phase not in ("validate", "checkpoint"))
+"""Phases that belong to a step; the others lie between steps."""
 
 
 class WeightedMean(NamedTuple):

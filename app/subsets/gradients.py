@@ -61,7 +61,7 @@ class PromptGradients:
     def add(self, group: RolloutGroup, flat: Tensor) -> None:
         """Adds the gradient of a group to `flat`, float32 `[P]`."""
         batch = TrainBatch(0, [group.prompt])
-        batch.groups = [group]
+        batch.add([group])
         batch.advantages = self._module.advantages_of(batch)
         sequences = [sequence for part in self._module.minibatches_of(batch) for sequence in part.sequences]
         with only_trained(self._module.policy_model, self.parameters):

@@ -50,7 +50,7 @@ def group_of(
 def gradient(module: GRPOModule, groups: list[RolloutGroup]) -> Tensor:
     """Of the loss of a batch, flat; summed over its mini-batches, without an update in between."""
     batch = TrainBatch(0, [])
-    batch.groups = groups
+    batch.add(groups)
     batch.advantages = module.advantages_of(batch)
     module.policy_model.zero_grad(set_to_none=True)
     for part in module.minibatches_of(batch):

@@ -71,8 +71,9 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: TrainBatch, batch_idx) -> None:
         ids = [prompt.id for prompt in batch.prompts]
-        parts = (list(part) for part in (batch.groups, batch.dropped, batch.surplus))
-        self.steps.append(Step(ids, batch.forecast, *parts, dict(batch.metrics), dict(batch.ledger.counts)))
+        # Not copies of metrics and counts: the ledger may add to them later in the step.
+        parts = batch.groups, batch.of("dropped"), batch.of("surplus"), batch.metrics, batch.ledger.counts
+        self.steps.append(Step(ids, batch.forecast, *parts))
 
 
 @dataclass

@@ -62,7 +62,8 @@ def test_one_border_may_be_left_open():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"), [({"low": 0.7, "high": 0.3}, "low <= high"), ({"max_refills": -1}, "0 .only drop. or more")]
+    ("options", "told"),
+    [({"low": 0.7, "high": 0.3}, "low <= high"), ({"max_refills": -1}, "max_refills is -1, expected at least 0")],
 )
 def test_impossible_options_are_refused_in_one_line(options, told):
     with pytest.raises(UserError, match=told) as error:

@@ -43,8 +43,9 @@ def end(replay: RolloutReplay, batch: TrainBatch) -> None:
 
 def batch_of(step: int, groups: list[RolloutGroup], **others: list[RolloutGroup]) -> TrainBatch:
     batch = TrainBatch(step, ())
-    batch.groups = list(groups)
-    batch.surplus, batch.dropped = others.get("surplus", []), others.get("dropped", [])
+    batch.add(groups)
+    for fate, given in others.items():
+        batch.add(given, fate)
     return batch
 
 
@@ -164,14 +165,14 @@ def test_memory_stays_within_its_bound_and_a_group_that_is_too_large_is_told_onc
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"fresh_fraction": 0.0}, r"fresh_fraction in \(0, 1\]"),
-        ({"fresh_fraction": float("nan")}, r"fresh_fraction in \(0, 1\]"),
-        ({"capacity": 0}, "capacity >= 1"),
-        ({"max_bytes": 0}, r"max_bytes=0\): expected at least 1, or null"),
-        ({"max_age": 0}, r"max_age=0\): expected at least 1, or null"),
-        ({"draw": "advantages"}, r"draw='advantages'\): did you mean 'advantage'"),
-        ({"logprob_dtype": "bfloat16"}, r"logprob_dtype='bfloat16'\): did you mean 'float16'"),
-        ({"admit": "some"}, r"admit='some'\): "),
+        ({"fresh_fraction": 0.0}, r"fresh_fraction is 0.0, expected a number in \(0, 1\]"),
+        ({"fresh_fraction": float("nan")}, r"fresh_fraction is nan, expected a number in \(0, 1\]"),
+        ({"capacity": 0}, "capacity is 0, expected at least 1"),
+        ({"max_bytes": 0}, "max_bytes is 0, expected at least 1. Raise it, or set null"),
+        ({"max_age": 0}, "max_age is 0, expected at least 1. Raise it, or set null"),
+        ({"draw": "advantages"}, "draw is 'advantages'; did you mean 'advantage'"),
+        ({"logprob_dtype": "bfloat16"}, "logprob_dtype is 'bfloat16'; did you mean 'float16'"),
+        ({"admit": "some"}, "admit is 'some'; "),
     ],
 )
 def test_impossible_options_are_refused_in_one_line(options: dict[str, Any], told: str):

@@ -11,8 +11,7 @@ import pytest
 from app.reporting.forecast_quality import informative_probability
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
 from app.reporting.reliability import reliability
-from callbacks.watching.selection_monitor import chosen_groups, forecast_pairs
-from callbacks.watching.uniform_share import UniformShare
+from callbacks.watching.selection_monitor import UniformShare, chosen_groups, forecast_pairs
 from datamodules.types import TrainBatch
 from tests.support.builders import group, prompt
 
@@ -48,13 +47,10 @@ def test_a_perfect_forecast_has_no_calibration_error():
 
 def test_only_prompts_that_were_rolled_out_for_the_step_meet_their_forecast():
     batch = TrainBatch(4, [prompt(i) for i in range(6)], np.array([0.1, 0.2, 0.3, np.nan, 0.5, 0.6]))
-    batch.groups = [
-        group(prompt(0), [0, 1]),
-        group(prompt(2), [1, 1], source="reference"),
-        group(prompt(4), [0, 1], source="replay"),
-    ]
-    batch.dropped = [group(prompt(1), [0, 0]), group(prompt(5), [])]
-    batch.surplus = [group(prompt(3), [0, 1]), group(prompt(9), [0, 1], source="reference")]
+    batch.add([group(prompt(1), [0, 0]), group(prompt(5), [])], "dropped")
+    batch.add([group(prompt(3), [0, 1]), group(prompt(9), [0, 1], source="reference")], "surplus")
+    trained = [(0, [0, 1], "fresh"), (2, [1, 1], "reference"), (4, [0, 1], "replay")]
+    batch.add(group(prompt(index), rewards, source=source) for index, rewards, source in trained)
     groups = chosen_groups(batch)
     # Not the replayed one, not the one without scores, not the reference that was not chosen.
     assert [one.prompt.id for one in groups] == ["p0", "p2", "p1", "p3"]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from callbacks import ClockBudget, ReferenceRollouts, Rollouts, RunCheckpoint, RunLedger, WeightSync
-from callbacks.watching import training_clock as module
-from callbacks.watching.training_clock import TrainingClock
+from callbacks.watching.run_ledger import TrainingClock
 from datamodules.errors import UserError
 from datamodules.selectors import Uniform
 from tests.support.scripted_run import HALF, scripted_run
@@ -20,7 +19,7 @@ PATTERNS = [HALF] * 12
 
 def test_steps_are_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = TrainingClock()
     clock.start()
     now[0] = 103.0

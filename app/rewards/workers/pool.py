@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -225,7 +225,8 @@ class RewardWorkers:
             for item, error in wrong.items():
                 self._warn(job.request, item, "crashed", error)
             failures: dict[int, FailureKind] = dict.fromkeys(wrong, "crashed")
-            metrics = [(name, value) for name, value in message["metrics"]]
+            logged = Counter(name for name, _ in message["metrics"])
+            metrics = [(name, value, len(job.request) / logged[name]) for name, value in message["metrics"]]
             board.enter(job, CallResult(message["scores"], failures, metrics, message["extras"]))
             return
         if len(job.request) > 1:

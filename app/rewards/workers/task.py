@@ -85,13 +85,13 @@ class CallResult:
     Attributes:
         scores: `N` of them; None where the reward does not apply or failed.
         failures: kind by position.
-        metrics: (name, value) as logged by the function.
+        metrics: (name, value, weight) as logged by the function; the weights of a name add up to the completions.
         extras: `N` values by column name, as logged by the function.
     """
 
     scores: list[float | None]
     failures: dict[int, FailureKind] = field(default_factory=dict)
-    metrics: list[tuple[str, float]] = field(default_factory=list)
+    metrics: list[tuple[str, float, float]] = field(default_factory=list)
     extras: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
