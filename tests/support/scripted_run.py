@@ -95,6 +95,7 @@ def scripted_run(
     prompts_per_step: int = 4,
     shapes: Sequence[Sequence[float]] | None = None,
     function: str = "correct",
+    val_size: int = 0,
     **options: Any,
 ) -> Run:
     """Trains on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
@@ -118,12 +119,13 @@ def scripted_run(
         **options,
     )
     source = PromptFile(str(folder / "pool.jsonl"), template="{question}\n", id_column="id")
-    data = OnlinePromptDataModule(source, selector=selector, prompts_per_step=prompts_per_step)
+    data = OnlinePromptDataModule(source, selector=selector, prompts_per_step=prompts_per_step, val_size=val_size)
     recorder = Recorder()
     trainer = DotsTrainer(
         accelerator="cpu",
         max_steps=steps,
         check_val_every_n_epoch=None,
+        val_check_interval=1 if val_size else None,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),
