@@ -39,7 +39,7 @@ class CompletionsLog(StepCallback):
     def __init__(self, every: int = 10, samples: int = 4) -> None:
         if every < 1 or samples < 0:
             raise UserError(
-                f"CompletionsLog has every={every} and samples={samples}, expected at least 1 and at least 0. Raise them."
+                f"CompletionsLog has every={every} and samples={samples}, expected at least 1 and 0. Raise them."
             )
         self.every = every
         self.samples = samples

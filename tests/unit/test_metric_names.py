@@ -19,11 +19,12 @@ from callbacks import (
 )
 from callbacks.watching.cockpit import CHARTS
 from datamodules.metric_names import METRIC_NAMES, markdown_table, metric_name
-from datamodules.selectors import Composed, Posterior
+from datamodules.selectors import Composed, Posterior, SelectionContext
 from tests.support.scripted_run import HALF, WRONG, scripted_run
-from tests.support.selector_builders import PLAIN, outcomes, random_embeddings, ready
+from tests.support.selector_builders import PLAIN, outcomes, pool_of, random_embeddings
 
 ELSEWHERE = {
+    "completions/mean_terminated_length",
     "epoch",
     "ranks/update_token_imbalance",
     "test/*",
@@ -32,7 +33,7 @@ ELSEWHERE = {
     "val/accuracy_*",
     "val/informative_fraction",
 }
-"""Entries of runs with several ranks, a server, a test or a pretraining."""
+"""Entries of runs whose completions end before the limit, with several ranks, a server, a test, or pretraining."""
 
 
 class Validated(Callback):
@@ -52,7 +53,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         random_embeddings(patch, 24, 4)
         tags: set[str] = set()
         for selector in (*(make() for make in PLAIN.values()), Posterior(), Composed(PLAIN["Dots"](), explore=0.5)):
-            ready(selector, 24)
+            selector.setup(pool_of([str(i) for i in range(24)]), SelectionContext(7, "encoder"))
             selector.observe(outcomes(range(8), [0.0, 0.25, 0.5, 1.0] * 2, "reference"))
             selector.choose(6)
             tags |= selector.metrics().keys()
