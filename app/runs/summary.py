@@ -102,7 +102,9 @@ class RunSummary:
         """
         try:
             content = json.loads(path.read_text())
-            content |= {name: RolloutCounts(**content[name]) for name in ("reference", "validation", "discarded", "wasted")}
+            content |= {
+                name: RolloutCounts(**content[name]) for name in ("reference", "validation", "discarded", "wasted")
+            }
             content["evaluations"] = tuple(Evaluation(**one) for one in content["evaluations"])
             return cls(**content)
         except (ValueError, TypeError, KeyError) as error:

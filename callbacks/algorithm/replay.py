@@ -116,7 +116,7 @@ class RolloutReplay(StepCallback):
         else:
             admitted = [group for group in fresh if group.informative]
         self._warn_of(self.buffer.insert(admitted))
-        # Before the next step's prompts are chosen, whose number depends on what remains.
+        # Now, since the number of prompts chosen for the next step depends on the groups that remain.
         batch.metrics["replay/dropped_old"] = float(self.buffer.expire(batch.step + 1))
         prompts = self._data.prompts_per_step
         self._data.fresh_prompts = prompts - min(self.replayed_per_step(prompts), len(self.buffer))

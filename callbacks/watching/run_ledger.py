@@ -1,4 +1,4 @@
-"""The account of a run: its metrics, its training clock, and the summary of what it cost and reached."""
+"""The account of a run: its metrics, its training clock, and the summary of its cost and outcome."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Real short trainings whose rewards are written in the data: real policy, engine, workers, callbacks and trainer.
 
-Every row of the data says what its completions score, so that what a step keeps can be worked out by hand.
+Every row of the data contains the scores of its completions, so the groups that a step keeps are known in advance.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RIGHT, WRONG, HALF, QUARTER = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0), (0, 0, 0
 
 @dataclass
 class Step:
-    """What a batch held at the end of its step."""
+    """Content of a batch at the end of its step."""
 
     prompts: list[str]
     forecast: np.ndarray | None
@@ -98,7 +98,7 @@ def scripted_run(
     val_size: int = 0,
     **options: Any,
 ) -> Run:
-    """Trains on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
+    """Train on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
     (folder / "dots_scripted_rewards.py").write_text(_REWARDS)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

@@ -37,7 +37,7 @@ ELSEWHERE = {
 
 
 class Validated(Callback):
-    """Collects the names of what validation measures."""
+    """Collects the names of all validation metrics."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
