@@ -15,7 +15,7 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class RolloutCounts:
-    """Rollouts of one kind."""
+    """Number of rollouts of one kind."""
 
     prompts: int
     completions: int
@@ -102,9 +102,8 @@ class RunSummary:
         """
         try:
             content = json.loads(path.read_text())
-            content |= {
-                name: RolloutCounts(**content[name]) for name in ("reference", "validation", "discarded", "wasted")
-            }
+            for name in ("reference", "validation", "discarded", "wasted"):
+                content[name] = RolloutCounts(**content[name])
             content["evaluations"] = tuple(Evaluation(**one) for one in content["evaluations"])
             return cls(**content)
         except (ValueError, TypeError, KeyError) as error:

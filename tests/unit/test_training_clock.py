@@ -85,7 +85,7 @@ def test_the_first_reference_set_is_counted_and_checkpoints_are_not(
     assert all(0 <= whole - phase < 0.5 for phase, whole in zip(phases, seconds, strict=True))
     clocks = [step.metrics["time/training"] for step in run.steps]
     assert clocks == pytest.approx([sum(seconds[: n + 1]) for n in range(3)])
-    # 4 prompts of 4 completions a step, and reference sets of 4: a prompt in a set that is chosen next is not rolled out again.
+    # 4 prompts of 4 completions a step, and reference sets of 4: one chosen from a set is not rolled out again.
     counts = [step.metrics["num_completions"] for step in run.steps]
     fresh = [sum(group.source == "fresh" for group in step.groups) for step in run.steps]
     assert counts == [16 * 2 + 4 * fresh[0], 16 * 3 + 4 * sum(fresh[:2]), 16 * 3 + 4 * sum(fresh)]
