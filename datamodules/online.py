@@ -149,7 +149,7 @@ class OnlinePromptDataModule(LightningDataModule):
         """Read the pools and prepare the selector. Raises UserError when data cannot be used."""
         if self.pools:
             return
-        module = None if self.trainer is None else self.trainer.lightning_module
+        module: object = None if self.trainer is None else self.trainer.lightning_module
         policy = module if isinstance(module, PolicySource) else None
         if self.tokenizer_path is not None:
             tokenizer = _load_tokenizer(self.tokenizer_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
@@ -34,7 +35,7 @@ class RunProgress(StepCallback, RichProgressBar):
         return -(-steps // (module.mini_batches if isinstance(module, GRPOModule) else 1))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: STEP_OUTPUT, batch: TrainBatch, batch_idx: int
     ) -> None:
         self._latest.update(batch.metrics)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
