@@ -1,7 +1,6 @@
 """Callbacks around a step. Those that a config lists are the algorithm; the trainer supplies the standard ones."""
 
-from callbacks.algorithm.balanced import Balanced
-from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.dynamic_sampling import Balanced, DynamicSampling
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollout_ahead import RolloutAhead

@@ -129,13 +129,16 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["sampling"].update(top_p=1.5),
         "sampling.top_p is 1.5 but must be greater than 0 and",
     ),
-    "no prompts per step": (lambda c: data(c).update(prompts_per_step=0), "data.prompts_per_step=0: expected at least"),
+    "no prompts per step": (
+        lambda c: data(c).update(prompts_per_step=0),
+        "data.prompts_per_step is 0, expected at least",
+    ),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
     "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k is 0; set it to 1 or more"),
     "checkpoint interval": (lambda c: callback(c, "RunCheckpoint").update(every=0), "RunCheckpoint(every=0, keep=2)"),
     "replay share": (
         lambda c: callback(c, "RolloutReplay").update(fresh_fraction=0),
-        "RolloutReplay(fresh_fraction=0",
+        "RolloutReplay.fresh_fraction is 0",
     ),
     "target of DOTS": (
         lambda c: data(c)["selector"].update(class_path="datamodules.selectors.Dots", init_args={"alpha": 1.5}),
@@ -154,12 +157,12 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["rewards"][0].update(init_args={"pattern": "("}),
         "pattern='(' is not a valid regular expression",
     ),
-    "no rewards": (lambda c: model(c).update(rewards=[]), "rewards=[]: expected at least one reward"),
+    "no rewards": (lambda c: model(c).update(rewards=[]), "rewards is an empty list, expected at least one reward"),
     "two correctness rewards": (
         lambda c: model(c).update(
             rewards=[{"class_path": "app.rewards.Numeric", "init_args": {"correctness": True}}] * 2
         ),
-        "correctness: true on 2 rewards",
+        "correctness is true for 2 rewards",
     ),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
@@ -281,8 +284,11 @@ DATA: dict[str, tuple[Callable[[Place], Change], str]] = {
     "limit": (_rows(limit=0), "PromptFile limit is 0. Set at least 1, or null for no limit"),
     "template without question": (_rows(template="Q:"), "template 'Q:' has no field {question}"),
     "field of a template": (_rows(template="{question}{q}"), "field 'q' is unknown, expected one of "),
-    "one prompt": (_rows(GOOD), "2 prompts per step asked of a pool of 1: lower data.prompts_per_step or add prompts"),
-    "all repeated": (_rows(GOOD, GOOD, GOOD), "2 prompts per step asked of a pool of 1"),
+    "one prompt": (
+        _rows(GOOD),
+        "data.prompts_per_step is 2 but the pool has only 1 prompts. Lower data.prompts_per_step",
+    ),
+    "all repeated": (_rows(GOOD, GOOD, GOOD), "data.prompts_per_step is 2 but the pool has only 1 prompts"),
     "split": (_folder_with_another_split, "cannot be read as a data set: "),
     "saved folder": (_saved_folder_without_its_data, "Folder 'saved' cannot be read as a data set: "),
     "validation split": (
@@ -385,7 +391,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
     "layer of an encoder": (_selector(encoder=f"{TINY}@99"), "layer 99 of encoder"),
     "tokenizer of the data": (
         lambda c: data(c).update(tokenizer="./absent"),
-        "data.tokenizer=./absent: cannot be load",
+        "data.tokenizer is ./absent, which cannot be load",
     ),
     "attention": (lambda c: model(c)["policy"].update(attn_implementation="quick"), "cannot be loaded by"),
     "LoRA of rank 0": (lambda c: model(c)["policy"].update(lora={"rank": 0}), "lora"),

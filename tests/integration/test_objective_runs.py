@@ -33,11 +33,11 @@ class Poison(Callback):
         self.steps = steps
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch.step in self.steps:
-            place = next(i for i, group in enumerate(batch.groups) if group.informative)
-            group = batch.groups[place]
+            group = next(group for group in batch.groups if group.informative)
+            place = batch.rollouts.index((group, "trained"))
             completions = list(group.completions)
             completions[3] = dataclasses.replace(completions[3], logprobs=np.full_like(completions[3].logprobs, np.nan))
-            batch.groups[place] = dataclasses.replace(group, completions=tuple(completions))
+            batch.rollouts[place] = (dataclasses.replace(group, completions=tuple(completions)), "trained")
             print("poisoned", f"{group.prompt.id}[3]", flush=True)
 '''
 

@@ -21,6 +21,7 @@ from app.rollouts.exchange import Rolled, exchange
 from app.update.gradient_sum import sum_gradients
 from app.update.minibatch import CompletionId, MiniBatch, shares, token_imbalance
 from datamodules.errors import UserError
+from datamodules.ledger import WeightedMean
 from datamodules.types import Completion, Prompt, RolloutGroup
 
 
@@ -131,10 +132,10 @@ def _rollouts(ranks: Ranks) -> None:
     # A group that lost all its completions, and texts that are no valid UTF-8, are passed on too.
     dealt = [[0, 3], [1, 2]]
     mine = [groups[position] for position in dealt[ranks.rank]]
-    rolled = Rolled(mine, {"train/prompts": 2}, {"length": [float(ranks.rank), 0.5]})
+    rolled = Rolled(mine, {"train/prompts": 2}, {"exact/length": WeightedMean(2.0 * ranks.rank, 3 - ranks.rank)})
     whole = exchange(ranks, [group.prompt for group in groups], dealt, rolled)
     assert whole.counts == {"train/prompts": 4}
-    assert sorted(whole.logged["length"]) == [0.0, 0.5, 0.5, 1.0]
+    assert whole.logged == {"exact/length": WeightedMean(2.0, 5)}
     for found, expected in zip(whole.groups, groups, strict=True):
         assert found.prompt is expected.prompt
         assert (found.source, found.birth_step) == (expected.source, expected.birth_step)
