@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from datamodules.errors import UserError
 from datamodules.procedural import Procedural, ProceduralTask
 from datamodules.types import TrainBatch
 from tests.benchmarks.trl_steps import run_trl
-from tests.benchmarks.turns import Clock, Side, Step
+from tests.benchmarks.turns import Clock, Side, Step, scripted
 
 CASES = {"all_informative": 1.0, "half_informative": 0.5}
 """Share of the prompts whose completions get different rewards."""
@@ -106,14 +105,6 @@ def write_prompts(prompts: int, informative: float, folder: Path) -> None:
             file.write(json.dumps({"id": prompt.id, "prompt": prompt.prompt, "informative": differs}) + "\n")
 
 
-def scripted(completions: Sequence[str], informative: Sequence[bool], **_: object) -> list[float]:
-    """Return the rewards of both trainers: a hash of the completion where the prompt is informative, else 0.5."""
-    return [
-        zlib.crc32(text.encode()) % 997 / 997 if differs else 0.5
-        for text, differs in zip(completions, informative, strict=True)
-    ]
-
-
 def run_dots(options: argparse.Namespace, folder: Path, clock: Clock) -> None:
     """Train the steps of a case, each when it is Dots' turn: plain GRPO with uniform selection, as TRL does."""
     # Slow to import, and the process of TRL, which imports this file too, does not need them.
@@ -122,7 +113,7 @@ def run_dots(options: argparse.Namespace, folder: Path, clock: Clock) -> None:
     from app.cli.dots import DotsCLI, quiet
 
     torch.set_num_threads(options.threads)
-    reward = {"path": "tests.benchmarks.throughput.scripted", "correctness": True}
+    reward = {"path": "tests.benchmarks.turns.scripted", "correctness": True}
     config = {
         "seed_everything": 0,
         "trainer": {

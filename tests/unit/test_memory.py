@@ -63,7 +63,7 @@ def test_a_shape_is_read_without_weights() -> None:
     assert found.layers * found.layer_parameters + found.root_parameters == found.parameters
     # Worked by hand: the four matrices of attention (no key has fewer heads here) and the three of the MLP.
     assert found.layer_matrices == 4 * 128 * 128 + 3 * 128 * 384
-    # Besides, a layer has three biases of attention and two norms; the root one embedding and one norm.
+    # A layer also has three biases of attention and two norms; the root has one embedding and one norm.
     assert found.layer_parameters == found.layer_matrices + 3 * 128 + 2 * 128
     assert found.root_parameters == 262 * 128 + 128
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.throughput import report, scripted
-from tests.benchmarks.turns import Step
+from tests.benchmarks.throughput import report
+from tests.benchmarks.turns import Step, scripted
 
 
 def test_ratio_is_the_median_of_the_pairs() -> None:

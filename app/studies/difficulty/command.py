@@ -167,7 +167,7 @@ def _learning_curve(material: Material, splits: list[QuestionSplit], options: Na
         part = QuestionSplit(part_of(split.train, share), part_of(split.validation, share), split.test)
         if min(len(part.train), len(part.validation)) < 2:
             continue
-        # Folds differ by a question at most; the first one's size stands for all.
+        # Folds differ by at most one question, so the first one's size is used for all.
         size = round(share * (len(splits[0].train) + len(splits[0].validation)))
         forecasters = {name: trained(_fitted(name, material, part, options), material) for name in METHODS}
         forecasters["ridge on embeddings"] = linear_ridge(material, np.concatenate([part.train, part.validation]))

@@ -44,9 +44,9 @@ class Traces:
         recorded = self.rates.shape[1]
         last = recorded if visits is None else first + visits
         if first < 0 or last > recorded or last - first < 2:
-            asked = f"--from is {first}" + ("" if visits is None else f" and --visits is {visits}")
+            given = f"--from is {first}" + ("" if visits is None else f" and --visits is {visits}")
             raise UserError(
-                f"{asked}, but the shortest trace has {recorded} visits, counted from 0, and a study needs at least 2. "
+                f"{given}, but the shortest trace has {recorded} visits, counted from 0, and a study needs at least 2. "
                 "Lower --from or --visits, or leave short traces out of the file."
             )
         return replace(self, rates=self.rates[:, first:last], first=self.first + first)
