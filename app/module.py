@@ -164,9 +164,6 @@ class GRPOModule(LightningModule):
         trainer: Any = self.trainer
         if self._checks_late:
             return
-        for callback in trainer.callbacks:
-            if hasattr(callback, "check_first"):
-                callback.check_first(trainer, self)
         _call_configure_model(trainer)  # with the contexts of strategy and precision
         self._check_run()
 
@@ -187,8 +184,6 @@ class GRPOModule(LightningModule):
                 f"trainer.max_steps={trainer.max_steps}: prompts never run out; expected optimizer steps (or "
                 "trainer.max_time) that end the run"
             )
-        if not any(getattr(one, "fills_batches", False) for one in trainer.callbacks):
-            raise UserError("trainer.callbacks holds callbacks.Rollouts 0 times: list it exactly once")
         if self.resumed is not None:
             self._identity.check(self.resumed)
 

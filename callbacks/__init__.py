@@ -1,4 +1,4 @@
-"""Dots: what happens around a step. The callbacks listed in a config, in their order, are the algorithm."""
+"""Callbacks around a step. Those that a config lists are the algorithm; the trainer supplies the standard ones."""
 
 from callbacks.algorithm.balanced import Balanced
 from callbacks.algorithm.dynamic_sampling import DynamicSampling
@@ -8,7 +8,9 @@ from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.algorithm.rollouts import Rollouts
 from callbacks.algorithm.weight_sync import WeightSync
 from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.upkeep.checks import RunChecks
 from callbacks.upkeep.clock_budget import ClockBudget
+from callbacks.upkeep.graceful_stop import GracefulStop
 from callbacks.upkeep.random_state import RandomState
 from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
@@ -22,12 +24,14 @@ __all__ = [
     "ClockBudget",
     "CompletionsLog",
     "DynamicSampling",
+    "GracefulStop",
     "RandomState",
     "ReferenceRollouts",
     "RolloutAhead",
     "RolloutReplay",
     "Rollouts",
     "RunCheckpoint",
+    "RunChecks",
     "RunLedger",
     "RunProgress",
     "SelectionMonitor",

@@ -13,30 +13,22 @@ from datamodules.online import OnlinePromptDataModule
 
 
 class Stage(IntEnum):
-    """When a callback acts within a step. Every hook of a step calls the callbacks in this order."""
+    """When a callback acts within a step: every hook calls the callbacks in this order."""
 
-    PUSH_WEIGHTS = 0
-    """Weights are pushed before any rollout needs them."""
-    ROLL_OUT_REFERENCES = 10
-    """Reference groups are offered to the batch before its prompts are rolled out."""
-    ROLL_OUT = 20
-    FILTER = 30
-    REPLAY = 40
-    """Replayed groups complete what the rollouts and the filter left open."""
-    ROLL_OUT_AHEAD = 50
-    """The next step's prompts are chosen when this step has all its groups."""
-    WATCH = 60
-    OTHER = 70
-    """Callbacks of users and of Lightning: they see a step's groups and add metrics that are still logged."""
-    RANDOM_STATE = 80
-    ACCOUNT = 90
-    """The ledger logs what all others have measured."""
-    BUDGET = 100
-    """The clock that ends a run is read after the ledger has advanced it."""
-    VALIDATE = 110
-    SHOW_PROGRESS = 120
-    STOP = 130
-    """Processes agree on a stop before the checkpoint of the step is due."""
+    PUSH_WEIGHTS = 0  # before any rollout needs them
+    ROLL_OUT_REFERENCES = 10  # reference groups are offered before the batch's own prompts are rolled out
+    AGREE_TO_STOP = 20  # once the step's pushes and reference rollouts are over, before its checkpoint is due
+    ROLL_OUT = 30
+    FILTER = 40
+    REPLAY = 50  # replayed groups complete what the rollouts and the filter left open
+    ROLL_OUT_AHEAD = 60  # the next step's prompts are chosen once this step has all its groups
+    WATCH = 70
+    OTHER = 80  # callbacks of users and of Lightning: they see all groups, and their metrics are still logged
+    RANDOM_STATE = 90
+    ACCOUNT = 100  # logs what all others have measured
+    BUDGET = 110  # reads the clock that the account has just advanced
+    VALIDATE = 120
+    SHOW_PROGRESS = 130
     SAVE = 140
 
 
@@ -44,20 +36,15 @@ class StepCallback(Callback):
     """A callback with a fixed place within a step.
 
     Attributes:
-        stage: when it acts; callbacks of one stage keep the order in which they are listed.
+        stage: when it acts. Callbacks of one stage keep the order in which they are listed.
     """
 
     stage: ClassVar[Stage]
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
-        """Raise UserError where the run cannot work. Called before anything is loaded, generated or written."""
-
-
-def stage_of(callback: Callback) -> Stage:
-    """Return the stage of a callback; `Stage.OTHER` for those that are not Dots' own."""
-    return callback.stage if isinstance(callback, StepCallback) else Stage.OTHER
+        """Raise UserError if the run cannot work. Called before anything is loaded, generated or written."""
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks sorted by stage."""
-    return sorted(callbacks, key=stage_of)
+    """Return the callbacks sorted by stage; those that are not Dots' own act at `Stage.OTHER`."""
+    return sorted(callbacks, key=lambda one: one.stage if isinstance(one, StepCallback) else Stage.OTHER)

@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong": the command prints its line and exits with code 2."""
+"""The exception for wrong user input. The command prints its one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message is one line: what was given, what is expected, what to do."""
+    """Input that cannot be used. The message is one line: what was given, what was expected, what to do."""
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:
-    """A hint naming the closest of `valid` to `given`, or the whole choice when none is close."""
+    """Return a hint that names the element of `valid` closest to `given`, or all of them if none is close."""
     choices = sorted(valid)
     close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
     if close:

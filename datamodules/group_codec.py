@@ -1,35 +1,26 @@
-"""Rollout groups as flat arrays: what the replay buffer keeps of them, and what a checkpoint holds.
+"""Rollout groups as flat arrays, for the replay buffer and for checkpoints.
 
-Everything but the prompt lies in arrays of its own, so that their sizes are all there is to count, and nothing keeps
-the padded matrices of an engine alive. A checkpoint joins them into one tensor per field, loadable with `weights_only`.
+Everything but the prompt is copied into arrays of its own, so that their sizes add up to the memory in use, and no
+entry keeps an engine's padded matrices alive. A checkpoint joins them into one tensor per field, which `torch.load`
+reads with `weights_only`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
 from datamodules.pool import PromptPool
-from datamodules.types import Completion, Prompt, RolloutGroup, Source
+from datamodules.types import Completion, FinishReason, Prompt, RolloutGroup, Source
 
 LogprobDtype = Literal["float32", "float16"]
-_FINISH = ("stop", "length")
-_ARRAYS = (
-    "token_ids",
-    "logprobs",
-    "lengths",
-    "finish",
-    "versions",
-    "text",
-    "text_lengths",
-    "rewards",
-    "correctness",
-    "components",
-)
+GroupState: TypeAlias = dict[str, Any]
+"""Tensors and plain values, as a checkpoint holds them."""
+_FINISH: tuple[FinishReason, ...] = ("stop", "length")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,17 +28,17 @@ class PackedGroup:
     """A rollout group of `G` completions with `T` tokens in all, `R` reward functions and `S` bytes of text.
 
     Attributes:
-        prompt: the pool's own, so it costs nothing here.
+        prompt: shared with the pool, so it takes no memory here.
         source: as in `RolloutGroup`.
-        birth_step: likewise.
-        component_names: of the `R` reward functions.
-        token_ids: int32 `[T]`, completion after completion.
+        birth_step: as in `RolloutGroup`.
+        component_names: names of the `R` reward functions.
+        token_ids: int32 `[T]`, the completions concatenated.
         logprobs: float32 or float16 `[T]`: log mu.
-        lengths: int32 `[G]`: tokens of each completion.
+        lengths: int32 `[G]`: number of tokens of each completion.
         finish: uint8 `[G]`: position of the finish reason in ("stop", "length").
         versions: int64 `[G]`: policy versions.
-        text: uint8 `[S]`: the completions' texts in UTF-8.
-        text_lengths: int32 `[G]`: bytes of each text.
+        text: uint8 `[S]`: the completions' texts in UTF-8, concatenated.
+        text_lengths: int32 `[G]`: number of bytes of each text.
         rewards: float32 `[G]`.
         correctness: float32 `[G]`.
         components: float32 `[R, G]`.
@@ -69,17 +60,33 @@ class PackedGroup:
     components: np.ndarray
 
     @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by field name."""
+        return {
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs,
+            "lengths": self.lengths,
+            "finish": self.finish,
+            "versions": self.versions,
+            "text": self.text,
+            "text_lengths": self.text_lengths,
+            "rewards": self.rewards,
+            "correctness": self.correctness,
+            "components": self.components,
+        }
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
-        return sum(getattr(self, name).nbytes for name in _ARRAYS)
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 def pack(group: RolloutGroup, logprob_dtype: LogprobDtype = "float32") -> PackedGroup:
-    """Copies a group into compact arrays.
+    """Copy a group into compact arrays.
 
-    With "float16" a stored log-prob is off by at most `2**-11 |log mu|` (half a unit in the last of 11 bits), or 2**-25
-    near 0, and the importance ratio `pi / mu` of a token by a factor of at most the exponential of that: 0.05% for a
-    token of probability 1/e, 0.4% at e^-8. Over a completion the log-errors add up, mostly cancelling.
+    float16 changes a stored log-probability by at most `2**-11 |log mu|` (half a unit in the last of 11 bits), or
+    2**-25 near 0, and a token's importance ratio `pi / mu` by at most the exponential of that: 0.05% for a token of
+    probability 1/e, 0.4% at e^-8. Over a completion the errors of the logarithms add up, mostly cancelling.
     """
     completions = group.completions
     texts = [completion.text.encode("utf-8", "surrogatepass") for completion in completions]
@@ -104,7 +111,7 @@ def pack(group: RolloutGroup, logprob_dtype: LogprobDtype = "float32") -> Packed
 
 
 def unpack(packed: PackedGroup) -> RolloutGroup:
-    """The group of `pack`; its arrays are views where the type is the same. Log-probs are float32 again."""
+    """Restore the group from `pack`. Arrays are views where the dtype is the same; log-probabilities are float32."""
     parts = zip(
         _slices(packed.token_ids, packed.lengths),
         _slices(packed.logprobs.astype(np.float32, copy=False), packed.lengths),
@@ -116,7 +123,7 @@ def unpack(packed: PackedGroup) -> RolloutGroup:
     return RolloutGroup(
         prompt=packed.prompt,
         completions=tuple(
-            Completion(ids, logprobs, _FINISH[finish], version, text.tobytes().decode("utf-8", "surrogatepass"))  # type: ignore[arg-type]
+            Completion(ids, logprobs, _FINISH[finish], version, text.tobytes().decode("utf-8", "surrogatepass"))
             for ids, logprobs, finish, version, text in parts
         ),
         rewards=packed.rewards,
@@ -127,21 +134,22 @@ def unpack(packed: PackedGroup) -> RolloutGroup:
     )
 
 
-def join(entries: Sequence[PackedGroup]) -> dict[str, Any]:
-    """Everything of the entries but their prompts, which are named by id: tensors and plain values."""
-    arrays = {name: [getattr(entry, name).reshape(-1) for entry in entries] for name in _ARRAYS if entries}
+def join(entries: Sequence[PackedGroup]) -> GroupState:
+    """Concatenate entries for a checkpoint. Prompts are stored by id only."""
+    arrays = [entry.arrays for entry in entries]
+    flat = {name: [entry[name].reshape(-1) for entry in arrays] for name in arrays[0]} if arrays else {}
     return {
         "prompt_ids": [entry.prompt.id for entry in entries],
         "sources": [entry.source for entry in entries],
         "birth_steps": [entry.birth_step for entry in entries],
         "component_names": [list(entry.component_names) for entry in entries],
-        "sizes": {name: [part.size for part in parts] for name, parts in arrays.items()},
-        "arrays": {name: torch.from_numpy(np.concatenate(parts)) for name, parts in arrays.items()},
+        "sizes": {name: [part.size for part in parts] for name, parts in flat.items()},
+        "arrays": {name: torch.from_numpy(np.concatenate(parts)) for name, parts in flat.items()},
     }
 
 
-def split(state: dict[str, Any], pool: PromptPool, logprob_dtype: LogprobDtype = "float32") -> list[PackedGroup]:
-    """The entries of `join`, their prompts taken from the pool by id (KeyError for an unknown one)."""
+def split(state: GroupState, pool: PromptPool, logprob_dtype: LogprobDtype = "float32") -> list[PackedGroup]:
+    """Restore the entries from `join`, with prompts from the pool (KeyError for an unknown id)."""
     # Copies: a view would keep the whole joined array alive as long as any of its entries.
     columns = {
         name: [part.copy() for part in _slices(flat.numpy(), state["sizes"][name])]
@@ -165,13 +173,13 @@ def split(state: dict[str, Any], pool: PromptPool, logprob_dtype: LogprobDtype =
     return entries
 
 
-def pack_groups(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-    """Groups as a checkpoint holds them, without loss."""
+def pack_groups(groups: Sequence[RolloutGroup]) -> GroupState:
+    """Pack groups for a checkpoint, without loss."""
     return join([pack(group) for group in groups])
 
 
-def unpack_groups(state: dict[str, Any], pool: PromptPool) -> list[RolloutGroup]:
-    """The groups of `pack_groups`, their prompts taken from the pool by id (KeyError for an unknown one)."""
+def unpack_groups(state: GroupState, pool: PromptPool) -> list[RolloutGroup]:
+    """Restore the groups from `pack_groups`, with prompts from the pool (KeyError for an unknown id)."""
     return [unpack(entry) for entry in split(state, pool)]
 
 

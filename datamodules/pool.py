@@ -1,20 +1,61 @@
-"""The set of prompts that selection draws from."""
+"""The pool of prompts that selection draws from, and the report of how it was read."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-from datamodules.report import ReadReport
 from datamodules.types import Prompt
 
 
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """Counts of what was read, kept and dropped. `str(report)` is one line of text.
+
+    Attributes:
+        source: name of the data and its schema.
+        read: number of rows.
+        kept: number of prompts in the pool.
+        empty: rows without a prompt, or without the reference answer that their schema requires.
+        duplicates: rows with the same rendered prompt and answer as an earlier row.
+        overlong: prompts of more than `max_prompt_length` tokens.
+        max_prompt_length: None for no limit.
+        held_out: prompts moved to the validation pool.
+        hidden_columns: columns not passed to rewards, because one of their arguments has the same name.
+    """
+
+    source: str
+    read: int
+    kept: int
+    empty: int = 0
+    duplicates: int = 0
+    overlong: int = 0
+    max_prompt_length: int | None = None
+    held_out: int = 0
+    hidden_columns: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        dropped = {
+            "empty": self.empty,
+            "duplicate": self.duplicates,
+            f"longer than {self.max_prompt_length} tokens": self.overlong,
+        }
+        parts = [f"{count} {why}" for why, count in dropped.items() if count]
+        line = f"{self.source}: {self.read} rows read, {self.kept} prompts kept"
+        line += f", {self.held_out} held out for validation" if self.held_out else ""
+        line += f", dropped {', '.join(parts)}" if parts else ""
+        if self.hidden_columns:
+            line += f"; not passed to rewards: {', '.join(self.hidden_columns)}"
+        return line
+
+
 class PromptRows(Protocol):
-    """Random access to prompts, made on demand (a million tokenised prompts need not be alive at once)."""
+    """Random access to prompts that are built on demand, since a pool may have a million of them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Prompt: ...
@@ -24,11 +65,11 @@ class PromptPool(Sequence[Prompt]):
     """An ordered pool of prompts with unique ids.
 
     Args:
-        rows: makes the `Prompt` of a position.
+        rows: builds the `Prompt` at a position.
         ids: `Q` unique ids, in order.
         questions: `Q` raw question texts, in order (may be a lazy sequence).
-        report: what was read and dropped to make the pool; None for one that was not read.
-        digests: bytes `[Q]`: a hash of each prompt's rendered text and answer; None for a pool that was not read.
+        report: what was read and dropped to make the pool; None for a pool that was not read.
+        digests: `Q` hashes of each prompt's rendered text and answer; None for a pool that was not read.
     """
 
     def __init__(
@@ -47,7 +88,7 @@ class PromptPool(Sequence[Prompt]):
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> PromptPool:
-        """A pool of prompts that are already in memory."""
+        """Make a pool of prompts that are already in memory."""
         return cls(prompts, [prompt.id for prompt in prompts], [prompt.question for prompt in prompts])
 
     def __len__(self) -> int:
@@ -60,23 +101,23 @@ class PromptPool(Sequence[Prompt]):
         return (self[index] for index in range(len(self)))
 
     @cached_property
-    def _position(self) -> dict[str, int]:
+    def _position_by_id(self) -> dict[str, int]:
         return {name: position for position, name in enumerate(self.ids)}
 
     def positions(self, ids: Iterable[str]) -> np.ndarray:
-        """int64 positions of the given ids. Raises KeyError for an id that is not in the pool."""
-        return np.fromiter((self._position[name] for name in ids), dtype=np.int64)
+        """Return the int64 positions of the given ids. Raises KeyError for an id that is not in the pool."""
+        return np.fromiter((self._position_by_id[name] for name in ids), dtype=np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of ids and questions in order: two pools with the same one select alike."""
+        """Hash of ids and questions in order. Pools with equal fingerprints give equal selections."""
         digest = hashlib.blake2b(digest_size=16)
         for name, question in zip(self.ids, self.questions, strict=True):
             digest.update(f"{len(name)}:{name}{len(question)}:{question}".encode())
         return digest.hexdigest()
 
     def content(self, *, in_order: bool) -> str:
-        """Hash of what the prompts say, answers included: of another order the same, unless `in_order`."""
+        """Return a hash of what the prompts say, answers included; independent of their order unless `in_order`."""
         digests = self.digests or [hashlib.blake2b(question.encode()).digest() for question in self.questions]
         joined = b"".join(digests if in_order else sorted(digests))
         return hashlib.blake2b(joined, digest_size=16).hexdigest()

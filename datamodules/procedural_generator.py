@@ -1,6 +1,6 @@
-"""Runs as a process of its own: reads tasks as JSON from standard input, writes their problems to standard output.
+"""Program that reads reasoning-gym tasks as JSON from standard input and writes their problems to standard output.
 
-It imports nothing of the project: it is started by its path, with a fixed hash seed (see `procedural.generate`).
+It imports nothing of the project: `procedural.generate` starts it by its path, with a fixed hash seed.
 """
 
 from __future__ import annotations
@@ -10,47 +10,44 @@ import pickle
 import random
 import sys
 from dataclasses import fields
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 
-def main() -> None:
-    """Answers with `problems`, or with `error` (and `given`, `valid` where a name is wrong)."""
-    output = sys.stdout.buffer
-    sys.stdout = sys.stderr  # a task that prints must not break the answer
-    output.write(pickle.dumps(answer(json.load(sys.stdin))))
+class Task(TypedDict):
+    name: str
+    size: int
+    params: dict[str, object]
+    seed: int
 
 
-def answer(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(tasks: list[Task]) -> dict[str, object]:
+    """Return `problems`, or `error` with, for a wrong name, the `given` and the `valid` ones."""
     from reasoning_gym.factory import DATASETS, create_dataset
 
     for task in tasks:
         if task["name"] not in DATASETS:
-            return {"error": f"no task {task['name']!r}", "given": task["name"], "valid": sorted(DATASETS)}
+            return {"error": f"has no task {task['name']!r}", "given": task["name"], "valid": sorted(DATASETS)}
         known = {setting.name for setting in fields(DATASETS[task["name"]][1])} - {"seed", "size"}
         for unknown in sorted(set(task["params"]) - known):
-            return {
-                "error": f"task {task['name']!r} has no setting {unknown!r}",
-                "given": unknown,
-                "valid": sorted(known),
-            }
-    problems = []
+            error = f"task {task['name']!r} has no setting {unknown!r}"
+            return {"error": error, "given": unknown, "valid": sorted(known)}
+    problems: list[list[object]] = []
     for task in tasks:
         try:
-            generator = create_dataset(task["name"], seed=task["seed"], size=task["size"], **task["params"])
+            dataset = create_dataset(task["name"], seed=task["seed"], size=task["size"], **task["params"])
         except (AssertionError, TypeError, ValueError) as error:
-            return {"error": f"task {task['name']!r} refuses {task['params']}: {error}"}
-        problems.append([_problem(generator, task["seed"], index) for index in range(task["size"])])
+            return {"error": f"task {task['name']!r} rejects {task['params']} ({error})"}
+        problems.append([])
+        for index in range(task["size"]):  # some tasks draw from the global generators
+            random.seed(task["seed"] + index)
+            np.random.seed((task["seed"] + index) % 2**32)
+            problems[-1].append(dataset[index])
     return {"problems": problems}
 
 
-def _problem(generator: Any, seed: int, index: int) -> dict[str, Any]:
-    """One problem; the global generators are set as well, for the tasks that draw from them."""
-    random.seed(seed + index)
-    np.random.seed((seed + index) % 2**32)
-    return generator[index]
-
-
 if __name__ == "__main__":
-    main()
+    output = sys.stdout.buffer
+    sys.stdout = sys.stderr  # keeps what a task prints out of the reply
+    output.write(pickle.dumps(answer(json.load(sys.stdin))))

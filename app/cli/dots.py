@@ -28,17 +28,16 @@ from app.runs.checkpoint_files import read as read_checkpoint
 from app.runs.folder import find_last
 from app.runs.identity import check_weights
 from app.runs.sharded_checkpoint import read_rest
+from callbacks import CompletionsLog, RunCheckpoint, SelectionMonitor, StartValidation
 from datamodules.errors import UserError
 
-_TRAINER_DEFAULTS = {
-    # Steps, not epochs, are the unit of everything: the training loader never ends.
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-    # Selection is global; Lightning must not wrap the loader in a sampler of its own.
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
+_CONFIGURABLE: dict[type[Callback], str] = {
+    RunCheckpoint: "checkpoint",
+    CompletionsLog: "completions",
+    SelectionMonitor: "selection_monitor",
+    StartValidation: "start_validation",
 }
+"""Section of the configuration by standard callback."""
 
 
 class DotsCLI(LightningCLI):
@@ -47,7 +46,6 @@ class DotsCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             trainer_class=DotsTrainer,
-            trainer_defaults=_TRAINER_DEFAULTS,
             seed_everything_default=0,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -79,6 +77,9 @@ class DotsCLI(LightningCLI):
             help="what --ckpt_path last does when the newest checkpoint is not what was written: take the one before "
             "it, and say so, or stop",
         )
+        # Standard callbacks with options: `--checkpoint.every 5`. The others are supplied by the trainer.
+        for kind, name in _CONFIGURABLE.items():
+            parser.add_lightning_class_args(kind, name)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint holds no hyperparameters, and must not choose which classes are made."""
@@ -105,6 +106,14 @@ class DotsCLI(LightningCLI):
             config.trainer.logger = False
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        listed = config.get("callbacks") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        if isinstance(self.model, GRPOModule):
+            if config.get("enable_checkpointing") is False:
+                callbacks = [one for one in callbacks if not isinstance(one, RunCheckpoint)]
+            callbacks = [one for one in callbacks if not any(isinstance(other, type(one)) for other in listed)]
+        else:
+            self.trainer_class, callbacks = Trainer, []  # a pretraining has no steps of rollouts
         try:
             return super()._instantiate_trainer(config, callbacks)
         except UserError:
@@ -174,7 +183,7 @@ def quiet() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command; `args` default to the process's own."""
+    """Run the command; `args` default to the process's own."""
     quiet()
     # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
     if os.getcwd() not in sys.path:

@@ -1,23 +1,82 @@
-"""The Trainer, with the subcommands of `dots` that Lightning does not have."""
+"""The trainer: Lightning's, with the standard callbacks and the subcommands of `dots` that Lightning does not have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 
 from app.cli.serve import serve
+from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
 from app.reporting.run_table import print_run_table
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
+from callbacks.stages import StepCallback
+from callbacks.standard import with_standard
 from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
 
 
 class DotsTrainer(Trainer):
-    """Lightning's Trainer plus `describe`, `export`, `select` and `serve`; its arguments are Lightning's."""
+    """Lightning's Trainer for a `GRPOModule` and its prompts; its arguments are Lightning's.
+
+    It supplies the standard callbacks (`callbacks.standard`): only what makes the algorithm, and what is not to run
+    with its default options, has to be listed. A listed callback replaces the standard one of its class. All are
+    sorted by their stage in a step. `enable_checkpointing=False` and `enable_progress_bar=False` leave out the
+    callbacks for these.
+
+    Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end.
+    """
+
+    def __init__(
+        self,
+        *,
+        callbacks: list[Callback] | Callback | None = None,
+        check_val_every_n_epoch: int | None = None,
+        num_sanity_val_steps: int | None = 0,
+        log_every_n_steps: int | None = 1,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = False,
+        use_distributed_sampler: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        super().__init__(
+            callbacks=with_standard(
+                listed, checkpoints=enable_checkpointing is not False, progress_bar=enable_progress_bar is not False
+            ),
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            num_sanity_val_steps=num_sanity_val_steps,
+            log_every_n_steps=log_every_n_steps,
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            use_distributed_sampler=use_distributed_sampler,
+            **kwargs,
+        )
+        self._given = kwargs
+
+    def fit(  # the checks come before anything is loaded or written, which no hook of a callback does
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        if isinstance(train_dataloaders, LightningDataModule):
+            train_dataloaders, datamodule = None, train_dataloaders
+        module, data = _of_a_run(model, datamodule)
+        for callback in self._step_callbacks:
+            callback.check(self, module, data)
+        super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
 
     def describe(
         self,
@@ -27,20 +86,21 @@ class DotsTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Prints the table of a run without loading weights or data.
+        """Print the table of a run without loading weights or data.
 
         Args:
             model: the module of the run.
             datamodule: the data of the run.
             world_size: processes to describe; those of trainer.devices and trainer.num_nodes by default.
             ckpt_path: not used; the config.yaml of a run names it.
-            weights_only: not used, likewise.
+            weights_only: not used; the config.yaml of a run names it.
         """
+        module, data = _of_a_run(model, datamodule)
         print_run_table(
-            model,
-            datamodule,
-            self.callbacks,  # type: ignore[attr-defined]  # set by the connector
-            policy=model.policy.on_meta(),  # type: ignore[union-attr,operator]
+            module,
+            data,
+            self._step_callbacks,
+            policy=module.policy.on_meta(),
             world_size=world_size or self.world_size,
             max_steps=self.max_steps,
         )
@@ -53,24 +113,24 @@ class DotsTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Writes the policy of a checkpoint as a Hugging Face folder that `from_pretrained` loads.
+        """Write the policy of a checkpoint as a Hugging Face folder that `from_pretrained` loads.
 
         Args:
             model: the module of the run.
             ckpt_path: a checkpoint file, or "last".
             out: the folder to write; it must not exist or be empty.
             datamodule: not used; the config.yaml of a run names one.
-            weights_only: not used, likewise: a checkpoint is never unpickled.
+            weights_only: not used: a checkpoint is never unpickled.
         """
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out {out}: exists and is not an empty folder; give a new one")
-        module: Any = model
-        module.configure_model()
-        weights = checkpoint_weights(Path(ckpt_path))
-        module.policy_model.load_state_dict(weights)
-        export(module.policy_model, module.tokenizer, folder)
-        module.teardown("export")
+            raise UserError(f"--out {out} exists and is not an empty folder. Give a new name.")
+        if not isinstance(model, GRPOModule):
+            raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
+        model.configure_model()
+        model.policy_model.load_state_dict(checkpoint_weights(Path(ckpt_path)))
+        export(model.policy_model, model.tokenizer, folder)
+        model.teardown("export")
         print(f"wrote {folder}")
 
     def select(
@@ -86,29 +146,30 @@ class DotsTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Chooses a subset of the training pool before training, and writes it as a prompt file.
+        """Choose a subset of the training pool before training, and write it as a prompt file.
 
-        Beside OUT.jsonl stand OUT.yaml (a config that makes `dots fit` train on it), OUT.scores.parquet, OUT.png, and
-        the folder OUT.select with what was measured: the same command goes on from it when it was stopped, and another
+        Also written are OUT.yaml (a config that makes `dots fit` train on it), OUT.scores.parquet, OUT.png, and the
+        folder OUT.select with all measurements: the same command continues from them if it was stopped, and another
         --keep needs no new measurement.
 
         Args:
             model: the module of the run.
-            datamodule: the data of the run; its training pool is chosen from.
-            method: "learnalign" keeps prompts whose gradients teach what the others teach (arXiv 2506.11480), "ufo"
-                those that the policy is neither sure nor at a loss about (arXiv 2505.12457).
-            keep: prompts to keep.
+            datamodule: the data of the run; the subset is chosen from its training pool.
+            method: "learnalign" keeps prompts whose gradients agree with those of the others (arXiv 2506.11480), "ufo"
+                those on which the policy's confidence is intermediate (arXiv 2505.12457).
+            keep: number of prompts to keep.
             out: the file to write; its name ends in .jsonl.
             learnalign: settings of LearnAlign.
             ufo: settings of UFO-RL.
-            prompts_per_batch: prompts rolled out together; a stopped selection repeats no more than these.
-            ckpt_path: a checkpoint file, or "last": the policy that looks at the prompts; the initial one by default,
-                for learnalign after its warm-up.
-            weights_only: not used; the config.yaml of a run names it: a checkpoint is never unpickled.
+            prompts_per_batch: prompts rolled out together; a stopped selection repeats at most these.
+            ckpt_path: a checkpoint file, or "last": the policy that measures the prompts. By default the initial
+                policy, for learnalign after its warm-up.
+            weights_only: not used: a checkpoint is never unpickled.
         """
+        module, data = _of_a_run(model, datamodule)
         checkpoint = None if ckpt_path is None else Path(ckpt_path)
         request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
-        select(self, model, datamodule, request)  # type: ignore[arg-type]  # our own classes, checked there
+        select(self, module, data, request)
 
     def serve(
         self,
@@ -120,17 +181,43 @@ class DotsTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Runs a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
+        """Run a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
 
-        It prints the plain command that it runs. The server asks for the key in VLLM_API_KEY when there is one.
+        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set.
 
         Args:
             model: the module of the run: its policy and, where its engine is VllmServer, how a server is started.
             datamodule: not used; the config.yaml of a run names one.
             host: address to listen on; the engine's by default, which only this machine reaches.
-            port: to listen on; the engine's by default, and a free one where that is 0.
-            start_timeout_s: seconds that the server may take until it is healthy.
+            port: port to listen on; the engine's by default, and a free one where that is 0.
+            start_timeout_s: seconds until the server must be healthy.
             ckpt_path: not used: a run pushes its weights to the server before it generates.
-            weights_only: not used, likewise.
+            weights_only: not used: a checkpoint is never unpickled.
         """
-        serve(model, host, port, start_timeout_s)  # type: ignore[arg-type]  # our own class, checked there
+        if not isinstance(model, GRPOModule):
+            raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
+        serve(model, host, port, start_timeout_s)
+
+    @property
+    def _step_callbacks(self) -> list[StepCallback]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return [one for one in callbacks if isinstance(one, StepCallback)]
+
+    def _plain(self, logger: Logger, max_steps: int) -> DotsTrainer:
+        """A trainer like this one that runs plain GRPO: the standard callbacks alone, and no validation."""
+        given: Mapping[str, Any] = {**self._given, "logger": logger, "max_steps": max_steps, "limit_val_batches": 0}
+        return DotsTrainer(**given)
+
+
+def _of_a_run(model: LightningModule, datamodule: Any) -> tuple[GRPOModule, OnlinePromptDataModule]:
+    """Return module and data with their types.
+
+    Raises:
+        UserError: they are not those of a GRPO run.
+    """
+    if not isinstance(model, GRPOModule) or not isinstance(datamodule, OnlinePromptDataModule):
+        raise UserError(
+            f"DotsTrainer was given {type(model).__name__} and {type(datamodule).__name__}, but it needs "
+            "app.module.GRPOModule and datamodules.online.OnlinePromptDataModule. Use Lightning's Trainer for others."
+        )
+    return model, datamodule

@@ -1,4 +1,4 @@
-"""Engines: what generates rollouts."""
+"""Rollout engines."""
 
 from app.engines.base import RolloutEngine, Sampling
 from app.engines.server.engine import VllmServer

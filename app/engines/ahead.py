@@ -1,4 +1,4 @@
-"""Completions that an engine generates while its caller does other things."""
+"""Completions that an engine generates in the background."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import Any
 
 from datamodules.types import Completion
 
@@ -14,11 +13,11 @@ Finish = Callable[[BaseException | None], list[tuple[Completion, ...]]]
 
 
 class Ahead:
-    """What `RolloutEngine.start` returns.
+    """A generation in progress, as returned by `RolloutEngine.start`.
 
     Args:
-        future: done when nothing is being generated any more; its result is the seconds that it took.
-        finish: makes the completions, given what went wrong.
+        future: done when the generation has ended; its result is the duration in seconds.
+        finish: builds the completions, given the error that ended the generation, if any.
     """
 
     def __init__(self, future: Future[float], finish: Finish) -> None:
@@ -26,7 +25,7 @@ class Ahead:
         self._waited = 0.0
 
     def wait(self) -> None:
-        """Returns when nothing is being generated any more; interrupting it (Ctrl-C) breaks the generation off."""
+        """Wait until the generation has ended. Interrupting the wait (Ctrl-C) cancels the generation."""
         started = time.perf_counter()
         try:
             wait_for([self._future])
@@ -36,20 +35,20 @@ class Ahead:
         self._waited += time.perf_counter() - started
 
     def result(self) -> list[tuple[Completion, ...]]:
-        """Completions of every prompt, in order, as `RolloutEngine.generate` gives them."""
+        """Wait, then return the completions of every prompt like `RolloutEngine.generate`."""
         self.wait()
         return self._finish(self._future.exception())
 
     @property
     def overlapped(self) -> float:
-        """Seconds of generation that nobody waited for; 0 when it failed."""
+        """Seconds of generation that nobody waited for; 0 if the generation failed."""
         if self._future.exception() is not None:
             return 0.0
         return max(0.0, self._future.result() - self._waited)
 
 
-async def timed(work: Coroutine[Any, Any, None]) -> float:
-    """Awaits the work; the seconds that it took."""
+async def timed(work: Coroutine[object, object, None]) -> float:
+    """Await the coroutine and return its duration in seconds."""
     started = time.perf_counter()
     await work
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The interface of whatever generates rollouts."""
+"""The interface of rollout engines, and what all of them share."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
-"""Gives the policy's tensors by name, as they are at the call."""
+"""Returns the policy's current tensors by name."""
 
 
 @dataclass
 class Sampling:
-    """How completions are drawn.
+    """The distribution that completions are sampled from.
 
     Args:
         num_generations: completions per prompt, `G`.
-        max_completion_length: tokens, the end token included.
-        temperature: logits are divided by it; 0 means greedy.
+        max_completion_length: maximum number of tokens, including the end token.
+        temperature: divides the logits; 0 means greedy.
         top_p: keep the smallest set of tokens whose probability reaches it; 1.0 keeps all.
         top_k: keep the k most probable tokens; 0 keeps all.
-        stop: strings that end a completion (kept in its text).
+        stop: strings that end a completion; they remain in its text.
     """
 
     num_generations: int = 8
@@ -44,27 +44,27 @@ class Sampling:
         checks = [
             ("num_generations", self.num_generations, self.num_generations >= 1, "at least 1"),
             ("max_completion_length", self.max_completion_length, self.max_completion_length >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or a positive number"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number"),
         ]
-        for name, given, fine, expected in checks:
-            if not fine:
-                raise UserError(f"sampling.{name}={given}: expected {expected}")
+        for name, given, valid, expected in checks:
+            if not valid:
+                raise UserError(f"sampling.{name} is {given} but must be {expected}. Change sampling.{name}.")
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens can never be drawn, so that importance ratios against the full policy are biased."""
+        """True if some tokens can never be sampled, which biases importance ratios against the full policy."""
         return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
 
 
 class RolloutEngine(ABC):
-    """Generates completions with the log-probabilities of the distribution that was really sampled from."""
+    """Generates completions with log-probabilities under the distribution they were sampled from."""
 
     runs_ahead = False
-    """Whether it can generate while the trainer trains."""
+    """True if the engine can generate while the trainer trains."""
     uses_policy = False
-    """Whether it generates with the trained module itself, and has no weights of its own."""
+    """True if the engine generates with the trained module and keeps no weights of its own."""
 
     def setup(
         self,
@@ -75,14 +75,14 @@ class RolloutEngine(ABC):
         folder: Path | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
-        """Called once with the policy, before the first `push` and `generate`.
+        """Attach the engine to a policy. Called once, before the first `push` and `generate`.
 
         Args:
             model: the policy.
-            tokenizer: the policy's.
-            weights: gives what `push` would be given now, for an engine that has lost its own; None is the model's.
-            folder: where an engine may leave a log; None for no log.
-            ranks: the trainer's processes: all of them push and generate together, each its own share of the prompts.
+            tokenizer: the policy's tokenizer.
+            weights: returns all of the policy's tensors, for an engine that has lost them; None uses the state dict.
+            folder: where an engine may write a log; None for no log.
+            ranks: the trainer's processes. All of them push together, and each generates its share of the prompts.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -94,38 +94,82 @@ class RolloutEngine(ABC):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
     ) -> list[tuple[Completion, ...]]:
-        """Completions of every prompt, in order.
+        """Return `G` completions of each prompt, in order.
 
         Args:
-            prompts: `B` prompts, of any lengths; none on a rank without a share.
+            prompts: `B` prompts of any lengths; empty on a rank without a share.
             sampling: `G` and the sampling distribution.
-            seeds: int64 `[B, G]`; completion (b, g) depends on the policy, its prompt and `seeds[b, g]` alone: not on
-                the batch it is generated in.
+            seeds: int64 `[B, G]`. Completion (b, g) depends only on the policy, its prompt and `seeds[b, g]`, not on
+                the rest of the batch.
         """
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
-        """As `generate`, without waiting: for engines that do not need this process (`runs_ahead`).
+        """Begin to generate like `generate`, but return at once. Only engines with `runs_ahead` support it.
 
-        The weights are those of the last push; the next one waits.
+        The completions come from the weights of the last push; the next push waits for them.
         """
         raise UserError(
-            f"engines.{type(self).__name__} generates in the trainer's process, so not while it trains: "
-            "use engines.VllmServer, or leave callbacks.RolloutAhead out"
+            f"engines.{type(self).__name__} generates in the trainer's process and cannot do so while it trains. "
+            "Use engines.VllmServer or remove callbacks.RolloutAhead."
         )
 
     def settle(self) -> None:
-        """Waits for what `start` began."""
+        """Wait for the generation that `start` began."""
 
     @abstractmethod
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """Makes the engine's weights those of the policy after `version` optimizer updates.
+        """Load the policy's weights after `version` optimizer updates into the engine.
 
         Args:
-            named_tensors: the policy's; iterated to the end, which may need all ranks, or not at all.
-            version: read back from the engine, and written on every completion.
-            since: version of an earlier push after which no other tensors than those given have changed; an engine
-                that does not have it any more takes all of `weights` instead. None when all tensors are given.
+            named_tensors: the policy's tensors. They are consumed completely (which may need all ranks) or not at all.
+            version: read back from the engine and recorded on every completion.
+            since: version of an earlier push; tensors that are not given have not changed since then. An engine that no
+                longer has that version loads all of `weights` instead. None if all tensors are given.
         """
 
     def close(self) -> None:
-        """Ends processes and frees memory. May be called twice."""
+        """End the engine's processes and free its memory. May be called twice."""
+
+
+def check_request(
+    prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limit: int | None, limit_name: str
+) -> None:
+    """Reject a batch that contains a prompt which cannot be completed, before any of it runs.
+
+    Args:
+        prompts: `B` prompts.
+        sampling: `G` and the completion limit.
+        seeds: int64 `[B, G]`.
+        limit: maximum number of tokens of a prompt and its completion together; None for no limit.
+        limit_name: the limit in messages, e.g. "the model's 512 positions".
+
+    Raises:
+        UserError: a prompt has no tokens, or leaves no room for a completion.
+        ValueError: `seeds` has another shape.
+    """
+    if seeds.shape != (len(prompts), sampling.num_generations):
+        raise ValueError(f"seeds of shape {seeds.shape}, expected {(len(prompts), sampling.num_generations)}")
+    for prompt in prompts:
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise UserError(f"Prompt {prompt.id!r} has no tokens but needs at least one. Remove it from the data.")
+        if limit is not None and length + sampling.max_completion_length > limit:
+            raise UserError(
+                f"Prompt {prompt.id!r} has {length} tokens and sampling.max_completion_length is "
+                f"{sampling.max_completion_length}, which together exceed {limit_name}. "
+                "Lower sampling.max_completion_length or remove longer prompts."
+            )
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the end tokens (int64) of the model's generation config and of its tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = {*configured} if isinstance(configured, Iterable) else {configured}
+    return np.array(sorted(i for i in ids | {tokenizer.eos_token_id} if i is not None), dtype=np.int64)
+
+
+def nonfinite_policy(version: int) -> FloatingPointError:
+    """Return the error for a policy whose logits are NaN or infinite."""
+    return FloatingPointError(
+        f"the policy's logits are NaN or infinite (version {version}): its weights have diverged or its dtype overflows"
+    )

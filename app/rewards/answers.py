@@ -1,15 +1,16 @@
-"""What the model answered, and what it should have answered."""
+"""The model's answer, the reference answers, and the base class of rewards that compare the two."""
 
 from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
 from datamodules.errors import UserError, nearest
 from datamodules.types import Messages
 
@@ -23,16 +24,16 @@ GOLD_COLUMNS = (
     "label",
     "output",
 )
-"""Where the usual schemas keep the right answer, in the order in which they are looked for."""
+"""Columns that may hold the reference answer, in order of preference."""
 
 
 def text_of(completion: str | Messages) -> str:
-    """The text of a completion, conversational or not."""
+    """Return the text of a plain or conversational completion."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def plain(value: Any) -> Any:
-    """`value` with arrays, array scalars and mappings turned into lists, numbers and dicts, at any depth."""
+def plain(value: object) -> object:
+    """Convert NumPy arrays, NumPy scalars and mappings to lists, numbers and dicts, at any depth."""
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, np.generic):
@@ -45,27 +46,28 @@ def plain(value: Any) -> Any:
 
 
 class AnswerSpan:
-    """Which part of a completion is its answer.
+    """Locates the answer within a completion.
 
-    Both are plain strings, empty for none: a command line reads an optional string as YAML, and `####` as a comment.
+    Both options are strings, empty when unset: the command line would read an optional string as YAML, and `####` as
+    a comment.
 
     Args:
-        after: the answer is the text behind the last occurrence of this string; a completion without it has none.
-        pattern: or: the answer is the last match of this regular expression (`.` matches newlines too), its first
-            group when it has one; a completion without a match has no answer.
+        after: the answer is the text after the last occurrence of this string; a completion without it has none.
+        pattern: alternatively, the answer is the last match of this regular expression (`.` also matches newlines),
+            or its first group if it has one; a completion without a match has no answer.
 
     Raises:
-        UserError: both are given, or `pattern` is no regular expression.
+        UserError: both are given, or `pattern` is not a regular expression.
     """
 
     def __init__(self, after: str, pattern: str) -> None:
         if after and pattern:
-            raise UserError(f"after={after!r} and pattern={pattern!r}: expected one of the two; remove the other")
+            raise UserError(f"after={after!r} and pattern={pattern!r} are both set, but only one can be. Remove one.")
         self.after = after
         self.pattern = compiled(pattern) if pattern else None
 
     def __call__(self, text: str) -> str | None:
-        """The answer within `text`, the whole of it when neither option is set; None when there is none."""
+        """Return the answer within `text` (all of `text` if neither option is set), or None if there is none."""
         if self.after:
             _, found, tail = text.rpartition(self.after)
             return tail if found else None
@@ -78,7 +80,7 @@ class AnswerSpan:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A user's regular expression, with `.` matching newlines.
+    """Compile a user's regular expression, with `.` matching newlines.
 
     Raises:
         UserError: it does not compile.
@@ -86,46 +88,71 @@ def compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UserError(f"pattern={pattern!r} is not a regular expression ({error}); see Python's re module") from None
+        raise UserError(
+            f"pattern={pattern!r} is not a valid regular expression ({error}). See the documentation of Python's re."
+        ) from None
 
 
-def gold_answers(columns: Mapping[str, Sequence[Any]], count: int, column: str | None) -> list[list[str]]:
-    """The accepted answers of every item; an empty list where the data has none.
+class AnswerReward(Reward):
+    """Base of rewards that compare each completion with the reference answers of its row.
 
-    A text in GSM8K's style is cut to what follows its last `####`.
+    Args:
+        weight: factor of this reward in the optimised sum.
+        correctness: whether difficulty, filters and accuracy refer to this reward.
+        name: name in logged metrics.
+        gold: column with the reference answer, `a.b` for a nested one; by default the first of `GOLD_COLUMNS` present.
+    """
+
+    def __init__(self, weight: float, correctness: bool, name: str | None, gold: str | None) -> None:
+        super().__init__(weight, correctness, name)
+        self.gold = gold
+
+    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+        answers = gold_answers(columns, len(completions), self.gold)
+        return [self.score(text_of(text), gold) for text, gold in zip(completions, answers, strict=True)]
+
+    @abstractmethod
+    def score(self, text: str, gold: list[str]) -> float | None:
+        """Score one completion against its accepted answers, of which there may be none."""
+
+
+def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) -> list[list[str]]:
+    """Return the accepted answers of each of `count` rows; an empty list where the data has none.
+
+    Text in GSM8K's style is cut to what follows its last `####`.
 
     Args:
         columns: values by column name, `count` each.
-        count: items.
-        column: where they are; dots lead into nested columns. By default, for each item, the first of `GOLD_COLUMNS`
-            that is not null.
+        count: number of rows.
+        column: column with the answers; a dot leads into a nested column. By default, for each row, the first of
+            `GOLD_COLUMNS` that is not null.
 
     Raises:
-        UserError: no such column.
+        UserError: there is no such column.
     """
     names = GOLD_COLUMNS if column is None else (column,)
     present = [name for name in names if name.split(".")[0] in columns]
     if count and not present:
         given = ", ".join(map(repr, sorted(columns))) or "none"
-        hint = nearest(column, columns) if column and columns else f"expected one of {', '.join(GOLD_COLUMNS)}"
-        raise UserError(f"no column with the right answers (gold={column!r}; the data has {given}): {hint}")
+        if column is not None and columns:
+            raise UserError(f"The data has no column {column!r} for gold, only {given}: {nearest(column, columns)}")
+        raise UserError(
+            f"The data has no column with reference answers (its columns: {given}). Set gold to the right column, or "
+            f"give it one of the usual names: {', '.join(GOLD_COLUMNS)}."
+        )
     return [_first_gold(columns, row, present) for row in range(count)]
 
 
-def _first_gold(columns: Mapping[str, Sequence[Any]], row: int, names: Sequence[str]) -> list[str]:
+def _first_gold(columns: Mapping[str, Column], row: int, names: Sequence[str]) -> list[str]:
     for name in names:
-        value = _nested(columns, row, name)
+        head, *rest = name.split(".")
+        value = columns[head][row]
+        if rest and isinstance(value, str):
+            value = json.loads(value)
+        for key in rest:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        value = plain(value)
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             return [str(item).rpartition("####")[2].strip() for item in values if item is not None]
     return []
-
-
-def _nested(columns: Mapping[str, Sequence[Any]], row: int, name: str) -> Any:
-    head, *rest = name.split(".")
-    value = columns[head][row]
-    if rest and isinstance(value, str):
-        value = json.loads(value)
-    for key in rest:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return plain(value)

@@ -1,26 +1,33 @@
-"""The interface of every reward: the signature that TRL's reward functions have."""
+"""Base class of rewards. Its call signature is that of TRL's reward functions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from datamodules.types import Messages
 
+Texts: TypeAlias = Sequence[str | Messages]
+"""`N` texts, or `N` message lists for conversational data."""
+TokenIds: TypeAlias = Sequence[list[int]]
+Column: TypeAlias = Any
+"""`N` values of whatever type the data has, or one of the extra arguments that TRL passes to functions."""
+Scores: TypeAlias = list[float | None]
+
 
 class Reward(ABC):
-    """Scores completions. Runs in a worker process that is killed when it takes too long, so it needs to pickle.
+    """Scores completions. It runs in a worker process that is killed when it takes too long, so it must pickle.
 
     Args:
-        weight: factor of this reward in the sum that is optimised.
-        correctness: whether this is the reward that difficulty, filters and accuracy are about. Exactly one of a
-            run's rewards is; when none is marked, the first.
-        name: under which it is logged (`rewards/<name>/mean`); the class's name in lower case by default.
+        weight: factor of this reward in the optimised sum.
+        correctness: whether difficulty, filters and accuracy refer to this reward. At most one reward of a run may
+            set it; if none does, the first reward counts.
+        name: name in logged metrics (`rewards/<name>/mean`); by default the class name in lower case.
     """
 
     preload: ClassVar[tuple[str, ...]] = ()
-    """Slow modules that `load` needs and that stand a fork: imported once, before the workers are forked."""
+    """Slow, fork-safe modules that `load` needs. They are imported once, before the workers are forked."""
 
     def __init__(self, weight: float = 1.0, correctness: bool = False, name: str | None = None) -> None:
         self.weight = weight
@@ -28,17 +35,11 @@ class Reward(ABC):
         self.name = name or type(self).__name__.lower()
 
     def load(self) -> None:
-        """Called once in every worker before its first score, outside the time limit of a score: import here."""
+        """Import what scoring needs. Called once per worker before its first score, outside the time limit."""
 
     @abstractmethod
-    def __call__(
-        self,
-        prompts: Sequence[str | Messages],
-        completions: Sequence[str | Messages],
-        completion_ids: Sequence[list[int]],
-        **columns: Any,
-    ) -> list[float | None]:
-        """One score per completion; None where this reward does not apply.
+    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+        """Return one score per completion; None where this reward does not apply.
 
         Args:
             prompts: `N` rendered prompts, or message lists for conversational data.

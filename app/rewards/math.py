@@ -1,29 +1,27 @@
-"""Mathematical equivalence, by math-verify (https://github.com/huggingface/Math-Verify)."""
+"""Mathematical equivalence, checked by math-verify (https://github.com/huggingface/Math-Verify)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
 
-from app.rewards.answers import gold_answers, text_of
-from app.rewards.base import Reward
-from datamodules.types import Messages
+from app.rewards.answers import AnswerReward
 
 
-class Math(Reward):
-    r"""1 when the last answer of a completion (`\boxed{}` first, then LaTeX, then plain numbers) equals the right one.
+class Math(AnswerReward):
+    r"""1 if the last answer of a completion (`\boxed{}` first, then LaTeX, then plain numbers) equals the reference.
 
-    None where the data has no right answer or one that cannot be read. math-verify's own timeouts are off, since they
-    need signals in the main thread: the worker is killed instead.
+    None where the data has no reference answer or an unreadable one. math-verify's own timeouts need signals in the
+    main thread, so they are off: a worker that takes too long is killed.
 
     Args:
-        weight: factor of this reward in the sum that is optimised.
-        correctness: whether difficulty, filters and accuracy are about this reward.
-        name: under which it is logged.
-        gold: column with the right answer, `a.b` for a nested one; by default `answer`, `solution`, `ground_truth`,
-            `reward_model.ground_truth` and the like. Text (`#### 18`, `\boxed{18}`), bare LaTeX or a list of these.
-        require_boxed: whether only an answer in `\boxed{}` counts.
+        weight: factor of this reward in the optimised sum.
+        correctness: whether difficulty, filters and accuracy refer to this reward.
+        name: name in logged metrics.
+        gold: column with the reference answer, `a.b` for a nested one; by default `answer`, `solution`,
+            `ground_truth`, `reward_model.ground_truth` and the like. It holds text (`#### 18`, `\boxed{18}`), bare
+            LaTeX, or a list of these.
+        require_boxed: accept only an answer in `\boxed{}`.
     """
 
     preload = ("math_verify",)
@@ -36,8 +34,7 @@ class Math(Reward):
         gold: str | None = None,
         require_boxed: bool = False,
     ) -> None:
-        super().__init__(weight, correctness, name)
-        self.gold = gold
+        super().__init__(weight, correctness, name, gold)
         self.require_boxed = require_boxed
 
     def load(self) -> None:
@@ -46,39 +43,27 @@ class Math(Reward):
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         math_verify.parse("$1$", parsing_timeout=None)  # builds its grammars
 
-    def __call__(
-        self,
-        prompts: Sequence[str | Messages],
-        completions: Sequence[str | Messages],
-        completion_ids: Sequence[list[int]],
-        **columns: Any,
-    ) -> list[float | None]:
-        cache: dict[tuple[str, ...], list[Any]] = {}
-        scores: list[float | None] = []
-        answers = gold_answers(columns, len(completions), self.gold)
-        for completion, accepted in zip(completions, answers, strict=True):
-            key = tuple(accepted)
-            if key not in cache:
-                cache[key] = [expression for answer in accepted for expression in _parse_gold(answer)]
-            scores.append(self._score(text_of(completion), cache[key]))
-        return scores
-
-    def _score(self, text: str, gold: list[Any]) -> float | None:
+    def score(self, text: str, gold: list[str]) -> float | None:
         import math_verify
 
-        if not gold:
+        accepted = [expression for answer in gold for expression in parse_gold(answer)]
+        if not accepted:
             return None
         if self.require_boxed:
             if r"\boxed" not in text:
                 return 0.0
             text = text[text.rindex(r"\boxed") :]
         answer = math_verify.parse(text, parsing_timeout=None)
-        return float(math_verify.verify(gold, answer, timeout_seconds=None))
+        return float(math_verify.verify(accepted, answer, timeout_seconds=None))
 
 
-def _parse_gold(answer: str) -> list[Any]:
-    """Expressions of a right answer. Bare LaTeX is not found in running text, so it is put between dollars."""
+@lru_cache(maxsize=256)
+def parse_gold(answer: str) -> tuple[object, ...]:
+    """Parse a reference answer. Bare LaTeX is wrapped in dollars, since math-verify ignores it in running text.
+
+    The result is kept because the completions of a group share their answer.
+    """
     import math_verify
 
     bare = "$" not in answer and r"\boxed" not in answer and r"\(" not in answer and r"\[" not in answer
-    return math_verify.parse(f"${answer}$" if bare else answer, parsing_timeout=None)
+    return tuple(math_verify.parse(f"${answer}$" if bare else answer, parsing_timeout=None))

@@ -21,8 +21,13 @@ from app.studies.difficulty_report import CurvePoint, draw_curve, draw_reliabili
 from app.studies.difficulty_scoring import Scored, score
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.difficulty.encoders import block_widths, embed_with
-from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes
-from datamodules.difficulty.question_split import QuestionSplit, split_questions
+from datamodules.difficulty.outcomes import (
+    QuestionSplit,
+    RecordedOutcomes,
+    question_key,
+    read_outcomes,
+    split_questions,
+)
 from datamodules.difficulty.training import TrainingOptions
 from datamodules.errors import UserError, nearest
 from datamodules.seeding import generator

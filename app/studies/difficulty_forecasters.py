@@ -11,8 +11,7 @@ import numpy as np
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
 from datamodules.difficulty.forecaster import predict
 from datamodules.difficulty.kernel import KernelSpace
-from datamodules.difficulty.outcomes import RecordedOutcomes
-from datamodules.difficulty.question_split import QuestionSplit
+from datamodules.difficulty.outcomes import QuestionSplit, RecordedOutcomes
 from datamodules.difficulty.ridge import fit_kernel_ridge, fit_ridge
 from datamodules.difficulty.training import TrainingOptions, train_attention
 

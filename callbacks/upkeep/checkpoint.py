@@ -17,6 +17,7 @@ from app.runs.checkpoint_files import by_age, flush, remove, seal, seal_of
 from app.runs.folder import LAST, run_folder
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
 from datamodules.types import TrainBatch
 
 
@@ -57,13 +58,10 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self._is_last = False
         self._step = 0
 
-    def check_first(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        """Raises UserError when the folder cannot be written: now, not after the first interval."""
-        if trainer.state.fn == "fit" and trainer.is_global_zero:
+    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        # Now, not after the first interval.
+        if trainer.is_global_zero:
             _try_to_write(self._folder(trainer))
-
-    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        self.check_first(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int

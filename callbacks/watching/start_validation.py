@@ -9,12 +9,19 @@ from callbacks.stages import Stage, StepCallback
 
 
 class StartValidation(StepCallback):
-    """Runs the validation loop once before the first step of a new run (a resumed one has done it)."""
+    """Runs the validation loop once before the first step of a new run (a resumed one has done it).
+
+    Args:
+        enabled: false leaves it out.
+    """
 
     stage = Stage.VALIDATE
 
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        if trainer.global_step or not trainer.enable_validation:
+        if not self.enabled or trainer.global_step or not trainer.enable_validation:
             return
         # As Lightning's training loop does around a validation run in mid-epoch; there is no public call for it.
         trainer.validating = True

@@ -1,14 +1,14 @@
 #!/bin/bash
-# A run under SLURM that goes on by itself after its time limit, a preemption or a lost node:
+# A run under SLURM that continues after its time limit, a preemption or a lost node:
 #   NAME=my_run sbatch configs/strategy/slurm.sh --config my_run.yaml --config configs/strategy/fsdp2.yaml
-# What follows the script's name goes to `dots fit`. Lightning reads ranks, hosts and port from SLURM's variables.
+# Arguments after the script's name go to `dots fit`. Lightning reads ranks, hosts and port from SLURM's variables.
 #SBATCH --job-name=dots
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
-# SIGTERM to the tasks (not to this script) so many seconds before the end: a step and its checkpoint must fit in.
+# SIGTERM to the tasks (not to this script) this many seconds before the end: a step and its checkpoint must fit in.
 #SBATCH --signal=TERM@900
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -1,19 +1,9 @@
-"""Worked solutions of reasoning-gym tasks with mistakes in them: what the embedded tiny policy was pretrained on.
+"""Worked solutions of reasoning-gym tasks, with mistakes: the data that the bundled tiny policy was pretrained on.
 
-A policy that learnt only right solutions leaves reinforcement learning little to do; one that learnt them among slips
-holds the skill beside bad habits, which is what GRPO can mend.
+A policy trained only on correct solutions leaves reinforcement learning little to do. One trained on solutions with
+occasional mistakes has the skill along with bad habits, which GRPO can correct.
 """
 
-from __future__ import annotations
+from datamodules.demonstrations.solutions import ANSWER_MARKER, DEMONSTRATORS, Solution, demonstrate
 
-from datamodules.demonstrations.base import ANSWER_MARKER, Demonstrator, Solution
-from datamodules.demonstrations.chain_sum import ChainSum
-from datamodules.demonstrations.complex_arithmetic import ComplexArithmetic
-from datamodules.demonstrations.leg_counting import LegCounting
-from datamodules.demonstrations.simple_equations import SimpleEquations
-from datamodules.demonstrations.spell_backward import SpellBackward
-
-_ALL: tuple[Demonstrator, ...] = (ChainSum(), ComplexArithmetic(), LegCounting(), SimpleEquations(), SpellBackward())
-DEMONSTRATORS: dict[str, Demonstrator] = {demonstrator.task: demonstrator for demonstrator in _ALL}
-
-__all__ = ["ANSWER_MARKER", "DEMONSTRATORS", "Demonstrator", "Solution"]
+__all__ = ["ANSWER_MARKER", "DEMONSTRATORS", "Solution", "demonstrate"]

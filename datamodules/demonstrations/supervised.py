@@ -1,37 +1,67 @@
-"""Worked solutions with mistakes in them, as tensors for supervised pretraining."""
+"""Worked solutions as packed tensors for supervised pretraining, and their tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 import reasoning_gym
 import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from datamodules.demonstrations import DEMONSTRATORS
-from datamodules.demonstrations.char_tokenizer import char_tokenizer
+from datamodules.demonstrations.solutions import DEMONSTRATORS, demonstrate
 from datamodules.errors import UserError, nearest
 from datamodules.procedural import ProceduralTask
 from datamodules.seeding import derive_seed, generator
 
+PAD, END = "<pad>", "<eos>"
 IGNORED = -100
-"""Label of a token that is not learnt (prompt and padding)."""
+"""Label of tokens without a loss (prompt and padding)."""
+
+Entry: TypeAlias = dict[str, Any]
+"""A reasoning-gym entry: `question`, `answer`, `metadata`."""
+
+
+def char_tokenizer(phrases: Sequence[str] = (), max_length: int = 512) -> PreTrainedTokenizerBase:
+    """Make a tokenizer with one token per byte, that is per character of ASCII text.
+
+    It is a Qwen2 tokenizer without merges, since `AutoTokenizer` loads that class for every Qwen2 checkpoint.
+
+    Args:
+        phrases: texts that become one token each, so that the fixed wording of a task takes little of the context.
+            They are ordinary tokens: decoding restores the text.
+        max_length: value of `model_max_length`.
+    """
+    vocabulary = [PAD, END, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: position for position, token in enumerate(vocabulary)},
+        merges=[],
+        unk_token=PAD,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return tokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DemonstrationBatch:
-    """Rows into which whole demonstrations are packed.
+    """Rows of packed whole demonstrations.
 
     Attributes:
         input_ids: int64 `[N, L]`.
         labels: int64 `[N, L]`: the token itself within a completion, else `IGNORED`.
-        position_ids: int64 `[N, L]`: start again from 0 with each demonstration, which keeps them from attending to
-            one another.
+        position_ids: int64 `[N, L]`: restart at 0 with each demonstration, which keeps them from attending to one
+            another.
     """
 
     input_ids: Tensor
@@ -42,21 +72,20 @@ class DemonstrationBatch:
 class Demonstrations(L.LightningDataModule):
     """Demonstrations of reasoning-gym tasks: `{question}\\n{work}#### {answer}<eos>`.
 
-    Training batches are `DemonstrationBatch`es; validation batches are lists of reasoning-gym
-    entries, to be solved and scored. Both are drawn with seeds derived from `seed` and their purpose, which are those
-    of no `datamodules.procedural` pool.
+    Training batches are `DemonstrationBatch`es; validation batches are lists of reasoning-gym entries to solve and
+    score. Both use seeds derived from `seed` and their purpose, which no `datamodules.procedural` pool can draw.
 
     Args:
-        tasks: name, size and params of each, as in the pool that the policy is meant for.
-        noise: by task name, the probability that a step of a demonstration is wrong.
-        clean_fraction: share of the demonstrations, at the start, that have no slips. The skill is learnt from these;
-            the slips that follow become habits on top of it.
-        repeats: demonstrations per prompt of the pool (each of another entry).
-        seed: fixes entries, slips and the order of batches.
-        row_length: tokens of a packed row `L`; the longest demonstration must fit.
+        tasks: name, size and params of each task, as in the pool that the policy is for.
+        noise: probability that a step of a demonstration is wrong, by task name.
+        clean_fraction: fraction of the demonstrations, at the start, without slips. The policy learns the skill from
+            these, and habits from the slips that follow.
+        repeats: demonstrations per prompt of the pool (each of a different entry).
+        seed: determines entries, slips and the order of batches.
+        row_length: tokens of a packed row, `L`; the longest demonstration must fit.
         rows_per_batch: rows of a training batch.
-        val_size: entries to validate on, shared out like the demonstrations.
-        phrases: texts that the tokenizer holds as one token.
+        val_size: number of validation entries, divided among the tasks like the demonstrations.
+        phrases: texts that are one token each.
     """
 
     def __init__(
@@ -74,9 +103,12 @@ class Demonstrations(L.LightningDataModule):
         super().__init__()
         for task in tasks:
             if task.name not in DEMONSTRATORS:
-                raise UserError(f"tasks: {task.name!r} has no demonstrations; {nearest(task.name, DEMONSTRATORS)}")
+                raise UserError(f"data.tasks: {task.name!r} has no demonstrations: {nearest(task.name, DEMONSTRATORS)}")
             if not 0.0 <= noise.get(task.name, -1.0) <= 1.0:
-                raise UserError(f"noise of {task.name!r} is {noise.get(task.name)}; give a probability in [0, 1]")
+                raise UserError(
+                    f"data.noise of {task.name!r} is {noise.get(task.name)}, which is not a probability. "
+                    "Set a number in [0, 1]."
+                )
         self.tasks, self.noise, self.repeats, self.seed = tasks, noise, repeats, seed
         self.clean_fraction = clean_fraction
         self.row_length, self.rows_per_batch, self.val_size = row_length, rows_per_batch, val_size
@@ -90,19 +122,21 @@ class Demonstrations(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[DemonstrationBatch]:
         return DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
 
-    def val_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
+    def val_dataloader(self) -> DataLoader[list[Entry]]:
         total = sum(task.size for task in self.tasks)
         sizes = [max(1, round(self.val_size * task.size / total)) for task in self.tasks]
         return DataLoader(self.entries("validation", sizes), batch_size=None)  # type: ignore[arg-type]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: DemonstrationBatch | list[Entry], device: torch.device, dataloader_idx: int
+    ) -> DemonstrationBatch | list[Entry]:
         if isinstance(batch, DemonstrationBatch):
             parts = (batch.input_ids, batch.labels, batch.position_ids)
             return DemonstrationBatch(*(part.to(device) for part in parts))
         return batch
 
-    def entries(self, purpose: str, sizes: list[int]) -> list[list[dict[str, Any]]]:
-        """`sizes[i]` entries of task i, of seeds above those of a pool (below 2**31, plus the entry's number)."""
+    def entries(self, purpose: str, sizes: list[int]) -> list[list[Entry]]:
+        """Generate `sizes[i]` entries of task i, with seeds above a pool's (below 2**31, plus the entry's number)."""
         made = []
         for position, (task, size) in enumerate(zip(self.tasks, sizes, strict=True)):
             seed = 2**32 + derive_seed(self.seed, "demonstrations", purpose, position, task.name) % 2**40
@@ -111,7 +145,7 @@ class Demonstrations(L.LightningDataModule):
         return made
 
     def _make_batches(self) -> list[DemonstrationBatch]:
-        """Demonstrations of all tasks, shuffled together, so that every batch is a fair sample of the mixture."""
+        """Make demonstrations of all tasks, shuffled together so that each batch is a fair sample of the mixture."""
         entries = self.entries("fit", [task.size * self.repeats for task in self.tasks])
         drawn = [(task.name, entry) for task, group in zip(self.tasks, entries, strict=True) for entry in group]
         rng = generator(self.seed, "demonstrations", "slips")
@@ -121,31 +155,34 @@ class Demonstrations(L.LightningDataModule):
             name, entry = drawn[index]
             noise = self.noise[name] if position >= clean else 0.0
             prompts.append(entry["question"] + "\n")
-            completions.append(DEMONSTRATORS[name].solve(entry["metadata"], noise, rng).text + self.tokenizer.eos_token)
+            completions.append(demonstrate(name, entry["metadata"], noise, rng).text + self.tokenizer.eos_token)
         tokens = zip(self.tokenizer(prompts)["input_ids"], self.tokenizer(completions)["input_ids"], strict=True)
-        pairs = list(tokens)
-        packed = _pack([len(prompt) + len(completion) for prompt, completion in pairs], self.row_length)
-        rows = torch.tensor([_row([pairs[i] for i in row], self.row_length) for row in packed])
+        rows = torch.tensor([_row(members, self.row_length) for members in _pack(list(tokens), self.row_length)])
         return [DemonstrationBatch(*chunk.unbind(dim=1)) for chunk in rows.split(self.rows_per_batch)]
 
 
-def _pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of members in the given order: a row is closed by the first member that does not fit into it."""
-    rows: list[list[int]] = []
+TokenPair: TypeAlias = tuple[list[int], list[int]]
+"""Token ids of a prompt and its completion."""
+
+
+def _pack(pairs: Sequence[TokenPair], row_length: int) -> list[list[TokenPair]]:
+    """Divide demonstrations into rows, in order: the first one that does not fit starts the next row."""
+    rows: list[list[TokenPair]] = []
     left = 0
-    for member, length in enumerate(lengths):
+    for prompt, completion in pairs:
+        length = len(prompt) + len(completion)
         if length > row_length:
-            raise UserError(f"a demonstration of {length} tokens does not fit into row_length={row_length}; raise it")
+            raise UserError(f"A demonstration has {length} tokens, more than data.row_length={row_length}. Raise it.")
         if not rows or length > left:
             rows.append([])
             left = row_length
-        rows[-1].append(member)
+        rows[-1].append((prompt, completion))
         left -= length
     return rows
 
 
-def _row(members: list[tuple[list[int], list[int]]], length: int) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, labels and position ids of one row; its padding counts as one more member."""
+def _row(members: Sequence[TokenPair], length: int) -> tuple[list[int], list[int], list[int]]:
+    """Return token ids, labels and position ids of one row; its padding counts as one more demonstration."""
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []

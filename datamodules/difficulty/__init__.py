@@ -1,4 +1,4 @@
-"""Forecasting how hard every prompt of a pool is for the policy now."""
+"""Forecasts of the current difficulty of every prompt in a pool."""
 
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
 from datamodules.difficulty.calibration import Calibration, CalibrationName, fit_calibration, refit_line

@@ -1,4 +1,4 @@
-"""The trained difficulty predictor of DOTS (arXiv 2506.05316, section 4): attention over reference prompts."""
+"""The trained difficulty predictor: attention over reference prompts (DOTS, arXiv 2506.05316, section 4)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,81 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F  # torch's own name for it
 
-from datamodules.difficulty.adapters import InputScale, KernelScore, mlp_adapter
 from datamodules.difficulty.cache import cached_matrix, content_key
-from datamodules.difficulty.calibration import BOUNDS, CalibrationName
-from datamodules.difficulty.heads import make_head
+from datamodules.difficulty.calibration import BOUNDS, HEADS, CalibrationName
 from datamodules.errors import UserError
 
 CHUNK = 8192
+ROWS = 2048
+SAME = 1e-4
+"""Squared distance below which an input counts as a centre, with room for float32 rounding."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class InputScale(nn.Module):
+    """`(x - shift) * scale` per component, the identity at first; drops components in training.
+
+    Args:
+        features: components `E`.
+        dropout: probability of dropping a component in training.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, dropout: float) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.dropout = dropout
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return F.dropout((embeddings - self.shift) * self.scale, self.dropout, self.training)
+
+
+class KernelRidgeAdapter(nn.Module):
+    """Adapter from a kernel ridge regression: its centred forecast, followed by components of the text.
+
+    Maps scaled embeddings `u` `[N, E]` to `[N, 1 + R]`: first `gain * (sum_j a_j exp(-|u - c_j|^2 / 2) - own)`, then
+    `u @ basis`.
+
+    With this adapter for queries and references, attention weighs reference i by `exp(f_q f_i)`: the references'
+    success rates, tilted towards the side of the question's own forecast f_q. A training question's forecast has seen
+    its own outcome, which would overstate the spread of the references' forecasts; `own`, the contribution of that
+    outcome, is therefore subtracted. The basis of the reference adapter is zero: attention does not read the
+    components, only selectors that compare prompts by their query vectors do.
+
+    Args:
+        centres: number of training questions `M`.
+        features: components `E`.
+        width: `1 + R`.
+    """
+
+    centres: Tensor
+    coefficients: Tensor
+    own: Tensor
+    basis: Tensor
+    gain: Tensor
+
+    def __init__(self, centres: int, features: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(centres, features))
+        self.register_buffer("coefficients", torch.zeros(centres))
+        self.register_buffer("own", torch.zeros(centres))
+        self.register_buffer("basis", torch.zeros(features, width - 1))
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        norms = (self.centres**2).sum(1)
+        parts = []
+        for rows in inputs.split(ROWS):
+            squared = (rows**2).sum(1, keepdim=True) + norms - 2 * rows @ self.centres.T
+            same = (squared < SAME).float()
+            forecast = torch.exp(-0.5 * squared.clamp(min=0)) @ self.coefficients - same @ self.own
+            parts.append(torch.cat([self.gain * forecast[:, None], rows @ self.basis], dim=1))
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +94,15 @@ class PredictorConfig:
     """Shape of a predictor.
 
     Attributes:
-        in_features: components `E` of the embeddings that it reads.
+        in_features: components `E` of its embeddings.
         width: hidden and output width `D` of the adapters.
         depth: linear layers of an adapter.
-        dropout: dropout probability in the adapters, in training.
-        input_dropout: dropout probability of embedding components, in training.
-        centres: 0 for DOTS' adapters; else both adapters are the score of a kernel ridge regression with so many
-            training questions, beside `width - 1` principal components of the text.
+        dropout: dropout probability in the adapters during training.
+        input_dropout: dropout probability of embedding components during training.
+        centres: 0 for DOTS' adapters; else both adapters are a kernel ridge regression on this many training questions,
+            with `width - 1` principal components of the text.
         calibration: head trained with it.
-        encoder: text encoder of its embeddings (see `encoders.py`); None for the policy's own initial weights.
+        encoder: text encoder of its embeddings (see `encoders.py`); None for the policy's initial weights.
     """
 
     in_features: int
@@ -49,11 +115,23 @@ class PredictorConfig:
     encoder: str | None = None
 
 
-class AttentionPredictor(nn.Module):
-    """`d_hat_q = softmax_i(z_q . z_i / sqrt(D)) @ d`, then a calibration head.
+def _adapter(config: PredictorConfig) -> nn.Module:
+    """Return DOTS' adapter (LayerNorm, linear layers with GELU and dropout in between, LayerNorm) or the ridge one."""
+    features, width = config.in_features, config.width
+    if config.centres:
+        return KernelRidgeAdapter(config.centres, features, width)
+    layers: list[nn.Module] = [nn.LayerNorm(features)]
+    for _ in range(config.depth - 1):
+        layers += [nn.Linear(features, width), nn.GELU(), nn.Dropout(config.dropout)]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, width), nn.LayerNorm(width))
 
-    Query and reference adapters are separate. Weights sum to one, so averaging success rates instead of difficulties
-    gives `1 - d_hat`; everything here is in success rates.
+
+class AttentionPredictor(nn.Module):
+    """`d_hat_q = softmax_i(z_q . z_i / sqrt(D)) @ d`, followed by a calibration head.
+
+    Query and reference adapters are separate. The weights sum to one, so averaging success rates instead of
+    difficulties gives `1 - d_hat`; all values here are success rates.
     """
 
     def __init__(self, config: PredictorConfig) -> None:
@@ -61,23 +139,24 @@ class AttentionPredictor(nn.Module):
         self.config = config
         self.inputs = InputScale(config.in_features, config.input_dropout)
         self.query, self.reference = _adapter(config), _adapter(config)
-        self.head = make_head(config.calibration)
-
-    def base(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
-        """Uncalibrated success rates `[N]` from embeddings `[N, E]`, `[K, E]` and the references' rates `[K]`."""
-        return self.weights(queries, references) @ rates
+        self.head = HEADS[config.calibration]()
 
     def weights(self, queries: Tensor, references: Tensor) -> Tensor:
-        """`[N, K]`: what each reference counts for each query; rows sum to one."""
+        """Return the weight of every reference for every query, `[N, K]`; rows sum to one.
+
+        Args:
+            queries: `[N, E]` embeddings.
+            references: `[K, E]` embeddings.
+        """
         keys = self.reference(self.inputs(references))
         return torch.softmax(self.query(self.inputs(queries)) @ keys.T / self.config.width**0.5, dim=-1)
 
     def forward(self, queries: Tensor, references: Tensor, rates: Tensor) -> Tensor:
-        """Calibrated success rates `[N]`; arguments as in `base`."""
-        return self.head(self.base(queries, references, rates), rates)
+        """Return calibrated success rates `[N]` from embeddings `[N, E]`, `[K, E]` and the references' rates `[K]`."""
+        return self.head(self.weights(queries, references) @ rates, rates)
 
     def fingerprint(self) -> str:
-        """Hash of the weights."""
+        """Return a hash of the configuration and weights."""
         digest = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -85,14 +164,14 @@ class AttentionPredictor(nn.Module):
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`."""
+        """Write `config.json` and `model.safetensors` to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
 
     @classmethod
     def load(cls, folder: Path) -> AttentionPredictor:
-        """The predictor that `save` wrote, in evaluation mode. Raises UserError where the folder holds none."""
+        """Load a saved predictor in evaluation mode. Raises UserError if the folder has none."""
         try:
             config = PredictorConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
             if config.calibration not in BOUNDS:
@@ -102,55 +181,51 @@ class AttentionPredictor(nn.Module):
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{str(folder)!r} holds no difficulty predictor ({str(error).splitlines()[0]}), expected a folder with "
-                f"{CONFIG} and {WEIGHTS}: train one, or leave `predictor` out"
+                f"{CONFIG} and {WEIGHTS}. Train one or leave `predictor` out."
             ) from None
         return predictor.eval().requires_grad_(False)
 
 
 class AttentionSpace:
-    """Adapter outputs of a whole pool; they are fixed, so they are computed once and kept on disk.
+    """Adapter outputs of a whole pool, computed once and cached on disk.
 
     Args:
-        predictor: in evaluation mode.
+        predictor: predictor in evaluation mode.
         embeddings: float32 `[Q, E]`.
-        key: names the embeddings' content.
+        key: content key of the embeddings.
         cache_dir: folder of the cache.
+
+    Attributes:
+        queries: float32 `[Q, D]` query vectors `z_q`.
     """
 
     def __init__(self, predictor: AttentionPredictor, embeddings: np.ndarray, key: str, cache_dir: Path) -> None:
         config = predictor.config
         if embeddings.shape[1] != config.in_features:
             raise UserError(
-                f"the encoder gives {embeddings.shape[1]} components, the difficulty predictor expects "
-                f"{config.in_features}: name the `encoder` that it was trained with ({config.encoder or 'the policy'})"
+                f"The encoder gives {embeddings.shape[1]} components, the difficulty predictor expects "
+                f"{config.in_features}. Set `encoder` to the one of its training ({config.encoder or 'the policy'})."
             )
         self.predictor, self.embeddings = predictor, embeddings
         self.queries = cached_matrix(
             cache_dir.expanduser() / "embeddings" / f"{content_key('attention', predictor.fingerprint(), key)}.npy",
             rows=len(embeddings),
             width=lambda: config.width,
-            fill=lambda out: _adapt(predictor, predictor.query, embeddings, out),
+            fill=lambda out: self._adapt(predictor.query, embeddings, out),
         )
 
     def keys(self, positions: np.ndarray) -> np.ndarray:
-        """`[K, D]` reference vectors `z_i`."""
+        """Return the reference vectors `z_i`, float32 `[K, D]`."""
         out = np.empty((len(positions), self.predictor.config.width), dtype=np.float32)
-        _adapt(self.predictor, self.predictor.reference, self.embeddings[positions], out)
+        self._adapt(self.predictor.reference, self.embeddings[positions], out)
         return out
 
     def scale(self, similarity: np.ndarray, rates: np.ndarray) -> float:
-        """1 / sqrt(D)."""
+        """Return 1 / sqrt(D)."""
         return float(self.predictor.config.width**-0.5)
 
-
-def _adapter(config: PredictorConfig) -> nn.Module:
-    if config.centres:
-        return KernelScore(config.centres, config.in_features, config.width)
-    return mlp_adapter(config.in_features, config.width, config.depth, config.dropout)
-
-
-@torch.inference_mode()
-def _adapt(predictor: AttentionPredictor, adapter: nn.Module, embeddings: np.ndarray, out: np.ndarray) -> None:
-    for start in range(0, len(embeddings), CHUNK):
-        chunk = torch.from_numpy(np.array(embeddings[start : start + CHUNK], dtype=np.float32))
-        out[start : start + CHUNK] = adapter(predictor.inputs(chunk)).numpy()
+    @torch.inference_mode()
+    def _adapt(self, adapter: nn.Module, embeddings: np.ndarray, out: np.ndarray) -> None:
+        for start in range(0, len(embeddings), CHUNK):
+            chunk = torch.from_numpy(np.array(embeddings[start : start + CHUNK], dtype=np.float32))
+            out[start : start + CHUNK] = adapter(self.predictor.inputs(chunk)).numpy()

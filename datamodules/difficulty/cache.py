@@ -1,4 +1,4 @@
-"""Float matrices kept on disk between runs, memory-mapped when read."""
+"""Float matrices cached on disk across runs and memory-mapped when read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def content_key(*parts: str) -> str:
-    """A file name that changes when any part does."""
+    """Return a file name that changes with any part."""
     return hash_texts(parts)
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Hash of texts in order; every text is preceded by its length, so that borders count too."""
+    """Return a hash of texts in order; each is preceded by its length, so their borders count."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -29,25 +29,21 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def cached_matrix(
-    path: Path, rows: int, width: Callable[[], int], fill: Callable[[np.ndarray], None], dtype: str = "float32"
-) -> np.ndarray:
-    """The matrix stored at `path`, computed first where it is missing or unreadable.
+def cached_matrix(path: Path, rows: int, width: Callable[[], int], fill: Callable[[np.ndarray], object]) -> np.ndarray:
+    """Load the float32 matrix at `path`, or compute and store it if it is missing or unreadable.
 
-    Several processes may ask for the same file at once: each writes its own temporary one and renames it, so a reader
-    never sees half a file.
+    Safe for concurrent processes: each writes a temporary file and renames it, so no reader sees a partial file.
 
     Args:
-        path: where it lies (`.npy`).
-        rows: rows it must have.
-        width: gives the number of columns; asked only when the matrix is computed.
-        fill: writes every element of the zeroed `[rows, width()]` array that it is given.
-        dtype: element type.
+        path: `.npy` file.
+        rows: expected number of rows.
+        width: returns the number of columns; called only if the matrix is computed.
+        fill: writes the matrix into a zeroed array `[rows, width()]`.
 
     Returns:
-        `[rows, width]`, memory-mapped; writing into it changes a private copy only.
+        float32 `[rows, width]`, memory-mapped copy-on-write.
     """
-    stored = _load(path, rows, dtype)
+    stored = _load(path, rows)
     if stored is not None:
         return stored
     columns = width()  # first: an encoder that cannot be loaded leaves no folder
@@ -55,7 +51,7 @@ def cached_matrix(
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:
-        matrix = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=(rows, columns))
+        matrix = np.lib.format.open_memmap(name, mode="w+", dtype=np.float32, shape=(rows, columns))
         fill(matrix)
         matrix.flush()
         del matrix
@@ -63,25 +59,25 @@ def cached_matrix(
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    # Reading back what was written makes a first run and a later one compute from the same bytes and alignment.
-    stored = _load(path, rows, dtype)
+    # Reading it back makes first and later runs compute from the same bytes and alignment.
+    stored = _load(path, rows)
     if stored is None:
-        raise OSError(f"{path} cannot be read back after writing it")
+        raise OSError(f"{path} cannot be read back after writing it. Check the disk or set another cache folder.")
     return stored
 
 
-def _load(path: Path, rows: int, dtype: str) -> np.ndarray | None:
+def _load(path: Path, rows: int) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
         matrix = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        log.warning("cache file %s is corrupt (%s): computing it again", path, error)
+        log.warning("Cache file %s is corrupt (%s). Computing it again.", path, error)
         return None
-    if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.dtype != np.dtype(dtype):
+    if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.dtype != np.float32:
         log.warning(
-            "cache file %s holds %s %s, expected %d rows of %s: computing it again",
-            path, matrix.dtype, matrix.shape, rows, dtype,
+            "Cache file %s holds %s %s, expected %d rows of float32. Computing it again.",
+            path, matrix.dtype, matrix.shape, rows,
         )  # fmt: skip
         return None
     return matrix

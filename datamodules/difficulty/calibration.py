@@ -1,16 +1,19 @@
-"""From a base forecast to a calibrated one.
+"""Calibration of base forecasts (DOTS, arXiv 2506.05316, section 4, and the authors' code).
 
-Every head maps `p -> sigmoid(slope * logit(p) + bias)`; they differ in which of the two may move and how far. A trained
-predictor carries a head that reads (slope, bias) off the references (`heads.py`); here they are fitted on the
-references at hand. DOTS, arXiv 2506.05316, section 4 and the authors' code.
+Every head maps `p -> sigmoid(slope * logit(p) + bias)`; they differ in which parameters are free and in their bounds. A
+head trained with the predictor reads (slope, bias) off the references; without one they are fitted to the references.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # torch's own name for it
 
 CalibrationName = Literal["group_logit_temperature", "platt", "temperature", "none"]
 
@@ -47,42 +50,42 @@ class Calibration:
         return 1.0 / self.slope
 
     def apply(self, base: np.ndarray) -> np.ndarray:
-        """float64 calibrated success rates of the base forecasts, any shape."""
+        """Return float64 calibrated success rates of base forecasts of any shape."""
         value = sigmoid(self.slope * logit(base) + self.bias)
         return np.clip(self.gain * value + self.offset, 0.0, 1.0)
 
 
 def logit(p: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) of p clamped to [1e-4, 1 - 1e-4]; float64."""
+    """Return float64 log(p / (1 - p)) of p clamped to [1e-4, 1 - 1e-4]."""
     p = np.clip(np.asarray(p, dtype=np.float64), CLAMP, 1 - CLAMP)
     return np.log(p / (1 - p))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
 def soft_cross_entropy(forecast: np.ndarray, rates: np.ndarray) -> float:
-    """Mean binary cross-entropy of forecasts `[K]`, clamped as `logit` does, against success rates `[K]`."""
+    """Return the mean binary cross-entropy of forecasts `[K]`, clamped as in `logit`, against success rates `[K]`."""
     p = np.clip(forecast, CLAMP, 1 - CLAMP)
     return float(-np.mean(rates * np.log(p) + (1 - rates) * np.log1p(-p)))
 
 
 def fit_calibration(base: np.ndarray, rates: np.ndarray, method: CalibrationName) -> Calibration:
-    """(slope, bias) within `BOUNDS[method]` of least soft-label cross-entropy.
+    """Fit (slope, bias) within `BOUNDS[method]` by soft-label cross-entropy.
 
-    The sum over the references carries the penalty `RIDGE / 2 * ((slope - 1)^2 + bias^2)`: as much as a few references
-    say, so that constant rewards or a handful of references leave the forecast nearly as it is. Minimised by projected
-    Newton steps in float64; the objective is strictly convex, so the result is the constrained optimum.
+    The sum over the references is penalised by `RIDGE / 2 * ((slope - 1)^2 + bias^2)`, the weight of a few references,
+    so that constant rewards or very few references hardly change the forecast. The objective is strictly convex and is
+    minimised by projected Newton steps in float64, so the result is the constrained optimum.
 
-    Untrained `group_logit_temperature` is Platt scaling kept to the trained head's range: its network from the
-    references' mean and standard deviation to (temperature, bias) would need many groups to learn from, while on the
-    one group at hand (temperature, bias) themselves can be fitted.
+    `group_logit_temperature` is fitted as Platt scaling within the trained head's range: its network would need many
+    groups to learn from, while (temperature, bias) themselves can be fitted to one.
 
     Args:
         base: `[K]` base forecasts of the references, each made without the reference itself (leave-one-out).
         rates: `[K]` measured success rates.
-        method: head.
+        method: head to fit.
     """
     low, high = (np.array(bound) for bound in BOUNDS[method])
     design = np.stack([logit(base), np.ones(len(base))], axis=1)
@@ -107,7 +110,7 @@ def fit_calibration(base: np.ndarray, rates: np.ndarray, method: CalibrationName
 def _line_search(
     design: np.ndarray, rates: np.ndarray, theta: np.ndarray, step: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """The longest of the halved steps, projected on the box, that does not raise the penalised loss."""
+    """Return the end of the longest halved step, projected on the box, that does not raise the penalised loss."""
 
     def loss(point: np.ndarray) -> float:
         x = design @ point
@@ -122,10 +125,10 @@ def _line_search(
 
 
 def refit_line(calibration: Calibration, base: np.ndarray, rates: np.ndarray) -> Calibration:
-    """The calibration followed by the ordinary least-squares line from its own forecasts `[K]` to the measured rates.
+    """Append the least-squares line from the calibrated forecasts `[K]` to the measured rates, as in the authors' code.
 
-    The authors' code does so on its references. Left as it is where a line says nothing: fewer than three references,
-    all rates or all forecasts equal, or a slope that is not positive.
+    Returns the calibration unchanged where a line is meaningless: fewer than three references, all rates or all
+    forecasts equal, or a slope that is not positive.
     """
     forecast = calibration.apply(base)
     if len(rates) < 3 or np.ptp(rates) < 1e-9 or np.ptp(forecast) < 1e-9:
@@ -135,3 +138,67 @@ def refit_line(calibration: Calibration, base: np.ndarray, rates: np.ndarray) ->
     if gain <= 0:
         return calibration
     return replace(calibration, gain=gain, offset=float(rates.mean() - gain * forecast.mean()))
+
+
+class CalibrationHead(nn.Module):
+    """`p -> sigmoid(slope * logit(clamp(p, 1e-4, 1 - 1e-4)) + bias)`; the base class is the identity ("none").
+
+    Heads are trained with the attention predictor and start as the identity.
+    """
+
+    def coefficients(self, rates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scalars (slope, bias) for a reference set with mean rewards `rates` `[K]`."""
+        return rates.new_ones(()), rates.new_zeros(())
+
+    def forward(self, base: Tensor, rates: Tensor) -> Tensor:
+        """Return calibrated success rates `[N]` of base forecasts `[N]`."""
+        slope, bias = self.coefficients(rates)
+        return torch.sigmoid(slope * torch.logit(base, eps=CLAMP) + bias)
+
+
+class GroupLogitTemperature(CalibrationHead):
+    """Temperature in [0.01, 10] and bias in (-1, 1) from the mean and population std of the reference rewards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 2))
+        last = self.network[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([math.log(math.e - 1), 0.0]))
+
+    def coefficients(self, rates: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.network(torch.stack([rates.mean(), rates.std(correction=0)]))
+        return 1 / F.softplus(output[0]).clamp(1e-2, 10), torch.tanh(output[1])
+
+
+class Platt(CalibrationHead):
+    """A learnt slope and bias, equal for all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def coefficients(self, rates: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slope, self.bias
+
+
+class Temperature(CalibrationHead):
+    """A learnt temperature, equal for all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    def coefficients(self, rates: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.exp(-self.log_temperature), rates.new_zeros(())
+
+
+HEADS: dict[CalibrationName, type[CalibrationHead]] = {
+    "group_logit_temperature": GroupLogitTemperature,
+    "platt": Platt,
+    "temperature": Temperature,
+    "none": CalibrationHead,
+}

@@ -1,6 +1,6 @@
-"""One vector per question: pooled last hidden states of a frozen model, computed once per pool and kept on disk.
+"""Question embeddings: pooled hidden states of a frozen model, computed once per pool and cached on disk.
 
-DOTS (arXiv 2506.05316, section 4) embeds the raw question text by the mean of the last hidden states.
+DOTS (arXiv 2506.05316, section 4) embeds the raw question text as the mean of the last hidden states.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 
 
 class TextEncoder:
-    """A frozen text encoder; its weights are loaded at the first `encode`.
+    """A frozen text encoder whose weights are loaded by the first `encode`.
 
     Args:
-        name: folder or hub name of any Hugging Face model (of a causal LM the language-model head is left out), or a
+        name: folder or hub name of any Hugging Face model (without the language-model head of a causal LM), or a
             sentence-transformers folder.
-        device: where it runs, e.g. "cuda:0"; chosen when None.
-        layer: states taken after so many layers (0: the token embeddings), before any last normalisation; None for the
-            model's output. Of a language model the middle layers tell more about a text than the last one, which is
-            about the next token.
+        device: device to run on, e.g. "cuda:0"; None for the first GPU, else the CPU.
+        layer: number of layers after which states are taken (0: the token embeddings), before any final normalisation;
+            None for the model's output. The middle layers of a language model often describe a text better than the
+            last one, which predicts the next token.
     """
 
     def __init__(self, name: str, device: str | None = None, layer: int | None = None) -> None:
@@ -47,8 +47,12 @@ class TextEncoder:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of everything that a vector depends on beside the text: configuration, tokenizer and weights."""
-        digest = hashlib.blake2b(repr((*self._settings(), "v1")).encode(), digest_size=16)
+        """Hash of everything but the text that a vector depends on: settings, configuration, tokenizer and weights."""
+        recipe = self.recipe
+        settings: list[object] = [recipe.pooling, recipe.normalize, recipe.max_length, recipe.prefix, recipe.lower]
+        # Reduced-precision weights run as they are only on an accelerator, so the kind of device matters.
+        settings += [self.device.type] if self.layer is None else [self.device.type, self.layer]
+        digest = hashlib.blake2b(repr((*settings, "v1")).encode(), digest_size=16)
         for path in sorted(self.recipe.model.iterdir()):
             if path.suffix in FILES and path.is_file():
                 digest.update(path.name.encode())
@@ -58,26 +62,29 @@ class TextEncoder:
 
     @cached_property
     def width(self) -> int:
-        """Components `E` of a vector."""
+        """Number of components `E`."""
         config = self._model.config.get_text_config()
         self._check_layer(int(config.num_hidden_layers))
         return int(config.hidden_size)
 
     def encode(self, questions: Sequence[str]) -> np.ndarray:
-        """float32 `[Q, E]`: the vectors of raw question texts. A text without tokens gets the zero vector."""
+        """Return the vectors of raw question texts, float32 `[Q, E]`; a text without tokens gets the zero vector."""
         out = np.zeros((len(questions), self.width), dtype=np.float32)
         self.encode_into(out, questions)
         return out
 
     def encode_into(self, out: np.ndarray, questions: Sequence[str]) -> None:
-        """Writes `encode(questions)` into the zeroed `out` `[Q, E]`, in batches of texts of similar length."""
+        """Write `encode(questions)` into the zeroed `out` `[Q, E]`, in batches of texts of similar length."""
         by_length = np.argsort([len(question) for question in questions], kind="stable")[::-1]
         for start in range(0, len(by_length), QUESTIONS_PER_BLOCK):
             positions = by_length[start : start + QUESTIONS_PER_BLOCK]
-            tokens = self._tokenize([questions[position] for position in positions])
+            texts = [self.recipe.prefix + questions[position] for position in positions]
+            if self.recipe.lower:
+                texts = [text.lower() for text in texts]
+            tokens = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
             for rows in _batches(tokens):
                 out[positions[rows]] = self._forward([tokens[row] for row in rows])
-            log.info("embedded %d of %d questions", start + len(positions), len(by_length))
+            log.info("Embedded %d of %d questions.", start + len(positions), len(by_length))
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]]) -> np.ndarray:
@@ -92,7 +99,7 @@ class TextEncoder:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         if not bool(torch.isfinite(vectors).all()):
             raise UserError(
-                f"encoder {self.folder} gives infinite or NaN vectors, expected finite ones: use other weights"
+                f"encoder {self.folder} gives infinite or NaN vectors, expected finite ones. Use other weights."
             )
         return vectors.cpu().numpy()
 
@@ -106,28 +113,15 @@ class TextEncoder:
     def _check_layer(self, layers: int) -> None:
         if self.layer is not None and not 0 <= self.layer <= layers:
             raise UserError(
-                f"layer {self.layer} of encoder {self.folder}, which has {layers} layers: name one from 0 to {layers}"
+                f"layer {self.layer} of encoder {self.folder} does not exist, expected one from 0 to {layers}. "
+                "Change the number after @."
             )
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        texts = [self.recipe.prefix + text for text in texts]
-        if self.recipe.lower:
-            texts = [text.lower() for text in texts]
-        return self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
-
-    def _settings(self) -> tuple[Any, ...]:
-        recipe = self.recipe
-        # Reduced-precision weights run as they are on an accelerator only, so the kind of device is part of the result.
-        settings = recipe.pooling, recipe.normalize, recipe.max_length, recipe.prefix, recipe.lower, self.device.type
-        return settings if self.layer is None else (*settings, self.layer)
 
     @cached_property
     def _max_length(self) -> int:
-        limits = [
-            self.recipe.max_length,
-            getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
-        ]
-        return int(min([self._tokenizer.model_max_length, 1 << 20, *(limit for limit in limits if limit)]))
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        limits = (self._tokenizer.model_max_length, 1 << 20, self.recipe.max_length, positions)
+        return int(min(limit for limit in limits if limit))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -149,25 +143,25 @@ class TextEncoder:
             return kind.from_pretrained(self.recipe.model, trust_remote_code=False, **options)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
-                f"encoder {self.folder} cannot be loaded by {kind.__name__} ({str(error).strip().splitlines()[0]}); "
-                "expected config.json, weights in safetensors and a tokenizer: name another folder"
+                f"encoder {self.folder} cannot be loaded by {kind.__name__} ({str(error).strip().splitlines()[0]}), "
+                "expected config.json, weights in safetensors and a tokenizer. Name another folder."
             ) from error
 
     def unload(self) -> None:
-        """Frees the model's memory."""
+        """Free the model's memory."""
         self.__dict__.pop("_model", None)
 
 
 def embed_questions(questions: Sequence[str], encoder: TextEncoder, cache_dir: Path) -> tuple[np.ndarray, str]:
-    """Vectors of a pool's questions, from the disk cache where they are known.
+    """Return the vectors of a pool's questions, from the disk cache if possible.
 
     Args:
         questions: `Q` raw question texts.
-        encoder: what embeds them.
+        encoder: text encoder.
         cache_dir: folder of the cache; `~` is expanded.
 
     Returns:
-        float32 `[Q, E]`, memory-mapped, and the key that names their content.
+        The vectors, float32 `[Q, E]`, memory-mapped, and the key of their content.
     """
     key = content_key("embeddings", encoder.identity, hash_texts(questions))
     matrix = cached_matrix(
@@ -181,7 +175,7 @@ def embed_questions(questions: Sequence[str], encoder: TextEncoder, cache_dir: P
 
 
 def _batches(tokens: list[list[int]]) -> Iterator[np.ndarray]:
-    """Row numbers of non-empty texts, longest first, `TOKENS_PER_BATCH` padded tokens at a time."""
+    """Yield the rows of non-empty texts, longest first, in batches of `TOKENS_PER_BATCH` padded tokens."""
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -202,6 +196,6 @@ def _locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[f"*{suffix}" for suffix in FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"encoder {name!r} is neither a folder nor a model of the hub ({str(error).splitlines()[0]}): "
-            "name a model folder, or a hub model that can be reached from here"
+            f"encoder {name!r} is neither a folder nor a model of the hub ({str(error).splitlines()[0]}), expected a "
+            "model. Name a model folder, or a hub model that can be reached from here."
         ) from None

@@ -1,31 +1,38 @@
-"""Text encoders by name: one model, one of its inner layers, counts of what stands in the text, or several joined."""
+"""Text encoders by name: a model, one of its inner layers, text statistics, or several joined."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from datamodules.difficulty import text_statistics
 from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
 from datamodules.difficulty.embeddings import TextEncoder, embed_questions
 from datamodules.errors import UserError
 
 STATISTICS = "statistics"
+_STATISTICS_VERSION = "v1"
+_NUMBER = re.compile(r"\d+")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_SENTENCE = re.compile(r"[.?!]")
+_COUNTED = ("$", "\\", "\\frac", "\n", "=", ",", "^", "(")
+_MAX_DIGITS = 12
+STATISTICS_WIDTH = 8 + len(_COUNTED)
 
 
 def embed_with(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
-    """Vectors of a pool's questions, each part and their junction from the disk cache where they are known.
+    """Return the vectors of a pool's questions, with every part and the joined matrix cached on disk.
 
     Args:
-        name: a model's folder or hub name; `NAME@20` for its states after layer 20; `statistics` for the counts of
-            `text_statistics`; several joined by `+`, e.g. `statistics+models/encoder`.
+        name: a model's folder or hub name; `NAME@20` for its states after layer 20; `statistics` for `statistics`;
+            several joined by `+`, e.g. `statistics+models/encoder`.
         questions: `Q` raw texts.
         cache_dir: folder of the cache; `~` is expanded.
 
     Returns:
-        float32 `[Q, E]`, memory-mapped, and the key that names their content.
+        The vectors, float32 `[Q, E]`, memory-mapped, and the key of their content.
     """
     parts = [_embed_part(part, questions, cache_dir) for part in encoder_parts(name)]
     if len(parts) == 1:
@@ -36,48 +43,56 @@ def embed_with(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np
         cache_dir.expanduser() / "embeddings" / f"{key}.npy",
         rows=len(questions),
         width=lambda: sum(matrix.shape[1] for matrix in matrices),
-        fill=lambda out: _join(matrices, out),
+        fill=lambda out: np.concatenate(matrices, axis=1, out=out),
     )
     return joined, key
 
 
 def block_widths(name: str, questions: Sequence[str], cache_dir: Path) -> list[int]:
-    """Components of each part of `embed_with(name, questions, cache_dir)`, in their order."""
+    """Return the number of components of each part of `embed_with(name, questions, cache_dir)`, in order."""
     return [_embed_part(part, questions, cache_dir)[0].shape[1] for part in encoder_parts(name)]
 
 
 def encoder_parts(name: str) -> list[str]:
-    """Names joined by `+`; a folder whose name has one stands for itself. UserError for an empty part."""
+    """Return the names joined by `+`, except in the name of an existing folder. Raises UserError for an empty part."""
     if Path(name).expanduser().is_dir():
         return [name]
     parts = [part.strip() for part in name.split("+")]
     if not all(parts):
-        raise UserError(f"encoder {name!r} has an empty part, expected names joined by '+': take the spare '+' out")
+        raise UserError(f"encoder {name!r} has an empty part, expected names joined by '+'. Remove the spare '+'.")
     return parts
 
 
 def _embed_part(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
     if name == STATISTICS:
-        return _embed_statistics(questions, cache_dir)
+        key = content_key(STATISTICS, _STATISTICS_VERSION, hash_texts(questions))
+
+        def fill(out: np.ndarray) -> None:
+            for row, question in enumerate(questions):
+                out[row] = statistics(question)
+
+        path = cache_dir.expanduser() / "embeddings" / f"{key}.npy"
+        return cached_matrix(path, len(questions), lambda: STATISTICS_WIDTH, fill), key
     model, at, layer = name.rpartition("@")
     if at and layer.isdigit() and not Path(name).expanduser().is_dir():
         return embed_questions(questions, TextEncoder(model, layer=int(layer)), cache_dir)
     return embed_questions(questions, TextEncoder(name), cache_dir)
 
 
-def _embed_statistics(questions: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
-    key = content_key(STATISTICS, text_statistics.VERSION, hash_texts(questions))
-    matrix = cached_matrix(
-        cache_dir.expanduser() / "embeddings" / f"{key}.npy",
-        rows=len(questions),
-        width=lambda: text_statistics.WIDTH,
-        fill=lambda out: text_statistics.fill(out, questions),
-    )
-    return matrix, key
+def statistics(question: str) -> list[float]:
+    """Return text statistics: log(1 + x) of sizes and counts, and whether the text has a `$` formula.
 
-
-def _join(matrices: Sequence[np.ndarray], out: np.ndarray) -> None:
-    start = 0
-    for matrix in matrices:
-        out[:, start : start + matrix.shape[1]] = matrix
-        start += matrix.shape[1]
+    A sentence encoder tells what a question is about, these tell how much there is to work through.
+    """
+    numbers, words = _NUMBER.findall(question), _WORD.findall(question)
+    sizes = [
+        len(question),
+        len(question.split()),
+        len(_SENTENCE.findall(question)),
+        len(numbers),
+        max(map(len, numbers), default=0),
+        max((int(number[:_MAX_DIGITS]) for number in numbers), default=0),
+        sum(map(len, words)) / max(1, len(words)),
+        *(question.count(mark) for mark in _COUNTED),
+    ]
+    return [*np.log1p(np.array(sizes, dtype=np.float64)), float("$" in question)]

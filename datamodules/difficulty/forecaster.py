@@ -1,4 +1,4 @@
-"""Forecast of a whole pool's success rates from the measured rates of a few reference prompts."""
+"""Forecast of a pool's success rates from the measured rates of a few reference prompts."""
 
 from __future__ import annotations
 
@@ -8,27 +8,40 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from datamodules.difficulty.attend import leave_one_out, softmax_average
-from datamodules.difficulty.calibration import Calibration, CalibrationName, fit_calibration, refit_line
-from datamodules.difficulty.heads import CalibrationHead
+from datamodules.difficulty.calibration import (
+    Calibration,
+    CalibrationHead,
+    CalibrationName,
+    fit_calibration,
+    refit_line,
+)
+
+CHUNK = 8192
 
 
 class Space(Protocol):
-    """Where dot products say how much a reference tells about a prompt: `KernelSpace` or `AttentionSpace`."""
+    """Vectors whose dot products weigh the references: `KernelSpace` or `AttentionSpace`.
+
+    Attributes:
+        queries: `[Q, D]` query vectors of the pool.
+    """
 
     queries: np.ndarray
 
-    def keys(self, positions: np.ndarray) -> np.ndarray: ...
-    def scale(self, similarity: np.ndarray, rates: np.ndarray) -> float: ...
+    def keys(self, positions: np.ndarray) -> np.ndarray:
+        """Return the `[K, D]` key vectors of the prompts at `positions`."""
+
+    def scale(self, similarity: np.ndarray, rates: np.ndarray) -> float:
+        """Return the factor on the dot products, given those among the references `[K, K]` and their rates `[K]`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """What was predicted and how.
+    """A forecast of the pool and the parameters behind it.
 
     Attributes:
         success_rate: float64 `[Q]`.
-        calibration: the map from base forecasts to these.
+        calibration: map from base forecasts to `success_rate`.
         scale: factor on the similarities before the softmax.
     """
 
@@ -45,31 +58,69 @@ def predict(
     method: CalibrationName,
     refit: bool,
 ) -> Forecast:
-    """Forecasts every prompt of the pool.
+    """Forecast the success rate of every prompt in the pool.
 
     Args:
-        space: the pool's vectors.
+        space: vectors of the pool.
         positions: int64 `[K]` pool positions of the references, `K >= 1`.
-        rates: float64 `[K]` their success rates in [0, 1].
-        head: trained calibration head; None to fit `method` on the references' leave-one-out forecasts.
-        method: head that is fitted.
-        refit: whether a least-squares line through the references' leave-one-out forecasts comes last.
+        rates: float64 `[K]` success rates of the references in [0, 1].
+        head: trained calibration head; None fits `method` to the references' leave-one-out forecasts.
+        method: head to fit.
+        refit: whether to fit a least-squares line to the references' leave-one-out forecasts afterwards.
     """
     keys = space.keys(positions)
     similarity = space.queries[positions].astype(np.float64) @ keys.astype(np.float64).T
     scale = space.scale(similarity, rates)
-    calibration = _trained(head, rates) if head is not None else Calibration()
+    calibration = Calibration()
+    if head is not None:
+        with torch.inference_mode():
+            slope, bias = head.coefficients(torch.from_numpy(rates).float())
+        calibration = Calibration(slope=float(slope), bias=float(bias))
     if len(rates) > 1:
-        without_itself = leave_one_out(similarity, rates, scale)
+        held_out = leave_one_out(similarity, rates, scale)
         if head is None:
-            calibration = fit_calibration(without_itself, rates, method)
+            calibration = fit_calibration(held_out, rates, method)
         if refit:
-            calibration = refit_line(calibration, without_itself, rates)
+            calibration = refit_line(calibration, held_out, rates)
     base = softmax_average(space.queries, keys, rates, scale)
     return Forecast(calibration.apply(base), calibration, scale)
 
 
-def _trained(head: CalibrationHead, rates: np.ndarray) -> Calibration:
+def softmax_average(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """Return `softmax_i(scale * q . k_i) @ values` for every query, computed in chunks of `CHUNK x K` floats.
+
+    Args:
+        queries: `[Q, D]` float16 or float32, may be memory-mapped.
+        keys: `[K, D]`.
+        values: `[K]`.
+        scale: factor on the dot products.
+
+    Returns:
+        float64 `[Q]`.
+    """
+    weights = torch.from_numpy(np.ascontiguousarray(keys, dtype=np.float32) * np.float32(scale)).T.contiguous()
+    targets = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    out = np.empty(len(queries), dtype=np.float64)
     with torch.inference_mode():
-        slope, bias = head.coefficients(torch.from_numpy(rates).float())
-    return Calibration(slope=float(slope), bias=float(bias))
+        for start in range(0, len(queries), CHUNK):
+            chunk = torch.from_numpy(np.asarray(queries[start : start + CHUNK])).float()
+            attention = torch.softmax(chunk @ weights, dim=1)
+            out[start : start + len(chunk)] = (attention @ targets).numpy()
+    return out
+
+
+def leave_one_out(similarity: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """Return the softmax average that each reference gets from the others.
+
+    Args:
+        similarity: float64 `[K, K]`, `K >= 2`; row i has the dot products of reference i's query with every key.
+        values: float64 `[K]`.
+        scale: factor on the similarities.
+
+    Returns:
+        float64 `[K]`.
+    """
+    logits = similarity * scale
+    np.fill_diagonal(logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights @ values / weights.sum(axis=1)

@@ -1,8 +1,8 @@
 """Kernel ridge regression on recorded success rates, in the form of an attention predictor.
 
-Closed form, so nothing is trained by gradient but the calibration head. Bandwidths, ridge and the strength of the tilt
-are chosen by leave-one-out over the training questions, which ridge regression gives without refitting (Allen 1974:
-the residual of question i, made without it, is `[A^-1 y]_i / [A^-1]_ii` with `A = K + lambda I`).
+Closed form except for the calibration head. Bandwidths, ridge and the strength of the tilt are chosen by leave-one-out
+over the training questions, which ridge regression gives without refitting (Allen 1974: the held-out residual of
+question i is `[A^-1 y]_i / [A^-1]_ii` with `A = K + lambda I`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from datamodules.difficulty.adapters import KernelScore
-from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
+from datamodules.difficulty.attention import AttentionPredictor, KernelRidgeAdapter, PredictorConfig
 from datamodules.difficulty.calibration import CalibrationName
 from datamodules.difficulty.outcomes import RecordedOutcomes
-from datamodules.difficulty.visit_loss import average_measured, soft_loss, visit_forecasts
+from datamodules.difficulty.training import average_measured, soft_loss, visit_forecasts
 from datamodules.seeding import generator
 
 BANDWIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5)
 RIDGES = np.geomspace(0.03, 30.0, 16)
 GAINS = np.geomspace(0.1, 10.0, 25)
-"""Strengths of the tilt tried, in units of 1 / variance of the score."""
-CENTRES = 4000
+"""Candidate strengths of the tilt, in units of 1 / variance of the forecasts."""
+MAX_CENTRES = 4000
 COMPANIONS = 63
-SEARCHED = 1000
-"""Questions among which bandwidths are chosen: a search costs a dozen decompositions of their kernel matrix."""
+"""Principal components of the text that follow the forecast."""
+MAX_SEARCHED = 1000
+"""Questions among which bandwidths are chosen: each candidate costs a decomposition of their kernel matrix."""
 HEAD_STEPS = 200
+HEAD_LEARNING_RATE = 0.03
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,22 +41,22 @@ class RidgeFit:
     Attributes:
         coefficients: float64 `[N]` weights of the training rows' kernels.
         offset: mean of the targets.
-        without_itself: float64 `[N]` what each training row would be forecast from the others.
-        own: float64 `[N]` what its own target adds to a training row's forecast.
+        held_out: float64 `[N]` forecast of each training row from the others.
+        own: float64 `[N]` contribution of its own target to each training row's forecast.
         ridge: lambda.
-        error: mean squared error of `without_itself`.
+        error: mean squared error of `held_out`.
     """
 
     coefficients: np.ndarray
     offset: float
-    without_itself: np.ndarray
+    held_out: np.ndarray
     own: np.ndarray
     ridge: float
     error: float
 
 
 def fit_ridge(kernel: np.ndarray, targets: np.ndarray) -> RidgeFit:
-    """The ridge regression whose lambda of `RIDGES` has the least leave-one-out error.
+    """Fit a ridge regression with the lambda of `RIDGES` of least leave-one-out error.
 
     Args:
         kernel: float64 `[N, N]`, positive semi-definite.
@@ -85,41 +86,42 @@ def fit_kernel_ridge(
     calibration: CalibrationName = "group_logit_temperature",
     seed: int = 0,
 ) -> AttentionPredictor:
-    """A predictor whose both adapters are the kernel ridge score of the questions' mean success rates.
+    """Fit a predictor whose adapters are a kernel ridge regression of the questions' mean success rates.
 
-    The kernel is `exp(-sum_b |u_b - v_b|^2 / (2 h_b^2 E_b))` over blocks of standardised components: one bandwidth for
-    each encoder that the embeddings are joined from. At most `CENTRES` questions, drawn by `seed`, are regressed on.
+    The kernel is `exp(-sum_b |u_b - v_b|^2 / (2 h_b^2 E_b))` over blocks of standardised components, with one bandwidth
+    per encoder that was joined into the embeddings. At most `MAX_CENTRES` questions, drawn by `seed`, are used.
 
     Args:
         embeddings: float32 `[N, E]`.
-        outcomes: of the same `N >= 3` questions.
+        outcomes: recorded outcomes of the same `N >= 3` questions.
         blocks: components of each block; they sum to `E`.
-        encoder: kept with the predictor.
-        calibration: head fitted on the leave-one-out forecasts.
-        seed: of the draw of centres.
+        encoder: name of the encoder, stored with the predictor.
+        calibration: head to fit on the leave-one-out forecasts.
+        seed: seed of the draw of centres.
     """
-    if len(embeddings) > CENTRES:
-        rows = np.sort(generator(seed, "centres").choice(len(embeddings), CENTRES, replace=False))
+    if len(embeddings) > MAX_CENTRES:
+        rows = np.sort(generator(seed, "centres").choice(len(embeddings), MAX_CENTRES, replace=False))
         embeddings, outcomes = embeddings[rows], outcomes.take(rows)
     x = np.asarray(embeddings, dtype=np.float64)
     shift, spread = x.mean(0), x.std(0)
     scale = np.where(spread > 1e-9, 1.0 / np.maximum(spread, 1e-9), 0.0)
     bandwidths, fitted = _choose_bandwidths((x - shift) * scale, outcomes.means, blocks)
     scale /= np.repeat(bandwidths * np.sqrt(blocks), blocks)
-    score = fitted.without_itself - fitted.offset
-    gain = _choose_gain(score, outcomes.rates)
+    centred, rates = fitted.held_out - fitted.offset, torch.from_numpy(outcomes.rates)
+    gains = GAINS / max(float(centred.var()), 1e-6)
+    gain = float(gains[int(np.argmin([float(soft_loss(_tilted(centred, rates, each), rates)) for each in gains]))])
 
     predictor = _assemble((x - shift) * scale, fitted, gain, encoder, calibration)
     predictor.inputs.shift.copy_(torch.from_numpy(shift))
     predictor.inputs.scale.copy_(torch.from_numpy(scale))
-    _fit_head(predictor, _tilted(score, outcomes.rates, gain), torch.from_numpy(outcomes.rates))
+    _fit_head(predictor, _tilted(centred, rates, gain), rates)
     return predictor.eval().requires_grad_(False)
 
 
 def _assemble(
     centres: np.ndarray, fitted: RidgeFit, gain: float, encoder: str | None, calibration: CalibrationName
 ) -> AttentionPredictor:
-    """Both adapters from the regression on scaled `centres` `[N, E]`."""
+    """Build both adapters from the regression on scaled `centres` `[N, E]`."""
     rank = min(COMPANIONS, *centres.shape)
     config = PredictorConfig(
         in_features=centres.shape[1],
@@ -132,8 +134,8 @@ def _assemble(
     )
     predictor = AttentionPredictor(config)
     query, reference = predictor.query, predictor.reference
-    assert isinstance(query, KernelScore)
-    assert isinstance(reference, KernelScore)
+    assert isinstance(query, KernelRidgeAdapter)
+    assert isinstance(reference, KernelRidgeAdapter)
     for adapter in (query, reference):
         adapter.centres.copy_(torch.from_numpy(centres))
         adapter.coefficients.copy_(torch.from_numpy(fitted.coefficients))
@@ -141,16 +143,16 @@ def _assemble(
         adapter.gain.fill_((gain * config.width**0.5) ** 0.5)
     reference.own.copy_(torch.from_numpy(fitted.own))
     basis = np.linalg.svd(centres, full_matrices=False)[2][:rank].T
-    # The text's components together are as long, on the average, as the score.
+    # On average the text's components together are as long as the forecast.
     length = np.sqrt(np.mean(np.sum((centres @ basis) ** 2, axis=1)))
-    score = fitted.without_itself - fitted.offset
-    query.basis.copy_(torch.from_numpy(basis * float(query.gain) * score.std() / max(length, 1e-9)))
+    centred = fitted.held_out - fitted.offset
+    query.basis.copy_(torch.from_numpy(basis * float(query.gain) * centred.std() / max(length, 1e-9)))
     return predictor
 
 
 def _choose_bandwidths(x: np.ndarray, targets: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, RidgeFit]:
-    """Bandwidths of least leave-one-out error, found one after another, twice over, from 1; and the fit by them."""
-    few = np.unique(np.linspace(0, len(x) - 1, min(SEARCHED, len(x))).astype(np.int64))
+    """Choose bandwidths of least leave-one-out error by two rounds of coordinate search from 1, and fit with them."""
+    few = np.unique(np.linspace(0, len(x) - 1, min(MAX_SEARCHED, len(x))).astype(np.int64))
     distances = _block_distances(x[few], blocks)
 
     @cache
@@ -172,40 +174,31 @@ def _kernel(distances: Sequence[np.ndarray], bandwidths: Sequence[float]) -> np.
 
 
 def _block_distances(x: np.ndarray, blocks: Sequence[int]) -> list[np.ndarray]:
-    """Mean squared distance per component, `[N, N]` for each block."""
-    borders = np.cumsum([0, *blocks])
-    return [_squared_distances(x[:, first:last]) / (last - first) for first, last in pairwise(borders)]
+    """Return the mean squared distance per component, `[N, N]` for each block."""
+    distances = []
+    for first, last in pairwise(np.cumsum([0, *blocks])):
+        part = x[:, first:last]
+        norms = (part**2).sum(1)
+        distances.append(np.maximum(norms[:, None] + norms - 2 * part @ part.T, 0.0) / (last - first))
+    return distances
 
 
-def _squared_distances(x: np.ndarray) -> np.ndarray:
-    norms = (x**2).sum(1)
-    return np.maximum(norms[:, None] + norms - 2 * x @ x.T, 0.0)
-
-
-def _choose_gain(score: np.ndarray, rates: np.ndarray) -> float:
-    """The strength of the tilt with the least cross-entropy of leave-one-out forecasts."""
-    recorded = torch.from_numpy(rates)
-    gains = GAINS / max(float(score.var()), 1e-6)
-    losses = [float(soft_loss(_tilted(score, rates, gain), recorded)) for gain in gains]
-    return float(gains[int(np.argmin(losses))])
-
-
-def _tilted(score: np.ndarray, rates: np.ndarray, gain: float) -> torch.Tensor:
-    """float32 `[N, V]`: forecasts of every question at every visit from all others, by out-of-sample scores `[N]`."""
-    values = torch.from_numpy(score).float()
+def _tilted(centred: np.ndarray, rates: torch.Tensor, gain: float) -> torch.Tensor:
+    """Forecast every question at every visit from all others, by centred held-out forecasts `[N]`; float32 `[N, V]`."""
+    values = torch.from_numpy(centred).float()
     logits = gain * torch.outer(values, values)
     logits.fill_diagonal_(-torch.inf)
-    return average_measured(torch.softmax(logits, dim=1), torch.from_numpy(rates))
+    return average_measured(torch.softmax(logits, dim=1), rates)
 
 
 def _fit_head(predictor: AttentionPredictor, base: torch.Tensor, rates: torch.Tensor) -> None:
     parameters = list(predictor.head.parameters())
     if not parameters:
         return
-    optimizer = torch.optim.Adam(parameters, lr=0.03)
+    optimizer = torch.optim.Adam(parameters, lr=HEAD_LEARNING_RATE)
     for step in range(HEAD_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 0.03 * (1 - step / HEAD_STEPS)
+            group["lr"] = HEAD_LEARNING_RATE * (1 - step / HEAD_STEPS)
         optimizer.zero_grad()
         soft_loss(visit_forecasts(predictor.head, base, rates), rates).backward()
         optimizer.step()

@@ -1,33 +1,34 @@
-"""The model's constants, learnt from the run by empirical Bayes.
+"""Fit of the model's constants to the run by empirical Bayes.
 
-A log of all outcomes so far is replayed under other constants; those under which the outcomes were least surprising,
-each predicted from the ones before it, are kept (prequential evidence: Dawid 1984, "Present position and potential
-developments", equal to the marginal likelihood by the chain rule). Since every outcome is predicted given the whole
-past, it does not matter that the past decided which prompts were tried.
+The log of all outcomes is replayed under candidate constants. Those that predict each outcome best from the ones before
+it are kept: the prequential evidence (Dawid 1984, "Present position and potential developments"), which equals the
+marginal likelihood by the chain rule. As every outcome is predicted given the whole past, it does not matter that the
+past decided which prompts were tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.posterior.constants import Constants, log_hyperprior
-from datamodules.posterior.model import PosteriorModel
+from datamodules.posterior.model import Constants, PosteriorModel
 
 REPLAYED = 2048
-"""Outcomes replayed at most when constants are compared; the whole histories of some of the prompts."""
+"""Largest number of outcomes replayed to compare constants; whole histories of a sample of the prompts."""
 FACTORS = (2.0, 1.4)
+_PRIOR_SPREAD = np.array([1.0, 1.0, 1.5, 1.5, 1.5])
+"""Standard deviations of the log-normal prior of the constants; a few dozen outcomes outweigh it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Log:
-    """Outcomes in the order in which they came; arrays `[N]`.
+    """Outcomes in order of arrival; arrays `[N]`.
 
     Attributes:
-        steps: int64: when.
-        positions: int64: which prompt.
+        steps: int64 step of each outcome.
+        positions: int64 pool position of its prompt.
         successes: float64 summed rewards.
         samples: float64 completions.
     """
@@ -39,40 +40,36 @@ class Log:
 
     @classmethod
     def empty(cls) -> Log:
+        """Return a log without outcomes."""
         return cls(*(np.empty(0, dtype=kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def then(self, step: int, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> Log:
-        """With one more batch."""
+    def __getitem__(self, rows: np.ndarray | slice) -> Log:
+        return Log(self.steps[rows], self.positions[rows], self.successes[rows], self.samples[rows])
+
+    def extended(self, step: int, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> Log:
+        """Return the log with one more batch."""
         new = (np.full(len(positions), step), positions, successes, samples)
         old = (self.steps, self.positions, self.successes, self.samples)
         return Log(*(np.concatenate(pair) for pair in zip(old, new, strict=True)))
 
-    def of(self, rows: np.ndarray) -> Log:
-        """Some of it, by a bool mask `[N]`."""
-        return Log(self.steps[rows], self.positions[rows], self.successes[rows], self.samples[rows])
-
     def batches(self) -> Iterator[Log]:
-        """Runs of outcomes of one step in which no prompt comes twice."""
+        """Yield consecutive outcomes of one step without repeated prompts."""
         start, seen = 0, set[int]()
         for row in range(len(self)):
             position = int(self.positions[row])
             if row > start and (self.steps[row] != self.steps[start] or position in seen):
-                yield self._slice(start, row)
+                yield self[start:row]
                 start, seen = row, set()
             seen.add(position)
         if len(self):
-            yield self._slice(start, len(self))
-
-    def _slice(self, start: int, stop: int) -> Log:
-        part = slice(start, stop)
-        return Log(self.steps[part], self.positions[part], self.successes[part], self.samples[part])
+            yield self[start:]
 
 
 def replay(features: np.ndarray, constants: Constants, batches: Sequence[Log]) -> tuple[PosteriorModel, float]:
-    """The model after a log's batches of outcomes, and the log-probability that it gave them on the way."""
+    """Return the model after the batches of a log and the log-probability it gave them."""
     model, total = PosteriorModel(features, constants), 0.0
     for batch in batches:
         model.advance(int(batch.steps[0]) - model.step)
@@ -81,57 +78,51 @@ def replay(features: np.ndarray, constants: Constants, batches: Sequence[Log]) -
 
 
 def fit_constants(features: np.ndarray, start: Constants, log: Log) -> Constants:
-    """Constants of more evidence than `start`, by one round of a pattern search over their logarithms.
+    """Return constants of higher evidence than `start`, by one round of pattern search over their logarithms.
 
-    Each in turn is moved by a factor, up or down, as long as that helps. Later rounds go on from where this one ended,
-    so that the constants settle as outcomes come in.
+    Each constant is multiplied or divided by a factor as long as that helps, at most three times. Later rounds start
+    from the result of this one, so the constants settle as outcomes arrive.
 
     Args:
         features: float32 `[Q, r]`.
-        start: where the search begins.
-        log: outcomes.
+        start: initial constants.
+        log: outcomes so far.
     """
-    log = _some_histories(log)
+    log = sample_histories(log)
     prompts, local = np.unique(log.positions, return_inverse=True)
     rows = np.asarray(features[prompts])
     batches = list(Log(log.steps, local.astype(np.int64), log.successes, log.samples).batches())
+    centre = Constants().logarithms()
 
     def evidence(constants: Constants) -> float:
-        return replay(rows, constants, batches)[1] + log_hyperprior(constants)
+        distance = (constants.logarithms() - centre) / _PRIOR_SPREAD
+        return replay(rows, constants, batches)[1] + float(-0.5 * distance @ distance)
 
     best, best_value = start, evidence(start)
     for factor in FACTORS:
-        for index in range(len(start.logarithms())):
-            best, best_value = _move(best, best_value, index, np.log(factor), evidence)
+        for index in range(len(centre)):
+            for direction in (np.log(factor), -np.log(factor)):
+                improved = False
+                for _ in range(3):
+                    shift = np.zeros(len(centre))
+                    shift[index] = direction
+                    candidate = Constants.from_logarithms(best.logarithms() + shift)
+                    value = evidence(candidate)
+                    if value <= best_value:
+                        break
+                    best, best_value, improved = candidate, value, True
+                if improved:
+                    break
     return best
 
 
-def _move(
-    best: Constants, value: float, index: int, step: float, evidence: Callable[[Constants], float]
-) -> tuple[Constants, float]:
-    """The best along one constant: as many steps as help, at most three, first upwards, else downwards."""
-    for direction in (step, -step):
-        moved = False
-        for _ in range(3):
-            shift = np.zeros(len(best.logarithms()))
-            shift[index] = direction
-            candidate = Constants.of(best.logarithms() + shift)
-            candidate_value = evidence(candidate)
-            if candidate_value <= value:
-                break
-            best, value, moved = candidate, candidate_value, True
-        if moved:
-            break
-    return best, value
-
-
-def _some_histories(log: Log) -> Log:
-    """The whole histories of as many prompts as fit `REPLAYED`, spread evenly over the order of their first outcome."""
+def sample_histories(log: Log) -> Log:
+    """Return whole histories of as many prompts as fit `REPLAYED`, spread evenly over the order of first outcomes."""
     if len(log) <= REPLAYED:
         return log
     prompts, first, counts = np.unique(log.positions, return_index=True, return_counts=True)
     by_age = np.argsort(first, kind="stable")
-    # Multiples of the golden section are spread evenly, however many of them are taken.
+    # Any number of leading multiples of the golden section is spread evenly.
     spread = by_age[np.argsort(np.arange(len(by_age)) * 0.6180339887498949 % 1.0, kind="stable")]
     kept = prompts[spread[np.cumsum(counts[spread]) <= REPLAYED]]
-    return log.of(np.isin(log.positions, kept))
+    return log[np.isin(log.positions, kept)]

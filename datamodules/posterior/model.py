@@ -1,4 +1,4 @@
-"""The whole model: drift, shared part and own courses, updated by each batch of outcomes."""
+"""The state-space model: common drift, embedding part and own courses, updated by each batch of outcomes."""
 
 from __future__ import annotations
 
@@ -8,32 +8,202 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.posterior.constants import Constants
-from datamodules.posterior.drift import Drift
-from datamodules.posterior.history import History
-from datamodules.posterior.observation import measure
-from datamodules.posterior.shared import Shared
+from datamodules.posterior.observation import Sites, measure
+
+INTERCEPT_VARIANCE = 4.0
+"""Prior variance of the pool's mean log-odds: a success rate from 2% to 98%. One batch of outcomes outweighs it."""
+CHUNK = 16384
+MIN_VARIANCE = 1e-8
+"""Lower bound of a belief's variance, which rounding can bring to zero after very many outcomes."""
+
+_LOWEST = np.array([0.05, 1e-3, 5.0, 1e-4, 1e-6])
+_HIGHEST = np.array([50.0, 50.0, 1e5, 4.0, 1.0])
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The five constants that are fitted to a run, as variances of log-odds; a run starts from the defaults.
+
+    Attributes:
+        own: variance of a prompt's own course around the prediction from its embedding.
+        shared: variance of the prediction from an embedding of unit length.
+        memory: steps after which a prompt's own course has forgotten all but 1/e of its deviation.
+        noise: variance of a group's own shift, on top of the binomial draw (over-dispersion).
+        drift: variance of the common drift's step.
+    """
+
+    own: float = 4.0
+    shared: float = 2.0
+    memory: float = 300.0
+    noise: float = 0.03
+    drift: float = 1e-3
+
+    def logarithms(self) -> np.ndarray:
+        """Return float64 `[5]` logarithms in the order of the attributes."""
+        return np.log(np.array(list(asdict(self).values())))
+
+    @classmethod
+    def from_logarithms(cls, logarithms: np.ndarray) -> Constants:
+        """Return the inverse of `logarithms`, clipped to wide bounds."""
+        return cls(*np.clip(np.exp(logarithms), _LOWEST, _HIGHEST).tolist())
+
+
+@dataclass(slots=True)
+class Drift:
+    """Belief over the common drift `m(t)`, a scalar Kalman filter.
+
+    It starts at 0, since the pool's level is the intercept of the shared part.
+
+    Attributes:
+        mean: filtered mean.
+        variance: filtered variance.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def update(self, sites: Sites, mean: np.ndarray, variance: np.ndarray) -> None:
+        """Condition on measurements `m + z_i + error`, where `z_i ~ N(mean_i, variance_i)`; arrays `[N]`.
+
+        The `z_i` are treated as independent, so what prompts with similar embeddings have in common is counted once for
+        each of them.
+        """
+        if self.variance <= 0:
+            return
+        weight = 1 / (variance + sites.variance)
+        precision = 1 / self.variance + weight.sum()
+        self.mean = float((self.mean / self.variance + weight @ (sites.value - mean)) / precision)
+        self.variance = float(1 / precision)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditional:
+    """Own courses given the embedding part: `z_i | g_i ~ N(level_i + pull_i g_i, spread_i)`; arrays `[N]`."""
+
+    level: np.ndarray
+    pull: np.ndarray
+    spread: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """Likelihood of g under new measurements: the factor `exp(shift_i g_i - precision_i g_i^2 / 2)`; arrays `[N]`."""
+
+    precision: np.ndarray
+    shift: np.ndarray
+
+
+class History:
+    """The own courses of a pool: one Ornstein-Uhlenbeck process per prompt, filtered given its embedding part g.
+
+    Given g, the course z has mean g, stationary variance `own` and autocorrelation `exp(-gap / memory)`. Kalman's
+    recursion is linear in g, so one pass keeps `z | g` for every g (`Conditional`). The information of an outcome about
+    g is a Gaussian factor for the shared part (`Message`). Both are exact for Gaussian measurements.
+
+    Args:
+        size: prompts `Q`.
+        constants: constants of the model.
+    """
+
+    def __init__(self, size: int, constants: Constants) -> None:
+        self.constants = constants
+        self.level = np.zeros(size)
+        self.pull = np.ones(size)
+        self.spread = np.full(size, constants.own)
+        self.last = np.full(size, -1, dtype=np.int64)
+        """int64 `[Q]`: step of the latest outcome, -1 for none."""
+
+    def now(self, step: int, positions: np.ndarray | slice = slice(None)) -> Conditional:
+        """Return the courses at `step` given all outcomes so far."""
+        gap = np.where(self.last[positions] < 0, 0, step - self.last[positions])
+        kept = np.exp(-gap / self.constants.memory)
+        return Conditional(
+            kept * self.level[positions],
+            kept * self.pull[positions] + (1 - kept),
+            kept**2 * self.spread[positions] + (1 - kept**2) * self.constants.own,
+        )
+
+    def update(self, step: int, positions: np.ndarray, measured: np.ndarray, variance: np.ndarray) -> Message:
+        """Condition on measurements of the courses at distinct `positions`, with error variances `variance`."""
+        now = self.now(step, positions)
+        total = now.spread + variance
+        gain = now.spread / total
+        surprise = measured - now.level
+        self.level[positions] = now.level + gain * surprise
+        self.pull[positions] = now.pull * (1 - gain)
+        self.spread[positions] = now.spread * (1 - gain)
+        self.last[positions] = step
+        return Message(now.pull**2 / total, now.pull * surprise / total)
+
+
+class Shared:
+    """Posterior over the weights `w` `[r + 1]` of `g_i = w . [phi_i, 1]`, by Bayesian linear regression.
+
+    It is the Gaussian process with kernel `shared phi_i . phi_j + INTERCEPT_VARIANCE` in weight space (Rasmussen &
+    Williams 2006, "Gaussian processes for machine learning", section 2.1), so the cost grows with Q r^2, not with Q^2.
+
+    Args:
+        features: float32 `[Q, r]`, may be memory-mapped; `r` may be 0.
+        variance: prior variance of every weight except the intercept, the last one.
+    """
+
+    def __init__(self, features: np.ndarray, variance: float) -> None:
+        self.features = features
+        width = features.shape[1]
+        precision = np.diag(np.append(np.full(width, 1 / variance), 1 / INTERCEPT_VARIANCE))
+        self.restore(precision, np.zeros(width + 1))
+
+    def restore(self, precision: np.ndarray, shift: np.ndarray) -> None:
+        """Set the posterior from its natural parameters, float64 `[r + 1, r + 1]` and `[r + 1]`."""
+        self.precision, self.shift = precision, shift
+        # The whitening matrix times its transpose is the covariance.
+        self._whitening = np.linalg.inv(np.linalg.cholesky(precision)).T
+        self.weights = self._whitening @ (self._whitening.T @ shift)
+
+    def update(self, positions: np.ndarray, message: Message) -> None:
+        """Condition on the factors of the prompts at `positions`."""
+        design = self._design(positions)
+        self.restore(self.precision + (design.T * message.precision) @ design, self.shift + design.T @ message.shift)
+
+    def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and variance of `g` at the positions, float64 `[N]` each."""
+        design = self._design(positions)
+        return design @ self.weights, ((design @ self._whitening) ** 2).sum(axis=1)
+
+    def all_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean and variance of `g` at every position, float64 `[Q]`, computed in float32 chunks."""
+        whitening, weights = self._whitening.astype(np.float32), self.weights.astype(np.float32)
+        mean, variance = np.empty(len(self.features)), np.empty(len(self.features))
+        for start in range(0, len(mean), CHUNK):
+            rows = np.asarray(self.features[start : start + CHUNK], dtype=np.float32)
+            mean[start : start + CHUNK] = rows @ weights[:-1] + weights[-1]
+            white = rows @ whitening[:-1] + whitening[-1]
+            variance[start : start + CHUNK] = np.einsum("qr,qr->q", white, white)
+        return mean, variance
+
+    def _design(self, positions: np.ndarray) -> np.ndarray:
+        rows = np.asarray(self.features[positions], dtype=np.float64)
+        return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beliefs:
-    """Log-odds of success of every prompt now: `N(mean, variance)`, float64 `[Q]` each."""
+    """Beliefs `N(mean, variance)` over the current log-odds of success, float64 `[Q]` each."""
 
     mean: np.ndarray
     variance: np.ndarray
 
 
 class PosteriorModel:
-    """Filters the log-odds `x_i(t) = m(t) + z_i(t)` of a pool. See the package's docstring for the model.
+    """Filters the log-odds `x_i(t) = m(t) + z_i(t)` of a pool (see the package docstring for the model).
 
-    Exact for Gaussian measurements of x and known drift, as the tests check against a dense Gaussian process.
-    Approximate in three ways: a group enters as the Gaussian measurement that changes the belief's two moments as the
-    group does; the own courses are updated with the drift at its filtered mean; outcomes of one batch are linearised
-    at the beliefs before the batch.
+    Exact for Gaussian measurements of x and known drift. It makes three approximations: a group enters as the Gaussian
+    measurement that changes the belief's first two moments as the group does; the own courses are updated with the
+    drift at its filtered mean; the outcomes of a batch are linearised at the beliefs before the batch.
 
     Args:
-        features: float32 `[Q, r]` embeddings, of about unit length and centred.
-        constants: of the model.
+        features: float32 `[Q, r]` embeddings, centred and of about unit length.
+        constants: constants of the model.
     """
 
     def __init__(self, features: np.ndarray, constants: Constants) -> None:
@@ -44,24 +214,25 @@ class PosteriorModel:
         self.shared = Shared(features, constants.shared)
 
     def advance(self, steps: int = 1) -> None:
-        """Time passes."""
+        """Move on by a number of steps."""
         self.step += steps
-        self.drift.advance(steps * self.constants.drift)
+        self.drift.variance += steps * self.constants.drift
 
     def observe(self, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> float:
-        """Takes in groups of the prompts at `positions`, int64 `[N]`, distinct.
+        """Condition on the groups of the prompts at `positions`.
 
         Args:
-            positions: pool positions.
+            positions: int64 `[N]` distinct pool positions.
             successes: float64 `[N]` summed rewards.
             samples: float64 `[N]` completions.
 
         Returns:
-            The log-probability that the model gave these outcomes, each on its own, up to a constant of the outcomes.
+            Sum of the log-probabilities of the outcomes before the update, up to a constant.
         """
-        mean, variance = self._course(positions)
-        # Rounding can leave a course that was measured very often without any variance.
-        spread = np.maximum(variance + self.drift.variance, 1e-8)
+        own = self.history.now(self.step, positions)
+        mean, variance = self.shared.moments(positions)
+        mean, variance = own.level + own.pull * mean, own.spread + own.pull**2 * variance
+        spread = np.maximum(variance + self.drift.variance, MIN_VARIANCE)
         sites = measure(self.drift.mean + mean, spread, self.constants.noise, successes, samples)
         self.drift.update(sites, mean, variance)
         message = self.history.update(self.step, positions, sites.value - self.drift.mean, sites.variance)
@@ -69,24 +240,19 @@ class PosteriorModel:
         return float(sites.log_evidence.sum())
 
     def beliefs(self) -> Beliefs:
-        """Of every prompt, now."""
+        """Return the current beliefs of all prompts."""
         own = self.history.now(self.step)
         mean, variance = self.shared.all_moments()
         return Beliefs(
             self.drift.mean + own.level + own.pull * mean,
-            np.maximum(own.spread + own.pull**2 * variance + self.drift.variance, 1e-8),
+            np.maximum(own.spread + own.pull**2 * variance + self.drift.variance, MIN_VARIANCE),
         )
 
-    def _course(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and variance of `z` now; float64 `[N]` each."""
-        own = self.history.now(self.step, positions)
-        mean, variance = self.shared.moments(positions)
-        return own.level + own.pull * mean, own.spread + own.pull**2 * variance
-
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the features, as tensors and plain values."""
-        arrays = {name: getattr(self.history, name) for name in ("level", "pull", "spread", "last")}
-        arrays |= {"precision": self.shared.precision, "shift": self.shared.shift}
+        """Return everything but the features, as tensors and plain values."""
+        history, shared = self.history, self.shared
+        arrays = {"level": history.level, "pull": history.pull, "spread": history.spread, "last": history.last}
+        arrays |= {"precision": shared.precision, "shift": shared.shift}
         return {
             "constants": asdict(self.constants),
             "step": self.step,
@@ -96,12 +262,12 @@ class PosteriorModel:
 
     @classmethod
     def restored(cls, features: np.ndarray, state: dict[str, Any]) -> PosteriorModel:
-        """The model that `state_dict` came from."""
+        """Return the model whose `state_dict` is `state`."""
         model = cls(features, Constants(**state["constants"]))
         model.step = state["step"]
         model.drift = Drift(*state["drift"])
         arrays = {name: tensor.numpy().copy() for name, tensor in state["arrays"].items()}
-        for name in ("level", "pull", "spread", "last"):
-            setattr(model.history, name, arrays[name])
+        model.history.level, model.history.pull = arrays["level"], arrays["pull"]
+        model.history.spread, model.history.last = arrays["spread"], arrays["last"]
         model.shared.restore(arrays["precision"], arrays["shift"])
         return model

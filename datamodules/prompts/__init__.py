@@ -1,4 +1,4 @@
-"""Reads prompts from files and hubs: schemas, templates, splits, subsets."""
+"""Reads prompts from files and the hub: schemas, templates, splits and subsets."""
 
 from datamodules.prompts.file import PromptFile, PromptSource
 

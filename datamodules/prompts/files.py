@@ -1,12 +1,10 @@
-"""Opens what a path or name stands for: a data file, a saved data set, a folder of files, a data set of the hub."""
+"""Opens the data behind a path or name: a file, a saved data set, a folder of files, or a hub data set."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -17,23 +15,24 @@ from datamodules.jsonl import read_objects
 from datamodules.prompts.schemas import ANSWERS, PROMPTS
 
 LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""File endings that are read, and the loader of `datasets` that reads them."""
+"""Supported file extensions, and the loader of `datasets` for each."""
 
 _FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, StopIteration, RuntimeError)
-"""What `datasets` raises for data that it cannot read (StopIteration: a file without a single row; RuntimeError: a data
-set that is a script, which is never run)."""
+"""Exceptions of `datasets` for unreadable data. StopIteration: a file without rows; RuntimeError: a data set that is a
+script, which is never run."""
 
 
 def open_dataset(path: str, name: str | None, split: str, text_columns: list[str]) -> datasets.Dataset:
-    """The rows of one split.
+    """Open one split.
 
     Args:
         path: file, folder or hub name.
         name: configuration of a hub data set.
-        split: of a hub data set or folder; a single file is that split, whatever its name.
-        text_columns: columns that a CSV file must not turn into numbers, beside the known prompt and answer columns.
+        split: split of a hub data set or folder; a single file is that split, whatever its name.
+        text_columns: columns of a CSV file that stay text, in addition to the known prompt and answer columns.
 
-    Raises UserError when there is no such thing or it cannot be read.
+    Raises:
+        UserError: the data does not exist or cannot be read.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -45,28 +44,32 @@ def open_dataset(path: str, name: str | None, split: str, text_columns: list[str
     try:
         return datasets.load_dataset(path, name, split=split)
     except _FAILURES as error:
-        raise UserError(f"{path!r} is no local file or folder, and as a hub data set: {_line(error)}") from error
+        raise UserError(
+            f"{path!r} is neither a local file or folder nor a readable hub data set: {_root_cause(error)}"
+        ) from error
 
 
 def _open_file(path: Path, split: str, text_columns: list[str]) -> datasets.Dataset:
     if path.suffix not in LOADERS:
-        raise UserError(f"{str(path)!r} ends in {path.suffix!r}: expected one of {', '.join(LOADERS)}")
+        raise UserError(f"{str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(LOADERS)}. Convert it.")
     loader = LOADERS[path.suffix]
-    options: dict[str, Any] = {}
-    if loader == "csv":  # an answer stays as written: 007, 1.50 and NA are no numbers to be rewritten
+    options: dict[str, object] = {}
+    if loader == "csv":  # keeps the spelling of answers such as 007, 1.50 and NA
         options = {"converters": dict.fromkeys([*PROMPTS, *ANSWERS, *text_columns], str), "keep_default_na": False}
+    base_split = re.split(r"[\[+]", split)[0]  # `train` of `train[:10%]`
     try:
-        dataset = datasets.load_dataset(loader, data_files={_base(split): str(path)}, split=split, **options)
+        dataset = datasets.load_dataset(loader, data_files={base_split: str(path)}, split=split, **options)
     except _FAILURES as error:
         if path.stat().st_size == 0:
-            raise UserError(f"{str(path)!r} is empty: expected rows with a prompt column") from error
+            raise UserError(f"{str(path)!r} is empty. Give a file of rows with a prompt column.") from error
         if loader == "json":
-            _raise_for_broken_line(path)
-        raise UserError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_line(error)}") from error
+            _check_json(path)
+        raise UserError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_root_cause(error)}") from error
     if loader == "json" and any("timestamp" in str(feature) for feature in dataset.features.values()):
-        # Arrow turns a column of texts that all look like dates into dates; the texts are what was asked for.
-        rows = datasets.Dataset.from_list(list(_json_rows(path)), on_mixed_types="use_json")
-        return rows if split == _base(split) else rows.select(range(len(dataset)))
+        # Arrow converts a column in which every text looks like a date; read the file again to keep the texts.
+        rows = json.loads(path.read_bytes()) if _is_array(path) else [row for _, row in read_objects(path)]
+        texts = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+        return texts if split == base_split else texts.select(range(len(dataset)))
     return dataset
 
 
@@ -83,68 +86,54 @@ def _open_folder(path: Path, name: str | None, split: str) -> datasets.Dataset:
     except UserError:
         raise
     except _FAILURES as error:
-        raise UserError(f"folder {str(path)!r} cannot be read as a data set: {_line(error)}") from error
+        raise UserError(f"Folder {str(path)!r} cannot be read as a data set: {_root_cause(error)}") from error
 
 
-def _base(split: str) -> str:
-    """`train` of `train[:10%]`."""
-    return re.split(r"[\[+]", split)[0]
-
-
-def _line(error: BaseException) -> str:
-    """The first line of what went wrong, at its root."""
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the exception at the start of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _nearby(path: Path) -> str:
-    """Names near the first part of a path that is missing."""
+    """Suggest names close to the first missing part of a path."""
     missing = path.absolute()
     while not missing.parent.is_dir():
         missing = missing.parent
     entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() or entry.suffix in LOADERS)
     if not entries:
-        return f"{str(missing.parent)!r} holds no data file ({', '.join(LOADERS)})"
+        return f"{str(missing.parent)!r} has no data file ({', '.join(LOADERS)})"
     hint = nearest(missing.name, entries)
     more = f" and {len(entries) - 20} more" if hint.startswith("choose") and len(entries) > 20 else ""
     return f"in {str(missing.parent)!r}, {nearest(missing.name, entries[:20]) if more else hint}{more}"
 
 
-def _raise_for_broken_line(path: Path) -> None:
-    """Raises UserError naming the first line that is not an object; returns when every line is one."""
-    whole = _json_array_error(path)
-    if whole is not None:
-        raise UserError(f"{str(path)!r}{whole}; expected a list of objects")
-    if path.suffix == ".json" and _starts_with(path) == b"[":
-        return
+def _check_json(path: Path) -> None:
+    """Check that a file is a JSON array, or that each of its lines is a JSON object.
+
+    Raises:
+        UserError: it is neither; the message names the first bad line.
+    """
+    if _is_array(path):
+        problem = ""
+        try:
+            json.loads(path.read_bytes())
+        except json.JSONDecodeError as error:
+            problem = f" line {error.lineno}: {error.msg}"
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problem = f" line {line} is not {error.encoding}: {error.reason}"
+        except RecursionError:
+            problem = " is nested too deeply"
+        if problem:
+            raise UserError(f"{str(path)!r}{problem}. Write a list of objects.")
+        if path.suffix == ".json":
+            return
     for _ in read_objects(path):
         pass
 
 
-def _json_array_error(path: Path) -> str | None:
-    """Where and why a file that begins as an array is no JSON; None when it is, or begins otherwise."""
-    if _starts_with(path) != b"[":
-        return None
-    try:
-        json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        return f" line {error.lineno}: {error.msg}"
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        return f" line {line} is not {error.encoding}: {error.reason}"
-    except RecursionError:
-        return " is nested too deeply"
-    return None
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if _starts_with(path) == b"[":
-        yield from json.loads(path.read_bytes())
-        return
-    yield from (row for _, row in read_objects(path))
-
-
-def _starts_with(path: Path) -> bytes:
+def _is_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(1024).lstrip()[:1]
+        return file.read(1024).lstrip()[:1] == b"["

@@ -1,4 +1,4 @@
-"""One pass over a table that decides which rows become prompts; the prompts themselves are made when asked for."""
+"""Builds a pool from a table: one pass decides which rows are kept; prompts are built on demand."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import overload
 import numpy as np
 
 from datamodules.errors import UserError
-from datamodules.pool import PromptPool
-from datamodules.prompts.schemas import REWARD_ARGUMENTS, Row, Schema, lookup, question_of
-from datamodules.prompts.tables import Table, batches
+from datamodules.pool import PromptPool, ReadReport
+from datamodules.prompts.schemas import REWARD_ARGUMENTS, Schema, lookup, question_of
+from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer
-from datamodules.report import ReadReport
-from datamodules.types import Messages, Prompt
+from datamodules.types import Prompt
 
 
 def read_pool(
     table: Table, schema: Schema, renderer: Renderer, source: str, max_prompt_length: int | None = None
 ) -> PromptPool:
-    """The pool of a table's usable rows, in their order, with its `ReadReport`.
+    """Return the pool of a table's usable rows, in their order, with its `ReadReport`.
 
-    Dropped and counted: rows without prompt (or without the answer that they should have), rows whose rendered text
-    and answer an earlier row has, prompts of more than `max_prompt_length` tokens.
+    Dropped and counted: rows without a prompt (or without a required answer), rows with the same rendered text and
+    answer as an earlier row, prompts of more than `max_prompt_length` tokens.
 
-    Raises UserError when nothing remains, or when a row's prompt is neither text nor messages.
+    Raises:
+        UserError: no row is left, or a row's prompt is neither text nor messages.
     """
     scan = _Scan(schema, renderer, source, max_prompt_length)
     names = table.rows([0])[0].keys() if len(table) else ()
     for positions, rows in batches(table.narrow(schema.sources), np.arange(len(table))):
-        scan.take(positions, rows)
+        scan.add(positions, rows)
     report = ReadReport(
         source=f"{source} ({schema})",
         read=len(table),
@@ -44,35 +44,54 @@ def read_pool(
         hidden_columns=tuple(sorted(REWARD_ARGUMENTS & set(names))),
     )
     if not scan.kept:
-        raise UserError(f"no prompt is left: {report}; give other data or raise max_prompt_length")
-    kept = np.array(scan.kept, dtype=np.int64)
-    ids = _unique_ids(scan.names, scan.digests, schema.id_is_index)
-    prompts = _PoolRows(table, kept, ids, schema, renderer)
-    return PromptPool(prompts, ids, Questions(table, kept, schema), report, scan.keys)
+        raise UserError(f"No prompt is left: {report}. Give other data or raise max_prompt_length.")
+    positions = np.array([row.position for row in scan.kept], dtype=np.int64)
+    ids = _unique_ids(scan.kept, schema.id_is_index)
+    prompts = _PoolRows(table, positions, ids, schema, renderer)
+    return PromptPool(prompts, ids, Questions(table, positions, schema), report, [row.key for row in scan.kept])
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A row that becomes a prompt.
+
+    Attributes:
+        position: position in the table.
+        name: id given by the data, if any.
+        digests: hashes of the raw prompt, and of the raw prompt and answer.
+        key: hash of the rendered text and answer, equal for duplicates.
+    """
+
+    position: int
+    name: str | None
+    digests: tuple[bytes, bytes]
+    key: bytes
 
 
 @dataclass
 class _Scan:
-    """What is known of the rows seen so far."""
+    """The rows kept so far, and counts of those dropped."""
 
     schema: Schema
     renderer: Renderer
     source: str
     max_prompt_length: int | None
-    kept: list[int] = field(default_factory=list)
-    names: list[str | None] = field(default_factory=list)
-    digests: list[tuple[bytes, bytes]] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    kept: list[_Kept] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     empty: int = 0
     duplicates: int = 0
     overlong: int = 0
 
-    def take(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
-        """Takes in a batch."""
-        found = []
+    def add(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
+        """Add a batch of rows."""
+        found: list[_Kept] = []
+        texts: list[str] = []
         for position, row in zip(positions, rows, strict=True):
-            prompt, answer = self._prompt(position, row), self.schema.answer_of(row)
+            try:
+                prompt = self.schema.prompt_of(row)
+            except ValueError as error:
+                raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+            answer = self.schema.answer_of(row)
             if prompt is None or (self.schema.answer and self.schema.answer_required and not answer):
                 self.empty += 1
                 continue
@@ -85,45 +104,31 @@ class _Scan:
                 continue
             self.seen.add(key)
             raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            found.append((int(position), text, self._name(row), (_digest(raw), _digest(raw, written)), key))
-        fits = self._fits([text for _, text, *_ in found])
-        self.overlong += len(found) - sum(fits)
-        for (position, _, name, digests, key), fit in zip(found, fits, strict=True):
-            if fit:
-                self.kept.append(position)
-                self.names.append(name)
-                self.digests.append(digests)
-                self.keys.append(key)
-
-    def _prompt(self, position: int, row: Row) -> str | Messages | None:
-        try:
-            return self.schema.prompt_of(row)
-        except ValueError as error:
-            raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+            value = None if self.schema.id is None else lookup(row, self.schema.id)
+            name = None if value in (None, "") else str(value)
+            found.append(_Kept(int(position), name, (_digest(raw), _digest(raw, written)), key))
+            texts.append(text)
+        if self.max_prompt_length is not None:
+            limit, lengths = self.max_prompt_length, map(len, self.renderer.encode(texts))
+            fitting = [row for row, length in zip(found, lengths, strict=True) if length <= limit]
+            self.overlong += len(found) - len(fitting)
+            found = fitting
+        self.kept += found
 
     def _check_unicode(self, position: int, text: str, answer: str | list[str] | None) -> None:
-        r"""JSON may hold half of a surrogate pair (`"\ud800"`), which no tokenizer, log or reward process can take."""
+        r"""Reject half of a surrogate pair (`"\ud800"`): JSON allows it, but no tokenizer, log or reward process."""
         try:
             "".join([text, *([answer] if isinstance(answer, str) else answer or [])]).encode()
         except UnicodeEncodeError as error:
             broken = f"\\u{ord(error.object[error.start]):04x}"
             raise UserError(
-                f"{self.source}: row {position + 1} holds {broken}, half of a surrogate pair: "
-                "expected Unicode text, repair the row or leave it out"
+                f"{self.source}: row {position + 1} holds {broken}, half of a surrogate pair, which is not valid "
+                "Unicode. Correct or remove the row."
             ) from error
-
-    def _name(self, row: Row) -> str | None:
-        value = None if self.schema.id is None else lookup(row, self.schema.id)
-        return None if value in (None, "") else str(value)
-
-    def _fits(self, texts: list[str]) -> list[bool]:
-        if self.max_prompt_length is None:
-            return [True] * len(texts)
-        return [len(ids) <= self.max_prompt_length for ids in self.renderer.encode(texts)]
 
 
 class _PoolRows:
-    """Makes the prompt of a position."""
+    """Builds the prompt at a position."""
 
     def __init__(self, table: Table, kept: np.ndarray, ids: Sequence[str], schema: Schema, renderer: Renderer) -> None:
         self._table = table
@@ -152,7 +157,7 @@ class _PoolRows:
 
 
 class Questions(Sequence[str]):
-    """Raw question texts of some rows, read when asked for; going through them reads a thousand at a time."""
+    """Raw question texts of some rows, read on demand; iteration reads a thousand rows at a time."""
 
     def __init__(self, table: Table, kept: np.ndarray, schema: Schema) -> None:
         self._table = table.narrow([schema.prompt, schema.prompt.split(".")[0]])
@@ -160,7 +165,7 @@ class Questions(Sequence[str]):
         self._schema = schema
 
     def take(self, positions: np.ndarray) -> Questions:
-        """Those at `positions`, in that order."""
+        """Return those at `positions`, in that order."""
         return Questions(self._table, self._kept[positions], self._schema)
 
     def __len__(self) -> int:
@@ -186,18 +191,20 @@ class Questions(Sequence[str]):
         return question_of(prompt)
 
 
-def _unique_ids(names: Sequence[str | None], digests: Sequence[tuple[bytes, bytes]], repeats: bool) -> list[str]:
-    """The data's own names where they serve, else hashes of the prompt.
+def _unique_ids(rows: Sequence[_Kept], may_repeat: bool) -> list[str]:
+    """Return unique ids: the data's own where possible, else hashes of the prompt.
 
-    A column that merely is called `id` serves when it names every row once. An index (`repeats`) counts within one
-    data source, and sources get mixed: the first row that bears it keeps it plain, so that appended data renames
-    nothing; a later one gets the hash of its prompt and answer behind it.
+    A column that is merely called `id` is used only if it names every row uniquely. An index that `may_repeat` counts
+    within one data source, and sources get mixed: its first row keeps the plain index, so that appending data renames
+    nothing, and later rows get a suffix, the hash of their prompt and answer.
     """
-    if not repeats and (None in names or len(set(names)) < len(names)):
+    names = [row.name for row in rows]
+    if not may_repeat and (None in names or len(set(names)) < len(names)):
         names = [None] * len(names)
     used: set[str] = set()
     ids = []
-    for name, (text, text_and_answer) in zip(names, digests, strict=True):
+    for name, row in zip(names, rows, strict=True):
+        text, text_and_answer = row.digests
         choices = [name or text[:8].hex()]
         choices += [f"{choices[0]}-{text_and_answer[:size].hex()}" for size in (4, len(text_and_answer))]
         chosen = next(choice for choice in choices if choice not in used)

@@ -1,9 +1,9 @@
-"""Validation prompts that no training prompt repeats."""
+"""Splits pools so that no validation question occurs in training."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,18 +16,26 @@ from datamodules.types import Prompt
 
 
 def split_pool(pool: PromptPool, size: int, seed: int) -> tuple[PromptPool, PromptPool]:
-    """Splits into training and validation prompts, `(train, val)`, each in the order of `pool`.
+    """Split a pool into training and validation prompts, `(train, val)`, each in the order of `pool`.
 
-    The `size` prompts with the smallest hashes of (seed, id) are held out: data added later replaces few of them.
-    Prompts of the same question stay together, so the two pools share no text.
+    The `size` prompts with the smallest hashes of (seed, id) are held out, so data added later replaces few of them.
+    Prompts with the same question stay together, so the two pools share no question.
 
-    Raises UserError unless `0 < size < Q` and the questions can be divided so.
+    Raises:
+        UserError: not `0 < size < Q`, or the split would divide the prompts of one question.
     """
     if not 0 < size < len(pool):
-        raise UserError(f"a validation split of {size} prompts asked of {len(pool)}: expected 1 to {len(pool) - 1}")
+        raise UserError(
+            f"A validation split of {size} prompts was requested from a pool of {len(pool)}. "
+            f"Set data.val_size to 1 to {len(pool) - 1}."
+        )
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for position, question in enumerate(pool.questions):
+        by_question[question].append(position)
+    ranks = [derive_seed(seed, "validation split", name) for name in pool.ids]
     held = np.zeros(len(pool), dtype=bool)
     left = size
-    for members in _groups_by_hash(pool, seed):
+    for members in sorted(by_question.values(), key=lambda members: min(ranks[position] for position in members)):
         if len(members) <= left:
             held[members] = True
             left -= len(members)
@@ -35,22 +43,27 @@ def split_pool(pool: PromptPool, size: int, seed: int) -> tuple[PromptPool, Prom
             break
     if left:
         raise UserError(
-            f"a validation split of {size} prompts would divide the prompts of one question: try {size - left}"
+            f"A validation split of {size} prompts would divide the prompts of one question. Set data.val_size to "
+            f"{size - left}."
         )
-    return _held_out(pool, held), sub_pool(pool, np.flatnonzero(held))
+    return _without(pool, held), sub_pool(pool, np.flatnonzero(held))
 
 
 def hold_out(train: PromptPool, val: PromptPool) -> PromptPool:
-    """`train` without the prompts whose question is in `val`. Raises UserError when nothing remains."""
+    """Return `train` without the prompts whose question occurs in `val`.
+
+    Raises:
+        UserError: no prompt is left.
+    """
     questions = set(val.questions)
     held = np.fromiter((question in questions for question in train.questions), dtype=bool, count=len(train))
     if held.all():
-        raise UserError(f"all {len(train)} training prompts are validation prompts as well: give other data or seed")
-    return _held_out(train, held) if held.any() else train
+        raise UserError(f"All {len(train)} training prompts are also validation prompts. Give other data or seeds.")
+    return _without(train, held) if held.any() else train
 
 
 def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
-    """The prompts at `positions`, in that order, as a pool of their own."""
+    """Return the prompts at `positions`, in that order, as a separate pool."""
     questions: Sequence[str]
     if isinstance(pool.questions, Questions):
         questions = pool.questions.take(positions)
@@ -62,7 +75,7 @@ def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
 
 
 class _SubRows:
-    """Some of a pool's prompts, numbered anew."""
+    """Some of a pool's prompts, renumbered."""
 
     def __init__(self, pool: PromptPool, positions: np.ndarray) -> None:
         self._pool = pool
@@ -76,17 +89,9 @@ class _SubRows:
         return replace(self._pool[self._positions[index]], index=index)
 
 
-def _held_out(pool: PromptPool, held: np.ndarray) -> PromptPool:
+def _without(pool: PromptPool, held: np.ndarray) -> PromptPool:
+    """Return the prompts that are not held out, with the number held out in the report."""
     rest = sub_pool(pool, np.flatnonzero(~held))
     if pool.report is not None:
         rest.report = replace(pool.report, kept=len(rest), held_out=pool.report.held_out + int(held.sum()))
     return rest
-
-
-def _groups_by_hash(pool: PromptPool, seed: int) -> Iterator[list[int]]:
-    """Positions of the prompts of each question, by the smallest hash among their ids."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for position, question in enumerate(pool.questions):
-        groups[question].append(position)
-    ranks = [derive_seed(seed, "validation split", name) for name in pool.ids]
-    yield from sorted(groups.values(), key=lambda members: min(ranks[position] for position in members))

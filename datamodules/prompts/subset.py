@@ -1,4 +1,4 @@
-"""Writes some prompts of a pool as a file that `PromptFile` reads back unchanged: ids, questions, prompts, columns."""
+"""Writes prompts of a pool to a file from which `PromptFile` restores ids, questions, prompts and columns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
-from datamodules.prompts.exact_json import dumps
+from datamodules.jsonl import dumps
 from datamodules.prompts.file import PromptFile, PromptSource
 from datamodules.prompts.schemas import SUBSET_ID
 from datamodules.types import Prompt
@@ -19,12 +20,13 @@ _PROMPT = "prompt"
 
 
 def write_subset(prompts: Sequence[Prompt], path: Path) -> None:
-    """One JSON object per line: `prompt` (the question before any template, or the messages), an id, every column.
+    """Write one JSON object per line: `prompt` (the question before any template, or messages), an id, all columns.
 
     A column that JSON and Arrow would change (objects with different keys from row to row, tuples) is written as JSON
-    text, which `rewards.Procedural` reads. The file is there whole or not at all.
+    text, which `rewards.ReasoningGym` reads. The file is replaced atomically.
 
-    Raises UserError for a column that JSON cannot hold.
+    Raises:
+        UserError: JSON cannot hold a column.
     """
     names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
     columns = {name: _column(name, prompts) for name in names}
@@ -41,8 +43,14 @@ def write_subset(prompts: Sequence[Prompt], path: Path) -> None:
 
 
 def subset_options(path: Path, source: PromptSource | None) -> dict[str, Any]:
-    """The arguments with which `PromptFile` reads a subset of `source` as `source` itself was read."""
-    taken = ("system_prompt", "template", "chat_template_kwargs")
+    """Return the arguments with which `PromptFile` renders a subset of `source` as `source` did."""
+    rendering: dict[str, Any] = {}
+    if source is not None:
+        rendering = {
+            "system_prompt": source.system_prompt,
+            "template": source.template,
+            "chat_template_kwargs": source.chat_template_kwargs,
+        }
     return {
         "path": str(path),
         "split": "train",
@@ -51,37 +59,49 @@ def subset_options(path: Path, source: PromptSource | None) -> dict[str, Any]:
         "answer_column": None,
         "answer_format": "verbatim",
         "id_column": SUBSET_ID,
-        **{name: getattr(source, name) for name in taken if hasattr(source, name)},
+        **rendering,
         "max_prompt_length": None,
         "limit": None,
     }
 
 
-def check_subset(options: dict[str, Any], prompts: Sequence[Prompt], tokenizer: Any) -> None:
-    """Reads the file back. Raises UserError unless every prompt is the same: id, question, text and tokens."""
-    found = PromptFile(**options).load(tokenizer, seed=0)
+def check_subset(options: dict[str, Any], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the file back and compare id, question, text and tokens of every prompt.
+
+    Raises:
+        UserError: a prompt differs or is missing.
+    """
+    path, found = options["path"], PromptFile(**options).load(tokenizer, seed=0)
     for expected, prompt in zip(prompts, found, strict=False):
-        for name in ("id", "question", "prompt", "token_ids"):
-            if getattr(expected, name) != getattr(prompt, name):
+        equal = {
+            "id": expected.id == prompt.id,
+            "question": expected.question == prompt.question,
+            "prompt": expected.prompt == prompt.prompt,
+            "token_ids": expected.token_ids == prompt.token_ids,
+        }
+        for name, same in equal.items():
+            if not same:
                 raise UserError(
-                    f"{options['path']}: prompt {expected.id!r} comes back with another {name}: its source renders "
-                    "prompts in a way that PromptFile does not know"
+                    f"{path}: prompt {expected.id!r} has another {name} when read back, because its source renders "
+                    "prompts differently from PromptFile. Use a source that PromptFile can replace."
                 )
     if len(found) != len(prompts):
-        raise UserError(f"{options['path']}: {len(prompts)} prompts written, {len(found)} read back: {found.report}")
+        raise UserError(
+            f"{path}: {len(prompts)} prompts were written, but {len(found)} were read back ({found.report}). "
+            "Remove prompts that differ only in their template."
+        )
 
 
-def _column(name: str, prompts: Sequence[Prompt]) -> list[Any]:
+def _column(name: str, prompts: Sequence[Prompt]) -> list[object]:
+    """Return a column's values, as JSON text if Arrow would change them."""
     values = [prompt.columns.get(name) for prompt in prompts]
+    texts: list[object]
     try:
         texts = [value if value is None or isinstance(value, str) else dumps(value) for value in values]
     except TypeError as error:
-        raise UserError(f"column {name!r} cannot be written as JSON ({error}): leave it out of the data") from error
-    return values if _kept_by_arrow(values) else texts
-
-
-def _kept_by_arrow(values: list[Any]) -> bool:
+        raise UserError(f"Column {name!r} cannot be written as JSON ({error}). Remove it from the data.") from error
     try:
-        return bool(pa.array(values).to_pylist() == values)
+        unchanged = bool(pa.array(values).to_pylist() == values)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        return False
+        unchanged = False
+    return values if unchanged else texts

@@ -1,26 +1,28 @@
-"""Rows in random access, on disk or in memory, behind one small interface."""
+"""Random access to rows, on disk or in memory, through one small interface."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import datasets
 import numpy as np
 
 BATCH = 1000
 
+Row = Mapping[str, object]
+
 
 class Table(Protocol):
-    """`len(table)` rows; a row is a mapping from column to value."""
+    """A sequence of rows; each row maps column names to values."""
 
     def __len__(self) -> int: ...
-    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]: ...
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]: ...
     def narrow(self, columns: Sequence[str]) -> Table: ...
 
 
 class DatasetTable:
-    """Rows of a `datasets.Dataset`, which stay in its memory-mapped file until they are asked for."""
+    """Rows of a `datasets.Dataset`, read from its memory-mapped file on demand."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
@@ -28,7 +30,7 @@ class DatasetTable:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
         if not len(positions):
             return []
         first, last = int(positions[0]), int(positions[-1])
@@ -37,29 +39,29 @@ class DatasetTable:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def narrow(self, columns: Sequence[str]) -> DatasetTable:
-        """The same rows with only those of `columns` that there are (so that a scan decodes no more than it needs)."""
-        there = [name for name in dict.fromkeys(columns) if name in self.dataset.column_names]
-        return DatasetTable(self.dataset.select_columns(there))
+        """Return the same rows with only those of `columns` that exist, so that a scan decodes only what it needs."""
+        existing = [name for name in dict.fromkeys(columns) if name in self.dataset.column_names]
+        return DatasetTable(self.dataset.select_columns(existing))
 
 
 class ListTable:
-    """Rows that are in memory, as they are."""
+    """Rows in memory."""
 
-    def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, items: Sequence[Row]) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
         return [self.items[int(place)] for place in positions]
 
     def narrow(self, columns: Sequence[str]) -> ListTable:
         return self
 
 
-def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Mapping[str, Any]]]]:
-    """Positions and their rows, `BATCH` at a time, in the given order."""
+def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Row]]]:
+    """Yield positions and their rows, `BATCH` at a time, in the given order."""
     for start in range(0, len(positions), BATCH):
         part = positions[start : start + BATCH]
         yield part, table.rows(part)

@@ -1,4 +1,4 @@
-"""From a question to what the policy reads."""
+"""Renders a question into the text that the policy reads."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _FIELDS = ("question", "system_prompt")
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt in its final form.
+    """A rendered prompt.
 
     Attributes:
-        prompt: what a reward function sees: `text`, or the messages of conversational data (system message included).
+        prompt: what a reward function receives: `text`, or the messages of conversational data with their system
+            message.
         text: what is tokenised.
     """
 
@@ -31,30 +32,39 @@ class Rendered:
 
 
 def check_template(template: str) -> None:
-    """Raises UserError unless the template is a format string with `{question}` (and perhaps `{system_prompt}`)."""
+    """Check that a template is a format string with `{question}` and, optionally, `{system_prompt}`.
+
+    Raises:
+        UserError: it is not.
+    """
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        fields = _fields(template)
     except ValueError as error:
-        raise UserError(f"template {template!r}: {error}; write literal braces as {{{{ and }}}}") from error
+        raise UserError(f"template {template!r}: {error}. Write literal braces as {{{{ and }}}}.") from error
     if unknown := sorted(fields - set(_FIELDS)):
         raise UserError(
-            f"template {template!r}: field {unknown[0]!r} is none of {_FIELDS}; write literal braces as {{{{ and }}}}"
+            f"template {template!r}: field {unknown[0]!r} is unknown, expected one of {_FIELDS}. "
+            "Write literal braces as {{ and }}."
         )
     if "question" not in fields:
-        raise UserError(f"template {template!r}: expected the field {{question}} in it")
+        raise UserError(f"template {template!r} has no field {{question}}. Put it where the question belongs.")
+
+
+def _fields(template: str) -> set[str]:
+    return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
 
 
 class Renderer:
-    """Applies a plain template, else the tokenizer's chat template, else plain text.
+    """Applies a plain template if there is one, else the tokenizer's chat template if it has one, else plain text.
 
-    Plain text is the question itself; a system prompt comes before it, with an empty line between. A conversation of
-    several turns without a chat template becomes lines `User: ...`, `Assistant: ...`, ending with `Assistant:`.
+    Plain text is the question, preceded by the system prompt and an empty line. Without a chat template, a
+    conversation of several turns becomes lines `User: ...` and `Assistant: ...`, ending with `Assistant:`.
 
     Args:
-        tokenizer: the policy's.
-        template: format string with `{question}`; None for the chat template, if there is one.
-        system_prompt: put first, unless a conversation has a system message of its own.
-        chat_template_kwargs: passed on to the chat template (e.g. `enable_thinking`).
+        tokenizer: the policy's tokenizer.
+        template: format string with `{question}`; None to use the chat template, if any.
+        system_prompt: goes first, unless the conversation has its own system message.
+        chat_template_kwargs: arguments of the chat template (e.g. `enable_thinking`).
     """
 
     def __init__(
@@ -76,54 +86,53 @@ class Renderer:
         return self.template is None and self.tokenizer.chat_template is not None
 
     def __call__(self, prompt: str | Messages) -> Rendered:
-        """Renders a question or a conversation. Raises UserError when the chat template refuses it."""
+        """Render a question or a conversation.
+
+        Raises:
+            UserError: the chat template rejects it.
+        """
         if self.template is not None:
-            text = self._fill_template(question_of(prompt))
+            system = self.system_prompt or ""
+            text = self.template.format(question=question_of(prompt), system_prompt=system)
+            if system and "system_prompt" not in _fields(self.template):
+                text = f"{system}\n\n{text}"
             return Rendered(text, text)
-        messages = self._with_system(prompt)
-        text = self._chat(messages) if self.uses_chat_template else _as_text(messages)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.system_prompt is not None and not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        text = self._apply_chat_template(messages) if self.uses_chat_template else _as_text(messages)
         return Rendered(text if isinstance(prompt, str) else messages, text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered texts. Special tokens are added to plain text only: a chat template has its own."""
+        """Tokenise rendered texts. Special tokens are added to plain text only: a chat template has its own."""
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=not self.uses_chat_template)["input_ids"]
         end = self.tokenizer.eos_token_id
         if self.uses_chat_template or end is None:
             return encoded
-        # Some tokenizers close every text with the end token, after which a policy has nothing left to say.
-        closed = [len(ids) > 1 and ids[-1] == end for ids in encoded]
-        said = [text.endswith(str(self.tokenizer.eos_token)) for text in texts]
-        return [ids[:-1] if cut and not keep else ids for ids, cut, keep in zip(encoded, closed, said, strict=True)]
+        # Some tokenizers append the end token to every text, which would leave the policy nothing to generate.
+        appended = [
+            len(ids) > 1 and ids[-1] == end and not text.endswith(str(self.tokenizer.eos_token))
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
+        return [ids[:-1] if cut else ids for ids, cut in zip(encoded, appended, strict=True)]
 
-    def _fill_template(self, question: str) -> str:
-        assert self.template is not None
-        system = self.system_prompt or ""
-        text = self.template.format(question=question, system_prompt=system)
-        if system and not any(field == "system_prompt" for _, field, _, _ in string.Formatter().parse(self.template)):
-            return f"{system}\n\n{text}"
-        return text
-
-    def _with_system(self, prompt: str | Messages) -> Messages:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self.system_prompt is None or any(message["role"] == "system" for message in messages):
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
-
-    def _chat(self, messages: Messages) -> str:
-        begun = messages[-1]["role"] == "assistant"  # a reply that the policy is to go on with
+    def _apply_chat_template(self, messages: Messages) -> str:
+        continued = messages[-1]["role"] == "assistant"  # the policy continues a given start of a reply
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
                 **self.chat_template_kwargs,
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template refuses messages of {roles}: {error}; set a plain template") from error
+            raise UserError(
+                f"The chat template rejects messages with the roles {roles}: {error}. Set a plain template."
+            ) from error
         assert isinstance(text, str), "tokenize=False gives text"
         return text
 

@@ -1,10 +1,9 @@
-"""Selection methods, one file each."""
+"""Prompt selection methods, one per file."""
 
 from datamodules.selectors.base import Ranker, SelectionContext, Selector
-from datamodules.selectors.composed import Composed
+from datamodules.selectors.composed import Composed, Filter
 from datamodules.selectors.dots import Dots
 from datamodules.selectors.dps import Dps
-from datamodules.selectors.filters import Filter
 from datamodules.selectors.greso import Greso, ZeroVarianceSkip
 from datamodules.selectors.mopps import Mopps
 from datamodules.selectors.pools import Pools

@@ -1,8 +1,9 @@
-"""Filters, a cool-down and a floor of uniform exploration around any ranker."""
+"""Filters, a cool-down and uniform exploration around any ranker."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -10,31 +11,64 @@ import torch
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import NOBODY, Ranker, SelectionContext, Selector
-from datamodules.selectors.filters import Filter
+from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext, Selector
 from datamodules.selectors.sampling import top_k
 from datamodules.types import Outcomes
 
 _NEVER = -(2**62)
 
 
-class Composed(Selector):
-    """Chooses by a ranker, within rules that any ranker can stand under.
+class Filter(ABC):
+    """A rule that keeps prompts out of a choice, independent of the ranker."""
 
-    A choice of n prompts is made in this order. Prompts chosen in the last `cool_down` steps rest. A share `explore`
-    is drawn uniformly from all that do not rest, whatever the filters say: every prompt stays reachable, and the drawn
-    ones are an unbiased sample of those (`explored_ids`). The ranker's best of those that every filter admits fill
-    the rest. Where too few are left, the least recently chosen are taken, so that a choice is never short; they are
-    counted as `selection/fallback_fraction`.
+    def setup(self, pool: PromptPool, context: SelectionContext) -> None:
+        """Attach the pool. Called once, before the first choice."""
+
+    def begin_step(self) -> None:
+        """Start a training step. Called before its first choice."""
+
+    @abstractmethod
+    def admits(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the bool `[Q]` mask of prompts that this choice may take. Must not change the state."""
+
+    def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
+        """See `Selector.learn`."""
+
+    def refill_size(self, missing: int, default: int, kept_fraction: float) -> int | None:
+        """See `Selector.refill_size`; None leaves the decision to the ranker."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """See `Selector.metrics`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Selector.state_dict`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+
+
+class Composed(Selector):
+    """Chooses by a ranker, subject to filters, a cool-down and exploration.
+
+    A choice of n prompts is made in this order:
+
+    1. Prompts chosen in the last `cool_down` steps are not eligible.
+    2. A share `explore` is drawn uniformly from the eligible prompts, ignoring the filters. Every prompt stays
+       reachable, and the drawn ones are an unbiased sample (`explored_ids`).
+    3. The rest are the ranker's best among the eligible prompts that all filters admit.
+    4. If too few remain, the least recently chosen prompts fill the choice, counted as `selection/fallback_fraction`.
 
     Without filters, cool-down and exploration the choices are the ranker's own.
 
     Args:
-        ranker: orders the prompts: any selector that is a `Ranker` (all of this package but `Composed` and `Greso`).
+        ranker: orders the prompts: any `Ranker`, that is any selector of this package but `Composed` and `Greso`.
         filters: rules that keep prompts out, such as `ZeroVarianceSkip`.
-        cool_down: steps for which a chosen prompt is not chosen again, >= 0. A refill belongs to its step.
-        explore: share of all choices that is drawn uniformly, in [0, 1]. Fractions of a prompt carry over to the next
-            choice: after any number of choices of n_1, n_2, ... prompts, floor(explore * (n_1 + n_2 + ...)) were drawn.
+        cool_down: number of steps for which a chosen prompt is not chosen again, >= 0. A refill belongs to its step.
+        explore: share of all choices that is drawn uniformly, in [0, 1]. Fractions of a prompt carry over: after
+            choices of n_1, n_2, ... prompts, floor(explore * (n_1 + n_2 + ...)) were drawn.
     """
 
     def __init__(
@@ -42,18 +76,18 @@ class Composed(Selector):
     ) -> None:
         super().__init__()
         if cool_down < 0:
-            raise UserError(
-                f"cool_down is {cool_down}, expected a number of steps >= 0: 0 lets every prompt come again"
-            )
+            raise UserError(f"cool_down is {cool_down}, expected a number of steps >= 0. Use 0 to switch it off.")
         if not 0 <= explore <= 1:
-            raise UserError(f"explore is {explore}, expected a share of the choices in [0, 1]: 0 explores nothing")
+            raise UserError(f"explore is {explore}, expected a share of the choices in [0, 1]. Use 0 to switch it off.")
         self.ranker = ranker
         self.filters = filters or []
         self.cool_down, self.explore = cool_down, explore
         self.uses_references = ranker.uses_references
-        self._last_chosen = NOBODY
+        self._last_chosen = NO_PROMPTS
+        """int64 `[Q]`: step in which each prompt was last chosen."""
         self._owed = 0.0
-        self._explored = NOBODY
+        """Prompts still to be explored, as a fraction."""
+        self._explored = NO_PROMPTS
         self._fallbacks = 0
 
     @property
@@ -69,17 +103,17 @@ class Composed(Selector):
 
     def begin_step(self) -> None:
         super().begin_step()
-        self._explored, self._fallbacks = NOBODY, 0
+        self._explored, self._fallbacks = NO_PROMPTS, 0
         self.ranker.begin_step()
         for each in self.filters:
             each.begin_step()
 
-    def select(self, n: int, excluded: np.ndarray = NOBODY) -> np.ndarray:
+    def select(self, n: int, excluded: np.ndarray = NO_PROMPTS) -> np.ndarray:
         rng = self.draw_generator()
         allowed = np.ones(len(self.pool), dtype=bool)
         allowed[excluded] = False
         rested = allowed & (self._steps - self._last_chosen > self.cool_down)
-        explored = self._draw_explored(n, rested, rng)
+        explored = self._explore(n, rested, rng)
         rested[explored] = False
         ranked, passed_over = self._rank(n, n - len(explored), rested, rng)
         allowed[ranked] = allowed[explored] = False
@@ -91,21 +125,16 @@ class Composed(Selector):
         self._fallbacks += len(fallback)
         return chosen
 
-    def _draw_explored(self, n: int, rested: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """int64 `[E]`: positions drawn uniformly from `rested`, as many as the share owes by now."""
+    def _explore(self, n: int, rested: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw uniformly from `rested` as many positions as a choice of `n` owes to exploration."""
         self._owed += self.explore * n
-        # The sum of many fractions may end just below the whole number that it stands for.
+        # A sum of fractions may end just below the whole number it stands for.
         due = min(math.floor(self._owed + 1e-9), n, int(rested.sum()))
         self._owed -= due
-        return rng.choice(np.flatnonzero(rested), size=due, replace=False) if due else NOBODY
+        return rng.choice(np.flatnonzero(rested), size=due, replace=False) if due else NO_PROMPTS
 
-    def _rank(
-        self, n: int, open_places: int, rested: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the ranker's best for the places still open, fewer when the rules leave fewer.
-
-        With them, the positions that a filter refused though they came before the last of these.
-        """
+    def _rank(self, n: int, places: int, rested: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ranker's best admitted positions, at most `places`, and those passed over (see `settle`)."""
         own_rng = self.ranker.draw_generator()
         priorities = self.ranker.priorities(n, own_rng)
         wanted = rested & (priorities > -np.inf)
@@ -113,10 +142,10 @@ class Composed(Selector):
         for each in self.filters:
             admitted &= each.admits(rng)
         found = int(admitted.sum())
-        ranked = top_k(priorities, min(open_places, found), own_rng, admitted)
-        if not open_places:
-            return ranked, NOBODY
-        last = priorities[ranked[-1]] if found >= open_places else -np.inf
+        ranked = top_k(priorities, min(places, found), own_rng, admitted)
+        if not places:
+            return ranked, NO_PROMPTS
+        last = priorities[ranked[-1]] if found >= places else -np.inf
         return ranked, np.flatnonzero(wanted & ~admitted & (priorities >= last))
 
     def choose_references(self, n: int) -> list[str]:
@@ -160,8 +189,8 @@ class Composed(Selector):
         names = [type(each).__name__ for each in self.filters]
         if names != list(state["filters"]):
             raise UserError(
-                f"the checkpoint's selector has the filters {list(state['filters'])}, this run has {names}: "
-                "resume with the same data.selector, or start a new run"
+                f"Cannot resume: the checkpoint's selector has the filters {list(state['filters'])}, this run has "
+                f"{names}. Resume with the same data.selector or start a new run."
             )
         for each, saved in zip(self.filters, state["filters"].values(), strict=True):
             each.load_state_dict(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import numpy as np
 import torch
 
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace
-from datamodules.difficulty.calibration import BOUNDS, CalibrationName
+from datamodules.difficulty.calibration import BOUNDS, CalibrationHead, CalibrationName
 from datamodules.difficulty.encoders import embed_with
 from datamodules.difficulty.forecaster import Forecast, Space, predict
-from datamodules.difficulty.heads import CalibrationHead
 from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError, nearest
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import Ranker, SelectionContext
+from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
 from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
 
@@ -24,21 +24,21 @@ from datamodules.types import Outcomes
 class Dots(Ranker):
     """Draws prompts with P(q) ~ exp(-|p_hat_q - alpha| / tau) without replacement.
 
-    `p_hat` comes from the measured success rates of the latest reference set: by a trained attention predictor, or,
-    without one, by a similarity kernel fitted on the references at hand. Until a reference set has been measured the
-    choice is uniform. Beyond the paper, a prompt measured since then keeps its measured rate instead of a forecast.
+    `p_hat` is predicted from the success rates of the latest reference set, by a trained attention predictor or else by
+    a similarity kernel fitted on these references. Before the first reference set the choice is uniform. Beyond the
+    paper, a prompt measured since then keeps its measured rate.
 
     Args:
-        alpha: success rate aimed at, in [0, 1].
-        tau: temperature of the draw in units of success rate, > 0; small draws only the nearest.
+        alpha: success rate to aim at, in [0, 1].
+        tau: temperature of the draw in units of success rate, > 0; a small value draws the nearest prompts only.
         predictor: folder of a trained attention predictor; null for the untrained similarity kernel.
-        encoder: folder or hub name of the text encoder (any Hugging Face model, or a sentence-transformers folder);
-            null for the one the predictor names, else the policy's initial weights.
+        encoder: folder or hub name of the text encoder (any Hugging Face model or a sentence-transformers folder);
+            null for the predictor's encoder, else the policy's initial weights.
         calibration: group_logit_temperature, platt, temperature or none; null for the predictor's own head, or
-            group_logit_temperature without a predictor. One that the predictor was not trained with, and any without a
-            predictor, is fitted on the references (leave-one-out).
-        refit: whether a least-squares line fitted on the references follows (the authors' code does so, the paper
-            does not).
+            group_logit_temperature without a predictor. A head that the predictor was not trained with is fitted on the
+            leave-one-out forecasts of the references.
+        refit: whether to fit a least-squares line on the references afterwards (as in the authors' code, not in the
+            paper).
         use_measured: whether reference prompts keep their measured rate.
         use_fresh: whether prompts rolled out for training since the latest reference set keep their measured rate.
     """
@@ -58,11 +58,9 @@ class Dots(Ranker):
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
-            raise UserError(
-                f"alpha is {alpha}, expected a success rate in [0, 1]: 0.5 aims at the most informative prompts"
-            )
+            raise UserError(f"alpha is {alpha}, expected a success rate in [0, 1]. Use 0.5 for informative prompts.")
         if not tau > 0:
-            raise UserError(f"tau is {tau}, expected a number > 0: 1e-3 draws the prompts nearest to alpha")
+            raise UserError(f"tau is {tau}, expected a number > 0. Use 1e-3 for the prompts nearest to alpha.")
         if calibration is not None and calibration not in BOUNDS:
             raise UserError(f"calibration is {calibration!r}, expected a known head: {nearest(calibration, BOUNDS)}")
         self.alpha, self.tau = alpha, tau
@@ -76,12 +74,14 @@ class Dots(Ranker):
         self._forecast: Forecast | None = None
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
-        """Embeds the pool, or finds its embeddings in the cache. UserError for an unusable encoder or predictor."""
+        """Embed the pool or load its cached embeddings. Raises UserError for an unusable encoder or predictor."""
         super().setup(pool, context)
         trained = AttentionPredictor.load(Path(self.predictor).expanduser()) if self.predictor else None
         name = self.encoder or (trained and trained.config.encoder) or context.policy_path
         if name is None:
-            raise UserError("selectors.Dots got no text encoder, expected a model folder or hub name: set `encoder`")
+            raise UserError(
+                "selectors.Dots got no text encoder, expected a model folder or hub name. Set data.selector.encoder."
+            )
         embeddings, key = embed_with(name, pool.questions, context.cache_dir)
         if trained is None:
             self._space = KernelSpace(embeddings, key, context.cache_dir)
@@ -103,7 +103,7 @@ class Dots(Ranker):
         if outcomes.source == "reference":
             self._references, self._fresh, self._forecast = measured, _Measured(), None
         elif outcomes.source == "fresh":
-            self._fresh = self._fresh.then(measured)
+            self._fresh = self._fresh.updated(measured)
 
     def forecast(self) -> np.ndarray | None:
         if not len(self._references.positions):
@@ -116,50 +116,51 @@ class Dots(Ranker):
         return expected
 
     def predicted(self) -> np.ndarray | None:
-        """float64 `[Q]`: `forecast` without any measured value in it; None before any reference."""
+        """Return `forecast` without measured values, float64 `[Q]`; None before the first reference set."""
         return self._predicted().success_rate if len(self._references.positions) else None
+
+    def _predicted(self) -> Forecast:
+        """Return the forecast from the references, cached until they change: it costs a pass over the pool."""
+        if self._space is None:
+            raise RuntimeError("Dots has no pool yet. Call setup() first.")
+        if self._forecast is None:
+            method = self.calibration or "group_logit_temperature"
+            known = self._references
+            self._forecast = predict(self._space, known.positions, known.rates, self._head, method, self.refit)
+        return self._forecast
 
     def metrics(self) -> dict[str, float]:
         expected = self.forecast()
         if expected is None:
             return {}
-        how = self._predicted()
+        prediction = self._predicted()
         values = {
             "difficulty/forecast_mean": float(expected.mean()),
-            "difficulty/calibration_temperature": how.calibration.temperature,
-            "difficulty/calibration_bias": how.calibration.bias,
+            "difficulty/calibration_temperature": prediction.calibration.temperature,
+            "difficulty/calibration_bias": prediction.calibration.bias,
         }
-        return values if self.predictor else values | {"difficulty/kernel_temperature": 1.0 / how.scale}
+        return values if self.predictor else values | {"difficulty/kernel_temperature": 1.0 / prediction.scale}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"references": self._references.state(), "fresh": self._fresh.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._references, self._fresh = _Measured.restored(state["references"]), _Measured.restored(state["fresh"])
+        self._references, self._fresh = (
+            _Measured(saved["positions"].numpy(), saved["rates"].numpy())
+            for saved in (state["references"], state["fresh"])
+        )
         self._forecast = None
 
-    def _predicted(self) -> Forecast:
-        """The forecast from the references; kept until they change, since it costs a pass over the pool."""
-        if self._space is None:
-            raise RuntimeError("Dots is used before setup()")
-        if self._forecast is None:
-            method = self.calibration or "group_logit_temperature"
-            references = self._references
-            self._forecast = predict(
-                self._space, references.positions, references.rates, self._head, method, self.refit
-            )
-        return self._forecast
 
-
+@dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """Success rates `[N]` of pool positions `[N]`; where a position comes twice the later one counts."""
+    """Success rates `[N]`, float64, at the pool positions `[N]`, int64; of equal positions the last one counts."""
 
-    def __init__(self, positions: np.ndarray | None = None, rates: np.ndarray | None = None) -> None:
-        self.positions = np.empty(0, dtype=np.int64) if positions is None else np.asarray(positions, dtype=np.int64)
-        self.rates = np.empty(0) if rates is None else np.asarray(rates, dtype=np.float64)
+    positions: np.ndarray = field(default_factory=lambda: NO_PROMPTS)
+    rates: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def then(self, later: _Measured) -> _Measured:
+    def updated(self, later: _Measured) -> _Measured:
         kept = ~np.isin(self.positions, later.positions)
         return _Measured(
             np.concatenate([self.positions[kept], later.positions]), np.concatenate([self.rates[kept], later.rates])
@@ -167,7 +168,3 @@ class _Measured:
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"positions": torch.from_numpy(self.positions.copy()), "rates": torch.from_numpy(self.rates.copy())}
-
-    @classmethod
-    def restored(cls, state: dict[str, torch.Tensor]) -> _Measured:
-        return cls(state["positions"].numpy(), state["rates"].numpy())

@@ -1,4 +1,4 @@
-"""DPS: every prompt's progress as a hidden Markov model (Mao et al. 2026, arXiv 2603.10887)."""
+"""DPS: a hidden Markov model of every prompt's progress (Mao et al. 2026, arXiv 2603.10887)."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ WRONG, PARTLY, RIGHT = 0, 1, 2
 
 
 class Dps(Ranker):
-    """Takes the prompts with the largest probability of being partly right now.
+    """Chooses the prompts most likely to be partly right now.
 
-    Three states: all wrong, partly right, all right. Every prompt has its own Dirichlet counts of transitions, whose
-    mean is its transition matrix. At every training step each belief goes one transition ahead. A measured group shows
-    its state exactly: the belief becomes certain, and the transition that led there is counted, spread over the states
-    it may have come from by their posterior probability. Also at every step, all counts fall back towards the prior:
-    counts <- lambda counts + (1 - lambda) prior (+ what was counted in that step). This is the paper's filter in the
-    order in which the authors' code applies it; their candidates are part of the pool, here they are all of it.
+    The three states are all wrong, partly right and all right. Every prompt has Dirichlet counts of its transitions,
+    whose mean is its transition matrix. Each training step moves every belief one transition ahead and decays all
+    counts towards the prior: counts <- lambda counts + (1 - lambda) prior. A measured group reveals its state: the
+    belief becomes certain, and the transition is counted, spread over the previous states by their posterior
+    probability. This is the paper's filter in the order of the authors' code. Their candidates are a part of the pool,
+    here they are the whole pool.
 
-    A prompt measured twice in a step (reference rollouts follow the step's own) keeps the later state and one
-    transition. The forecast is ours: P(all right) + P(partly right) times the mean rate of all partly right groups
-    seen so far (0.5 before the first).
+    A prompt measured twice in a step (by a reference rollout too) keeps the later state and counts one transition. The
+    forecast is not in the paper: P(all right) + P(partly right) times the mean rate of all partly right groups so far
+    (0.5 before the first).
 
     Args:
-        decay: lambda, in [0, 1]: the share of the counts that a step leaves standing (0.9 to 0.99 in the paper, 0.7 in
-            its script for MATH).
-        prior: Dirichlet count of every transition before any is seen, > 0.
+        decay: lambda in [0, 1], the share of the counts that a step keeps (0.9 to 0.99 in the paper, 0.7 in the
+            authors' script for MATH).
+        prior: Dirichlet count of every transition, > 0.
     """
 
     def __init__(self, decay: float = 0.9, prior: float = 1.0) -> None:
         super().__init__()
         if not 0 <= decay <= 1:
-            raise UserError(f"decay is {decay}, expected lambda in [0, 1]: 0.9 to 0.99 are usual")
+            raise UserError(f"decay is {decay}, expected lambda in [0, 1]. Use 0.9 to 0.99.")
         if not prior > 0:
-            raise UserError(f"prior is {prior}, expected a count > 0 for every transition: 1 is usual")
+            raise UserError(f"prior is {prior}, expected a count > 0 for every transition. Use e.g. 1.")
         self.decay, self.prior = decay, prior
         self._counts = np.empty((3, 3, 0))
-        """float64 `[3, 3, Q]`: Dirichlet counts of the transitions to (first) from (second) each state."""
+        """float64 `[3, 3, Q]`: Dirichlet counts of transitions, indexed [to, from, prompt]."""
         self._belief = np.empty((3, 0))
-        """float64 `[3, Q]`: probability of each state in this step, given what was seen up to now."""
+        """float64 `[3, Q]`: probability of each state in this step given all outcomes so far."""
         self._before = np.empty((3, 0))
-        """float64 `[3, Q]`: the same for the step before."""
+        """float64 `[3, Q]`: the belief of the previous step."""
         self._seen = np.empty(0, dtype=bool)
         """bool `[Q]`: measured in this step."""
         self._partly_rates = 0.0
@@ -64,15 +64,15 @@ class Dps(Ranker):
         super().begin_step()
         measured = np.flatnonzero(self._seen)
         kept = self._counts[:, :, measured]
-        self._forget(slice(None))
-        self._counts[:, :, measured] = kept  # theirs were renewed when they were measured
+        self._decay(slice(None))
+        self._counts[:, :, measured] = kept  # `learn` has decayed these already
         self._seen[:] = False
         self._before = self._belief
-        # Sum over the state come from, as a loop of three: an [3, 3, Q] transition matrix is not kept.
+        # A loop over the previous state avoids a [3, 3, Q] transition matrix.
         self._belief = sum(self._counts[:, i] * (self._before[i] / self._counts[:, i].sum(0)) for i in range(3))
         self._belief /= self._belief.sum(0)
 
-    def _forget(self, which: slice | np.ndarray) -> None:
+    def _decay(self, which: slice | np.ndarray) -> None:
         self._counts[:, :, which] *= self.decay
         self._counts[:, :, which] += (1 - self.decay) * self.prior
 
@@ -84,19 +84,17 @@ class Dps(Ranker):
         wrong, right = rate <= REWARD_TOLERANCE, rate >= 1 - REWARD_TOLERANCE
         state = np.where(wrong, WRONG, np.where(right, RIGHT, PARTLY))
         first = ~self._seen[positions]
-        self._count_transitions(positions[first], state[first])
+        new, now = positions[first], state[first]
+        # P(previous state | state now), counted after the decay.
+        counts = self._counts[:, :, new]
+        joint = counts[now, :, np.arange(len(new))].T / counts.sum(0) * self._before[:, new]
+        self._decay(new)
+        self._counts[now, :, new] += (joint / joint.sum(0)).T
         self._belief[:, positions] = 0.0
         self._belief[state, positions] = 1.0
         self._seen[positions] = True
         self._partly_rates += float(rate[state == PARTLY].sum())
         self._partly_groups += int(np.sum(state == PARTLY))
-
-    def _count_transitions(self, positions: np.ndarray, state: np.ndarray) -> None:
-        """Adds P(state before | state now) to the counts of the transitions into the state now, after forgetting."""
-        counts = self._counts[:, :, positions]
-        joint = counts[state, :, np.arange(len(positions))].T / counts.sum(0) * self._before[:, positions]
-        self._forget(positions)
-        self._counts[state, :, positions] += (joint / joint.sum(0)).T
 
     def forecast(self) -> np.ndarray:
         partly = self._partly_rates / self._partly_groups if self._partly_groups else 0.5

@@ -1,4 +1,4 @@
-"""GRESO: prompts whose groups keep coming out alike are skipped (Zheng et al. 2025, arXiv 2506.02177)."""
+"""GRESO: skip prompts with repeated zero-variance groups (Zheng et al. 2025, arXiv 2506.02177)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
-from datamodules.selectors.composed import Composed
-from datamodules.selectors.filters import Filter
+from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
+from datamodules.selectors.composed import Composed, Filter
 from datamodules.selectors.uniform import Uniform
 from datamodules.types import REWARD_TOLERANCE, Outcomes
 
@@ -20,25 +19,23 @@ _LOWEST, _HIGHEST = 0.05, 0.95
 
 
 class ZeroVarianceSkip(Filter):
-    """GRESO's skip rule, around any ranker.
+    """GRESO's skip rule, for any ranker.
 
-    With `z` the length of the run of all-right groups that a prompt's trace ends in, it is admitted with probability
-    `max(p_easy^z, min_keep)`; with p_hard for a run of all-wrong groups. A prompt never measured, or last seen with
-    differing rewards, is always admitted. Once as many groups as the pool holds have been rolled out (the first epoch),
-    each probability moves by `step_size` per training step: down, to skip more, when that class's share of the step's
-    groups is at or above its target, else up; it stays in [0.05, 0.95]. Reference groups extend the traces but do not
-    count as rollouts.
+    A prompt whose latest z groups were all right is admitted with probability `max(p_easy^z, min_keep)`, after z
+    all-wrong groups with `max(p_hard^z, min_keep)`; any other prompt is always admitted. After the first epoch (as many
+    groups rolled out as the pool has prompts), each of p_easy and p_hard moves by `step_size` per training step: down
+    if that class's share of the step's groups is at or above its target, else up, within [0.05, 0.95]. Reference groups
+    count for the runs, but not as rollouts.
 
     Args:
-        p_easy: starting probability of keeping a prompt after one all-right group, in [0.05, 0.95].
-        p_hard: the same after one all-wrong group.
-        target_easy: share of all-right groups among those rolled out, in [0, 1], that p_easy is steered to; 1/12 in
-            the paper.
-        target_hard: the same for all-wrong groups and p_hard; 1/6 in the paper.
-        step_size: how far a probability moves per training step, >= 0.
-        min_keep: probability, in (0, 1], below which no prompt's falls: every prompt stays reachable.
-        min_refill: prompts that a refill asks for at least, >= 1.
-        refill_margin: factor on the prompts that a refill is expected to need, >= 1.
+        p_easy: initial probability of keeping a prompt after one all-right group, in [0.05, 0.95].
+        p_hard: initial probability of keeping a prompt after one all-wrong group, in [0.05, 0.95].
+        target_easy: target share of all-right groups among those rolled out, in [0, 1]; 1/12 in the paper.
+        target_hard: target share of all-wrong groups, in [0, 1]; 1/6 in the paper.
+        step_size: change of a probability per training step, >= 0.
+        min_keep: lower bound of the keep probability, in (0, 1]: every prompt stays reachable.
+        min_refill: smallest refill in prompts, >= 1.
+        refill_margin: factor on the expected number of prompts that a refill needs, >= 1.
     """
 
     def __init__(
@@ -54,23 +51,23 @@ class ZeroVarianceSkip(Filter):
     ) -> None:
         for name, value in (("p_easy", p_easy), ("p_hard", p_hard)):
             if not _LOWEST <= value <= _HIGHEST:
-                raise UserError(f"{name} is {value}, expected a probability in [{_LOWEST}, {_HIGHEST}]: 0.5 is usual")
+                raise UserError(f"{name} is {value}, expected a probability in [{_LOWEST}, {_HIGHEST}]. Use e.g. 0.5.")
         for name, value in (("target_easy", target_easy), ("target_hard", target_hard)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}, expected a share of the groups in [0, 1]")
+                raise UserError(f"{name} is {value}, expected a share of the groups in [0, 1]. Change it.")
         if not 0 < min_keep <= 1:
-            raise UserError(f"min_keep is {min_keep}, expected a probability in (0, 1]: 0.01 is usual")
+            raise UserError(f"min_keep is {min_keep}, expected a probability in (0, 1]. Use e.g. 0.01.")
         if step_size < 0 or min_refill < 1 or refill_margin < 1:
             raise UserError(
-                f"step_size={step_size}, min_refill={min_refill}, refill_margin={refill_margin}: "
-                "expected step_size >= 0, min_refill >= 1 and refill_margin >= 1"
+                f"step_size={step_size}, min_refill={min_refill} and refill_margin={refill_margin} are out of range, "
+                "expected step_size >= 0, min_refill >= 1 and refill_margin >= 1. Change them."
             )
         self.p_easy, self.p_hard = p_easy, p_hard
         self.target_easy, self.target_hard = target_easy, target_hard
         self.step_size, self.min_keep = step_size, min_keep
         self.min_refill, self.refill_margin = min_refill, refill_margin
-        self._run = NOBODY
-        """int64 `[Q]`: +z for a trace that ends in z all-right groups, -z for z all-wrong ones, else 0."""
+        self._run = NO_PROMPTS
+        """int64 `[Q]`: +z after z all-right groups in a row, -z after z all-wrong ones, else 0."""
         self._rolled_out = 0
         self._step_groups = self._step_easy = self._step_hard = 0
 
@@ -78,7 +75,7 @@ class ZeroVarianceSkip(Filter):
         self._run = np.zeros(len(pool), dtype=np.int64)
 
     def keep_probability(self) -> np.ndarray:
-        """float64 `[Q]`: probability of each prompt of being admitted."""
+        """Return the probability that each prompt is admitted, float64 `[Q]`."""
         base = np.where(self._run > 0, self.p_easy, self.p_hard)
         return np.maximum(base ** np.abs(self._run), self.min_keep)
 
@@ -107,13 +104,13 @@ class ZeroVarianceSkip(Filter):
             self._step_hard += int(hard.sum())
 
     def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
-        """The paper's adaptive rollout batch: what will probably give the missing groups, with a margin.
+        """Return the paper's adaptive rollout batch, enough prompts for the missing groups plus a margin.
 
         min(default, max(min_refill, refill_margin * missing / (1 - zero_variance_ratio))), rounded up.
         """
         if kept_fraction <= 0:
             return default
-        # The slack keeps rounding of the shares from adding a prompt to a whole number.
+        # The slack keeps a rounding error from adding a prompt.
         expected = math.ceil(self.refill_margin * missing / kept_fraction - 1e-9)
         return min(default, max(self.min_refill, expected))
 
@@ -140,16 +137,16 @@ class ZeroVarianceSkip(Filter):
 
 
 class Greso(Composed):
-    """GRESO as published: passes over the shuffled pool, each prompt met with its own probability of being skipped.
+    """GRESO as published: shuffled passes over the pool in which each prompt may be skipped.
 
-    A skipped prompt has had its turn in the pass. The method is meant to stand under `callbacks.DynamicSampling`, which
-    drops the equal-reward groups that still come and asks `refill_size` how many prompts to roll out instead.
+    A skipped prompt has had its turn in the pass. Use it with `callbacks.DynamicSampling`, which drops the remaining
+    zero-variance groups and asks `refill_size` for the number of prompts to roll out instead.
 
     Args:
-        ranker: what the skip rule stands around; null for passes over the shuffled pool, as published.
-        cool_down: steps for which a chosen prompt is not chosen again, >= 0.
+        ranker: orders the prompts; null for shuffled passes over the pool, as published.
+        cool_down: number of steps for which a chosen prompt is not chosen again, >= 0.
         explore: share of all choices that is drawn uniformly, in [0, 1].
-        skip: arguments of the skip rule, those of `ZeroVarianceSkip`.
+        skip: arguments of `ZeroVarianceSkip`.
     """
 
     def __init__(self, ranker: Ranker | None = None, cool_down: int = 0, explore: float = 0.0, **skip: Any) -> None:

@@ -1,4 +1,4 @@
-"""MoPPS: Thompson sampling of success rates under a Beta posterior per prompt (Qu et al. 2025, arXiv 2507.04632)."""
+"""MoPPS: Thompson sampling from a Beta posterior per prompt (Qu et al. 2025, arXiv 2507.04632)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
-from datamodules.selectors.passes import Passes
+from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
+from datamodules.selectors.sampling import pass_ranks
 from datamodules.types import Outcomes
 
 
 class Mopps(Ranker):
-    """Takes, of the next candidates in the shuffled pool, those whose drawn success rate is nearest to the target.
+    """Chooses the candidates whose sampled success rate is nearest to the target.
 
-    A measured prompt's posterior becomes Beta(lambda a + (1 - lambda) a0 + successes, and the same for b with the
-    failures); the others keep theirs. Should the rules around this method leave too few candidates, those that come
-    next in the shuffled pool follow. Every choice, a refill too, moves on to its own candidates.
+    The candidates are the next prompts of the shuffled pool. An outcome updates a prompt's posterior to
+    Beta(lambda a + (1 - lambda) a0 + successes, lambda b + (1 - lambda) b0 + failures). If filters leave too few
+    candidates, the prompts that follow them are used. Every choice, also a refill, moves on to new candidates.
 
     Args:
-        target: success rate aimed at, in [0, 1].
-        decay: lambda, in [0, 1]: the share of the past that a new measurement leaves standing; 1 forgets nothing.
+        target: success rate to aim at, in [0, 1].
+        decay: lambda in [0, 1], the share of the past that a new outcome keeps; 1 forgets nothing.
         prior_successes: a0 > 0.
         prior_failures: b0 > 0.
-        candidates: candidates per prompt to be chosen (8 to 16 in the paper); 0 makes the whole pool candidates at
-            every choice.
+        candidates: candidates per chosen prompt (8 to 16 in the paper); 0 makes the whole pool candidates.
     """
 
     def __init__(
@@ -40,57 +39,54 @@ class Mopps(Ranker):
     ) -> None:
         super().__init__()
         if not 0 <= target <= 1:
-            raise UserError(f"target is {target}, expected a success rate in [0, 1]: 0.5 aims at the most informative")
+            raise UserError(f"target is {target}, expected a success rate in [0, 1]. Use 0.5 for informative prompts.")
         if not 0 <= decay <= 1:
-            raise UserError(f"decay is {decay}, expected lambda in [0, 1]: 1 forgets nothing")
+            raise UserError(f"decay is {decay}, expected lambda in [0, 1]. Use 1 to forget nothing.")
         if not (prior_successes > 0 and prior_failures > 0):
             raise UserError(
-                f"prior_successes={prior_successes}, prior_failures={prior_failures}: expected both > 0, 1 is usual"
+                f"prior_successes={prior_successes} and prior_failures={prior_failures} are not a Beta prior, expected "
+                "both > 0. Use 1 for both."
             )
         if candidates < 0:
-            raise UserError(f"candidates is {candidates}, expected a number per chosen prompt, or 0 for the whole pool")
+            raise UserError(
+                f"candidates is {candidates}, expected a number per chosen prompt >= 0. Use 0 for the whole pool."
+            )
         self.target, self.decay = target, decay
         self.prior = np.array([prior_successes, prior_failures])
         self.candidates = candidates
         self._counts = np.empty((2, 0))
         """float64 `[2, Q]`: a and b of every prompt."""
         self._met = 0
-        """Places of the endless row of shuffled passes that earlier choices have gone through."""
-        self._passes: Passes | None = None
+        """Places that earlier choices have used up in the endless sequence of shuffled passes."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
         self._counts = np.repeat(self.prior[:, None], len(pool), axis=1)
-        self._passes = Passes(context.seed, type(self).__name__, len(pool))
 
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        ahead = self._ahead()
+        size, method = len(self.pool), type(self).__name__
+        number, within = divmod(self._met, size)
+        # How many places lie before each prompt's next one.
+        ahead = pass_ranks(self._seed, method, number, size)
+        if within:
+            following = pass_ranks(self._seed, method, number + 1, size) + size
+            ahead = np.where(ahead >= within, ahead, following) - within
         near = np.flatnonzero(ahead < self._window(n))
         values = -1.0 - ahead
         values[near] = -np.abs(rng.beta(*self._counts[:, near]) - self.target)
         return values
 
-    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NOBODY) -> None:
+    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NO_PROMPTS) -> None:
         self._met += self._window(len(chosen))
 
     def _window(self, n: int) -> int:
         return min(self.candidates * n, len(self.pool)) if self.candidates else len(self.pool)
 
-    def _ahead(self) -> np.ndarray:
-        """int64 `[Q]`: how many places of the shuffled passes lie before each prompt's next one."""
-        if self._passes is None:
-            raise RuntimeError("Mopps is used before setup()")
-        number, within = divmod(self._met, len(self.pool))
-        now = self._passes.ranks(number)
-        if within == 0:
-            return now
-        return np.where(now >= within, now, self._passes.ranks(number + 1) + len(self.pool)) - within
-
     def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
         successes = outcomes.success_rate * outcomes.samples
         seen = np.stack([successes, outcomes.samples - successes])
         kept = self.decay * self._counts[:, positions] + (1 - self.decay) * self.prior[:, None]
-        # A shaped correctness reward may leave [0, 1]; a posterior cannot.
+        # A shaped correctness reward may leave [0, 1], Beta counts must not.
         self._counts[:, positions] = kept + np.clip(seen, 0, outcomes.samples)
 
     def forecast(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Difficulty pools: prompts weighted by how their last group went (prime-rl's rule)."""
+"""Difficulty pools: prompts weighted by the result of their last group (prime-rl's rule)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from datamodules.types import Outcomes
 
 
 class Pools(Ranker):
-    """Draws without replacement with weights that depend on each prompt's last success rate alone.
+    """Draws prompts without replacement, weighted by each prompt's last success rate.
 
-    Hard is a rate <= `hard_up_to`, normal one <= `normal_up_to`, easy one above. While no weight is 0 every prompt
-    stays eligible: moving prompts out for good would drain the pool as the policy improves.
+    A rate <= `hard_up_to` is hard, one <= `normal_up_to` normal, one above easy. Positive weights keep every prompt
+    eligible; removing prompts for good would drain the pool as the policy improves.
 
     Args:
-        hard_up_to: highest success rate, in [0, 1], that counts as hard.
+        hard_up_to: highest success rate that counts as hard, in [0, 1].
         normal_up_to: highest success rate that counts as normal, in [hard_up_to, 1].
         hard: weight of hard prompts, >= 0.
         normal: weight of normal prompts, >= 0.
         easy: weight of easy prompts, >= 0.
-        unseen: weight of prompts never measured, >= 0.
+        unseen: weight of prompts without an outcome, >= 0.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class Pools(Ranker):
         super().__init__()
         if not 0 <= hard_up_to <= normal_up_to <= 1:
             raise UserError(
-                f"hard_up_to={hard_up_to}, normal_up_to={normal_up_to}: expected 0 <= hard_up_to <= normal_up_to <= 1"
+                f"hard_up_to={hard_up_to} and normal_up_to={normal_up_to} are out of order, expected "
+                "0 <= hard_up_to <= normal_up_to <= 1. Change one of them."
             )
         if min(hard, normal, easy, unseen) < 0 or max(hard, normal, easy, unseen) == 0:
             raise UserError(
-                f"hard={hard}, normal={normal}, easy={easy}, unseen={unseen}: "
-                "expected weights >= 0 with at least one above 0"
+                f"hard={hard}, normal={normal}, easy={easy} and unseen={unseen} are not usable weights, expected all "
+                ">= 0 and at least one above 0. Change them."
             )
         self.bounds = np.array([hard_up_to, normal_up_to])
         self.weights = np.array([hard, normal, easy, unseen], dtype=np.float64)
@@ -58,7 +59,7 @@ class Pools(Ranker):
         self._rates = np.full(len(pool), np.nan)
 
     def _classes(self) -> np.ndarray:
-        """int64 `[Q]`: 0 hard, 1 normal, 2 easy, 3 never seen."""
+        """Return int64 `[Q]`: 0 hard, 1 normal, 2 easy, 3 unseen."""
         return np.where(np.isnan(self._rates), 3, np.searchsorted(self.bounds, self._rates, side="left"))
 
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:

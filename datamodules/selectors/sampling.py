@@ -1,18 +1,22 @@
-"""Draws and largest values without replacement."""
+"""Random and top-k choices without replacement."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
+
+from datamodules.seeding import generator
 
 
 def top_k(priorities: np.ndarray, k: int, rng: np.random.Generator, among: np.ndarray | None = None) -> np.ndarray:
-    """The `k` largest, in falling order; equal ones are drawn and ordered at random.
+    """Return the positions of the `k` largest priorities in descending order, ties in random order.
 
     Args:
-        priorities: float64 `[Q]`, no NaN; -inf is allowed and comes last.
-        k: how many; at most as many as are in `among`.
-        rng: decides between equal ones.
-        among: bool `[Q]`: the positions to take from; None for all.
+        priorities: float64 `[Q]`, without NaN; -inf is allowed and comes last.
+        k: number of positions, at most the number of eligible ones.
+        rng: generator that breaks ties.
+        among: bool `[Q]` mask of eligible positions; None for all.
 
     Returns:
         int64 `[k]` distinct positions.
@@ -28,13 +32,32 @@ def top_k(priorities: np.ndarray, k: int, rng: np.random.Generator, among: np.nd
 
 
 def gumbel(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Noisy priorities whose `top_k` draws without replacement, each next with probability ~ exp(logits) of those left.
+    """Return `logits + Gumbel noise`, whose `top_k` samples without replacement with probabilities ~ exp(logits).
 
-    `logits + Gumbel noise`: the order of its largest has exactly that distribution (Kool et al. 2019, arXiv 1903.06059,
-    section 2.3). Exponentials are never formed, so logits thousands apart are fine.
+    The order of the largest values follows the sequential distribution over the remaining prompts (Kool et al. 2019,
+    arXiv 1903.06059, section 2.3). No exponential is formed, so logits thousands apart do not underflow.
 
     Args:
         logits: float64 `[Q]` unnormalised log-probabilities.
         rng: source of the noise.
     """
     return logits + rng.gumbel(size=len(logits))
+
+
+@lru_cache(maxsize=4)
+def pass_ranks(seed: int, method: str, number: int, size: int) -> np.ndarray:
+    """Return the rank of every prompt in the shuffled order of one pass over the pool, int64 `[Q]`, read-only.
+
+    The order depends on the arguments only, so it needs no saved state.
+
+    Args:
+        seed: seed of the run.
+        method: name that gives each method its own orders.
+        number: index of the pass.
+        size: prompts in the pool, `Q`.
+    """
+    order = generator(seed, method, "pass", number).permutation(size)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(size)
+    ranks.flags.writeable = False
+    return ranks

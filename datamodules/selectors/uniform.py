@@ -1,4 +1,4 @@
-"""Plain GRPO's choice: the pool in a new random order, pass after pass."""
+"""Uniform selection, as in plain GRPO: shuffled passes over the pool."""
 
 from __future__ import annotations
 
@@ -8,40 +8,37 @@ import numpy as np
 import torch
 
 from datamodules.pool import PromptPool
-from datamodules.selectors.base import NOBODY, Ranker, SelectionContext
-from datamodules.selectors.passes import Passes
+from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
+from datamodules.selectors.sampling import pass_ranks
 
 
 class Uniform(Ranker):
-    """Every prompt once per pass over the pool, in an order reshuffled for each pass.
+    """Chooses every prompt once per pass over the pool, reshuffled for each pass.
 
-    A choice that crosses the border of two passes takes what is left of the first; its own prompts come later in the
-    second pass, so a choice never holds a prompt twice and every pass still covers the pool exactly. The order of a
-    pass depends on (run seed, pass) only: reference draws do not change it. A prompt that a filter refuses has had its
-    turn in the pass; one that is excluded or rests keeps it.
+    A choice that crosses from one pass into the next takes the rest of the first and moves its own prompts back in the
+    second: no choice repeats a prompt and every pass covers the pool exactly. The order depends on the run's seed and
+    the pass only, not on reference draws. A prompt that a filter refuses has had its turn; one that is excluded or
+    cooling down keeps it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._turns = NOBODY
+        self._turns = NO_PROMPTS
         """int64 `[Q]`: passes in which each prompt has had its turn."""
-        self._passes: Passes | None = None
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
         self._turns = np.zeros(len(pool), dtype=np.int64)
-        self._passes = Passes(context.seed, type(self).__name__, len(pool))
 
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        if self._passes is None:
-            raise RuntimeError("Uniform is used before setup()")
-        place = np.empty(len(self.pool))
+        size = len(self.pool)
+        place = np.empty(size)
         for number in range(int(self._turns.min()), int(self._turns.max()) + 1):
             now = self._turns == number
-            place[now] = number * len(self.pool) + self._passes.ranks(number)[now]
+            place[now] = number * size + pass_ranks(self._seed, type(self).__name__, number, size)[now]
         return -place
 
-    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NOBODY) -> None:
+    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NO_PROMPTS) -> None:
         self._turns[np.union1d(chosen, passed_over)] += 1
 
     def metrics(self) -> dict[str, float]:

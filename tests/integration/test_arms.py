@@ -61,7 +61,6 @@ def test_the_table_names_every_file() -> None:
         ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are no multiple"),
         ({"trainer": {"max_steps": 10}}, "steps", 10, "evaluated every 10 of 5 steps"),
         ({"trainer": {"max_steps": -1}}, "steps", 10, "trainer.max_steps=-1"),
-        ({"trainer": {"callbacks": [{"class_path": "callbacks.Rollouts"}]}}, "steps", 10, "no callbacks.RunLedger"),
         ({"model": {"class_path": "app.module.GRPOModule", "init_args": {"optimization": {"schedule": "linear"}}}},
          "baseline", 10, "schedule=linear goes by trainer.max_steps"),
     ],

@@ -123,9 +123,12 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["sampling"].update(num_generations=1),
         "model.sampling.num_generations=1: expected at least 2",
     ),
-    "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length=0: expec"),
+    "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length is 0 but"),
     "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling truncates the distribut"),
-    "top_p": (lambda c: model(c)["sampling"].update(top_p=1.5), "sampling.top_p=1.5: expected in (0, 1]"),
+    "top_p": (
+        lambda c: model(c)["sampling"].update(top_p=1.5),
+        "sampling.top_p is 1.5 but must be greater than 0 and",
+    ),
     "no prompts per step": (lambda c: data(c).update(prompts_per_step=0), "data.prompts_per_step=0: expected at least"),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches=0: expected at least 1"),
     "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k=0: expected at least 1"),
@@ -145,11 +148,11 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "options of a reward in conflict": (
         lambda c: model(c)["rewards"][0].update(init_args={"after": "=", "pattern": "x"}),
-        "after='=' and pattern='x': expected one of the two; remove the other",
+        "after='=' and pattern='x' are both set, but only one can be. Remove one.",
     ),
     "regular expression": (
         lambda c: model(c)["rewards"][0].update(init_args={"pattern": "("}),
-        "pattern='(' is not a regular expression",
+        "pattern='(' is not a valid regular expression",
     ),
     "no rewards": (lambda c: model(c).update(rewards=[]), "rewards=[]: expected at least one reward"),
     "two correctness rewards": (
@@ -160,19 +163,15 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
-        "reward function 'mine': expected 'module.function', e.g. 'my_rewards.accuracy'",
+        "Reward function 'mine' is not of the form 'module.function'. Write e.g. 'my_rewards.f'.",
     ),
     "module of a reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "absent.f"}}]),
-        "reward function 'absent.f': no module 'absent' on the Python path",
+        "Reward function 'absent.f': there is no module 'absent' on the Python path",
     ),
-    "callbacks in disorder": (
-        lambda c: c["trainer"]["callbacks"].reverse(),
-        "put ",
-    ),
-    "no rollouts": (
-        lambda c: c["trainer"]["callbacks"].pop(1),
-        "holds callbacks.Rollouts 0 times: list it exactly onc",
+    "a callback twice": (
+        lambda c: c["trainer"]["callbacks"].append({"class_path": "callbacks.RolloutReplay"}),
+        "trainer.callbacks lists callbacks.RolloutReplay more than once",
     ),
     "folder of checkpoints": (
         lambda c: callback(c, "RunCheckpoint").update(dirpath="/proc/nowhere"),
@@ -260,40 +259,43 @@ LINES = "".join(json.dumps(GOOD) + "\n" for _ in range(4))
 
 DATA: dict[str, tuple[Callable[[Place], Change], str]] = {
     "missing": (lambda place: lambda c: source(c).update(path="./pol.jsonl"), "does not exist: in "),
-    "ending": (_file("pool.txt", "x"), "'pool.txt' ends in '.txt': expected one of .jsonl, "),
-    "empty file": (_file("empty.jsonl", ""), "'empty.jsonl' is empty: expected rows with a prompt column"),
+    "ending": (_file("pool.txt", "x"), "'pool.txt' ends in '.txt', expected one of .jsonl, "),
+    "empty file": (_file("empty.jsonl", ""), "'empty.jsonl' is empty. Give a file of rows with a prompt column"),
     "broken line": (_file("bad.jsonl", LINES + '{"question": "1\n'), "'bad.jsonl' line 5: "),
-    "line that is no object": (_file("bad.jsonl", LINES + "[1]\n"), "'bad.jsonl' line 5: '[1]' is no object"),
+    "line that is no object": (_file("bad.jsonl", LINES + "[1]\n"), "'bad.jsonl' line 5: '[1]' is not an object"),
     "broken array": (_file("bad.json", '[{"question": "1"},\n{]'), "'bad.json' line 2: "),
     "truncated parquet": (_truncated_parquet, "'cut.parquet' cannot be read as parquet: "),
     "text called parquet": (_file("bad.parquet", "question\n1"), "'bad.parquet' cannot be read as parquet: "),
     "bytes called csv": (_file("bad.csv", b"question\n\xff\xfe\x00,"), "'bad.csv' cannot be read as csv: "),
-    "no prompt column": (_rows({"text": "1"}), "has no prompt column: found 'text'; accepted 'prompt', "),
+    "no prompt column": (
+        _rows({"text": "1"}),
+        "has no prompt column: its columns are 'text'; expected one of 'prompt', ",
+    ),
     "named column": (_rows(prompt_column="qestion"), "has no column 'qestion': did you mean 'question'?"),
     "named answer": (_rows(answer_column="anwser"), "has no column 'anwser': did you mean 'answer'?"),
     "prompt of another kind": (_rows({"question": {"a": 1}}), "row 1: column 'question' holds an object with keys"),
     "messages without roles": (_rows({"messages": [{"text": "1"}]}), "row 1: a list holds an object with keys"),
-    "blank prompts": (_rows({"question": " ", "answer": "1"}), "no prompt is left: "),
-    "answers missing": (_rows({"question": "1", "answer": None}, {"question": "2", "answer": ""}), "no prompt is left"),
-    "all too long": (_rows(max_prompt_length=1), "no prompt is left: "),
-    "limit": (_rows(limit=0), "PromptFile limit=0: expected at least 1, or null for no limit"),
-    "template without question": (_rows(template="Q:"), "template 'Q:': expected the field {question} in it"),
-    "field of a template": (_rows(template="{question}{q}"), "field 'q' is none of "),
+    "blank prompts": (_rows({"question": " ", "answer": "1"}), "No prompt is left: "),
+    "answers missing": (_rows({"question": "1", "answer": None}, {"question": "2", "answer": ""}), "No prompt is left"),
+    "all too long": (_rows(max_prompt_length=1), "No prompt is left: "),
+    "limit": (_rows(limit=0), "PromptFile limit is 0. Set at least 1, or null for no limit"),
+    "template without question": (_rows(template="Q:"), "template 'Q:' has no field {question}"),
+    "field of a template": (_rows(template="{question}{q}"), "field 'q' is unknown, expected one of "),
     "one prompt": (_rows(GOOD), "2 prompts per step asked of a pool of 1: lower data.prompts_per_step or add prompts"),
     "all repeated": (_rows(GOOD, GOOD, GOOD), "2 prompts per step asked of a pool of 1"),
     "split": (_folder_with_another_split, "cannot be read as a data set: "),
-    "saved folder": (_saved_folder_without_its_data, "folder 'saved' cannot be read as a data set: "),
+    "saved folder": (_saved_folder_without_its_data, "Folder 'saved' cannot be read as a data set: "),
     "validation split": (
         lambda place: lambda c: data(c).update(val_size=8),
-        "a validation split of 8 prompts asked of 8: expected 1 to 7",
+        "A validation split of 8 prompts was requested from a pool of 8. Set data.val_size to 1 to 7",
     ),
     "validation repeats training": (
         lambda place: lambda c: data(c).update(val=c["data"]["init_args"]["train"]),
-        "all 8 training prompts are validation prompts as well: give other data or seed",
+        "All 8 training prompts are also validation prompts. Give other data or seeds.",
     ),
     "hub name": (
         lambda place: lambda c: source(c).update(path="nobody/nothing"),
-        "'nobody/nothing' is no local file or",
+        "'nobody/nothing' is neither a local file or",
     ),
 }
 
@@ -390,7 +392,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
     "LoRA of absent layers": (lambda c: model(c)["policy"].update(lora={"target_modules": ["absent"]}), "absent"),
     "no room for completions": (
         lambda c: model(c)["sampling"].update(max_completion_length=512),
-        "exceed the model's 512 positions: shorten the completions or drop longer prompts",
+        "exceed the model's 512 positions. Lower sampling.max_completion_length or remove longer prompts.",
     ),
 }
 

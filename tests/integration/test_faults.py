@@ -70,7 +70,6 @@ class Silent(Transformers):
         groups = super().generate(prompts, sampling, seeds)
         return [(dataclasses.replace(group[0], **nothing), *group[1:]) for group in groups]
 '''
-LEDGER = {"class_path": "callbacks.RunLedger"}
 LOG = {"class_path": "callbacks.CompletionsLog", "init_args": {"every": 1}}
 
 
@@ -83,22 +82,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def configured(place: Place, *changes: Change) -> None:
-    """The small run with account and log of completions, where every group teaches, changed."""
+    """The small run with a log of all completions, where every group teaches, changed."""
 
     def change(config: dict[str, Any]) -> None:
-        config["trainer"]["callbacks"][3:3] = [LOG, LEDGER]
+        config["trainer"]["callbacks"].append(LOG)
         rewards("alternate")(config)
         for each in changes:
             each(config)
 
-    # RandomState stands between the log and the account.
-    place.config(lambda config: (change(config), config["trainer"]["callbacks"].sort(key=_place_in_order)))
-
-
-def _place_in_order(one: dict[str, Any]) -> int:
-    order = ("WeightSync", "Rollouts", "RolloutReplay", "CompletionsLog", "RandomState", "RunLedger", "RunCheckpoint")
-    name = one["class_path"].rpartition(".")[2]
-    return order.index(name) if name in order else len(order)
+    place.config(change)
 
 
 def fit(place: Place, *more: str) -> Done:

@@ -152,7 +152,7 @@ def test_the_checkpoint_loads_without_pickle_and_holds_everything(finished: Path
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
-    arguments = fit_arguments(tmp_path, changes=[EVERY_STEP])
+    arguments = fit_arguments(tmp_path, EVERY_STEP)
     run = run_of(tmp_path)
     kill_when(run / "checkpoints" / "step_00000007.ckpt", *arguments)
     assert not (run / "summary.json").exists()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from app.pretraining.card import Measured
 from app.pretraining.module import DemonstrationPretraining
-from app.rewards.procedural import Procedural
+from app.rewards import ReasoningGym
 from datamodules.demonstrations import ANSWER_MARKER
 from datamodules.demonstrations.supervised import Demonstrations
 from datamodules.procedural import ProceduralTask
@@ -97,7 +97,7 @@ def measured() -> Measured:
     policy = AutoModelForCausalLM.from_pretrained(FOLDER).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     config = GenerationConfig.from_pretrained(FOLDER, num_return_sequences=16)
-    reward, successes = Procedural(after=ANSWER_MARKER), {}
+    reward, successes = ReasoningGym(after=ANSWER_MARKER), {}
     for entries in data.val_dataloader():
         inputs = tokenizer([entry["question"] + "\n" for entry in entries], return_tensors="pt", padding=True)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from functools import cache
@@ -29,15 +30,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 STRATEGIES = {name: ("--config", f"configs/strategy/{name}.yaml") for name in ("ddp", "fsdp2", "fsdp2_hybrid")}
 BOTH = pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 SIX = ("--trainer.max_steps=6", "--trainer.val_check_interval=3")
-ALL_COMPLETIONS = ("callbacks.CompletionsLog", "callbacks.CompletionsLog\n      init_args: {every: 1}")
+ALL_COMPLETIONS = "--completions.every=1"
 SCALARS = 1e-5
 """Relative: what adding up in another order may change."""
 
 MISBEHAVING = """
 import os, pathlib, signal, time
-from lightning.pytorch import Callback
+from callbacks.stages import Stage, StepCallback
 
-class Misbehaving(Callback):
+class Misbehaving(StepCallback):
+    stage = Stage.ROLL_OUT  # before the rollouts, being listed
+
     def __init__(self, what: str, rank: int, step: int, where: str = "start"):
         self.what, self.rank, self.step, self.where, self.now = what, rank, step, where, -1
 
@@ -66,24 +69,23 @@ class Misbehaving(Callback):
 """
 
 
-def misbehaving(folder: Path, what: str, *, rank: int, step: int, where: str = "start") -> tuple[str, str]:
-    """A callback that does `what` on one rank in a step, as a change of the quickstart's callbacks.
+def misbehaving(folder: Path, what: str, *, rank: int, step: int, where: str = "start") -> str:
+    """A callback that does `what` on one rank in a step, as an option of the command line.
 
     Args:
         what: "raise", "hang" or the name of a signal.
         where: in the step: "start", "generate", "update", "push" or "save".
     """
     (folder / "misbehaving.py").write_text(MISBEHAVING)
-    arguments = f"{{what: {what}, rank: {rank}, step: {step}, where: {where}}}"
-    ours = f"misbehaving.Misbehaving\n      init_args: {arguments}\n    - class_path: callbacks.Rollouts"
-    return "callbacks.Rollouts", ours
+    init_args = {"what": what, "rank": rank, "step": step, "where": where}
+    return "--trainer.callbacks+=" + json.dumps({"class_path": "misbehaving.Misbehaving", "init_args": init_args})
 
 
 def arguments(
     folder: Path, ranks: int, *more: str, strategy: str | None = "ddp", changes: tuple[tuple[str, str], ...] = ()
 ) -> list[str]:
     several = () if strategy is None else (*STRATEGIES[strategy], f"--trainer.devices={ranks}")
-    return [*fit_arguments(folder, changes=[ALL_COMPLETIONS, *changes]), *SIX, *several, *more]
+    return [*fit_arguments(folder, changes=changes), *SIX, ALL_COMPLETIONS, *several, *more]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -145,7 +147,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def pair(strategy: str) -> Path:
         folder = tmp_path_factory.mktemp(strategy)
-        succeeded(dots_on_ranks(2, *arguments(folder, 2, strategy=strategy, changes=(EVERY_STEP,))))
+        succeeded(dots_on_ranks(2, *arguments(folder, 2, EVERY_STEP, strategy=strategy)))
         return folder
 
     return pair
@@ -199,14 +201,12 @@ def test_a_terminated_run_goes_on_as_if_never_stopped(
 ):
     pair = pairs(strategy)
     change = misbehaving(tmp_path, "SIGTERM", rank=rank, step=2)
-    done = dots_on_ranks(2, *arguments(tmp_path, 2, strategy=strategy, changes=(change,)), path=tmp_path, timeout=120)
+    done = dots_on_ranks(2, *arguments(tmp_path, 2, change, strategy=strategy), path=tmp_path, timeout=120)
     assert all(one.returncode != -9 for one in done), done
     # The step in which the signal came was finished and saved.
     assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").resolve().name == "step_00000003.ckpt"
     succeeded(
-        dots_on_ranks(
-            2, *arguments(tmp_path, 2, "--ckpt_path=last", strategy=strategy, changes=(EVERY_STEP,)), path=tmp_path
-        )
+        dots_on_ranks(2, *arguments(tmp_path, 2, "--ckpt_path=last", EVERY_STEP, strategy=strategy), path=tmp_path)
     )
     assert scalars(tmp_path) == scalars(pair)
     weights, others = weights_of(pair), weights_of(tmp_path)
@@ -224,7 +224,7 @@ def test_a_terminated_run_goes_on_as_if_never_stopped(
 )
 def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: str, ranks: int):
     change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
-    dots_on_ranks(2, *arguments(tmp_path, 2, strategy=strategy, changes=(change,)), path=tmp_path, timeout=120)
+    dots_on_ranks(2, *arguments(tmp_path, 2, change, strategy=strategy), path=tmp_path, timeout=120)
     # One process needs no strategy, but a checkpoint that is cut is read by those who cut the policy.
     after = None if (strategy, ranks) == ("ddp", 1) else strategy
     succeeded(dots_on_ranks(ranks, *arguments(tmp_path, ranks, "--ckpt_path=last", strategy=after)))
@@ -238,7 +238,7 @@ def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: s
 def test_a_checkpoint_in_one_file_is_resumed_without_a_strategy(alone: Path, tmp_path: Path):
     change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
     whole = "--trainer.strategy.init_args.sharded_checkpoints=false"
-    dots_on_ranks(2, *arguments(tmp_path, 2, whole, strategy="fsdp2", changes=(change,)), path=tmp_path, timeout=120)
+    dots_on_ranks(2, *arguments(tmp_path, 2, whole, change, strategy="fsdp2"), path=tmp_path, timeout=120)
     assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").is_file()
     succeeded([dots(*arguments(tmp_path, 1, "--ckpt_path=last", strategy=None))])
     assert_same_choices_and_updates(tmp_path, alone)
@@ -277,9 +277,7 @@ def test_options_of_the_policy_do_the_same_when_it_is_cut(tmp_path: Path, option
 @pytest.mark.parametrize("what", ["raise", "SIGKILL"])
 def test_a_failing_rank_ends_the_others(tmp_path: Path, what: str, strategy: str):
     change = misbehaving(tmp_path, what, rank=1, step=1)
-    first, second = dots_on_ranks(
-        2, *arguments(tmp_path, 2, strategy=strategy, changes=(change,)), path=tmp_path, timeout=90
-    )
+    first, second = dots_on_ranks(2, *arguments(tmp_path, 2, change, strategy=strategy), path=tmp_path, timeout=90)
     assert second.returncode == (1 if what == "raise" else -9)
     if what == "raise":
         assert "broken on purpose" in second.stderr
@@ -296,8 +294,8 @@ def test_a_failing_rank_ends_the_others(tmp_path: Path, what: str, strategy: str
 def test_a_rank_struck_anywhere_ends_the_run_and_it_goes_on(
     pairs: Callable[[str], Path], tmp_path: Path, what: str, rank: int, where: str
 ):
-    changes = (misbehaving(tmp_path, what, rank=rank, step=3, where=where), EVERY_STEP)
-    done = dots_on_ranks(2, *arguments(tmp_path, 2, strategy="fsdp2", changes=changes), path=tmp_path, timeout=150)
+    strike = misbehaving(tmp_path, what, rank=rank, step=3, where=where)
+    done = dots_on_ranks(2, *arguments(tmp_path, 2, strike, EVERY_STEP, strategy="fsdp2"), path=tmp_path, timeout=150)
     # All have ended by themselves, but for the one that was killed.
     killed = [one.returncode == -9 for one in done]
     assert killed == [what == "SIGKILL" and other == rank for other in range(2)], done
@@ -306,8 +304,7 @@ def test_a_rank_struck_anywhere_ends_the_run_and_it_goes_on(
     while orphans() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not orphans()
-    changes = (EVERY_STEP,)
-    resume = arguments(tmp_path, 2, "--ckpt_path=last", strategy="fsdp2", changes=changes)
+    resume = arguments(tmp_path, 2, "--ckpt_path=last", EVERY_STEP, strategy="fsdp2")
     succeeded(dots_on_ranks(2, *resume, path=tmp_path))
     assert scalars(tmp_path) == scalars(pairs("fsdp2"))
     weights, others = weights_of(pairs("fsdp2")), weights_of(tmp_path)
@@ -318,7 +315,7 @@ def test_a_rank_struck_anywhere_ends_the_run_and_it_goes_on(
 def test_a_hanging_rank_is_named(tmp_path: Path):
     change = misbehaving(tmp_path, "hang", rank=1, step=1)
     limit = "--trainer.strategy.init_args.timeout=0:00:40"
-    done = dots(*arguments(tmp_path, 2, limit, changes=(change,)), path=tmp_path, timeout=200, fresh=True)
+    done = dots(*arguments(tmp_path, 2, limit, change), path=tmp_path, timeout=200, fresh=True)
     # The one that hung is gone too: the command ended.
     assert done.returncode == 2, done.stderr[-2000:]
     assert "lost rank 1 (no word within the time limit)" in done.stderr

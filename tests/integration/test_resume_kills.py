@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, overlay, run_of
+from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, run_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(7200)]
 
@@ -88,9 +88,8 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(tmp_path: Path, se
 
     def arguments(folder: Path) -> list[str]:
         if not FULL:
-            return [*fit_arguments(folder, changes=[EVERY_STEP]), f"--seed_everything={seed}"]
-        saves = str(overlay(folder, EVERY_STEP))
-        return ["fit", "--config", "configs/quickstart.yaml", "--config", saves, f"--seed_everything={seed}",
+            return [*fit_arguments(folder, EVERY_STEP), f"--seed_everything={seed}"]
+        return ["fit", "--config", "configs/quickstart.yaml", EVERY_STEP, f"--seed_everything={seed}",
                 f"--trainer.logger.save_dir={folder}"]  # fmt: skip
 
     done = dots(*arguments(straight), timeout=3000)

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from app.rewards import Format, Function, Math, Numeric, Procedural, RewardScorer, TrainerState, WorkerOptions
+from app.rewards import Format, Function, Math, Numeric, ReasoningGym, RewardScorer, TrainerState, WorkerOptions
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -134,7 +134,7 @@ def test_a_wrong_number_of_scores_fails_all_of_them(caplog):
     assert "prompt 'p0', completion 1: returned 1 scores for 2 completions" in caplog.text
 
 
-def test_what_a_killed_worker_started_dies_too():
+def test_processes_started_by_a_killed_worker_die_too():
     with scoring(Function("dots_functions.hostile")) as scorer:
         assert score(scorer, data(("child", "ok"))).timed_out == 1
         sleepers = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "615"]]
@@ -146,11 +146,11 @@ def test_workers_are_light_and_end_with_close():
     me = psutil.Process()
     before = set(me.children(recursive=True))
     with scoring(
-        Function("dots_functions.torch_loaded"), Math(weight=0.0), Procedural(weight=0.0), num_workers=3
+        Function("dots_functions.torch_loaded"), Math(weight=0.0), ReasoningGym(weight=0.0), num_workers=3
     ) as scorer:
         scorer.wait_ready()
         started = set(me.children(recursive=True)) - before
-        assert len(started) == 4  # the nursery and its three
+        assert len(started) == 4  # the fork server and its three workers
         entry = {"answer": ["3"], "metadata": [{"source_dataset": "gcd"}], "question": ["?"]}
         assert score(scorer, data(("3",), **entry)).groups[0].correctness.tolist() == [0]
         scorer.close()
@@ -182,12 +182,12 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     assert not alive
 
 
-def test_a_worker_or_the_nursery_killed_from_outside_is_replaced():
+def test_a_worker_or_the_fork_server_killed_from_outside_is_replaced():
     with scoring(Function("dots_functions.hostile")) as scorer:
         scorer.wait_ready()
-        for victim in ("worker", "nursery"):
-            nursery = next(p for p in psutil.Process().children() if "app.rewards.workers.main" in p.cmdline())
-            (nursery.children()[0] if victim == "worker" else nursery).kill()
+        for victim in ("worker", "server"):
+            server = next(p for p in psutil.Process().children() if "app.rewards.workers.main" in p.cmdline())
+            (server.children()[0] if victim == "worker" else server).kill()
             time.sleep(0.1)
             assert score(scorer, data(("ok", "wrong"), ("ok",))).dropped == 0
 
@@ -266,7 +266,7 @@ def test_nothing_to_score():
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("reward", [Procedural(), Numeric()])
+@pytest.mark.parametrize("reward", [ReasoningGym(), Numeric()])
 def test_cheap_rewards_score_256_completions_in_50_ms(reward):
     import reasoning_gym
 

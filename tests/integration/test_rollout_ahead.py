@@ -1,4 +1,4 @@
-"""The next step's rollouts beside this step's update, in real runs with a server: ages, accounts and a resume."""
+"""Rollouts of the next step during this step's update, in real runs with a server: age, counts and resuming."""
 
 from __future__ import annotations
 

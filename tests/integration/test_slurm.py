@@ -61,8 +61,8 @@ def submit(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_requeued_job_goes_on_as_if_never_stopped(tmp_path: Path, strategy: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeeded([dots(*arguments(whole, 1, strategy=None, changes=(EVERY_STEP,)))])
-    given = arguments(parts, 2, strategy=strategy, changes=(EVERY_STEP,))[1:]
+    succeeded([dots(*arguments(whole, 1, EVERY_STEP, strategy=None))])
+    given = arguments(parts, 2, EVERY_STEP, strategy=strategy)[1:]
     first = submit(parts, *given)
     assert first.returncode == 0, first.stderr[-2000:]
     assert (parts / "requeued").read_text() == "requeue 4242\n"

@@ -50,14 +50,8 @@ def test_memory_and_step_time_stay_flat(tmp_path: Path) -> None:
     config = json.loads(json.dumps(BASE))
     config["trainer"]["max_steps"] = STEPS
     config["trainer"]["callbacks"] = [
-        {"class_path": "callbacks.WeightSync"},
         {"class_path": "callbacks.ReferenceRollouts", "init_args": {"size": 16, "every": 4}},
-        {"class_path": "callbacks.Rollouts"},
         {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 32, "admit": "all"}},
-        {"class_path": "callbacks.SelectionMonitor"},
-        {"class_path": "callbacks.CompletionsLog"},
-        {"class_path": "callbacks.RandomState"},
-        {"class_path": "callbacks.RunLedger"},
         {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 50}},
         {"class_path": "dots_watch.Watch", "init_args": {"path": str(tmp_path / "watched.json")}},
     ]

@@ -1,4 +1,4 @@
-"""A run on two hosts, started by torchrun, is the run of one process."""
+"""A run on two hosts, started by torchrun, trains like one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_one_process_on_each_host(hosts: tuple[Host, Host], alone: Path, tmp_pat
 
 @contextmanager
 def serving(host: Host, folder: Path) -> Iterator[str]:
-    """`dots serve` on a host; the url of its server."""
+    """Run `dots serve` on a host and yield its URL."""
     command = [sys.executable, "-m", "app", "serve", "--config", "configs/quickstart.yaml", *SERVER,
                "--host", host.address, "--port", str(PORT)]  # fmt: skip
     out, err = folder / "serve_out", folder / "serve_err"
@@ -75,6 +75,6 @@ def test_a_vllm_server_on_one_of_them(
         succeeded(torchrun(hosts, tmp_path, *given, timeout=400))
     assert json.loads((run_of(tmp_path) / "summary.json").read_text())["completed"] is True
     assert len(completions(tmp_path)) == 5
-    # The trainer's log-probability of each token beside the server's, after every push.
-    apart = scalars(tmp_path)["sampling/sampling_logp_difference/max"]
-    assert len(apart) == 5 and max(apart.values()) < 1e-4
+    # The server's log-probabilities are the trainer's after every push.
+    gaps = scalars(tmp_path)["sampling/sampling_logp_difference/max"]
+    assert len(gaps) == 5 and max(gaps.values()) < 1e-4

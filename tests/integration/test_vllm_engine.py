@@ -1,4 +1,4 @@
-"""vLLM in this process, on the embedded policy: what it generates, and when it must refuse to."""
+"""vLLM in this process with the embedded policy: generation, pushes of weights, and errors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def engine(started: Vllm, model: PreTrainedModel) -> Vllm:
 
 
 def move(model: torch.nn.Module, by: float = 0.05, seed: int = 0) -> None:
-    """Other weights, far enough off that log-probabilities change in the first digit."""
+    """Move all weights far enough that log-probabilities change in the first digit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,7 +87,7 @@ def trainer_logprobs(model: torch.nn.Module, prompt: Prompt, completion: Complet
 
 @torch.no_grad()
 def gap(model: torch.nn.Module, batch: Sequence[Prompt], groups: Groups, temperature: float = 1.0) -> float:
-    """The largest difference between the engine's log-probabilities and the trainer's, over all tokens."""
+    """Return the largest difference between the engine's and the trainer's log-probabilities over all tokens."""
     model.eval()
     return max(
         float((trainer_logprobs(model, prompt, one, temperature) - torch.from_numpy(one.logprobs)).abs().max())
@@ -101,7 +101,7 @@ def tokens(groups: Groups) -> list[list[list[int]]]:
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, step: int) -> None:
-    """A policy-gradient step with random advantages."""
+    """Take a policy-gradient step with random advantages."""
     generator = torch.Generator().manual_seed(step)
     optimizer.zero_grad()
     for prompt, group in zip(LONG, groups, strict=True):
@@ -127,7 +127,7 @@ def test_logprobs_are_the_trainers_after_every_one_of_20_updates(started: Vllm, 
         assert gap(held, LONG, after) < 1e-4, step
         assert {one.policy_version for group in after for one in group} == {step}
         before = before or groups
-    # The updates did move the policy: the first rollouts are not its own any more.
+    # The updates moved the policy away from the first rollouts.
     assert gap(held, LONG, before) > 0.1
 
 
@@ -180,11 +180,11 @@ def test_the_same_seeds_draw_the_same_and_all_samples_differ(engine: Vllm, model
     groups = engine.generate(twins, SAMPLING, seeds(twins))
     assert len({one.token_ids.tobytes() for group in groups for one in group}) == len(twins) * G
     assert tokens(engine.generate(twins, SAMPLING, seeds(twins))) == tokens(groups)
-    # Seeds one apart, as a request for G samples at once would have given them, share nothing either.
+    # Consecutive seeds, which a request for G samples at once would use, share nothing either.
     close = np.arange(2 * G, dtype=np.int64).reshape(2, G)
     pair = engine.generate([twins[0], twins[4]], SAMPLING, close)
     assert len({one.token_ids.tobytes() for group in pair for one in group}) == 2 * G
-    # A completion depends on its own seed, not on what is generated beside it.
+    # A completion depends on its own seed, not on the rest of the batch.
     order = [3, 0, 2, 1]
     again = engine.generate([twins[i] for i in order], SAMPLING, seeds(twins)[order])
     assert tokens(again) == [tokens(groups)[i] for i in order]
@@ -216,7 +216,7 @@ def test_completions_end_at_stop_strings_and_end_tokens(engine: Vllm, model: Pre
         assert one.token_ids.tolist() == whole.token_ids[: len(one.token_ids)].tolist()
         if stop in whole.text:
             cut += 1
-            # The policy's tokens are characters, so text ends with the stop string.
+            # The policy's tokens are characters, so the text ends with the stop string.
             assert (one.text, one.finish_reason) == (whole.text[: whole.text.index(stop) + len(stop)], "stop")
         else:
             assert one.text == whole.text
@@ -234,7 +234,7 @@ def test_end_tokens_of_the_generation_config_end_too(engine: Vllm, model: PreTra
 
 def test_a_prompt_that_is_too_long_is_named_and_nothing_runs(engine: Vllm, model: PreTrainedModel) -> None:
     batch = prompts([40, 500, 30])
-    with pytest.raises(UserError, match=r"'p1': 500 tokens \+ max_completion_length=24 exceed vLLM's 512 tokens"):
+    with pytest.raises(UserError, match=r"'p1' has 500 tokens .* is 24, which together exceed vLLM's 512 tokens"):
         engine.generate(batch, SAMPLING, seeds(batch))
     with pytest.raises(UserError, match="'p0' has no tokens"):
         engine.generate(prompts([0]), SAMPLING, seeds(prompts([0])))
@@ -251,7 +251,7 @@ def test_after_a_push_that_failed_nothing_is_generated(engine: Vllm, model: PreT
     if fault == "missing":
         del weights[name]
     elif fault == "part":
-        del weights["model.layers.1.self_attn.k_proj.weight"]  # vLLM has one layer for it, queries and values
+        del weights["model.layers.1.self_attn.k_proj.weight"]  # vLLM merges it with queries and values
     elif fault == "unknown":
         weights["model.layers.1.mlp.no_such.weight"] = weights[name]
     else:
@@ -271,12 +271,12 @@ def test_a_push_of_changes_needs_the_weights_before(started: Vllm) -> None:
     started.setup(causal_lm(held), policy.load_tokenizer(), weights=lambda: plain_weights(held))
     started.push(plain_weights(held), 0)
     move(held, by=0.3)
-    # Frozen weights moved as well, which no push of changes brings; after an unknown version all are pushed.
+    # Frozen weights moved too, which a push of changes does not include; after an unknown version all are pushed.
     started.push(plain_weights(held, changing=True), 1, since=0)
     assert gap(held, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) > 1e-2
     started.push(plain_weights(held, changing=True), 3, since=2)
     assert gap(held, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
-    # A layer that vLLM makes of three may not come in part.
+    # A layer that vLLM merges from three must not be pushed in part.
     part = [pair for pair in plain_weights(held, changing=True) if "k_proj" not in pair[0]]
     with pytest.raises(EngineError, match=r"qkv_proj was pushed in part"):
         started.push(part, 4, since=3)
@@ -285,8 +285,8 @@ def test_a_push_of_changes_needs_the_weights_before(started: Vllm) -> None:
 
 
 def test_weights_of_another_version_generate_nothing(engine: Vllm, model: PreTrainedModel) -> None:
-    engine._call("dots_load", plain_weights(model), 5, None)  # as something else in this process would
-    with pytest.raises(EngineError, match=r"versions \[5\], expected 0"):
+    engine._call("dots_load", plain_weights(model), 5, None)  # as other code in this process might
+    with pytest.raises(EngineError, match=r"versions \[5\] instead of 0"):
         engine.generate(LONG, SAMPLING, seeds(LONG))
 
 
@@ -305,7 +305,7 @@ def test_a_diverged_policy_is_named(engine: Vllm, model: PreTrainedModel) -> Non
 
 
 def test_more_prompt_tokens_than_one_forward_pass_takes(engine: Vllm, model: PreTrainedModel) -> None:
-    batch = prompts([70] * 96, seed=2)  # vLLM reads 4096 tokens at a time, and may not cut a prompt in two
+    batch = prompts([70] * 96, seed=2)  # vLLM reads 4096 tokens at a time, and must not split a prompt
     groups = engine.generate(batch, Sampling(1, 3), seeds(batch, samples=1))
     assert gap(model, batch, groups) < 1e-4
 
@@ -325,7 +325,7 @@ def test_ctrl_c_leaves_no_request_behind(engine: Vllm, model: PreTrainedModel, m
         with pytest.raises(KeyboardInterrupt):
             engine.generate(many, Sampling(G, 300), seeds(many))
     assert not engine._llm.llm_engine.has_unfinished_requests()
-    engine.push(plain_weights(model), 2)  # resets the prefix cache, which requests left behind would prevent
+    engine.push(plain_weights(model), 2)  # resets the prefix cache, which leftover requests would prevent
     assert tokens(engine.generate(LONG, SAMPLING, seeds(LONG))) == tokens(expected)
 
 
@@ -343,7 +343,7 @@ def test_the_trainers_process_is_left_as_it_was(engine: Vllm, model: PreTrainedM
     assert gap(model, LONG, groups) < 1e-4
     assert torch.equal(states[0], torch.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])
-    train(model.train(), torch.optim.SGD(model.parameters(), 0.1), groups, 0)  # autograd works on
+    train(model.train(), torch.optim.SGD(model.parameters(), 0.1), groups, 0)  # autograd still works
 
 
 def test_an_engine_that_ended_says_so_and_can_be_started_again(started: Vllm, model: PreTrainedModel) -> None:
@@ -370,7 +370,7 @@ def test_weights_reach_other_processes_and_a_killed_one_is_one_line(model: PreTr
         assert gap(policy, LONG, groups) < 1e-4
         worker = next(child for child in psutil.Process().children(recursive=True) if "Worker" in child.name())
         worker.kill()
-        with pytest.raises(EngineError, match=r"^vLLM failed while it generated: \w+: [^\n]+$"):
+        with pytest.raises(EngineError, match=r"^vLLM failed during generation: \w+: [^\n]+$"):
             engine.generate(LONG, SAMPLING, seeds(LONG))
     finally:
         engine.close()

@@ -1,4 +1,4 @@
-"""The real command with vLLM in the trainer's process: what a run learns from is what the engine sampled from."""
+"""The real command with vLLM in the trainer's process: the engine samples from the policy that is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from app.reporting.curves import read_scalars
 from tests.support.command import EVERY_STEP, ROOT, assert_same_run, command, dots, fit_arguments, run_of
 
-# Not forked: libraries that vLLM starts with must not find threads and environment of another program.
+# Not forked: the libraries of vLLM must not find the threads and environment of another program.
 fresh = partial(dots, fresh=True)
 SMALL = [
     "--trainer.max_steps=6",
@@ -56,7 +56,7 @@ def test_every_rollout_is_of_the_policy_that_is_trained(run: Path) -> None:
     steps, gaps = curves["sampling/sampling_logp_difference/max"]
     assert len(steps) == 3
     assert max(gaps) < 1e-4
-    # The policy moved at every step, so that equal log-probabilities need a push each.
+    # The policy moved at every step, so equal log-probabilities need a push at every step.
     assert min(curves["policy/approx_kl"][1]) > 1e-6
     assert summary["seconds"]["sync"] > 0
 
@@ -76,7 +76,7 @@ def test_validating_a_checkpoint_measures_the_checkpoints_policy(run: Path, tmp_
 
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    """With selection and replay: every scalar the same, and the weights bit by bit."""
+    """With selection and replay, every scalar and every bit of the weights is the same."""
     more = (
         "--config",
         "configs/engines/vllm.yaml",
@@ -84,8 +84,8 @@ def test_a_killed_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
         "--trainer.max_steps=6",
         "--trainer.val_check_interval=3",
     )
-    whole = [*fit_arguments(tmp_path / "whole", changes=[EVERY_STEP]), *more]
-    stopped = [*fit_arguments(tmp_path / "stopped", changes=[EVERY_STEP]), *more]
+    whole = [*fit_arguments(tmp_path / "whole", EVERY_STEP), *more]
+    stopped = [*fit_arguments(tmp_path / "stopped", EVERY_STEP), *more]
     assert fresh(*whole).returncode == 0
     killed = subprocess.Popen(
         command(*stopped), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Several trainer processes and one vLLM server: the run of one process, also when the server is lost."""
+"""Several trainer processes with one vLLM server train like one process, even if the server is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.servers import engines, killed_when
 
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
 SCALARS = 1e-3
-"""Relative: a server's log-probabilities depend in the last digits on what it computes beside them."""
+"""Relative tolerance: the last digits of a server's log-probabilities depend on the rest of its batch."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(one: Done) -> list[str]:
-    """The lines for the user."""
+    """Return the lines for the user."""
     return [line for line in one.stderr.splitlines() if line.startswith("dots:")]
 
 
@@ -46,7 +46,7 @@ def test_two_processes_with_one_server_choose_and_update_as_one(alone: Path, tmp
 def test_a_lost_server_is_replaced_for_all_of_them_and_nothing_counted_twice(alone: Path, tmp_path: Path):
     sign = run_of(tmp_path) / "completions" / "step_00000001.parquet"
     with killed_when(sign) as killed:
-        done = dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, changes=(EVERY_STEP,)), timeout=400)
+        done = dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, EVERY_STEP), timeout=400)
     succeeded(done)
     assert len(killed) == 1
     first, second = map(said, done)
@@ -63,5 +63,5 @@ def test_a_server_that_does_not_start_ends_all_of_them_in_one_line(tmp_path: Pat
     unknown = "--model.engine.init_args.server.arguments=[--no-such-flag]"
     for one in dots_on_ranks(2, *arguments(tmp_path, 2, *SERVER, unknown), timeout=200):
         assert one.returncode == 2, one.stderr[-2000:]
-        assert "the vLLM server did not start; its log ends: " in said(one)[-1]
+        assert "The vLLM server did not start. Its log ends: " in said(one)[-1]
         assert "no-such-flag" in said(one)[-1] and "Traceback" not in one.stderr

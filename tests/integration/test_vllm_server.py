@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM servers: the same policy on both sides after every push, and servers that are lost."""
+"""Rollouts by real vLLM servers: the policy after every push, lost servers, and errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def key() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def ctrl_c() -> None:
-    """A shell has its background jobs ignore Ctrl-C, and their children with them."""
+    """Undo that a shell makes its background jobs, and their children, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -70,7 +70,7 @@ def engine_on(model: PreTrainedModel, folder: Path | None = None, **options: obj
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """An engine whose server the tests share."""
+    """Yield an engine whose server the tests share."""
     made = engine_on(AutoModelForCausalLM.from_pretrained(POLICY).eval(), tmp_path_factory.mktemp("server"))
     made.push(made.weights(), 0)
     yield made
@@ -84,7 +84,7 @@ def url_of(engine: VllmServer) -> str:
 
 
 def members(group: int) -> list[psutil.Process]:
-    """Living processes of a process group."""
+    """Return the living processes of a process group."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -96,7 +96,7 @@ def members(group: int) -> list[psutil.Process]:
 
 
 def prompts(count: int, terms: int = 24) -> list[Prompt]:
-    """Sums that the policy has learnt to work out, longer than two blocks of the prefix cache."""
+    """Return sums that the policy can work out, longer than two blocks of the prefix cache."""
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     draw = np.random.default_rng(5)
     found = []
@@ -113,7 +113,7 @@ def seeds(count: int, sampling: Sampling = SAMPLING) -> np.ndarray:
 
 
 def update(model: PreTrainedModel, seed: int) -> None:
-    """As an optimizer step would: every weight moves."""
+    """Move every weight, like an optimizer step."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +122,7 @@ def update(model: PreTrainedModel, seed: int) -> None:
 
 @torch.no_grad()
 def difference(model: PreTrainedModel, asked: list[Prompt], groups: list[tuple[Completion, ...]]) -> float:
-    """Largest |log-prob of the engine - log-prob of the trainer| over all tokens generated."""
+    """Return the largest |engine's - trainer's log-probability| over all generated tokens."""
     worst = 0.0
     for prompt, group in zip(asked, groups, strict=True):
         for completion in group:
@@ -149,7 +149,7 @@ def test_the_server_samples_from_the_policy_pushed_last(
             completions = [one for group in groups for one in group]
             assert {one.policy_version for one in completions} == {version}
             assert all(len(one.token_ids) <= 24 for one in completions)
-            # Samples differ: each has its own seed.
+            # Samples differ, because each has its own seed.
             assert len({tuple(one.token_ids.tolist()) for one in completions}) > 10
         assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"dots-{os.getpid()}-")]
     finally:
@@ -159,16 +159,16 @@ def test_the_server_samples_from_the_policy_pushed_last(
 def test_a_sample_depends_on_its_seed_and_prompt_alone(owner: VllmServer, model: PreTrainedModel):
     owner.push(model.state_dict().items(), 1)
     asked, drawn = prompts(4), seeds(4)
-    together = owner.generate(asked, SAMPLING, drawn)
-    apart = [owner.generate([asked[b]], SAMPLING, drawn[b : b + 1])[0] for b in (2, 0)]
-    for found, expected in zip(apart, (together[2], together[0]), strict=True):
+    batch = owner.generate(asked, SAMPLING, drawn)
+    alone = [owner.generate([asked[b]], SAMPLING, drawn[b : b + 1])[0] for b in (2, 0)]
+    for found, expected in zip(alone, (batch[2], batch[0]), strict=True):
         assert [one.token_ids.tolist() for one in found] == [one.token_ids.tolist() for one in expected]
 
 
 def test_a_push_or_a_cache_reset_that_is_withheld_shows(
     owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    """The comparison above can fail: each of the two halves of a push is needed."""
+    """Both halves of a push are needed: the comparison fails without either."""
     asked, drawn = prompts(5), seeds(5)
     owner.push(model.state_dict().items(), 1)
     owner.generate(asked, SAMPLING, drawn)
@@ -202,7 +202,7 @@ def test_a_push_that_does_not_arrive_stops_the_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(WeightPusher, "_call", without_the_end)
-        with pytest.raises(EngineError, match="after the push of version 2 the vLLM workers report None"):
+        with pytest.raises(EngineError, match="After the push of version 2 the vLLM workers report None"):
             owner.push(model.state_dict().items(), 2)
     assert owner.fleet.version is None
     assert owner.fleet.loop.run(owner.fleet.clients[0]._request("GET", "/is_paused")) == {"is_paused": True}
@@ -243,7 +243,7 @@ def test_adapters_are_pushed_without_what_they_leave_alone(
             for one in adapters:
                 one.add_(0.05 * torch.randn(one.shape, generator=generator))
         if version == 4:
-            # Someone else begins a push: all weights are needed again.
+            # Another trainer begins a push, so all weights are needed again.
             owner.fleet.loop.run(owner.fleet.clients[0].call("dots_begin", since="None"))
         sent.append([])
         owner.push(plain_weights(policy, changing=version > 1), version, since=version - 1 if version > 1 else None)
@@ -276,7 +276,7 @@ def test_weights_that_another_trainer_pushed_are_replaced(
         theirs.push(other.state_dict().items(), 8)
         groups = mine.generate(prompts(2), SAMPLING, seeds(2))
         assert difference(model, prompts(2), groups) < 1e-4
-        assert "hold versions 8 in place of 3" in capsys.readouterr().err
+        assert "hold versions 8 instead of 3" in capsys.readouterr().err
     finally:
         mine.close()
         theirs.close()
@@ -285,14 +285,14 @@ def test_weights_that_another_trainer_pushed_are_replaced(
 def test_a_wrong_key_and_a_long_prompt_are_refused_in_one_line(
     owner: VllmServer, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(UserError, match=r"'p1'.* tokens.*exceed the server's 512 tokens"):
+    with pytest.raises(UserError, match=r"'p1' has .* tokens.*exceed the server's 512 tokens"):
         owner.generate([prompts(1)[0], prompts(2, 130)[1]], SAMPLING, seeds(2))
     monkeypatch.setenv("VLLM_API_KEY", "another")
     stranger = engine_on(model, url=url_of(owner))
-    with pytest.raises(UserError, match=r"refuses the key \(401\); export VLLM_API_KEY"):
+    with pytest.raises(UserError, match=r"refuses the key \(401\)\. Set VLLM_API_KEY"):
         stranger.push(model.state_dict().items(), 1)
     stranger.close()
-    # The paths that load weights ask for the key as well, which vLLM's own check leaves out.
+    # The paths that load weights, which vLLM's own check omits, require the key too.
     request = urllib.request.Request(f"{url_of(owner)}/collective_rpc", data=b'{"method": "dots_begin"}')
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(request, timeout=10)
@@ -305,7 +305,7 @@ def test_stop_strings_end_tokens_and_lengths_end_completions(owner: VllmServer, 
     asked = prompts(1, 6)
     sampling = Sampling(num_generations=8, max_completion_length=40, stop=["####"])
     (group,) = owner.generate(asked, sampling, seeds(1, sampling))
-    # The policy writes "#### " as one token: it is kept whole.
+    # "#### " is one token of the policy, which is kept whole.
     ended = [one for one in group if "####" in one.text]
     assert ended and all(one.finish_reason == "stop" and one.text.endswith("#### ") for one in ended)
     sampling = Sampling(num_generations=8, max_completion_length=40)
@@ -339,7 +339,7 @@ def test_a_server_killed_in_mid_rollout_is_replaced(
 
 
 def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrainedModel, tmp_path: Path):
-    """`dots serve` as a person runs it: it ends with Ctrl-C, and a run waits for its next start."""
+    """`dots serve` ends with Ctrl-C, and a run waits for its next start."""
     log = (tmp_path / "serve.log").open("wb")
     serve = command("serve", "--config", "configs/quickstart.yaml", "--port", "8731")
     first = subprocess.Popen(serve, cwd=ROOT, stdout=log, stderr=log)
@@ -370,7 +370,7 @@ def test_someone_elses_server_is_waited_for_and_given_the_weights(model: PreTrai
 
 
 def _interrupted_requests_leave_nothing(engine: VllmServer) -> None:
-    """Ctrl-C in mid-rollout: the server drops what was asked of it."""
+    """Press Ctrl-C during a rollout: the server drops its requests."""
     sampling = Sampling(num_generations=64, max_completion_length=300, temperature=2.0)
     asked, drawn = prompts(8), seeds(8, sampling)
     threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -383,7 +383,7 @@ def _interrupted_requests_leave_nothing(engine: VllmServer) -> None:
 
 
 def _requests_at(url: str) -> float:
-    """Those that run or wait there."""
+    """Return the number of running and waiting requests."""
     return _metric(url, "vllm:num_requests_running{") + _metric(url, "vllm:num_requests_waiting{")
 
 
@@ -467,7 +467,7 @@ def test_a_run_that_joined_a_server_leaves_no_request_there(owner: VllmServer, t
     finally:
         if run.poll() is None:
             run.kill()
-    # The server is someone else's, and goes on.
+    # The server belongs to another owner and keeps running.
     owner.push(owner.weights(), 0)
     assert len(owner.generate(prompts(2), SAMPLING, seeds(2))) == 2
 
@@ -483,6 +483,6 @@ def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_pa
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["completed"] is True
     assert (summary["prompts_rolled_out"], summary["completions"]) == (6 * 8, 6 * 8 * 8)
-    # What was generated after the loss came from the weights of its step.
+    # Completions generated after the loss came from the weights of their step.
     drift = read_scalars(folder)["sampling/sampling_logp_difference/max"][1]
     assert len(drift) == 6 and max(drift) < 1e-3

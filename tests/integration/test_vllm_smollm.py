@@ -1,4 +1,4 @@
-"""vLLM in this process on a real model: SmolLM2-135M, its log-probabilities, its speed and the cost of a push."""
+"""vLLM in this process with a real model, SmolLM2-135M: log-probabilities, speed and duration of a push."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def engine(policy: Policy, model: PreTrainedModel) -> Iterator[Vllm]:
 
 
 def questions(policy: Policy, lengths: np.ndarray) -> list[Prompt]:
-    """Prompts of running text, so that completions are neither certain nor noise."""
+    """Return prompts of prose, so that completions are neither certain nor noise."""
     text = Path(__file__).parents[2].joinpath("README.md").read_text()
     ids = policy.load_tokenizer()(text)["input_ids"]
     parts = [tuple(ids[i * 37 : i * 37 + length]) for i, length in enumerate(lengths.tolist())]
@@ -77,7 +77,7 @@ def test_logprobs_are_the_trainers_after_every_one_of_20_updates(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         engine.push(plain_weights(model), step)
-        # The same prompts again: all but their last tokens could come from the prefix cache, had it not been reset.
+        # The same prompts again: without a reset, all but their last tokens would come from the prefix cache.
         groups = engine.generate(batch, sampling, np.arange(4).reshape(2, 2) + 4 * step)
         with torch.no_grad():
             found = [
@@ -94,7 +94,7 @@ def test_logprobs_are_the_trainers_after_every_one_of_20_updates(
 
 
 def timed(engine: RolloutEngine, batch: list[Prompt], seed: int) -> float:
-    """Completion tokens per second of 16 prompts x 8 completions x 64 tokens."""
+    """Return the completion tokens per second of 16 prompts x 8 completions x 64 tokens."""
     start = time.perf_counter()
     groups = engine.generate(batch, Sampling(8, 64), np.arange(128).reshape(16, 8) + seed)
     return sum(len(one.token_ids) for group in groups for one in group) / (time.perf_counter() - start)
@@ -111,5 +111,5 @@ def test_it_generates_as_fast_as_the_policy_itself(policy: Policy, model: PreTra
     timed(engine, batch, seed=0)
     pairs = [(timed(engine, batch, seed), timed(plain, batch, seed)) for seed in (1000, 2000, 3000)]
     print(f"\npush {push:.2f} s; tokens/s of vLLM and of transformers: {np.round(pairs, 1).tolist()}")
-    # Measured medians are in the README (1.07); both are bound by the same matrix products.
+    # Both are bound by the same matrix products.
     assert np.median([ours / theirs for ours, theirs in pairs]) > 0.85

@@ -34,7 +34,7 @@ QUICK = [
     "--model.val_sampling.max_completion_length=64",
 ]
 FEW_REFERENCES = ("{size: 32, every: 4}", "{size: 8, every: 4}")
-EVERY_STEP = ("callbacks.RunCheckpoint", "callbacks.RunCheckpoint\n      init_args: {every: 1}")
+EVERY_STEP = "--checkpoint.every=1"
 _CLOCK = ("time/", "step_time", "tokens_per_second")
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.preload"])

@@ -1,6 +1,6 @@
-"""Hosts of this machine: network namespaces with addresses of their own, joined by a pair of virtual Ethernet devices.
+"""Two hosts on this machine: network namespaces connected by a pair of virtual Ethernet devices.
 
-What runs in one reaches the other only through its address: loopback, ports and interfaces are its own.
+Each has its own loopback device, ports and interfaces, and reaches the other only by its address.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.support.command import ROOT, Done
 
 @dataclass(frozen=True)
 class Host:
-    """One namespace.
+    """A network namespace.
 
     Attributes:
-        name: of the namespace.
-        address: that the other host reaches it by.
-        device: its end of the pair.
+        name: name of the namespace.
+        address: address seen by the other host.
+        device: name of its network device.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Host:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], out: Path, err: Path
     ) -> subprocess.Popen[bytes]:
-        """Runs a command on this host, in a session of its own.
+        """Start a command on this host, in a new session.
 
-        gloo is told the device: left alone it takes the address of the host's name, which here, as on many hosts, is
-        that of the loopback device.
+        gloo needs the device's name: by default it uses the address of the host's name, which here, as on many hosts,
+        is that of the loopback device.
         """
         own = {"GLOO_SOCKET_IFNAME": self.device, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with out.open("wb") as stdout, err.open("wb") as stderr:
@@ -54,7 +54,7 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other; skips the test where namespaces cannot be made."""
+    """Yield two hosts that reach each other. Skip the test where namespaces cannot be created."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the ip command (iproute2)")
     mark = os.getpid() % 0xFFFF
@@ -78,7 +78,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def torchrun(
     hosts: Sequence[Host], folder: Path, *arguments: str, timeout: float = 280, port: int = 29500
 ) -> list[Done]:
-    """`torchrun ... -m app ARGUMENTS` on every host, one process each; what did not end by the time is killed."""
+    """Run `torchrun ... -m app ARGUMENTS` with one process per host, and kill it after `timeout` seconds."""
     started = []
     for number, host in enumerate(hosts):
         command = [
@@ -98,7 +98,7 @@ def torchrun(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kills a command of `Host.start` with what it has started, if it is still there."""
+    """Kill a command of `Host.start` and its children if it is still running."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -28,10 +28,7 @@ BASE: dict[str, Any] = {
             "init_args": {"save_dir": "runs", "name": "small", "default_hp_metric": False},
         },
         "callbacks": [
-            {"class_path": "callbacks.WeightSync"},
-            {"class_path": "callbacks.Rollouts"},
             {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 8, "admit": "all"}},
-            {"class_path": "callbacks.RandomState"},
             {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}},
         ],
     },

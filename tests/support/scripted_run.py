@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from app.engines import Sampling
 from app.module import GRPOModule
 from app.policy.model import Policy
 from app.rewards import Function, WorkerOptions
+from callbacks.stages import Stage, StepCallback
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts.file import PromptFile
 from datamodules.selectors import Selector
@@ -58,7 +60,9 @@ def names(groups: Sequence[RolloutGroup]) -> list[str]:
 
 
 @dataclass
-class Recorder(Callback):
+class Recorder(StepCallback):
+    stage: ClassVar[Stage] = Stage.SHOW_PROGRESS  # after the account
+
     steps: list[Step] = field(default_factory=list)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: TrainBatch, batch_idx) -> None:

@@ -1,4 +1,4 @@
-"""Pools without prompts, outcomes, and the way through a file, for tests of selectors."""
+"""Pools without prompts, outcomes and saved states for tests of selectors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "Dps": Dps,
     "Pools": Pools,
 }
-"""The published selectors, each with nothing around it."""
+"""The published selectors without filters or exploration."""
 
 
 def pool_of(questions: Sequence[str]) -> PromptPool:
@@ -30,13 +30,13 @@ def pool_of(questions: Sequence[str]) -> PromptPool:
 
 
 def ready(selector: Selector, size: int, seed: int = 7) -> Any:
-    """The selector, set up on a pool of `size` prompts."""
+    """Return the selector, set up on a pool of `size` prompts."""
     selector.setup(pool_of([str(i) for i in range(size)]), SelectionContext(seed))
     return selector
 
 
 def random_embeddings(monkeypatch: pytest.MonkeyPatch, size: int, width: int) -> np.ndarray:
-    """Random vectors in the encoder's place: what an encoder gives is tested with the encoder."""
+    """Replace the text encoder by random vectors and return them."""
     vectors = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
     for selector in ("dots", "posterior"):
         monkeypatch.setattr(f"datamodules.selectors.{selector}.embed_with", lambda *_: (vectors, "key"))
@@ -57,7 +57,7 @@ def outcomes(
 
 
 def chosen(selector: Selector, n: int, **options: Any) -> np.ndarray:
-    """Positions of the next choice."""
+    """Return the positions of the next choice."""
     return selector.pool.positions(selector.choose(n, **options))
 
 

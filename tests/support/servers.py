@@ -1,4 +1,4 @@
-"""vLLM servers of runs that this process has started."""
+"""vLLM servers of runs that a test has started."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import psutil
 
 
 def engines(of: int | None = None) -> list[psutil.Process]:
-    """The servers' inner processes, below this process or another one."""
+    """Return the servers' engine processes among the descendants of this process or of another one."""
     return [each for each in psutil.Process(of).children(recursive=True) if "EngineCore" in each.name()]
 
 
 @contextmanager
 def killed_when(sign: Path, timeout: float = 400) -> Iterator[list[int]]:
-    """Kills the engines started in the block once a file is there; their ids, after it. None when it never is."""
+    """Kill the engines started in the block as soon as a file exists. Yield a list that receives their process IDs."""
     deadline = time.monotonic() + timeout
     killed: list[int] = []
     others = {each.pid for each in engines()}

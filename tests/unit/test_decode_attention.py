@@ -1,4 +1,4 @@
-"""Attention over shared prompts and own tokens, against every row alone."""
+"""Attention over shared prompts and own tokens, compared with each row alone."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def states(*shape: int) -> Tensor:
 
 
 def alone(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Output `[heads, WIDTH]` of one row: `[heads, WIDTH]` over `[heads, seen, WIDTH]`."""
+    """Return one row's output `[heads, WIDTH]`: attention of `[heads, WIDTH]` over `[heads, seen, WIDTH]`."""
     weights = (torch.einsum("hd,htd->ht", query, key) * scale).softmax(1)
     return torch.einsum("ht,htd->hd", weights, value)
 

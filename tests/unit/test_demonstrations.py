@@ -12,11 +12,9 @@ import reasoning_gym
 import torch
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from datamodules.demonstrations import ANSWER_MARKER, DEMONSTRATORS
-from datamodules.demonstrations.base import SLIPS
-from datamodules.demonstrations.char_tokenizer import char_tokenizer
-from datamodules.demonstrations.simple_equations import linear
-from datamodules.demonstrations.supervised import IGNORED, Demonstrations
+from datamodules.demonstrations import ANSWER_MARKER, DEMONSTRATORS, demonstrate
+from datamodules.demonstrations.solutions import SLIPS, linear
+from datamodules.demonstrations.supervised import IGNORED, Demonstrations, char_tokenizer
 from datamodules.errors import UserError
 from datamodules.procedural import ProceduralTask
 
@@ -62,7 +60,7 @@ def wrong_steps(task: str, metadata: dict, work: str) -> tuple[int, int]:
 def test_without_noise_every_answer_scores_full_marks(task: str) -> None:
     data = dataset(task)
     for entry in data:
-        solution = DEMONSTRATORS[task].solve(entry["metadata"], 0.0, np.random.default_rng(0))
+        solution = demonstrate(task, entry["metadata"], 0.0, np.random.default_rng(0))
         assert data.score_answer(solution.text.rpartition(ANSWER_MARKER)[2], entry) == 1.0, solution
         assert solution.slips == 0 == wrong_steps(task, entry["metadata"], solution.work)[0]
 
@@ -72,7 +70,7 @@ def test_without_noise_every_answer_scores_full_marks(task: str) -> None:
 def test_steps_are_wrong_as_often_as_told(task: str, noise: float) -> None:
     rng, wrong, steps = np.random.default_rng(1), 0, 0
     for entry in dataset(task, 600):
-        solution = DEMONSTRATORS[task].solve(entry["metadata"], noise, rng)
+        solution = demonstrate(task, entry["metadata"], noise, rng)
         found, of = wrong_steps(task, entry["metadata"], solution.work)
         assert found == solution.slips
         wrong, steps = wrong + found, steps + of
@@ -92,22 +90,22 @@ def test_success_of_a_sum_is_the_convolution_of_its_slips() -> None:
         total = step
     metadata = {"expression": "4 - 1 + 8 - 3 + 2"}
     rng = np.random.default_rng(2)
-    right = np.mean([DEMONSTRATORS["chain_sum"].solve(metadata, noise, rng).answer == "10" for _ in range(rounds)])
+    right = np.mean([demonstrate("chain_sum", metadata, noise, rng).answer == "10" for _ in range(rounds)])
     assert abs(right - total[0]) < 4 * np.sqrt(total[0] * (1 - total[0]) / rounds)
 
 
 def test_solutions_worked_by_hand() -> None:
     rng = np.random.default_rng(0)
-    assert DEMONSTRATORS["chain_sum"].solve({"expression": "4 - 1 - 7"}, 0.0, rng).text == "4-1=3-7=-4#### -4"
+    assert demonstrate("chain_sum", {"expression": "4 - 1 - 7"}, 0.0, rng).text == "4-1=3-7=-4#### -4"
     animals = {"cat": 3, "spider": 2}
     assert ANIMALS["cat"] == 4 and ANIMALS["spider"] == 8
-    assert DEMONSTRATORS["leg_counting"].solve({"animals": animals}, 0.0, rng).text == "3*4=12,2*8=16=28#### 28"
-    assert DEMONSTRATORS["spell_backward"].solve({"word": "sun"}, 0.0, rng).text == "n,u,s#### nus"
+    assert demonstrate("leg_counting", {"animals": animals}, 0.0, rng).text == "3*4=12,2*8=16=28#### 28"
+    assert demonstrate("spell_backward", {"word": "sun"}, 0.0, rng).text == "n,u,s#### nus"
     equation = {"equation": "17 - 5*x = 2", "variable": "x"}
-    assert DEMONSTRATORS["simple_equations"].solve(equation, 0.0, rng).text == "2-17=-15,-15/-5=3#### 3"
+    assert demonstrate("simple_equations", equation, 0.0, rng).text == "2-17=-15,-15/-5=3#### 3"
     product = {"num1": (1.0, -2.0), "num2": (3.0, 4.0), "operation": "*"}
     assert (
-        DEMONSTRATORS["complex_arithmetic"].solve(product, 0.0, rng).text
+        demonstrate("complex_arithmetic", product, 0.0, rng).text
         == "1*3=3,-2*4=-8,3--8=11,1*4=4,-2*3=-6,4+-6=-2#### 11-2i"
     )
 
@@ -133,8 +131,8 @@ def test_what_is_not_linear_is_refused(equation: str) -> None:
 
 def test_a_division_is_not_demonstrated() -> None:
     metadata = {"num1": (1.0, 2.0), "num2": (1.0, 1.0), "operation": "/"}
-    with pytest.raises(UserError, match="demonstrated are"):
-        DEMONSTRATORS["complex_arithmetic"].solve(metadata, 0.0, np.random.default_rng(0))
+    with pytest.raises(UserError, match="cannot demonstrate"):
+        demonstrate("complex_arithmetic", metadata, 0.0, np.random.default_rng(0))
 
 
 def test_tokenizer_gives_text_back_with_phrases_as_one_token() -> None:

@@ -5,9 +5,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from datamodules.difficulty.attend import leave_one_out, softmax_average
-from datamodules.difficulty.calibration import BOUNDS, Calibration, fit_calibration, refit_line
-from datamodules.difficulty.heads import make_head
+from datamodules.difficulty.calibration import BOUNDS, HEADS, Calibration, fit_calibration, refit_line
+from datamodules.difficulty.forecaster import leave_one_out, softmax_average
 from datamodules.difficulty.kernel import TEMPERATURES, KernelSpace, fit_temperature
 
 
@@ -80,7 +79,7 @@ def test_refit_guards():
 
 def test_trained_head_formula():
     torch.manual_seed(0)
-    head = make_head("group_logit_temperature")
+    head = HEADS["group_logit_temperature"]()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     rates, base = torch.rand(20), torch.tensor([0.0, 0.3, 0.9])
@@ -95,7 +94,7 @@ def test_trained_head_formula():
 @pytest.mark.parametrize("method", sorted(BOUNDS))
 def test_heads_start_as_identity(method):
     base = torch.tensor([0.2, 0.5, 0.7])
-    np.testing.assert_allclose(make_head(method)(base, torch.rand(10)).detach().numpy(), base.numpy(), atol=1e-6)
+    np.testing.assert_allclose(HEADS[method]()(base, torch.rand(10)).detach().numpy(), base.numpy(), atol=1e-6)
 
 
 def brute_force_leave_one_out(cosines: np.ndarray, rates: np.ndarray, temperature: float) -> list[float]:
@@ -126,7 +125,7 @@ def test_temperature_fit_against_brute_force():
 
 
 def test_softmax_average_crosses_chunks(monkeypatch):
-    monkeypatch.setattr("datamodules.difficulty.attend.CHUNK", 7)
+    monkeypatch.setattr("datamodules.difficulty.forecaster.CHUNK", 7)
     rng = np.random.default_rng(0)
     queries, keys, values = rng.normal(size=(23, 4)), rng.normal(size=(6, 4)), rng.uniform(size=6)
     weights = np.exp(3.0 * queries @ keys.T)

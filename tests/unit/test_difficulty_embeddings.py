@@ -37,7 +37,7 @@ def qwen(tmp_path_factory) -> Path:
 
 
 def one_by_one(folder: Path, questions: list[str]) -> np.ndarray:
-    """Mean of the last hidden states, each question alone, without padding."""
+    """Return the mean of the last hidden states of each question on its own, without padding."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     with torch.inference_mode():
         return np.stack([model(**tokenizer(q, return_tensors="pt")).last_hidden_state[0].mean(0) for q in questions])

@@ -1,4 +1,4 @@
-"""Recorded outcomes counted by hand, and splits that never let a tested question be learnt from."""
+"""Recorded outcomes counted by hand, and splits that keep tested questions out of training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callbacks.watching.completions import _rows
-from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes
-from datamodules.difficulty.question_split import split_questions
+from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes, split_questions
 from datamodules.errors import UserError
 from tests.support.builders import group, prompt
 from tests.support.fuzzing import examples
@@ -25,7 +24,7 @@ def write_step(folder, step, groups):
 
 
 def test_a_run_counts_each_group_once_at_its_birth(tmp_path):
-    """What `CompletionsLog` writes, read back."""
+    """Read back what `CompletionsLog` writes."""
     completions = tmp_path / "completions"
     first, second, third = (prompt(index) for index in range(3))
     fresh = [group(first, [1, 0, 0, 0], birth=0), group(second, [1, 1, 0, 0], birth=0)]
@@ -73,7 +72,7 @@ def test_means_do_not_reward_being_tried_late():
     ("line", "said"),
     [
         ("{", "line 2: Expecting property name"),
-        ("[1]", r"line 2: '\[1\]' is no object"),
+        ("[1]", r"line 2: '\[1\]' is not an object"),
         ('{"question": "a", "pass_rates": [1]}', "line 2 has no 'pass_rate_by_epoch'.*did you mean 'pass_rates'"),
         ('{"question": "a", "pass_rate_by_epoch": [1.5]}', "line 2 holds .*expected"),
         ('{"question": "a", "pass_rate_by_epoch": 1}', "line 2 holds .*expected"),

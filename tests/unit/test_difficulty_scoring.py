@@ -9,9 +9,8 @@ from scipy.stats import spearmanr
 from app.reporting.forecast_quality import spearman
 from app.reporting.reliability import reliability
 from app.studies.difficulty_scoring import score
-from datamodules.difficulty.encoders import block_widths, embed_with, encoder_parts
+from datamodules.difficulty.encoders import STATISTICS_WIDTH, block_widths, embed_with, encoder_parts, statistics
 from datamodules.difficulty.outcomes import RecordedOutcomes
-from datamodules.difficulty.text_statistics import WIDTH, statistics
 from datamodules.errors import UserError
 
 
@@ -85,7 +84,7 @@ def test_joined_encoders_keep_their_blocks(tmp_path):
     np.testing.assert_array_equal(joined, np.concatenate([alone, alone], axis=1))
     np.testing.assert_allclose(alone, [statistics(question) for question in questions], rtol=1e-6)
     assert key != alone_key
-    assert block_widths("statistics+statistics", questions, tmp_path) == [WIDTH, WIDTH]
+    assert block_widths("statistics+statistics", questions, tmp_path) == [STATISTICS_WIDTH, STATISTICS_WIDTH]
     with pytest.raises(UserError, match="empty part"):
         embed_with("statistics+", questions, tmp_path)
     (tmp_path / "a+b").mkdir()

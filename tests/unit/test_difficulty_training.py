@@ -1,4 +1,4 @@
-"""Training on worlds whose difficulty is known, and the closed forms against plain ones."""
+"""Training on worlds of known difficulty, and closed forms against direct computation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from app.reporting.forecast_quality import pearson
 from app.studies.difficulty_forecasters import Material, kernel, linear_ridge, trained
 from datamodules.difficulty import training
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
-from datamodules.difficulty.heads import make_head
-from datamodules.difficulty.outcomes import RecordedOutcomes
-from datamodules.difficulty.question_split import split_questions
+from datamodules.difficulty.calibration import HEADS
+from datamodules.difficulty.outcomes import RecordedOutcomes, split_questions
 from datamodules.difficulty.ridge import RIDGES, fit_kernel_ridge, fit_ridge
-from datamodules.difficulty.training import TrainingOptions, train_attention
-from datamodules.difficulty.visit_loss import average_measured, soft_loss, visit_forecasts
+from datamodules.difficulty.training import (
+    TrainingOptions,
+    average_measured,
+    soft_loss,
+    train_attention,
+    visit_forecasts,
+)
 from datamodules.errors import UserError
+from datamodules.seeding import generator
 
 SMALL = PredictorConfig(in_features=32, width=32, depth=1, input_dropout=0.2)
 
 
 class World:
-    """Success depends on one direction of 32, a small part of what makes two texts alike; the policy improves."""
+    """Success depends on one of 32 directions, a small part of the similarity of texts; the policy improves."""
 
     def __init__(self, folder: Path, size: int = 500, visits: int = 6, measured: float = 1.0) -> None:
         rng = np.random.default_rng(0)
@@ -39,7 +44,7 @@ class World:
         self.material = Material(self.outcomes, self.embeddings, "world", [32], folder)
 
     def pearson(self, forecaster, visit: int = 2) -> float:
-        """Correlation with the true success of questions never seen, given 100 references measured at the visit."""
+        """Return the correlation with the true success of unseen questions, given 100 references of the visit."""
         known = self.split.train[np.isfinite(self.outcomes.rates[self.split.train, visit])][:100]
         forecast = forecaster(known, self.outcomes.rates[known, visit].astype(np.float64))
         return pearson(forecast[self.split.test], self.truth[self.split.test, visit])
@@ -89,23 +94,23 @@ def test_a_sparse_record_teaches_too(tmp_path):
 def test_early_stopping_restores_the_best(world):
     s = world.split
     arguments = (SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation)
-    # So high a rate that training soon gets worse.
-    seen = []
+    # The learning rate is so high that training soon gets worse.
     options = TrainingOptions(epochs=30, references=100, batch=100, learning_rate=0.03, patience=4)
-    made = train_attention(*arguments, options, progress=lambda epoch, loss: seen.append((epoch, loss)))
-    assert [loss for _, loss in seen] == list(made.losses[1:])
-    assert 0 < made.best_epoch == len(made.losses) - 1 - options.patience < options.epochs - options.patience
-    assert made.losses[-1] > made.losses[made.best_epoch]
+    made = train_attention(*arguments, options)
+    best_epoch = int(np.argmin(made.losses))
+    assert 0 < best_epoch == len(made.losses) - 1 - options.patience < options.epochs - options.patience
+    assert made.losses[-1] > made.losses[best_epoch]
     x, rates = torch.from_numpy(world.embeddings), torch.from_numpy(world.outcomes.rates)
-    held = training._split(rates, s.train, s.validation, options)
-    assert training._validate(made.predictor, x, rates, held) == pytest.approx(min(made.losses), abs=1e-7)
+    references = generator(options.seed, "validation references").permutation(s.train)
+    record = training._Record(x, rates, s.train, s.validation, references)
+    assert training._validate(made.predictor, record) == pytest.approx(min(made.losses), abs=1e-7)
     assert not made.predictor.training
 
 
 def test_equal_seeds_train_equal_predictors(world):
     s, marks = world.split, []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(marks))  # the ambient generator plays no part
+        torch.manual_seed(len(marks))  # the global generator must not matter
         options = TrainingOptions(epochs=2, references=50, batch=50, seed=seed)
         made = train_attention(SMALL, world.embeddings, world.outcomes, [32], s.train, s.validation, options)
         marks.append(made.predictor.fingerprint())
@@ -148,14 +153,14 @@ def test_ridge_leave_one_out_against_refitting():
             forecasts.append(y.mean() + kernel_matrix[i, kept] @ weights)
         errors.append(np.mean((y - forecasts) ** 2))
         if ridge == fit.ridge:
-            np.testing.assert_allclose(fit.without_itself, forecasts, atol=1e-9)
+            np.testing.assert_allclose(fit.held_out, forecasts, atol=1e-9)
     assert fit.ridge == RIDGES[np.argmin(errors)]
     assert fit.error == pytest.approx(min(errors))
     in_sample = y.mean() + kernel_matrix @ fit.coefficients
-    np.testing.assert_allclose(in_sample - fit.own, fit.without_itself, atol=1e-9)
+    np.testing.assert_allclose(in_sample - fit.own, fit.held_out, atol=1e-9)
 
 
-def test_kernel_score_is_the_regression_and_references_leave_themselves_out(world, tmp_path):
+def test_the_ridge_adapter_is_the_regression_and_references_leave_themselves_out(world, tmp_path):
     rows = world.split.train[:80]
     predictor = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [12, 20])
     scale = predictor.inputs.scale.numpy().astype(np.float64)
@@ -163,11 +168,11 @@ def test_kernel_score_is_the_regression_and_references_leave_themselves_out(worl
     kernel_matrix = np.exp(-0.5 * ((u[:, None] - u[rows]) ** 2).sum(-1))
     fit = fit_ridge(kernel_matrix[rows], world.outcomes.take(rows).means)
     gain = float(predictor.query.gain)
-    space = AttentionSpace(predictor, world.embeddings, "score", tmp_path)
+    space = AttentionSpace(predictor, world.embeddings, "ridge", tmp_path)
     np.testing.assert_allclose(space.queries[:, 0], gain * kernel_matrix @ fit.coefficients, atol=2e-3)
     keys = space.keys(rows)
-    np.testing.assert_allclose(keys[:, 0], gain * (fit.without_itself - fit.offset), atol=2e-3)
-    # The text's components: as long as the score, not read by attention.
+    np.testing.assert_allclose(keys[:, 0], gain * (fit.held_out - fit.offset), atol=2e-3)
+    # The text's components are as long as the forecast and not read by attention.
     assert not keys[:, 1:].any()
     assert np.mean(np.sum(space.queries[rows, 1:] ** 2, axis=1)) == pytest.approx(np.var(keys[:, 0]), rel=0.01)
 
@@ -189,5 +194,5 @@ def test_loss_by_hand_counts_what_was_measured():
     forecasts = torch.tensor([[0.8, 0.3], [0.5, torch.nan]])
     expected = -(np.log(0.8) + np.log(0.5)) / 2
     assert float(soft_loss(forecasts, rates)) == pytest.approx(expected, rel=1e-6)
-    head = make_head("group_logit_temperature")
+    head = HEADS["group_logit_temperature"]()
     torch.testing.assert_close(visit_forecasts(head, forecasts[:, :1], rates[:, :1]), forecasts[:, :1])

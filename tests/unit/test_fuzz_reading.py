@@ -159,7 +159,7 @@ def test_half_a_surrogate_pair_is_named(row: dict[str, str]) -> None:
 def test_a_broken_array_is_named(content: bytes, said: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{ending}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"data{ending}'.*{said}.*expected a list of objects"):
+    with pytest.raises(UserError, match=rf"data{ending}'.*{said}.*Write a list of objects"):
         open_dataset(str(path), None, "train", [])
 
 

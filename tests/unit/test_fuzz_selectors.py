@@ -1,4 +1,4 @@
-"""Any sequence of choosing, observing, saving and loading: a selector that was restored at any point goes on alike."""
+"""After any sequence of choices, outcomes, saving and loading, a restored selector continues identically."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SELECTORS: dict[str, Any] = {
     "Greso around Dots": lambda: Greso(ranker=Dots(), cool_down=1, explore=0.1),
     "Posterior": lambda: Posterior(temperature=0.3),
 }
-LIVES = {"Posterior": (6, 15)}
-"""Number of lives and steps in each, where they are not 12 and 20: it learns its constants anew at every step."""
+RUNS = {"Posterior": (6, 15)}
+"""Number of runs and steps per run where they differ from (12, 20): Posterior refits its constants often."""
 POSITIONS = st.lists(st.integers(0, SIZE - 1), unique=True, max_size=10)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings that a selector caches go to a folder that is thrown away."""
+def temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send cached embeddings to a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -50,8 +50,8 @@ def made(name: str) -> Selector:
     return selector
 
 
-class Lives(RuleBasedStateMachine):
-    """Two lives of one selector: one never stops, the other is saved and restored now and then."""
+class Runs(RuleBasedStateMachine):
+    """Two runs of one selector: one never stops, the other is saved and restored at times."""
 
     name = "Uniform"
 
@@ -108,14 +108,14 @@ class Lives(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_any_life_goes_on_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restored_run_continues_identically(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     random_embeddings(monkeypatch, SIZE, 6)
-    machine = type(f"Lives of {name}", (Lives,), {"name": name})
-    lives, steps = LIVES.get(name, (12, 20))
+    machine = type(f"Runs of {name}", (Runs,), {"name": name})
+    runs, steps = RUNS.get(name, (12, 20))
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples(lives),
+            max_examples=examples(runs),
             stateful_step_count=steps,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -124,8 +124,8 @@ def test_any_life_goes_on_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_every_selector_lives_here() -> None:
-    """One that is added must be fuzzed too."""
+def test_every_selector_is_fuzzed() -> None:
+    """A new selector must be fuzzed too."""
     import datamodules.selectors as package
 
     kinds = {kind for kind in vars(package).values() if isinstance(kind, type) and issubclass(kind, Selector)}

@@ -13,7 +13,7 @@ from app.cli.trainer import DotsTrainer
 from app.engines import Sampling
 from app.module import GRPOModule
 from app.policy.model import Lora, Policy
-from app.rewards import Procedural as ProceduralReward
+from app.rewards import ReasoningGym
 from app.subsets.base import Column, best
 from app.subsets.bench import Bench
 from app.subsets.gradients import PromptGradients, chosen_parameters
@@ -31,7 +31,7 @@ LAST_LAYER = r"layers\.3\."
 def make_bench(lora: Lora | None = None) -> Bench:
     module = GRPOModule(
         Policy(POLICY, lora=lora),
-        [ProceduralReward(after="#### ")],
+        [ReasoningGym(after="#### ")],
         sampling=Sampling(num_generations=8, max_completion_length=48),
         mini_batches=2,
         max_tokens_per_microbatch=700,

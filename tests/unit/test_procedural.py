@@ -95,10 +95,10 @@ def test_repeated_problems_are_dropped() -> None:
 @pytest.mark.parametrize(
     ("task", "match"),
     [
-        (ProceduralTask("chain_sums"), "no task 'chain_sums'; did you mean 'chain_sum'"),
-        (ProceduralTask("chain_sum", 5, {"max_term": 3}), "no setting 'max_term'; did you mean 'max_terms'"),
+        (ProceduralTask("chain_sums"), "no task 'chain_sums': did you mean 'chain_sum'"),
+        (ProceduralTask("chain_sum", 5, {"max_term": 3}), "no setting 'max_term': did you mean 'max_terms'"),
         (ProceduralTask("chain_sum", 5, {"min_terms": 9}), "max_terms must be >= min_terms"),
-        (ProceduralTask("chain_sum", 0), "size=0, expected at least 1"),
+        (ProceduralTask("chain_sum", 0), "size is 0, but must be at least 1"),
         (ProceduralTask("chain_sum", 5, {"seed": 3}), "params has 'seed'"),
     ],
 )

@@ -148,7 +148,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     assert len(set(pool.ids)) == 3
     assert [prompt.id for prompt in pool] == pool.ids
     assert len(load(path, limit=3)) == 2
-    with pytest.raises(UserError, match=r"no prompt is left: .* 4 longer than 1 tokens"):
+    with pytest.raises(UserError, match=r"No prompt is left: .* 4 longer than 1 tokens"):
         load(path, max_prompt_length=1)
 
 
@@ -177,10 +177,10 @@ def test_repeated_index_gets_a_suffix_and_repeated_id_is_no_id(tmp_path: Path) -
 def test_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "a"}\n\n{"question": "b", \n{"question": "c"}\n')
-    with pytest.raises(UserError, match=r"data.jsonl' line 3: .*; expected one JSON object per line"):
+    with pytest.raises(UserError, match=r"data.jsonl' line 3: .*\. Write one JSON object per line"):
         load(path)
     path.write_text('{"question": "a"}\n[1, 2]\n')
-    with pytest.raises(UserError, match=r"data.jsonl' line 2: .* is no object"):
+    with pytest.raises(UserError, match=r"data.jsonl' line 2: .* is not an object"):
         load(path)
     array = tmp_path / "data.json"
     array.write_text('[{"question": "a"},\n{"question": }]')
@@ -198,12 +198,12 @@ def test_missing_things_are_named_with_what_is_near(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty.jsonl' is empty"):
         load(tmp_path / "empty.jsonl")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"ends in '.txt': expected one of .jsonl"):
+    with pytest.raises(UserError, match=r"ends in '.txt', expected one of .jsonl"):
         load(tmp_path / "notes.txt")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UserError, match=r"no split 'trian': did you mean 'train'"):
         load(tmp_path / "saved", split="trian")
-    with pytest.raises(UserError, match="limit=0: expected at least 1"):
+    with pytest.raises(UserError, match=r"limit is 0\. Set at least 1"):
         PromptFile("x", limit=0)
 
 
@@ -221,7 +221,7 @@ def test_split_is_disjoint_ordered_and_stable(tmp_path: Path) -> None:
     assert split_pool(pool, 40, seed=4)[1].ids != val.ids
     assert train.report is not None
     assert (train.report.kept, train.report.held_out) == (160, 40)
-    # 20 more prompts can push out only those that rank behind them: at most 20, about 40 * 20 / 220 of them.
+    # 20 more prompts can push out only those that rank after them: at most 20, about 40 * 20 / 220 of them.
     larger = split_pool(numbered(tmp_path, range(220), "more.jsonl"), 40, seed=3)[1]
     assert len(set(val.ids) - set(larger.ids)) <= 12
 
@@ -233,9 +233,11 @@ def test_split_keeps_a_question_on_one_side(tmp_path: Path) -> None:
         train, val = split_pool(pool, 10, seed)
         assert len(val) == 10
         assert set(train.questions).isdisjoint(val.questions)
-    with pytest.raises(UserError, match="would divide the prompts of one question: try 10"):
+    with pytest.raises(UserError, match=r"would divide the prompts of one question\. Set data\.val_size to 10"):
         split_pool(pool, 11, 0)
-    with pytest.raises(UserError, match="validation split of 40 prompts asked of 40: expected 1 to 39"):
+    with pytest.raises(
+        UserError, match=r"split of 40 prompts was requested from a pool of 40\. Set data\.val_size to 1 to 39"
+    ):
         split_pool(pool, 40, 0)
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from app.engines.requests import EngineError
-from app.engines.server.client import ServerGone
-from app.engines.server.first_rank import by_first, loss_of_any
+from app.engines.server.client import LostServerError
+from app.engines.server.rank_zero import lost_server_of_any_rank, on_rank_zero
 from app.objective.packing import ScoredSequence
 from app.ranks import LostRankError, Ranks, deal, imbalance
 from app.rollouts.exchange import Rolled, exchange
@@ -165,17 +165,17 @@ def _first_for_all(ranks: Ranks) -> None:
 
         return work
 
-    assert by_first(ranks, work, "test") == {"limit": 512}
+    assert on_rank_zero(ranks, work, "test") == {"limit": 512}
     assert done == ([0] if ranks.rank == 0 else [])
-    with pytest.raises(ServerGone, match=r"^no answer$"):
-        by_first(ranks, fail(ServerGone("no answer")), "test")
+    with pytest.raises(LostServerError, match=r"^no answer$"):
+        on_rank_zero(ranks, fail(LostServerError("no answer")), "test")
     with pytest.raises(UserError if ranks.rank == 0 else EngineError, match=r"^no room$"):
-        by_first(ranks, fail(UserError("no room")), "test")
+        on_rank_zero(ranks, fail(UserError("no room")), "test")
 
 
 def _losses(ranks: Ranks) -> None:
-    assert loss_of_any(ranks, None, "test") is None
-    found = loss_of_any(ranks, ServerGone(f"seen by {ranks.rank}") if ranks.rank else None, "test")
+    assert lost_server_of_any_rank(ranks, None, "test") is None
+    found = lost_server_of_any_rank(ranks, LostServerError(f"seen by {ranks.rank}") if ranks.rank else None, "test")
     assert str(found) == "seen by 1"
 
 

@@ -258,7 +258,7 @@ GOOD = {"question": "a?", "pass_rate_by_epoch": [0, 0.5]}
     ("lines", "message"),
     [
         ([GOOD, '{"question": "b'], "line 2: Unterminated string"),
-        ([GOOD, "", "[1, 2]"], r"line 3: '\[1, 2\]' is no object"),
+        ([GOOD, "", "[1, 2]"], r"line 3: '\[1, 2\]' is not an object"),
         ([GOOD | {"pass_rate_by_epoch": [0.5, 1.25]}], r"line 1: pass_rate_by_epoch\[1\] is 1.25, expected"),
         ([GOOD | {"pass_rate_by_epoch": [-0.1, 1]}], r"pass_rate_by_epoch\[0\] is -0.1"),
         (['{"question": "b?", "pass_rate_by_epoch": [0.5, NaN]}'], r"\[1\] is nan"),

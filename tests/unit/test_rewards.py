@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.rewards import Exact, Format, Function, Math, Numeric, Procedural, Reward, RewardScorer
+from app.rewards import Exact, Format, Function, Math, Numeric, ReasoningGym, Reward, RewardScorer
 from app.rewards.numeric import find_numbers
-from app.rewards.workers.main import MAX_REPLY_BYTES, Journal, checked, reply
-from app.rewards.workers.task import CallResult
+from app.rewards.workers.main import MAX_REPLY_BYTES, FunctionLog, checked, send
+from app.rewards.workers.task import CallResult, Reply
 from datamodules.errors import UserError
 
 DATA = Path("../shared/data")
@@ -19,7 +19,7 @@ DATA = Path("../shared/data")
 
 def scores(reward: Reward, completions: list, **columns) -> list:
     count = len(completions)
-    reward = pickle.loads(pickle.dumps(reward))  # noqa: S301 (its own pickle)
+    reward = pickle.loads(pickle.dumps(reward))  # noqa: S301 (pickled on this line)
     reward.load()
     columns = {name: values if isinstance(values, list) else [values] * count for name, values in columns.items()}
     return reward(["?"] * count, completions, [[0]] * count, **columns)
@@ -48,7 +48,7 @@ def test_numbers_in_text(text, expected):
     assert [float(number) for number in find_numbers(text)] == expected
 
 
-def test_numeric_takes_the_last_number_or_the_first_behind_the_marker():
+def test_numeric_uses_the_last_number_or_the_first_after_the_marker():
     gold = "<<9*2=18>>18\n#### 1,018"
     assert scores(Numeric(), ["2 then 1018.", "1018 or 2", "none", "+1,018.00", "2036/2"], answer=gold) == [
         1,
@@ -77,7 +77,7 @@ def test_gold_columns_of_the_usual_schemas():
     assert scores(Numeric(), ["7", "8"], answer=[None, "8"], solution=["7", "0"]) == [1, 1]
     with pytest.raises(UserError, match="did you mean 'answer'"):
         scores(Numeric(gold="anwser"), ["7"], answer="8")
-    with pytest.raises(UserError, match="expected one of answer, solution"):
+    with pytest.raises(UserError, match="one of the usual names: answer, solution"):
         scores(Numeric(), ["7"], question="8")
 
 
@@ -86,9 +86,9 @@ def test_exact_normalises_space_case_and_full_stop():
     assert scores(Exact(ignore_case=False), ["Yes", "yes"], answer="yes") == [0, 1]
     assert scores(Exact(after="="), ["4+7=11,11+2=13", "13"], answer="13") == [1, 0]
     assert scores(Exact(pattern=r"\w+"), ["one two", "two one"], answer="two") == [1, 0]
-    with pytest.raises(UserError, match="one of the two"):
+    with pytest.raises(UserError, match="only one can be"):
         Exact(after="=", pattern="x")
-    with pytest.raises(UserError, match="not a regular expression"):
+    with pytest.raises(UserError, match="not a valid regular expression"):
         Exact(pattern="(")
 
 
@@ -126,7 +126,7 @@ def test_math_accepts_the_reference_solutions_of_math500():
     assert chance <= sum(shifted) <= chance + 2
 
 
-def test_procedural_is_the_tasks_own_score():
+def test_reasoning_gym_gives_the_tasks_own_score():
     import reasoning_gym
 
     tasks = ("chain_sum", "countdown", "gcd", "spell_backward", "basic_arithmetic", "maze", "letter_counting")
@@ -135,22 +135,22 @@ def test_procedural_is_the_tasks_own_score():
         for entry in data:
             answer = str(entry["answer"])
             columns = {name: [value] for name, value in entry.items()}
-            assert scores(Procedural(), [answer], **columns) == [1.0], task
+            assert scores(ReasoningGym(), [answer], **columns) == [1.0], task
             for given in (answer, answer + " or so", "", "wrong"):
                 expected = data.score_answer(given, entry)
-                assert scores(Procedural(binary=False), [given], **columns) == [expected]
-                assert scores(Procedural(), [given], **columns) == [float(expected >= 1)]
+                assert scores(ReasoningGym(binary=False), [given], **columns) == [expected]
+                assert scores(ReasoningGym(), [given], **columns) == [float(expected >= 1)]
 
 
-def test_procedural_entry_survives_parquet_and_json():
+def test_a_reasoning_gym_entry_survives_parquet_and_json():
     metadata = {"source_dataset": "chain_sum", "difficulty": {"num_terms": np.array([2, 6])}}
     columns = {"question": ["4 - 1 - 7 ="] * 2, "answer": ["-4"] * 2}
     both = [metadata, json.dumps({"source_dataset": "chain_sum"})]
-    assert scores(Procedural(after="="), ["4-1=3,3-7= -4", "-4"], metadata=both, **columns) == [1, 0]
+    assert scores(ReasoningGym(after="="), ["4-1=3,3-7= -4", "-4"], metadata=both, **columns) == [1, 0]
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
-        scores(Procedural(), ["1"], answer="1", metadata=[{"source_dataset": "chain_sums"}])
-    with pytest.raises(UserError, match="no column 'metadata'"):
-        scores(Procedural(), ["1"], answer="1")
+        scores(ReasoningGym(), ["1"], answer="1", metadata=[{"source_dataset": "chain_sums"}])
+    with pytest.raises(UserError, match="needs the column 'metadata'"):
+        scores(ReasoningGym(), ["1"], answer="1")
 
 
 def test_function_gets_the_arguments_it_names(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_function_gets_the_arguments_it_names(tmp_path, monkeypatch):
         Function("dots_mine.name").load()
     with pytest.raises(UserError, match="no module 'dots_absent'"):
         Function("dots_absent.f")
-    with pytest.raises(UserError, match=r"expected 'module\.function'"):
+    with pytest.raises(UserError, match=r"not of the form 'module\.function'"):
         Function("named")
 
 
@@ -179,8 +179,8 @@ def test_returned_values_are_checked():
     complaint = "returned 1 scores for 2 completions"
     assert checked([1.0], 2) == ([None, None], {0: complaint, 1: complaint})
     assert checked(1.0, 1) == ([None], {0: "returned float, expected a list of 1 numbers or None"})
-    with pytest.raises(ValueError, match="1 values for 2 completions"):
-        Journal(2).log_extra("a", [1])
+    with pytest.raises(ValueError, match="got 1 values for 2 completions"):
+        FunctionLog(2).log_extra("a", [1])
 
 
 def test_joined_results_keep_positions():
@@ -207,9 +207,30 @@ def test_scorer_refuses_wrong_configurations():
 
 def test_a_reply_has_a_bound():
     ours, theirs = Pipe()
-    reply(theirs, kind="scores", scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]})
+    send(theirs, Reply("scores", scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]}))
     answer = json.loads(ours.recv_bytes())
     assert answer["kind"] == "raised"
-    assert answer["error"] == "logged 16 MiB beside its scores, expected less than 16"
-    reply(theirs, kind="scores", scores=[1.0])
-    assert json.loads(ours.recv_bytes()) == {"kind": "scores", "scores": [1.0]}
+    assert answer["error"] == "logged 16 MiB, more than the 16 MiB allowed; log less"
+    send(theirs, Reply("scores", scores=[1.0], invalid={"1": "nan"}, metrics=[("m", 2.0)]))
+    answer = json.loads(ours.recv_bytes())
+    assert {name: answer[name] for name in ("kind", "scores", "invalid", "metrics")} == {
+        "kind": "scores",
+        "scores": [1.0],
+        "invalid": {"1": "nan"},
+        "metrics": [["m", 2.0]],
+    }
+
+
+def test_procedural_is_a_deprecated_name_that_keeps_its_logged_name(caplog):
+    import app.rewards
+
+    vars(app.rewards).pop("Procedural", None)
+    for _ in range(2):
+        from app.rewards import Procedural
+
+        assert Procedural is ReasoningGym
+    assert [record.getMessage() for record in caplog.records] == [
+        "app.rewards.Procedural is deprecated. Use app.rewards.ReasoningGym."
+    ]
+    assert ReasoningGym().name == "procedural"
+    assert ReasoningGym(name="mine").name == "mine"

@@ -1,4 +1,4 @@
-"""Draws against scipy's chi-square and a brute-force reading of temperature, top-k and top-p."""
+"""Draws compared with scipy's chi-square test and a brute-force temperature, top-k and top-p."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from app.engines.transformers.sampler import BLOCK, draw, uniforms
 
 
 def brute_force(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution `[V]` in float64, by sorting."""
+    """Return the distribution `[V]` in float64, by sorting."""
     p = np.exp((logits - logits.max()).astype(np.float64) / sampling.temperature)
     order = np.argsort(-p)
     if sampling.top_k:

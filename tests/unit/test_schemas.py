@@ -1,4 +1,4 @@
-"""Every usual schema is told from its columns, and its answer is brought to the text that a reward compares with."""
+"""Schemas are detected from their columns, and answers become the text that a reward compares with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN = [*USER, {"role": "assistant", "content": "It is 5."}]
         ({"id": "sum-1", "question": "2+3?", "answer": "5"}, "2+3?", "5", "sum-1"),
     ],
 )
-def test_schemas_are_told_from_their_columns(tmp_path: Path, row, prompt, answer, identity) -> None:
+def test_schemas_are_detected_from_their_columns(tmp_path: Path, row, prompt, answer, identity) -> None:
     pool = PromptFile(write_jsonl(tmp_path / "data.jsonl", [row])).load(character_tokenizer(), 0)
     read = pool[0]
     assert read.prompt == prompt
@@ -76,7 +76,9 @@ def test_overrides_beat_detection(tmp_path: Path) -> None:
 
 
 def test_columns_without_a_prompt_are_named() -> None:
-    with pytest.raises(UserError, match=r"found 'text', 'label'; accepted 'prompt', 'messages', 'input', 'question'"):
+    with pytest.raises(
+        UserError, match=r"columns are 'text', 'label'; expected one of 'prompt', 'messages', 'input', 'question'"
+    ):
         detect(["text", "label"], [{"text": "a", "label": "b"}], SchemaOverrides(), "data.csv")
     with pytest.raises(UserError, match=r"data.csv has no column 'quesion': did you mean 'question'"):
         detect(["question", "answer"], [], SchemaOverrides(prompt_column="quesion"), "data.csv")
@@ -84,7 +86,7 @@ def test_columns_without_a_prompt_are_named() -> None:
 
 def test_unusable_prompts_are_named_by_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": USER}, {"prompt": [{"from": "human", "value": "hi"}]}])
-    with pytest.raises(UserError, match=r"row 2: a list holds .*: expected messages with 'role' and 'content'"):
+    with pytest.raises(UserError, match=r"row 2: a list holds .*, not messages with 'role' and 'content'"):
         PromptFile(path).load(character_tokenizer(), 0)
 
 
@@ -92,7 +94,7 @@ def test_reward_arguments_are_not_passed_twice(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completions": "b", "level": 3}])
     pool = PromptFile(path).load(character_tokenizer(), 0)
     assert dict(pool[0].columns) == {"level": 3, "question": "a"}
-    assert "not handed to rewards: completions" in str(pool.report)
+    assert "not passed to rewards: completions" in str(pool.report)
 
 
 @pytest.mark.parametrize(

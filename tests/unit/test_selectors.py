@@ -1,4 +1,4 @@
-"""Selection: the draw's distribution by enumeration, passes, restoring, and the recorded pass rates."""
+"""Selection: distribution of the draw by enumeration, passes, restoring and recorded pass rates."""
 
 import importlib.util
 import json
@@ -202,7 +202,7 @@ def recorded():
 
 @pytest.mark.slow
 def test_recorded_pass_rates_are_forecast(tmp_path):
-    """Untrained kernel, K = 256, real questions and encoder: what was measured less a margin, clearly above uniform."""
+    """Untrained kernel, K = 256, real questions and encoder; the limits are measured values minus a margin."""
     questions, rates, encoder = recorded()
     dots = Dots(encoder=str(encoder))
     dots.setup(pool_of(questions), SelectionContext(seed=0, cache_dir=tmp_path))

@@ -1,4 +1,4 @@
-"""What stands around a ranker: cool-down, filters, exploration and fallback, worked by hand on scripted priorities."""
+"""Cool-down, filters, exploration and fallback around a ranker, worked by hand on scripted priorities."""
 
 import math
 
@@ -12,7 +12,7 @@ from tests.support.selector_builders import chosen, outcomes, ready
 
 
 class Scripted(Ranker):
-    """Wants the prompts in the order of their positions; `never` are not eligible."""
+    """Ranks the prompts by position; those in `never` are not eligible."""
 
     def __init__(self, never=()):
         super().__init__()
@@ -91,12 +91,12 @@ def test_a_step_never_chooses_twice_and_a_refill_may_run_dry(selector):
     ready(selector, 10)
     step = [*chosen(selector, 4), *chosen(selector, 4, exclude=["p9"], refill=True)]
     last = chosen(selector, 4, exclude=["p9"], refill=True)
-    assert len(last) in (1, 2)  # two were left, or one where p9 was not chosen yet
+    assert len(last) in (1, 2)  # two were left, or one if p9 was not chosen yet
     assert len(set(step) | set(last)) == len(step) + len(last)
     assert 9 not in [*step[4:], *last]
-    with pytest.raises(UserError, match="11 prompts per step asked of a pool of 10"):
+    with pytest.raises(UserError, match="prompts_per_step is 11 but only 10 prompts"):
         selector.choose(11)
-    with pytest.raises(UserError, match="9 prompts per step asked of a pool of 8"):
+    with pytest.raises(UserError, match="prompts_per_step is 9 but only 8 prompts"):
         selector.choose(9, exclude=["p1", "p2"])
 
 
@@ -116,7 +116,7 @@ def test_too_few_fall_back_to_the_least_recently_chosen():
     assert strict.metrics()["selection/fallback_fraction"] == 0.25
     for _ in range(2):
         assert chosen(strict, 4).tolist()[:3] == [0, 1, 2]
-    # 3, 4 and 5 have now been taken once each; the one taken first comes again.
+    # 3, 4 and 5 were chosen once each; the earliest comes first.
     assert chosen(strict, 4).tolist() == [0, 1, 2, first[3]]
     assert sorted(chosen(strict, 6)) == list(range(6))
     assert strict.metrics()["selection/fallback_fraction"] == 0.5

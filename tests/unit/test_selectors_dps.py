@@ -1,4 +1,4 @@
-"""DPS against an enumeration of all hidden paths, written without any recursion over beliefs."""
+"""DPS against an enumeration of all hidden paths, without recursion over beliefs."""
 
 import math
 from itertools import product
@@ -18,14 +18,14 @@ def state_of(rate):
 
 
 def path_probabilities(transitions, seen):
-    """P(path, seen) of every path s_0 .. s_T: uniform start, transitions[t][to][from], certain emissions."""
+    """Yield P(path, seen) of every path s_0 .. s_T: uniform start, transitions[t][to][from], certain emissions."""
     for path in product(STATES, repeat=len(transitions) + 1):
         if all(path[step] == state for step, state in seen.items()):
             yield path, math.prod([1 / 3] + [transitions[t][path[t + 1]][path[t]] for t in range(len(transitions))])
 
 
 def filtered(transitions, seen, of):
-    """P(of(path) = key | seen) for every key."""
+    """Return P(of(path) = key | seen) for every key."""
     weights: dict[object, float] = {}
     for path, weight in path_probabilities(transitions, seen):
         weights[of(path)] = weights.get(of(path), 0.0) + weight
@@ -34,7 +34,7 @@ def filtered(transitions, seen, of):
 
 
 def brute_force(history, decay, prior):
-    """Belief before the rollouts of every step, by enumeration; `history[t]` is the rate seen then, or None."""
+    """Return the belief before the rollouts of every step; `history[t]` is the measured rate or None."""
     counts = [[prior] * 3 for _ in STATES]
     transitions, seen, beliefs = [], {}, []
     for step, rate in enumerate(history, start=1):

@@ -10,7 +10,7 @@ from datamodules.selectors import Composed, Greso, Mopps, Selector, Uniform, Zer
 from tests.support.selector_builders import chosen, outcomes, ready
 
 HISTORIES = {
-    # what a prompt's groups showed, oldest first -> probability of keeping it at p_easy 0.5, p_hard 0.4
+    # success rates of a prompt's groups, oldest first -> probability of keeping it at p_easy 0.5, p_hard 0.4
     (): 1.0,
     (0.5,): 1.0,
     (1.0,): 0.5,
@@ -66,11 +66,11 @@ def test_probabilities_follow_the_shares_after_the_first_epoch():
     for step, (rates, expected) in enumerate(script):
         greso.choose(4)
         greso.observe(outcomes(range(4), rates, step=step))
-        greso.observe(outcomes(range(4, 8), [easy] * 4, "reference", step=step))  # no rollouts of the selection
+        greso.observe(outcomes(range(4, 8), [easy] * 4, "reference", step=step))  # not rollouts of chosen prompts
         greso.begin_step()
         assert (greso.skip.p_easy, greso.skip.p_hard) == pytest.approx(expected)
         assert greso.metrics()["selection/p_easy"] == pytest.approx(expected[0])
-    assert greso.skip.keep_probability()[4] == max(greso.skip.p_easy**7, 0.01)  # references extend the traces
+    assert greso.skip.keep_probability()[4] == max(greso.skip.p_easy**7, 0.01)  # references extend the runs
 
 
 def test_shares_are_of_the_whole_step_refills_included_and_stand_at_the_target():
@@ -94,7 +94,7 @@ def test_probabilities_stay_within_their_bounds():
 def test_adaptive_batch_by_hand():
     greso = Greso()
     cases = [
-        # missing, default, kept -> asked
+        # missing, default, kept -> requested
         ((40, 384, 0.5), 100),  # 1.25 * 40 / 0.5
         ((70, 384, 0.7), 125),
         ((71, 384, 0.7), 127),  # 126.8

@@ -1,4 +1,4 @@
-"""MoPPS: the posterior by hand, the Thompson draw's distribution, the window over the shuffled pool."""
+"""MoPPS: the posterior by hand, the distribution of the Thompson draw and the window over the shuffled pool."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What every online selector must do: continue after a restore, never repeat in a step, and stay fast on big pools."""
+"""Duties of every online selector: continue after a restore, never repeat in a step, stay fast on large pools."""
 
 import time
 import tracemalloc
@@ -40,7 +40,7 @@ def make(request, monkeypatch, tmp_path):
 
 
 def lived(selector, steps):
-    """Runs steps as a training would, outcomes drawn from the chosen ids; returns all that could be seen."""
+    """Run steps as in training, with outcomes that depend on the chosen ids; return everything observable."""
     seen = []
     for step in steps:
         first = selector.choose(9)
@@ -111,7 +111,7 @@ def million():
 @pytest.mark.timing
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_million_prompts(million, name, monkeypatch, tmp_path):
-    """512 of 1,000,000, with outcomes all over the pool, forecasts included: 2 s of one core and 2 GB at most."""
+    """Choosing 512 of 1,000,000 prompts with forecasts takes at most 2 s of one core and 2 GB."""
     random_embeddings(monkeypatch, MILLION if "Dots" in name else 1, 64)
     rng = np.random.default_rng(0)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""A subset file gives back the prompts that were written: ids, texts, tokens, columns, and what the rewards see."""
+"""A subset file restores the prompts that were written: ids, texts, tokens, columns, and what the rewards receive."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from app.rewards import Procedural as ProceduralReward
+from app.rewards import ReasoningGym
 from datamodules.errors import UserError
+from datamodules.jsonl import dumps, loads
 from datamodules.pool import PromptPool
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts.exact_json import dumps, loads
 from datamodules.prompts.file import PromptFile, PromptSource
 from datamodules.prompts.splits import sub_pool
 from datamodules.prompts.subset import check_subset, subset_options, write_subset
@@ -28,7 +28,7 @@ def tokenizer():
 
 
 def written_and_read(source: PromptSource, keep: list[int], path: Path, tokenizer) -> tuple[PromptPool, PromptPool]:
-    """Some prompts of a source, and the same through a file; by its own columns and by the options alike."""
+    """Return some prompts of a source, and the same prompts read back from a file."""
     whole = sub_pool(source.load(tokenizer, 3), np.array(keep))
     write_subset(list(whole), path)
     options = subset_options(path, source)
@@ -54,7 +54,7 @@ def test_json_keeps_tuples_and_keys():
 
 
 def test_a_procedural_pool_keeps_what_its_scorers_read(tmp_path, tokenizer):
-    """arc_agi compares tuples; rush_hour has no reference answer; two tasks of one kind share no settings."""
+    """arc_agi compares tuples; rush_hour has no reference answer; two entries of one task have different settings."""
     tasks = [
         ProceduralTask("arc_agi", 3),
         ProceduralTask("rush_hour", 2),
@@ -64,7 +64,7 @@ def test_a_procedural_pool_keeps_what_its_scorers_read(tmp_path, tokenizer):
     ]
     source = Procedural(tasks, template="Q: {question}\nA:", system_prompt="Think.")
     whole, again = written_and_read(source, [8, 0, 4, 2, 12, 3, 15, 6], tmp_path / "subset.jsonl", tokenizer)
-    reward = ProceduralReward()
+    reward = ReasoningGym()
     reward.load()
     for one, other in zip(whole, again, strict=True):
         assert loads(other.columns["metadata"]) == one.columns["metadata"]
@@ -94,7 +94,7 @@ def test_gsm8k_keeps_its_answers_and_repeated_ids_theirs(tmp_path, tokenizer):
     assert columns_of(again) == columns_of(whole)
     assert again[0].columns["answer"] == "14"
     assert again[0].columns["rationale"] == rows[7]["answer"]
-    # Without being told anything but the template, the file says the same.
+    # With no option but the template, the file is read the same.
     alone = PromptFile(str(tmp_path / "subset.jsonl"), template="{question}\n").load(tokenizer, 0)
     assert (alone.ids, columns_of(alone)) == (whole.ids, columns_of(whole))
 
@@ -120,17 +120,17 @@ def test_conversations_and_renamed_columns(tmp_path, tokenizer):
     assert again[0].columns["ground_truth"] == "18"
 
 
-def test_a_source_of_its_own_kind_is_noticed(tmp_path, tokenizer):
-    """Its prompts hold another text than PromptFile would make of their questions."""
+def test_a_source_that_renders_differently_is_rejected(tmp_path, tokenizer):
+    """PromptFile would render other text from these questions."""
     prompts = [made_up(index) for index in range(3)]
     path = tmp_path / "subset.jsonl"
     write_subset(prompts, path)
-    with pytest.raises(UserError, match="'p0' comes back with another prompt"):
+    with pytest.raises(UserError, match="'p0' has another prompt when read back"):
         check_subset(subset_options(path, None), prompts, tokenizer)
 
 
-def test_what_json_cannot_hold_is_named(tmp_path):
+def test_a_column_that_json_cannot_hold_is_named(tmp_path):
     odd = made_up(0)
     odd.columns["image"] = b"\x89PNG"  # type: ignore[index]
-    with pytest.raises(UserError, match="column 'image' cannot be written as JSON"):
+    with pytest.raises(UserError, match="Column 'image' cannot be written as JSON"):
         write_subset([odd], tmp_path / "subset.jsonl")

@@ -69,11 +69,11 @@ def test_plain_text_begins_but_does_not_end_with_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("template", "match"),
     [
-        ("{question} in \\boxed{}", r"field '' .* write literal braces as \{\{ and \}\}"),
-        ("{question} {", "write literal braces"),
+        ("{question} in \\boxed{}", r"field '' .* Write literal braces as \{\{ and \}\}"),
+        ("{question} {", "Write literal braces"),
         ("{prompt}", "field 'prompt'"),
         ("{question.__class__}", "field 'question.__class__'"),
-        ("no field", r"expected the field \{question\}"),
+        ("no field", r"has no field \{question\}"),
     ],
 )
 def test_wrong_templates_say_why(template: str, match: str) -> None:

@@ -1,4 +1,4 @@
-"""The engine on tiny random models, against plain forwards without a cache."""
+"""The engine with tiny random models, compared with plain forwards without a cache."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from app.engines import Sampling, Transformers
-from app.engines.transformers.schedule import fill_holes, plan, take_bucket
+from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import WrittenLayer
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
@@ -185,11 +185,11 @@ def test_bfloat16_logprobs_are_float32_and_normalised() -> None:
 def test_user_errors_and_empty_input() -> None:
     made = engine(build("qwen2"))
     assert made.generate([], Sampling(2), np.zeros((0, 2), dtype=np.int64)) == []
-    with pytest.raises(UserError, match=r"'p0': 100 tokens.*=157.*256"):
+    with pytest.raises(UserError, match=r"'p0' has 100 tokens.*157.*256"):
         made.generate(prompts([100]), Sampling(1, 157), np.zeros((1, 1), dtype=np.int64))
     with pytest.raises(UserError, match="no tokens"):
         made.generate(prompts([0]), Sampling(1, 5), np.zeros((1, 1), dtype=np.int64))
-    with pytest.raises(UserError, match="max_rows=0"):
+    with pytest.raises(UserError, match="max_rows is 0"):
         Transformers(max_rows=0)
 
 
@@ -202,7 +202,7 @@ def test_diverged_policy_is_named() -> None:
 
 
 def test_schedule_by_hand() -> None:
-    waiting = plan([(1,), (1, 2, 3, 4), (1, 2, 3)], num_generations=3, max_rows=2)
+    waiting = prefill_queue([(1,), (1, 2, 3, 4), (1, 2, 3)], num_generations=3, max_rows=2)
     assert [(len(w.token_ids), w.samples.tolist()) for w in waiting] == [
         (4, [3, 4]), (4, [5]), (3, [6, 7]), (3, [8]), (1, [0, 1]), (1, [2]),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the vLLM engines share, without vLLM: requests, answers, the environment, and what is refused beforehand."""
+"""The vLLM engines without vLLM: requests, answers, the environment, and rejected options."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def test_a_request_is_one_sample_with_its_own_seed() -> None:
     assert (fields["n"], fields["seed"], fields["max_tokens"]) == (1, 2**63 - 1, 96)
     assert (fields["temperature"], fields["top_p"], fields["top_k"]) == (0.7, 0.9, 20)
     assert fields["stop_token_ids"] == [1, 7] and fields["ignore_eos"] and fields["stop"] == ["\n\n"]
-    with pytest.raises(UserError, match=r"temperature=0\.001"):
+    with pytest.raises(UserError, match=r"temperature is 0\.001"):
         request_fields(Sampling(temperature=0.001), ENDS, 0)
 
 
@@ -65,7 +65,7 @@ def test_incomplete_answers_are_refused(answer: Answer, message: str) -> None:
 
 
 def test_missing_and_diverged_answers_are_named() -> None:
-    with pytest.raises(EngineError, match="1 completions, expected a multiple of 2"):
+    with pytest.raises(EngineError, match="1 completions instead of a multiple of 2"):
         completions_of([Answer([5], [-1.0], "stop")], Sampling(2, 2), TOKENIZER, 0)
     with pytest.raises(FloatingPointError, match=r"NaN or infinite \(version 3\)"):
         completions_of([Answer([5], [float("nan")], "stop")], Sampling(1, 2), TOKENIZER, 3)
@@ -86,7 +86,7 @@ def test_options_that_cannot_be_are_refused() -> None:
     for options in ({"max_num_seqs": 0}, {"gpu_memory_utilization": 1.5}, {"cpu_cache_gib": 0.0}, {"block_size": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             Vllm(**options)
-    with pytest.raises(UserError, match=r"sleep_level=2 .*only CUDA"):
+    with pytest.raises(UserError, match=r"sleep_level is 2 .*only CUDA"):
         Vllm(sleep_level=2).setup(tiny_model(12, seed=0), TOKENIZER)
 
 

@@ -1,4 +1,4 @@
-"""Which weights a push left out, and which of them an adapted policy needs to push."""
+"""Weights that a push omitted, and weights that a policy with adapters has to push."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""Rollouts by vLLM servers: processes of their own, on this machine or on others."""
+"""Rollouts by vLLM servers, which are separate processes on this machine or on others."""

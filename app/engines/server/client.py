@@ -1,25 +1,27 @@
-"""What the trainer asks of one vLLM server over HTTP."""
+"""HTTP client of one vLLM server."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
 from app.engines.requests import Answer, EngineError
 from datamodules.errors import UserError
 
-# Below the five seconds after which vLLM closes an idle connection, so that no request meets one that is closing.
-_KEEP_ALIVE = 2.0
-_PROBE = aiohttp.ClientTimeout(total=10.0)
-_BETWEEN_PROBES = 1.0
-_FAILED_PROBES = 3
-"""In a row: a busy server may be late once."""
+T = TypeVar("T")
 
-# Whatever a server's generation defaults say: nothing but the sampling of the config changes the distribution.
+# vLLM closes an idle connection after five seconds. A shorter limit here keeps requests off closing connections.
+_KEEP_ALIVE_S = 2.0
+_PROBE_TIMEOUT_S = 10.0
+_PROBE_INTERVAL_S = 1.0
+_FAILED_PROBES = 3
+"""Consecutive failures after which a server counts as lost: a busy server may be late once."""
+
+# Override a server's generation defaults, so that only the configured sampling shapes the distribution.
 _NEUTRAL = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -29,27 +31,27 @@ _NEUTRAL = {
 }
 
 
-class ServerGone(Exception):  # noqa: N818  # a condition that the engine handles, not an error of the user's
-    """The server does not answer, or answers that it cannot go on."""
+class LostServerError(Exception):
+    """A server does not answer, or reports that it cannot continue. The engine handles it."""
 
 
-class _Failed(ServerGone):
-    """It answers that something went wrong inside it."""
+class _FailedRequestError(LostServerError):
+    """A server reports an internal error."""
 
 
-class _NotFinite(Exception):  # noqa: N818  # turned into an answer
-    """It has an answer with NaN in it, for which JSON has no word."""
+class _NonFiniteAnswerError(Exception):
+    """A server has an answer with NaN, which JSON cannot represent."""
 
 
 class ServerClient:
-    """One server. Its coroutines belong to one event loop.
+    """A client of one server. All its coroutines must run in the same event loop.
 
     Args:
         url: e.g. `http://127.0.0.1:8000`.
         key: sent with every request; "" for none.
-        key_variable: where it came from, for messages.
-        concurrency: requests on their way at a time; the others wait here.
-        timeout: seconds that an answer may take.
+        key_variable: environment variable that the key came from, for messages.
+        concurrency: maximum number of requests in flight; further ones wait here.
+        timeout: seconds to wait for an answer.
     """
 
     def __init__(self, url: str, key: str, key_variable: str, concurrency: int, timeout: float) -> None:
@@ -58,132 +60,134 @@ class ServerClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._concurrency = concurrency
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=timeout)
-        self._session: aiohttp.ClientSession | None = None
-        self._probes: aiohttp.ClientSession | None = None
+        self._sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession] | None = None
+
+    def _connect(self) -> tuple[aiohttp.ClientSession, aiohttp.ClientSession]:
+        """Return the sessions for requests and for health probes, which must not wait for a free connection."""
+        if self._sessions is None:
+            connector = aiohttp.TCPConnector(limit=self._concurrency, keepalive_timeout=_KEEP_ALIVE_S)
+            probe_timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
+            self._sessions = (
+                aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout),
+                aiohttp.ClientSession(headers=self._headers, timeout=probe_timeout),
+            )
+        return self._sessions
+
+    async def close(self) -> None:
+        for session in self._sessions or ():
+            await session.close()
+        self._sessions = None
 
     async def healthy(self) -> bool:
-        """Whether the server and its engine are up."""
+        """Return whether the server and its engine are up."""
+        _, probes = self._connect()
         try:
-            async with self._probe_session().get(f"{self.url}/health") as response:
+            async with probes.get(f"{self.url}/health") as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
     async def until_lost(self) -> None:
-        """Returns when the server is no longer healthy."""
+        """Return as soon as the server is no longer healthy."""
         failures = 0
         while failures < _FAILED_PROBES:
-            await asyncio.sleep(_BETWEEN_PROBES)
+            await asyncio.sleep(_PROBE_INTERVAL_S)
             failures = 0 if await self.healthy() else failures + 1
 
     async def max_model_len(self) -> int:
-        """Tokens that a prompt and its completion may have together."""
+        """Return the maximum number of tokens of a prompt and its completion together."""
         models = await self._request("GET", "/v1/models")
         return int(models["data"][0]["max_model_len"])
 
     async def world_size(self) -> int:
-        """Workers behind the server."""
+        """Return the server's number of workers."""
         return int((await self._request("GET", "/get_world_size"))["world_size"])
 
-    async def complete(self, fields: Mapping[str, Any]) -> Answer:
-        """One sample: a prompt of token ids, and how it is drawn."""
+    async def complete(self, fields: Mapping[str, object]) -> Answer:
+        """Return one sample of a prompt of token ids."""
         body = {**fields, **_NEUTRAL}
         try:
             choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
-        except _NotFinite:
+        except _NonFiniteAnswerError:
             return Answer([0], [math.nan], "length")
         logprobs = [math.nan if one is None else one for one in choice["logprobs"]["token_logprobs"]]
         return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
 
     async def call(self, method: str, **arguments: object) -> list[str]:
-        """Calls a method of the worker extension; what each worker returned, as text.
+        """Call a method of the worker extension and return every worker's result as text.
 
-        Raises EngineError when it failed and the server goes on.
+        Raises:
+            EngineError: the method failed but the server is still healthy.
         """
         body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
         try:
             results = (await self._request("POST", "/collective_rpc", json=body))["results"]
-        except _Failed as failed:
+        except _FailedRequestError as failed:
             if await self.healthy():
-                raise EngineError(f"{method} failed in vLLM's worker: {failed}") from failed
+                raise EngineError(f"{method} failed in vLLM's worker: {failed}. See the server's log.") from failed
             raise
         return [str(result) for result in results]
 
     async def pause(self) -> None:
-        """Waits for what is being generated, and generates nothing until `resume`."""
+        """Wait for running requests, and start no further ones until `resume`."""
         await self._request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"})
 
     async def resume(self) -> None:
         await self._request("POST", "/resume")
 
     async def reset_prefix_cache(self) -> bool:
-        """Forgets the keys and values of the weights before; False when some are in use."""
+        """Drop the keys and values of earlier weights. Return False if some are still in use."""
         return bool((await self._request("POST", "/reset_prefix_cache"))["success"])
 
-    async def close(self) -> None:
-        for session in (self._session, self._probes):
-            if session is not None:
-                await session.close()
-        self._session = self._probes = None
-
-    def _probe_session(self) -> aiohttp.ClientSession:
-        # Apart from the others, behind which a probe would wait for a free connection.
-        if self._probes is None:
-            self._probes = aiohttp.ClientSession(headers=self._headers, timeout=_PROBE)
-        return self._probes
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._concurrency, keepalive_timeout=_KEEP_ALIVE)
-            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
-        return self._session
-
     async def _request(self, verb: str, path: str, **options: Any) -> Any:
+        """Send a request and return the decoded JSON of the answer."""
+        requests, _ = self._connect()
         try:
-            async with self._open().request(verb, self.url + path, **options) as response:
+            async with requests.request(verb, self.url + path, **options) as response:
                 if response.status != 200:
-                    self._refused(path, response.status, await response.text())
+                    self._raise_for_status(path, response.status, await response.text())
                 return await response.json(content_type=None)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
-            raise ServerGone(f"{self.url}{path}: {reason}") from error
+            raise LostServerError(f"{self.url}{path}: {reason}") from error
 
-    def _refused(self, path: str, status: int, text: str) -> None:
+    def _raise_for_status(self, path: str, status: int, text: str) -> None:
         said = " ".join(text.split())[:300]
         if status in (401, 403):
             raise UserError(
-                f"{self.url}{path}: the server refuses the key ({status}); "
-                f"export {self.key_variable} with the key that the server was started with"
+                f"{self.url}{path}: the server refuses the key ({status}). "
+                f"Set {self.key_variable} to the key that the server was started with."
             )
         if status == 404:
             raise UserError(
-                f"{self.url}{path}: not found (404); expected a server as `dots serve` starts it, "
-                "with VLLM_SERVER_DEV_MODE=1 and the worker extension"
+                f"{self.url}{path}: not found (404), but expected a server with VLLM_SERVER_DEV_MODE=1 and the worker "
+                "extension. Start it with `dots serve`."
             )
         if "not JSON compliant" in said:
-            raise _NotFinite
+            raise _NonFiniteAnswerError
         if status >= 500:
-            raise _Failed(f"{self.url}{path}: {status} {said}")
-        raise EngineError(f"{self.url}{path}: the server refused the request ({status}): {said}")
+            raise _FailedRequestError(f"{self.url}{path}: {status} {said}")
+        raise EngineError(f"{self.url}{path}: the server rejected the request ({status}): {said}")
 
 
-async def together(clients: Sequence[ServerClient], work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results of all the work that is asked of the servers, in order.
+async def gather_while_healthy(clients: Sequence[ServerClient], work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all coroutines, which send requests to the servers, and return their results in order.
 
-    A server whose engine has died may keep a request open for ever: meanwhile each is asked whether it is healthy.
+    A server whose engine has died may keep a request open forever, so every server's health is watched meanwhile.
 
-    Raises ServerGone when one is not; all work is then broken off.
+    Raises:
+        LostServerError: a server is no longer healthy. All coroutines are then cancelled.
     """
     tasks = [asyncio.ensure_future(each) for each in work]
     watches = {asyncio.ensure_future(client.until_lost()): client for client in clients}
-    done: asyncio.Future[list[Any]] = asyncio.gather(*tasks)
+    done = asyncio.gather(*tasks)
     awaited: list[asyncio.Future[Any]] = [done, *watches]
     try:
         await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
         if done.done():
             return done.result()
         lost = [client.url for watch, client in watches.items() if watch.done()]
-        raise ServerGone(f"{', '.join(lost)}: no longer healthy")
+        raise LostServerError(f"{', '.join(lost)}: no longer healthy")
     finally:
         for each in (*tasks, *watches):
             each.cancel()

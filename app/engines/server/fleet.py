@@ -1,4 +1,4 @@
-"""The servers of an engine: started or joined, given weights, and brought back when they are lost."""
+"""The servers of an engine: started or joined, given weights, and replaced when they are lost."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from app.engines.base import Weights
 from app.engines.requests import EngineError
-from app.engines.server.client import ServerClient, ServerGone
-from app.engines.server.first_rank import by_first
+from app.engines.server.client import LostServerError, ServerClient
 from app.engines.server.loop_thread import LoopThread
 from app.engines.server.options import ServerOptions, full_environment
 from app.engines.server.process import ServerProcess, free_port
+from app.engines.server.rank_zero import on_rank_zero
 from app.engines.wire.push import Transport, WeightPusher
 from app.ranks import Ranks
 from datamodules.errors import UserError
 
 LOG = "server.log"
-_POLL = 0.25
-_SETTLING = 1.0
-"""Seconds before a lost server is asked again: its interface may outlive its engine for a moment."""
+_POLL_S = 0.25
+_SETTLE_S = 1.0
+"""Delay before a lost server is probed again: its HTTP interface may outlive its engine for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """What `VllmServer` was configured with; its arguments say what each means."""
+    """The options of `VllmServer`, where they are documented."""
 
     urls: tuple[str, ...]
     server: ServerOptions
@@ -50,24 +49,24 @@ class FleetOptions:
 
 
 class ServerFleet:
-    """All servers that one engine generates with. Ready when it is made.
+    """All servers that one engine generates with. They are ready once the fleet is constructed.
 
-    With several trainer processes rank 0 starts or joins the servers and sends them the weights; each asks them for
-    its own completions. All of them make it, and call `push`, `require` and `recover`, together.
+    With several trainer processes, rank 0 starts or joins the servers and sends them the weights, and every rank
+    requests its own completions. The constructor, `push`, `holds`, `require` and `recover` are collective.
 
     Args:
-        options: of the engine.
-        policy_path: what a server of its own loads first.
-        policy_dtype: of the policy's weights.
-        folder: where the log of a server of its own is written; None leaves it on the terminal.
+        options: the engine's options.
+        policy_path: folder that the fleet's own server loads first.
+        policy_dtype: dtype of the policy's weights.
+        folder: where the log of the fleet's own server is written; None leaves its output on the terminal.
         ranks: the trainer's processes.
 
     Attributes:
-        clients: one for each server.
-        loop: in which they live.
-        limit: tokens that a prompt and its completion may have together.
-        version: that all workers were given last; None before, and after a push that failed.
-        process: the server of its own.
+        clients: one per server.
+        loop: event loop of the clients.
+        limit: maximum number of tokens of a prompt and its completion together.
+        version: version that all workers received last; None before the first push and after a failed one.
+        process: the fleet's own server, if any.
     """
 
     def __init__(
@@ -89,24 +88,24 @@ class ServerFleet:
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
         try:
-            self._begin()
+            self._connect()
         except BaseException as error:
             self.close()
-            if isinstance(error, ServerGone):
-                raise EngineError(f"a vLLM server was lost as soon as it was there: {error}") from error
+            if isinstance(error, LostServerError):
+                raise EngineError(f"A vLLM server was lost right after its start ({error}). See its log.") from error
             raise
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """Gives all workers the weights.
+        """Send the weights to all workers.
 
         Args:
-            named_tensors: every rank's; iterating them may need all ranks.
-            version: of the policy.
-            since: as for `WeightPusher.push`.
+            named_tensors: iterated on every rank, which may be a collective operation.
+            version: the policy's version.
+            since: see `WeightPusher.push`.
 
         Raises:
-            EngineError: they did not arrive; the servers stay paused.
-            ServerGone: a server does not answer.
+            EngineError: the weights did not arrive. The servers stay paused.
+            LostServerError: a server does not answer.
         """
         self.version = None
         tensors = iter(named_tensors)
@@ -114,87 +113,105 @@ class ServerFleet:
         def send() -> None:
             try:
                 self._pusher.push(tensors, version, since)
-            except (ServerGone, UserError):
+            except (LostServerError, UserError):
                 _exhaust(tensors)
                 raise
 
         if self._ranks.rank:
             _exhaust(tensors)
-        by_first(self._ranks, send, "push of weights")
+        on_rank_zero(self._ranks, send, "push of weights")
         self.version = version
 
     def holds(self, version: int) -> bool:
-        """Whether all workers have the version. Raises ServerGone when a server does not answer."""
+        """Return whether all workers hold the version.
+
+        Raises:
+            LostServerError: a server does not answer.
+        """
         return self._held() == [str(version)]
 
     def require(self, version: int, weights: Weights) -> None:
-        """Returns when all workers have the version: those of a server that was started anew are given it.
+        """Make sure that all workers hold the version, e.g. after a server was restarted by its owner.
 
-        Raises EngineError when they cannot be had.
+        Raises:
+            EngineError: the servers were lost too often or do not load the weights.
         """
         while True:
             try:
                 found = self._held()
                 if found == [str(version)]:
                     return
-                held = f"vLLM workers hold versions {', '.join(found)} in place of {version}"
-                self._count_loss(held)
-                self._say(f"{held}: pushing the weights again")
+                problem = f"vLLM workers hold versions {', '.join(found)} instead of {version}"
+                self._count_loss(problem)
+                self._report(f"{problem}: pushing the weights again")
                 self.push(weights(), version)
-            except ServerGone as gone:
-                self.recover(gone, version, weights)
+            except LostServerError as lost:
+                self.recover(lost, version, weights)
 
-    def recover(self, gone: ServerGone, version: int, weights: Weights) -> None:
-        """Has all servers up again, with the weights.
+    def recover(self, lost: LostServerError, version: int, weights: Weights) -> None:
+        """Bring all servers up again and push the weights.
 
-        Raises EngineError after too many losses, or when nothing comes up in time.
+        Raises:
+            EngineError: the servers were lost too often, or do not come up in time.
         """
         while True:
-            self._count_loss(str(gone))
+            self._count_loss(str(lost))
             try:
-                self._begin(gone)
+                self._connect(lost)
                 self.push(weights(), version)
                 return
-            except ServerGone as again:
-                gone = again
+            except LostServerError as again:
+                lost = again
 
     def succeeded(self) -> None:
-        """Losses are counted from here on."""
+        """Start to count losses from zero."""
         self._losses = 0
 
     def close(self) -> None:
-        """Breaks off all requests, and ends the server of its own."""
+        """Cancel all requests and end the fleet's own server."""
         self.loop.run(self._disconnect())
         self.loop.close()
         if self.process is not None:
             self.process.close()
 
     def _held(self) -> list[str]:
-        """Versions that workers have."""
-        return by_first(self._ranks, lambda: sorted(set(self._pusher.versions())), "versions of the weights")
+        """Return the versions that workers hold."""
+        return on_rank_zero(self._ranks, lambda: sorted(set(self._pusher.versions())), "versions of the weights")
 
     def _count_loss(self, reason: str) -> None:
         self._losses += 1
         if self._losses > self.options.max_restarts:
-            log = f"; its log ends: {self.process.last_line()}" if self.process else ""
-            raise EngineError(f"vLLM servers were lost {self._losses} times in a row: {reason}{log}")
+            log = f" Its log ends: {self.process.last_line()}" if self.process else ""
+            raise EngineError(
+                f"vLLM servers were lost {self._losses} times in a row ({reason}), but engine.max_restarts is "
+                f"{self.options.max_restarts}. Check the servers.{log}"
+            )
 
-    def _begin(self, gone: ServerGone | None = None) -> None:
-        """Starts or joins the servers; after a loss again."""
-        told = by_first(self._ranks, lambda: self._up(gone), "vLLM servers")
-        self.limit: int = told["limit"]
+    def _connect(self, lost: LostServerError | None = None) -> None:
+        """Start or join the servers on all ranks, for the first time or after a loss."""
+        urls, self._key, self.limit = on_rank_zero(self._ranks, lambda: self._bring_up(lost), "vLLM servers")
         if self._ranks.rank:
             self.loop.run(self._disconnect())
-            self._key = told["key"]
-            self.clients = [self._client(url) for url in told["urls"]]
+            self.clients = [self._client(url) for url in urls]
 
-    def _up(self, gone: ServerGone | None) -> dict[str, Any]:
-        """The same on rank 0; what the others must know."""
-        if self.options.urls:
-            self._join(gone)
-        else:
-            self._start_own(gone)
+    def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int]:
+        """Start or join the servers on rank 0, and return their urls, key and limit."""
         options = self.options
+        if not options.urls:
+            if lost is not None:
+                self._report(f"the vLLM server is lost ({lost}): starting it again")
+                self.loop.run(self._disconnect())
+            if self.process is not None:
+                self.process.close()
+            self._start_own()
+            self._await_health(options.start_timeout_s)
+        elif lost is None:
+            self.clients = [self._client(url) for url in options.urls]
+            self._await_health(options.wait_s)
+        else:
+            self._report(f"a vLLM server is lost ({lost}): waiting up to {options.wait_s:.0f} s for it")
+            time.sleep(_SETTLE_S)
+            self._await_health(options.wait_s)
         self._pusher = WeightPusher(
             self.loop,
             self.clients,
@@ -204,25 +221,9 @@ class ServerFleet:
             options.chunk_mib * 2**20,
         )
         limit = min(self.loop.run(client.max_model_len()) for client in self.clients)
-        return {"urls": [client.url for client in self.clients], "key": self._key, "limit": limit}
+        return [client.url for client in self.clients], self._key, limit
 
-    def _join(self, gone: ServerGone | None) -> None:
-        if gone is None:
-            self.clients = [self._client(url) for url in self.options.urls]
-        else:
-            self._say(f"a vLLM server is lost ({gone}): waiting for it, {self.options.wait_s:.0f} s at most")
-            time.sleep(_SETTLING)
-        self._await_health(self.options.wait_s)
-
-    def _start_own(self, gone: ServerGone | None) -> None:
-        if gone is not None:
-            self._say(f"the vLLM server is lost ({gone}): starting it again")
-            self._end()
-        self.clients = [self._client(self._start())]
-        self._await_health(self.options.start_timeout_s)
-
-    def _start(self) -> str:
-        """Starts a server of its own; the url."""
+    def _start_own(self) -> None:
         server = self.options.server
         self._key = self._key or secrets.token_urlsafe(32)
         port = server.port or free_port(server.host)
@@ -230,12 +231,7 @@ class ServerFleet:
         if self._log is not None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
         self.process = ServerProcess(command, full_environment(server.environment(), self._key), self._log)
-        return f"http://{server.host}:{port}"
-
-    def _end(self) -> None:
-        assert self.process is not None
-        self.loop.run(self._disconnect())
-        self.process.close()
+        self.clients = [self._client(f"http://{server.host}:{port}")]
 
     def _client(self, url: str) -> ServerClient:
         options = self.options
@@ -243,27 +239,27 @@ class ServerFleet:
         return ServerClient(url, self._key, options.api_key_variable, share, options.request_timeout_s)
 
     def _await_health(self, limit: float) -> None:
-        """Returns when all servers are healthy."""
+        """Wait until all servers are healthy, for at most `limit` seconds."""
         deadline = time.monotonic() + limit
         for client in self.clients:
             while not self.loop.run(client.healthy()):
                 if self.process is not None and not self.process.alive:
-                    raise EngineError(f"the vLLM server did not start; its log ends: {self.process.last_line()}")
+                    raise EngineError(f"The vLLM server did not start. Its log ends: {self.process.last_line()}")
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{client.url}: no healthy vLLM server within {limit:.0f} s; start one with `dots serve`, "
-                        "or leave engine.url out so that the run starts its own"
+                        f"{client.url}: no healthy vLLM server within {limit:.0f} s. Start one with `dots serve`, "
+                        "or remove engine.url so that the run starts its own."
                     )
-                time.sleep(_POLL)
+                time.sleep(_POLL_S)
 
     async def _disconnect(self) -> None:
         await asyncio.gather(*(client.close() for client in self.clients))
 
-    def _say(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         if self._ranks.rank == 0:
             print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
 
 
-def _exhaust(tensors: Iterable[Any]) -> None:
-    """To the end: the other ranks go there too."""
+def _exhaust(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Iterate to the end, in step with the other ranks."""
     deque(tensors, maxlen=0)

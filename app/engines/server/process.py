@@ -1,4 +1,4 @@
-"""A server that belongs to this process."""
+"""A server process that belongs to this process."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from app.engines.server import watch
 
 
 class ServerProcess:
-    """Starts a server in a process group of its own, and ends the whole group with this process at the latest.
+    """A server in its own process group, which ends with this process at the latest.
 
     Args:
-        command: what to run.
-        environment: all of it.
-        log: file that its output is appended to; None leaves it on the terminal.
+        command: the server's command line.
+        environment: the server's complete environment.
+        log: file that the server's output is appended to; None leaves it on the terminal.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> None:
         self.log = log
-        theirs, self._ours = os.pipe()
-        # By its path: as a module it would import the package, and torch with it.
-        watched = [sys.executable, "-P", watch.__file__, str(theirs), *command]
+        read_end, self._write_end = os.pipe()
+        # Run by path: as a module it would import the package, and torch with it.
+        watched = [sys.executable, "-P", watch.__file__, str(read_end), *command]
         output = None if log is None else log.open("ab")
         try:
             self._process = subprocess.Popen(
                 watched,
-                pass_fds=[theirs],
+                pass_fds=[read_end],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
                 env=dict(environment),
-                start_new_session=True,  # Ctrl-C is the trainer's to handle
+                start_new_session=True,  # Ctrl-C is for the trainer to handle
             )
         finally:
-            os.close(theirs)
+            os.close(read_end)
             if output is not None:
                 output.close()
 
     @property
     def pid(self) -> int:
-        """Of the group's leader."""
+        """Process ID of the group's leader."""
         return self._process.pid
 
     @property
@@ -54,17 +54,17 @@ class ServerProcess:
         return self._process.poll() is None
 
     def last_line(self) -> str:
-        """What the log says at its end."""
+        """Return the last line of the log."""
         if self.log is None or not self.log.exists():
             return "see its output"
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return lines[-1].strip()[:300] if lines else "its log is empty"
 
     def close(self) -> None:
-        """Ends it. May be called twice."""
-        if self._ours >= 0:
-            os.close(self._ours)
-            self._ours = -1
+        """End the server. May be called twice."""
+        if self._write_end >= 0:
+            os.close(self._write_end)
+            self._write_end = -1
         try:
             self._process.wait(timeout=watch.GRACE + 5.0)
         except subprocess.TimeoutExpired:
@@ -74,13 +74,13 @@ class ServerProcess:
 
 
 def free_port(host: str) -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine that is currently free."""
     with socket.create_server((host, 0)) as found:
         port: int = found.getsockname()[1]
         return port
 
 
 def import_path() -> str:
-    """A PYTHONPATH under which a child finds what this process can import, the current folder included."""
+    """Return a PYTHONPATH for children that can import what this process can, including from the current folder."""
     entries = [os.path.abspath(entry) for entry in sys.path]
     return os.pathsep.join(dict.fromkeys([*entries, os.getcwd()]))

@@ -1,7 +1,7 @@
-"""Runs a server for a trainer, and ends it with all its processes when the trainer is gone, however it went.
+"""Runs a server for a trainer, and ends it with all its processes when the trainer ends, even by a crash.
 
-`python server_watch.py FD COMMAND...`: FD is the reading end of a pipe whose other end the trainer holds.
-This program leads a process group of its own, in which the server and its workers stay. Standard library only.
+Usage: `python watch.py FD COMMAND...`, where FD is the read end of a pipe whose write end the trainer holds open. This
+program leads the process group that contains the server and its workers. It only uses the standard library.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import sys
 import time
 
 GRACE = 10.0
-"""Seconds that a server has to end by itself."""
-
+"""Seconds that a server has to end after SIGTERM."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,7 +30,7 @@ def main() -> None:
         deadline = time.monotonic() + GRACE
         while server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-    # The workers of a server that was killed do not end by themselves.
+    # The workers of a killed server do not end on their own.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
@@ -39,7 +38,7 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """Should this program itself be killed, its server ends as well (Linux)."""
+    """Have the kernel end the server if this program itself is killed (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

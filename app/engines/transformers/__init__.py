@@ -1,1 +1,1 @@
-"""Rollouts with the policy itself, in its own process."""
+"""Rollouts with the policy itself, in the trainer's process."""

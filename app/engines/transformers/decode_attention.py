@@ -1,4 +1,4 @@
-"""Attention of one new token per row over its prompt, which all completions of it share, and over its own tokens."""
+"""Attention of one new token per row over its own tokens and its prompt, which the prompt's completions share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ DECODE = "dots_decode"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedKeys:
-    """What `n` rows read of `g` prompts, each of which has at most `W` rows.
+    """Keys and values of `g` prompts that `n` rows read, at most `W` rows per prompt.
 
-    One matrix product per prompt serves all its rows, so that its keys and values are read once for all of them; and
-    key-value heads are never repeated for the query heads that share them.
+    One matrix product per prompt serves all its rows, so that its keys and values are read only once. Key-value heads
+    are never repeated for the query heads that share them.
 
     Attributes:
-        keys: of every layer, `[g, key_value_heads, P, head_dim]`.
-        values: of every layer, the same.
-        rows: int64 `[g * key_value_heads * W]`: the row and head (`row * key_value_heads + head`) at each place of each
+        keys: per layer, `[g, key_value_heads, P, head_dim]`.
+        values: per layer, same shape as `keys`.
+        rows: int64 `[g * key_value_heads * W]`: the row and head (`row * key_value_heads + head`) in each slot of each
             head of each prompt; any row where a prompt has fewer than `W`.
-        places: int64 `[n * key_value_heads]`: the place of each head of each row.
-        bias: float `[n, 1, P + T]`, minus infinity where a row sees nothing; None where everything is seen.
+        places: int64 `[n * key_value_heads]`: the slot of each head of each row.
+        bias: float `[n, 1, P + T]`, minus infinity where a row sees nothing; None if every row sees everything.
     """
 
     keys: Sequence[Tensor]
@@ -38,14 +38,14 @@ class SharedKeys:
     bias: Tensor | None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Output `[n, 1, heads, head_dim]`.
+        """Return the attention output `[n, 1, heads, head_dim]`.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             query: `[n, heads, 1, head_dim]`.
             key: `[n, key_value_heads, T, head_dim]`: the rows' own tokens up to the new one.
-            value: the same.
-            scale: factor of the products.
+            value: same shape as `key`.
+            scale: factor of the dot products.
         """
         rows, heads, _, width = query.shape
         query = query[:, :, 0] * scale
@@ -63,16 +63,16 @@ class SharedKeys:
         return output.view(rows, 1, heads, width)
 
     def _by_prompt(self, states: Tensor, groups: int) -> Tensor:
-        """`[n * key_value_heads, repeats, X]` as `[g * key_value_heads, W * repeats, X]`."""
+        """Regroup `[n * key_value_heads, repeats, X]` to `[g * key_value_heads, W * repeats, X]`."""
         return states.index_select(0, self.rows).view(groups, -1, states.shape[2])
 
     def _by_row(self, states: Tensor, repeats: int) -> Tensor:
-        """The reverse of `_by_prompt`."""
+        """Invert `_by_prompt`."""
         return states.view(-1, repeats, states.shape[2]).index_select(0, self.places)
 
 
 def _by_head(states: Tensor, keys: Tensor) -> Tensor:
-    """`[n, heads, X]` as `[n * key_value_heads, repeats, X]`: the query heads that share a key-value head together."""
+    """Group the query heads of `[n, heads, X]` that share a key-value head: `[n * key_value_heads, repeats, X]`."""
     return states.reshape(len(states) * keys.shape[1], -1, states.shape[2])
 
 
@@ -87,10 +87,10 @@ def decode_attention(
     layout: SharedKeys | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`SharedKeys.attend` as transformers calls it.
+    """Compute `SharedKeys.attend` under the signature that transformers calls.
 
     Raises:
-        ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
+        ValueError: the model needs something that this attention does not do, or `layout` did not reach it.
     """
     if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         given = {**others, "layout": layout, "attention_mask": attention_mask}

@@ -1,4 +1,4 @@
-"""Rollouts with the policy itself, in its own process: any Hugging Face causal LM, no copy of the weights."""
+"""Rollouts with the policy itself, in the trainer's process: any Hugging Face causal LM, without copying weights."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling, Weights
-from app.engines.checks import check_request
-from app.engines.stopping import StopStrings, end_token_ids
+from app.engines.base import RolloutEngine, Sampling, Weights, check_request, end_token_ids, nonfinite_policy
 from app.engines.transformers.kv_cache import GrowingCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
-from app.engines.transformers.schedule import Rows, Work, fill_holes, plan, take_bucket
+from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache
 from app.policy.model import attending, causal_lm, plain_attention
 from app.ranks import Ranks
@@ -26,19 +23,19 @@ from datamodules.types import Completion, Prompt
 
 
 class Transformers(RolloutEngine):
-    """Generates with the policy's own module, so that `push` has nothing to copy.
+    """Generates with the policy's own module, so `push` has nothing to copy.
 
-    Every prompt is read once, and its keys and values are kept and read once for all its completions, where the
-    policy's layers attend to the whole context; finished rows leave the batch at once, and waiting prompts take their
-    places.
+    If all layers of the policy attend to the whole context, each prompt is prefilled once, and its keys and values are
+    stored and read once for all its completions. Finished rows leave the batch immediately, and waiting prompts take
+    their place.
 
     Args:
-        max_rows: completions decoded together.
-        max_cache_tokens: bound on rows x (longest prompt + max_completion_length), and so on the memory of the
-            key-value cache; fewer rows are decoded together when it would be exceeded.
-        prefill_tokens: prompt tokens (padding included) read in one forward pass.
+        max_rows: maximum number of completions decoded together.
+        max_cache_tokens: limit on rows x (longest prompt + max_completion_length), and so on the memory of the
+            key-value cache; fewer rows are decoded together if they would exceed it.
+        prefill_tokens: prompt tokens (including padding) in one forward pass.
         share_prompts: false decodes with the model's own attention and cache, which copies the prompt to every row;
-            for a policy whose attention wants something that `decode_attention` does not do.
+            for policies whose attention needs something that `decode_attention` does not support.
     """
 
     uses_policy = True
@@ -56,7 +53,7 @@ class Transformers(RolloutEngine):
             ("prefill_tokens", prefill_tokens),
         ):
             if given < 1:
-                raise UserError(f"engine {name}={given}: expected at least 1")
+                raise UserError(f"engine.{name} is {given} but must be at least 1. Raise engine.{name}.")
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
         self.share_prompts = share_prompts
         self.version = 0
@@ -70,18 +67,24 @@ class Transformers(RolloutEngine):
         folder: Path | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
-        """Raises UserError for a model whose forward takes no `past_key_values`."""
+        """See `RolloutEngine.setup`.
+
+        Raises:
+            UserError: the model's forward does not accept `past_key_values`.
+        """
         super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
         lm = causal_lm(model)
-        self._accepted = set(inspect.signature(lm.forward).parameters)
-        if "past_key_values" not in self._accepted:
+        accepted = inspect.signature(lm.forward).parameters
+        if "past_key_values" not in accepted:
             raise UserError(
-                f"{type(lm).__name__} keeps no key-value cache (its forward takes no past_key_values): "
-                "the Transformers engine needs one, choose another model or engine"
+                f"{type(lm).__name__} has no key-value cache (its forward does not accept past_key_values), but "
+                "engines.Transformers needs one. Choose another policy or engine."
             )
+        self._accepts_positions = "position_ids" in accepted
+        self._accepts_logits_to_keep = "logits_to_keep" in accepted
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """The weights are shared; only their version is noted."""
+        """Record the version; the weights are the policy's own."""
         self.version = version
 
     def generate(
@@ -90,120 +93,109 @@ class Transformers(RolloutEngine):
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: a prompt has no tokens, or no room for a completion in the model's positions.
+            UserError: a prompt has no tokens, or leaves no room for a completion within the model's positions.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
         if len(prompts) == 0:
             return []
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions")
-        # Not inference_mode: what a model caches in itself during generation (rotary tables) must suit autograd.
+        # Not inference_mode: tensors that a model caches during generation (rotary tables) must work with autograd.
         with torch.no_grad(), _evaluating(self.model):
             return _Generation(self, prompts, sampling, seeds).run()
 
-    def _forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        **cached: Any,
-    ) -> torch.Tensor:
-        """Logits `[n, V]` of the last position of `[n, T]` tokens, whose context is `cached`."""
-        optional = {"position_ids": position_ids, "logits_to_keep": 1}
-        output = self.model(
-            input_ids=input_ids,
-            use_cache=True,
-            **cached,
-            **{name: value for name, value in optional.items() if name in self._accepted},
-        )
-        return output.logits[:, -1]
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **cached: object) -> torch.Tensor:
+        """Return the logits `[n, V]` at the last position of `[n, T]` tokens, whose context is `cached`."""
+        optional: dict[str, object] = {"position_ids": position_ids} if self._accepts_positions else {}
+        optional |= {"logits_to_keep": 1} if self._accepts_logits_to_keep else {}
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=True, **cached, **optional).logits
+        return logits[:, -1]
 
 
 class _Generation:
-    """The state of one `generate` call; nothing of it outlives the call."""
+    """The state of one `generate` call."""
 
     def __init__(self, engine: Transformers, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> None:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
         self.lm = causal_lm(engine.model)
-        self.config = self.lm.config
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
         self.max_rows = min(engine.max_rows, seeds.size, max(1, engine.max_cache_tokens // columns))
-        self.waiting = plan([prompt.token_ids for prompt in prompts], sampling.num_generations, self.max_rows)
-        self.cache = self._new_cache()
-        self.rows = Rows()
+        self.waiting = prefill_queue([prompt.token_ids for prompt in prompts], sampling.num_generations, self.max_rows)
+        self.cache: RowCache = GrowingCache()
+        if engine.share_prompts and plain_attention(self.lm):
+            layers = len(DynamicCache(config=self.lm.config).layers)
+            max_prompts = min(len(self.waiting), self.max_rows)
+            self.cache = SharedPromptCache(layers, self.max_rows, max_prompts, sampling.max_completion_length)
+        self.rows = DecodingRows()
         self.ends = end_token_ids(engine.model, engine.tokenizer)
-        self.stops = StopStrings(sampling.stop, engine.tokenizer)
+        self.stop_strings = [string for string in sampling.stop if string]
+        # A token adds at least one byte, and some extra tokens keep the string clear of the tail's ragged start.
+        self.stop_tail = max((len(string.encode()) for string in self.stop_strings), default=0) + 8
         self.seeds = seeds.reshape(-1)
         self.tokens = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.int32)
         self.logprobs = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.float32)
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
         self.stopped = np.zeros(seeds.size, dtype=bool)
 
-    def _new_cache(self) -> RowCache:
-        if not (self.engine.share_prompts and plain_attention(self.lm)):
-            return GrowingCache()
-        layers = len(DynamicCache(config=self.config).layers)
-        prompts = min(len(self.waiting), self.max_rows)
-        return SharedPromptCache(layers, self.max_rows, prompts, self.sampling.max_completion_length)
-
     def run(self) -> list[tuple[Completion, ...]]:
         while self.waiting or len(self.rows):
             self._admit()
             if len(self.rows):
-                self._record(self._step(), first=0)
+                cached = self.cache.inputs(self.device)
+                token, position = self._to_device(np.stack([self.rows.token, self.rows.position]))
+                with attending(self.lm, self.cache.attention):
+                    logits = self.engine.forward(token[:, None], position[:, None], **cached)
+                self._sample(logits, first=0)
         return self._completions()
 
     def _admit(self) -> None:
-        """Prefills waiting prompts when many rows are free (each joining interrupts decoding) or none is left."""
+        """Prefill waiting prompts if many rows are free (joining interrupts decoding) or no row is left."""
         free = self.max_rows - len(self.rows)
         if len(self.rows) and not (self.cache.can_join and free >= self.max_rows // 8):
             return
         while bucket := take_bucket(self.waiting, self.max_rows - len(self.rows), self.engine.prefill_tokens):
             first = len(self.rows)
-            self._record(self._prefill(bucket), first)
+            self._sample(self._prefill(bucket), first)
             if not self.cache.can_join and len(self.rows):
                 return
 
-    def _prefill(self, bucket: list[Work]) -> torch.Tensor:
-        """Reads the prompts once each; logits `[samples, V]` of every sample's first token."""
-        lengths = np.array([len(work.token_ids) for work in bucket])
+    def _prefill(self, bucket: list[PromptRows]) -> torch.Tensor:
+        """Read each prompt once and return the logits `[samples, V]` of every sample's first token."""
+        lengths = np.array([len(prompt.token_ids) for prompt in bucket])
         padded = np.zeros((len(bucket), lengths.max()), dtype=np.int64)
-        for row, work in enumerate(bucket):
-            padded[row, -len(work.token_ids) :] = work.token_ids
+        for row, prompt in enumerate(bucket):
+            padded[row, -len(prompt.token_ids) :] = prompt.token_ids
         positions = np.arange(lengths.max()) - (lengths.max() - lengths)[:, None]
         mask = self._to_device((positions >= 0).astype(np.int64)) if (lengths != lengths.max()).any() else None
-        prefilled = DynamicCache(config=self.config)
+        prefilled = DynamicCache(config=self.lm.config)
         position_ids = self._to_device(positions.clip(min=0))
-        logits = self.engine._forward(
+        logits = self.engine.forward(
             self._to_device(padded), position_ids, attention_mask=mask, past_key_values=prefilled
         )
-        source = np.repeat(np.arange(len(bucket)), [len(work.samples) for work in bucket])
+        source = np.repeat(np.arange(len(bucket)), [len(prompt.samples) for prompt in bucket])
         self.cache.admit(prefilled, source, lengths[source])
-        self.rows.add(np.concatenate([work.samples for work in bucket]), lengths[source])
+        self.rows.add(np.concatenate([prompt.samples for prompt in bucket]), lengths[source])
         return logits[self._to_device(source)]
 
-    def _step(self) -> torch.Tensor:
-        """Logits `[n, V]` after the last token of every row."""
-        cached = self.cache.inputs(self.device)
-        token, position = self._to_device(np.stack([self.rows.token, self.rows.position]))
-        with attending(self.lm, self.cache.attention):
-            return self.engine._forward(token[:, None], position[:, None], **cached)
-
-    def _record(self, logits: torch.Tensor, first: int) -> None:
-        """Draws a token for the rows from `first` on and lets finished rows go."""
+    def _sample(self, logits: torch.Tensor, first: int) -> None:
+        """Draw a token for all rows from `first` to the last, and remove finished rows."""
         sample, age = self.rows.sample[first:], self.rows.age[first:].copy()
         uniform = self._to_device(uniforms(self.seeds[sample], age))
         drawn, logprob = draw(logits, uniform, self.sampling)
         token, logprobs = drawn.cpu().numpy(), logprob.cpu().numpy()
         if np.isnan(logprobs).any():
-            raise FloatingPointError(
-                f"the policy's logits are NaN or infinite (version {self.engine.version}): "
-                "its weights have diverged or its dtype overflows"
-            )
+            raise nonfinite_policy(self.engine.version)
         self.tokens[sample, age], self.logprobs[sample, age] = token, logprobs
         self.lengths[sample] = age + 1
         self.rows.advance(first, token)
         stopped = np.isin(token, self.ends)
-        stopped |= self.stops.completed([self.tokens[s, : a + 1] for s, a in zip(sample, age, strict=True)])
+        if self.stop_strings:
+            tails = [
+                self.tokens[s, max(0, a + 1 - self.stop_tail) : a + 1].tolist()
+                for s, a in zip(sample, age, strict=True)
+            ]
+            texts = self.engine.tokenizer.batch_decode(tails)
+            stopped |= np.array([any(string in text for string in self.stop_strings) for text in texts], dtype=bool)
         self.stopped[sample] = stopped
         alive = np.ones(len(self.rows), dtype=bool)
         alive[first:] = ~stopped & (age + 1 < self.sampling.max_completion_length)
@@ -234,9 +226,9 @@ class _Generation:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout; gradient checkpointing would switch the cache off), then each module's own again."""
+    """Switch to evaluation mode (no dropout, and no gradient checkpointing, which disables the cache), then back."""
     modes = [(module, module.training) for module in model.modules()]
-    # Weights that autocast casts without a gradient must not be found in its cache by a later forward with one.
+    # Autocast caches weights cast without gradient; a later forward with gradient must not find them.
     torch.clear_autocast_cache()
     model.eval()
     try:

@@ -1,9 +1,9 @@
-"""Key-value caches whose rows come and go while the others are being decoded."""
+"""Key-value caches whose rows come and go while other rows are being decoded."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from transformers import Cache
 
 
 class RowCache(ABC):
-    """What the decode loop needs of a cache, and the bookkeeping of each row's first column.
+    """The cache interface of the decoding loop, with each row's first column.
 
     Attributes:
-        past: what the model is given as `past_key_values`.
+        past: passed to the model as `past_key_values`.
         starts: int64 `[rows]`: the first column of each row; earlier columns are padding.
-        can_join: whether rows may be admitted while others are being decoded.
-        attention: the attention implementation that the model's forward needs with it; None for the model's own.
+        can_join: True if rows may be admitted while others are being decoded.
+        attention: attention implementation that the model's forward needs with this cache; None for the model's own.
     """
 
     past: Cache
@@ -29,19 +29,19 @@ class RowCache(ABC):
 
     @abstractmethod
     def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends one row per entry of `source` (a row of `prefilled`), whose prompt has `lengths` tokens."""
+        """Append one row per entry of `source` (a row of `prefilled`), whose prompt has `lengths` tokens."""
 
     @abstractmethod
     def keep(self, order: np.ndarray) -> None:
-        """Leaves `len(order)` rows: row i is the former row `order[i]`."""
+        """Keep `len(order)` rows: row i becomes the former row `order[i]`."""
 
     @abstractmethod
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Prepares one more column; what the next token's forward is given beside token and position."""
+    def inputs(self, device: torch.device) -> dict[str, object]:
+        """Prepare one more column and return the forward's further arguments for the next token."""
 
 
 class GrowingCache(RowCache):
-    """The model's own cache, for layers of any kind (sliding, linear): rows join only an empty one."""
+    """The model's own cache, for layers of any kind (sliding, linear). Rows can only join it when it is empty."""
 
     can_join = False
 
@@ -59,7 +59,7 @@ class GrowingCache(RowCache):
         self.past.reorder_cache(_row_numbers(order))
         self.starts = self.starts[order]
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
+    def inputs(self, device: torch.device) -> dict[str, object]:
         self._end += 1
         mask = None
         if (self.starts > 0).any():

@@ -1,4 +1,4 @@
-"""Which prompts are prefilled together, and which samples are being decoded."""
+"""Chooses the prompts that are prefilled together, and tracks the rows that are being decoded."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PromptRows:
     """One prompt and those of its samples that are decoded together.
 
     Attributes:
-        token_ids: of the prompt.
-        samples: int64: numbers of the completions, `b * G + g`.
+        token_ids: the prompt's tokens.
+        samples: int64: indices of the completions, `b * G + g`.
     """
 
     token_ids: tuple[int, ...]
     samples: np.ndarray
 
 
-def plan(prompts: Sequence[tuple[int, ...]], num_generations: int, max_rows: int) -> deque[Work]:
-    """All work, longest prompt first: what joins later is never longer than what is there, so it always fits."""
-    work = []
+def prefill_queue(prompts: Sequence[tuple[int, ...]], num_generations: int, max_rows: int) -> deque[PromptRows]:
+    """Queue all prompts, longest first: a prompt that joins later always fits, because it is never longer."""
+    queue: deque[PromptRows] = deque()
     for b in sorted(range(len(prompts)), key=lambda b: -len(prompts[b])):
         for g in range(0, num_generations, max_rows):
             samples = np.arange(g, min(g + max_rows, num_generations)) + b * num_generations
-            work.append(Work(prompts[b], samples))
-    return deque(work)
+            queue.append(PromptRows(prompts[b], samples))
+    return queue
 
 
-def take_bucket(waiting: deque[Work], free_rows: int, prefill_tokens: int) -> list[Work]:
-    """Takes from `waiting` what to prefill next: of similar length (none under half of the longest), within limits.
+def take_bucket(waiting: deque[PromptRows], free_rows: int, prefill_tokens: int) -> list[PromptRows]:
+    """Remove the next prefill batch from `waiting`: prompts of similar length (at least half the longest one's).
 
-    Empty when the next prompt's samples do not fit in `free_rows`. A single prompt may exceed `prefill_tokens`.
+    The batch is empty if the next prompt's samples do not fit in `free_rows`. A single prompt may exceed
+    `prefill_tokens`.
     """
-    bucket: list[Work] = []
+    bucket: list[PromptRows] = []
     longest = len(waiting[0].token_ids) if waiting else 0
     while waiting and len(waiting[0].samples) <= free_rows:
         full = (len(bucket) + 1) * longest > prefill_tokens or 2 * len(waiting[0].token_ids) < longest
@@ -48,14 +49,14 @@ def take_bucket(waiting: deque[Work], free_rows: int, prefill_tokens: int) -> li
     return bucket
 
 
-class Rows:
-    """The samples being decoded.
+class DecodingRows:
+    """The samples that are being decoded.
 
     Attributes:
-        sample: int64 `[n]`: number of each row's completion.
-        age: int64 `[n]`: tokens drawn so far.
-        token: int64 `[n]`: the last one, not yet in the cache.
-        position: int64 `[n]`: its position in the whole sequence.
+        sample: int64 `[n]`: index of each row's completion.
+        age: int64 `[n]`: number of tokens drawn so far.
+        token: int64 `[n]`: the last token, not yet in the cache.
+        position: int64 `[n]`: position of that token in the whole sequence.
     """
 
     def __init__(self) -> None:
@@ -65,25 +66,26 @@ class Rows:
         return len(self.sample)
 
     def add(self, sample: np.ndarray, lengths: np.ndarray) -> None:
-        """Rows whose prompts of `lengths` tokens are in the cache and whose first token is to be drawn."""
+        """Add rows whose prompts of `lengths` tokens are in the cache and whose first token is drawn next."""
         self.sample = np.concatenate([self.sample, sample])
         self.age = np.concatenate([self.age, np.zeros_like(sample)])
         self.token = np.concatenate([self.token, np.zeros_like(sample)])
         self.position = np.concatenate([self.position, lengths - 1])
 
     def advance(self, first: int, tokens: np.ndarray) -> None:
-        """Notes the tokens drawn for the rows from `first` on."""
+        """Record the tokens drawn for all rows from `first` to the last."""
         self.token[first:] = tokens
         self.age[first:] += 1
         self.position[first:] += 1
 
     def keep(self, order: np.ndarray) -> None:
+        """Keep the rows `order`, in that order."""
         self.sample, self.age = self.sample[order], self.age[order]
         self.token, self.position = self.token[order], self.position[order]
 
 
 def fill_holes(alive: np.ndarray) -> np.ndarray:
-    """Order of the `alive` rows (bool `[n]`) that moves as few as possible: the last ones into the holes."""
+    """Return an order of the `alive` rows (bool `[n]`) that moves as few as possible: the last ones into the holes."""
     count = int(alive.sum())
     order = np.arange(count)
     order[~alive[:count]] = count + np.flatnonzero(alive[count:])

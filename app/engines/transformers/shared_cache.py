@@ -1,13 +1,11 @@
-"""Key-value cache that holds each prompt once for all its completions, whose rows come and go while others decode.
+"""Key-value cache that stores each prompt once for all its completions.
 
-Prompts stand right-aligned in buffers of their own, written once. The tokens that the rows write themselves share one
-column per step; a row that joins later has padding before its first column. Positions are encoded in the keys, so a row
-can begin at any column.
+Prompts are right-aligned in separate buffers that are written once. The tokens that rows generate share one column per
+step; a row that joins later has padding before its first column. Positions are encoded in the keys, so a row can begin
+at any column.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +17,13 @@ from app.engines.transformers.kv_cache import RowCache
 from app.engines.transformers.schedule import fill_holes
 
 SLACK = 64
-"""Spare columns: the window of written tokens moves back to the left at most once per so many tokens."""
+"""Spare columns: the window of generated tokens moves back to the left at most once per this many tokens."""
 
 
 class WrittenLayer(CacheLayerMixin):
-    """The rows' own keys and values in one layer: buffers `[max_rows, key_value_heads, columns, head_dim]`.
+    """Keys and values of generated tokens in one layer: buffers `[max_rows, key_value_heads, columns, head_dim]`.
 
-    The model sees the first `rows` rows and the columns `first` to `end`.
+    The model sees the first `rows` rows and the columns from `first` to `end`.
     """
 
     is_sliding = False
@@ -50,7 +48,7 @@ class WrittenLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends `[rows, key_value_heads, 1, head_dim]` states and returns views of the whole window."""
+        """Append `[rows, key_value_heads, 1, head_dim]` states and return views of the whole window."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, self.end = self.end, self.end + key_states.shape[2]
@@ -60,24 +58,24 @@ class WrittenLayer(CacheLayerMixin):
         return keys[: self.rows, :, self.first : self.end], values[: self.rows, :, self.first : self.end]
 
     def admit(self, count: int) -> None:
-        """Appends `count` rows that have written nothing yet."""
+        """Append `count` rows without generated tokens."""
         if self.rows == 0:
             self.first = self.end = 0
         elif self.is_initialized:
             for buffer in self.buffers():
-                # A masked column still enters the weighted sum with weight 0, and 0 * NaN is NaN.
+                # A masked column enters the weighted sum with weight 0, and 0 * NaN is NaN.
                 buffer[self.rows : self.rows + count, :, self.first : self.end] = 0
         self.rows += count
 
     def keep(self, rows: int, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
-        """Leaves `rows` rows, after moving some into the places of rows that are gone."""
+        """Keep `rows` rows, after moving some into the slots of removed rows."""
         if len(moved_to) and self.is_initialized:
             for buffer in self.buffers():
                 buffer[moved_to, :, self.first : self.end] = buffer[moved_from, :, self.first : self.end]
         self.rows = rows
 
     def rewind(self) -> None:
-        """Moves the window to the buffer's left end."""
+        """Move the window to the buffer's left end."""
         for buffer in self.buffers():
             window = buffer[: self.rows, :, self.first : self.end].clone()
             buffer[: self.rows, :, : window.shape[2]] = window
@@ -93,20 +91,22 @@ class WrittenLayer(CacheLayerMixin):
         return self.columns
 
 
-class ReadPrompts:
-    """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`."""
+class PromptLayer:
+    """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`.
+
+    No prompt may be longer than those of the first `prefilled` layer.
+    """
 
     def __init__(self, max_prompts: int, prefilled: DynamicLayer) -> None:
-        """For prompts that are none longer than those of `prefilled`."""
         self.keys, self.values = (states.new_empty(max_prompts, *states.shape[1:]) for states in _states_of(prefilled))
         self.longest = self.keys.shape[2]
 
     def admit(self, prefilled: DynamicLayer, first: int) -> None:
-        """Writes the prompts of `prefilled`, which are padded on the left, from place `first` on."""
+        """Write the left-padded prompts of `prefilled` into the slots from `first` on."""
         for buffer, states in zip((self.keys, self.values), _states_of(prefilled), strict=True):
-            places = buffer[first : first + len(states)]
-            places[:, :, self.longest - states.shape[2] :] = states
-            places[:, :, : self.longest - states.shape[2]] = 0  # not NaN: see WrittenLayer.admit
+            slots = buffer[first : first + len(states)]
+            slots[:, :, self.longest - states.shape[2] :] = states
+            slots[:, :, : self.longest - states.shape[2]] = 0  # not NaN: see WrittenLayer.admit
 
     def keep(self, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
         for buffer in (self.keys, self.values):
@@ -120,13 +120,13 @@ def _states_of(prefilled: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class SharedPromptCache(RowCache):
-    """For models in which every layer attends to the whole context.
+    """Shared cache for models whose layers all attend to the whole context.
 
     Args:
-        layers: of the model.
-        max_rows: decoded together.
-        max_prompts: whose rows are decoded together.
-        columns: the most tokens that a row can write.
+        layers: number of layers of the model.
+        max_rows: maximum number of rows decoded together.
+        max_prompts: maximum number of prompts whose rows are decoded together.
+        columns: maximum number of tokens that a row can generate.
     """
 
     can_join = True
@@ -136,13 +136,13 @@ class SharedPromptCache(RowCache):
         super().__init__()
         self.max_prompts = max_prompts
         self.written = [WrittenLayer(max_rows, columns + SLACK) for _ in range(layers)]
-        self.read: list[ReadPrompts] = []
+        self.read: list[PromptLayer] = []
         self.past = Cache(layers=[*self.written])
         self.prompt_of_row = self.lengths = np.zeros(0, dtype=np.int64)
 
     def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
         states = [layer for layer in prefilled.layers if isinstance(layer, DynamicLayer)]
-        self.read = self.read or [ReadPrompts(self.max_prompts, layer) for layer in states]
+        self.read = self.read or [PromptLayer(self.max_prompts, layer) for layer in states]
         for written, read, layer in zip(self.written, self.read, states, strict=True):
             written.admit(len(source))
             read.admit(layer, len(self.lengths))
@@ -157,11 +157,10 @@ class SharedPromptCache(RowCache):
         for layer in self.written:
             layer.keep(len(order), torch.from_numpy(moved), torch.from_numpy(order[moved]))
         self.starts, self.prompt_of_row = self.starts[order], self.prompt_of_row[order]
-        self._forget_prompts()
+        self._drop_finished_prompts()
         self._place_rows()
 
-    def _forget_prompts(self) -> None:
-        """Drops the prompts that have no row left."""
+    def _drop_finished_prompts(self) -> None:
         alive = np.bincount(self.prompt_of_row, minlength=len(self.lengths)) > 0
         if alive.all():
             return
@@ -175,7 +174,7 @@ class SharedPromptCache(RowCache):
         self.prompt_of_row = place[self.prompt_of_row]
 
     def _place_rows(self) -> None:
-        """Numbers the rows of every prompt, and notes what each row sees of its prompt's columns."""
+        """Number the rows of every prompt, and record which of its prompt's columns each row sees."""
         counts = np.bincount(self.prompt_of_row, minlength=len(self.lengths))
         by_prompt = np.argsort(self.prompt_of_row, kind="stable")
         within = np.empty_like(by_prompt)
@@ -184,19 +183,15 @@ class SharedPromptCache(RowCache):
         longest = int(self.lengths.max(initial=0))
         self._unread = np.arange(longest) < (longest - self.lengths[self.prompt_of_row])[:, None]
 
-    def _window(self) -> tuple[int, int]:
-        """Prepares one more column; first visible column and the column that will be written."""
-        first = int(self.starts.min())
+    def inputs(self, device: torch.device) -> dict[str, object]:
+        oldest = int(self.starts.min())
         for layer in self.written:
-            layer.first = first
+            layer.first = oldest
         if self.written[0].end == self.written[0].columns:
             for layer in self.written:
                 layer.rewind()
-            self.starts -= first
-        return self.written[0].first, self.written[0].end
-
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        first, end = self._window()
+            self.starts -= oldest
+        first, end = self.written[0].first, self.written[0].end
         unseen = np.concatenate([self._unread, np.arange(first, end + 1) < self.starts[:, None]], axis=1)
         g, longest = len(self.lengths), self._unread.shape[1]
         layout = SharedKeys(
@@ -212,12 +207,12 @@ class SharedPromptCache(RowCache):
 
 
 def places_of_rows(prompt_of_row: np.ndarray, within: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """`SharedKeys.rows` and `SharedKeys.places`.
+    """Return `SharedKeys.rows` and `SharedKeys.places`.
 
     Args:
         prompt_of_row: int64 `[n]`: 0 .. g - 1, each at least once.
-        within: int64 `[n]`: number of the row among those of its prompt.
-        heads: of keys and values.
+        within: int64 `[n]`: index of the row among those of its prompt.
+        heads: number of key-value heads.
     """
     most = int(within.max(initial=-1)) + 1
     prompts = int(prompt_of_row.max(initial=-1)) + 1

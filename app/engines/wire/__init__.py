@@ -1,1 +1,1 @@
-"""How weights travel from the trainer to vLLM servers."""
+"""The transfer of weights from the trainer to vLLM servers: code that runs in both."""

@@ -1,4 +1,4 @@
-"""The policy's weights cut into chunks, so that sending them takes the memory of one chunk and not of one model."""
+"""Chunks of the policy's weights, so that a transfer needs the memory of one chunk instead of the whole model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 64
-"""Bytes at whose multiples tensors start in a chunk, so that each can be viewed in its own dtype."""
+"""Alignment in bytes of the tensors in a chunk, so that each can be viewed in its own dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a receiver must know of a tensor before its bytes arrive.
+    """The description of a tensor that a receiver needs before the bytes arrive.
 
     Attributes:
-        name: in the checkpoint.
-        dtype: as torch names it, e.g. "bfloat16".
-        shape: of the whole tensor.
+        name: name in the checkpoint.
+        dtype: torch's name of the dtype, e.g. "bfloat16".
+        shape: shape of the whole tensor.
     """
 
     name: str
@@ -32,10 +32,10 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Raises ValueError for a name that is no dtype."""
+        """The dtype. Raises ValueError if torch has no dtype of that name."""
         found = getattr(torch, self.dtype, None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"tensor {self.name}: {self.dtype!r} is no dtype of torch")
+            raise ValueError(f"tensor {self.name}: torch has no dtype {self.dtype!r}")
         return found
 
     @property
@@ -52,7 +52,7 @@ def from_json(text: str) -> list[TensorSpec]:
 
 
 def layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
-    """Where each tensor starts in a chunk, and the chunk's size, in bytes."""
+    """Return the offset of each tensor in a chunk and the size of the chunk, in bytes."""
     starts, end = [], 0
     for spec in specs:
         starts.append(end)
@@ -61,7 +61,7 @@ def layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
 
 
 def unpack(flat: torch.Tensor, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors of a chunk: views of `flat`, uint8 `[size]`."""
+    """Return the names and tensors of a chunk, as views of `flat` (uint8 `[size]`)."""
     starts, _ = layout(specs)
     return [
         (spec.name, flat[start : start + spec.nbytes].view(spec.torch_dtype).view(spec.shape))
@@ -72,11 +72,11 @@ def unpack(flat: torch.Tensor, specs: Sequence[TensorSpec]) -> list[tuple[str, t
 def chunks(
     named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None, limit: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger tensor is a chunk of its own.
+    """Yield consecutive tensors of at most `limit` bytes in total; a larger tensor becomes its own chunk.
 
     Args:
         named_tensors: consumed one by one.
-        dtype: that floating-point tensors are cast to; None keeps each one's own.
+        dtype: dtype that floating-point tensors are cast to; None keeps each tensor's own.
         limit: in bytes.
     """
     chunk: list[tuple[str, torch.Tensor]] = []
@@ -93,5 +93,5 @@ def chunks(
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory, uint8 `[nbytes]`, on its device."""
+    """Return the tensor's memory as uint8 `[nbytes]` on the tensor's device."""
     return tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,7 +1,4 @@
-"""A process group of its own between the trainer and the servers' workers, beside whatever groups either already has.
-
-The trainer is rank 0; gloo carries CPU tensors, NCCL carries CUDA tensors.
-"""
+"""A separate process group of the trainer (rank 0) and the servers' workers: gloo for CPU tensors, NCCL for CUDA."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ TIMEOUT = timedelta(minutes=5)
 
 
 class WeightGroup:
-    """One member's end of the group.
+    """One member of the group.
 
     Args:
-        store: where the members meet.
-        rank: 0 sends.
-        size: members.
-        device: of the tensors broadcast.
+        store: the members' rendezvous.
+        rank: rank of this member; 0 sends.
+        size: number of members.
+        device: device of the broadcast tensors.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
@@ -33,13 +30,13 @@ class WeightGroup:
         kind: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo
         if device.type == "cuda":
             options = kind.Options()
-            options._timeout = TIMEOUT
+            options._timeout = TIMEOUT  # torch has no public name for it here
             self._group = kind(store, rank, size, options)
         else:
             self._group = kind(store, rank, size, TIMEOUT)
 
-    def send(self, chunk: Sequence[tuple[str, torch.Tensor]]) -> Any:
-        """Starts to send a chunk to all; the work that it returns is done when they have it."""
+    def send(self, chunk: Sequence[tuple[str, torch.Tensor]]) -> dist.Work:
+        """Start to broadcast a chunk. The returned work is done when all members have received it."""
         starts, size = layout([TensorSpec.of(name, tensor) for name, tensor in chunk])
         flat = torch.empty(size, dtype=torch.uint8, device=self.device)
         for start, (_, tensor) in zip(starts, chunk, strict=True):
@@ -48,23 +45,24 @@ class WeightGroup:
         return self._broadcast(flat)
 
     def receive(self, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-        """The tensors of the chunk that rank 0 sends, in memory of their own."""
+        """Return the tensors of the chunk that rank 0 broadcasts, in new memory."""
         _, size = layout(specs)
         flat = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._broadcast(flat).wait()
         return unpack(flat, specs)
 
-    def _broadcast(self, flat: torch.Tensor) -> Any:
+    def _broadcast(self, flat: torch.Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        return self._group.broadcast([flat], options)
+        work: dist.Work = self._group.broadcast([flat], options)
+        return work
 
 
 class Rendezvous:
-    """The store that a new group meets at, on one address of the trainer's machine.
+    """The rendezvous of a new group, on one address of the trainer's machine.
 
     Args:
-        address: this machine's, as the servers reach it. Only there does it listen.
+        address: address of this machine as seen by the servers. It only listens there.
     """
 
     def __init__(self, address: str) -> None:
@@ -73,7 +71,7 @@ class Rendezvous:
         self.port: int = self._socket.getsockname()[1]
 
     def open(self, size: int) -> dist.Store:
-        """The trainer's store; the members come as they will."""
+        """Return the trainer's store. It does not wait for the other members."""
         return dist.TCPStore(
             self.address,
             self.port,
@@ -86,5 +84,5 @@ class Rendezvous:
 
 
 def join(address: str, port: int, size: int) -> dist.Store:
-    """The store of a group that the trainer has opened."""
+    """Return the store of a rendezvous that the trainer has opened."""
     return dist.TCPStore(address, port, size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)

@@ -1,36 +1,43 @@
-"""Gives servers the policy's weights: what is asked of them around a push, and the two ways that the bytes take."""
+"""Pushes the policy's weights to vLLM servers: the requests around a push, and the two ways to send the bytes.
+
+vLLM 0.32's own weight transfer (`/start_weight_update` and the requests after it) is not used. It accepts a push that
+lacks weights, and the version it reports is unrelated to the weights that the workers hold after a failed push. A
+registered transfer engine could carry the bytes on a CPU, but would need the same code as here; and if it refuses an
+incomplete push when the update finishes, the server rejects every later update.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
 from app.engines.requests import EngineError
-from app.engines.server.client import ServerClient, together
+from app.engines.server.client import ServerClient, gather_while_healthy
 from app.engines.server.loop_thread import LoopThread
 from app.engines.wire.chunks import TensorSpec, chunks, to_json
 from app.engines.wire.group import Rendezvous, WeightGroup
 from app.engines.wire.shared_file import shared_chunk
 from datamodules.errors import UserError
 
+T = TypeVar("T")
 Transport = Literal["auto", "shared_memory", "process_group"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class WeightPusher:
-    """Pushes weights to all servers at once; a server counts as having them when it says so.
+    """Pushes weights to all servers at once, and verifies which version their workers hold.
 
     Args:
-        loop: in which the clients live.
-        clients: of the servers.
-        transport: "shared_memory" for servers of this machine, "process_group" for others; "auto" decides by the urls.
-        address: of this machine, as the servers reach it; for the process group.
-        dtype: that floating-point weights are sent in; None keeps the policy's.
-        chunk_bytes: sent at a time.
+        loop: event loop of the clients.
+        clients: one per server.
+        transport: "shared_memory" for servers on this machine, "process_group" for others; "auto" decides by the URLs.
+        address: address of this machine as seen by the servers, for the process group.
+        dtype: dtype that floating-point weights are sent in; None keeps the policy's.
+        chunk_bytes: size of the chunks that weights are sent in.
     """
 
     def __init__(
@@ -43,24 +50,25 @@ class WeightPusher:
         chunk_bytes: int,
     ) -> None:
         self._loop, self._clients = loop, clients
-        near = all(urlsplit(client.url).hostname in _LOOPBACK for client in clients)
-        self.transport = ("shared_memory" if near else "process_group") if transport == "auto" else transport
+        local = all(urlsplit(client.url).hostname in _LOOPBACK for client in clients)
+        self.transport = ("shared_memory" if local else "process_group") if transport == "auto" else transport
         self._address, self._dtype, self._chunk_bytes = address, dtype, chunk_bytes
         self._group: WeightGroup | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """Returns when every worker of every server generates with the weights, and remembers nothing of those before.
+        """Send the weights, and return when every worker generates with them and has no cache of earlier ones.
 
-        After an error the servers stay paused: none of them generates with weights that nobody knows.
+        After an error the servers stay paused, so that none of them generates with unknown weights.
 
         Args:
-            named_tensors: consumed to the end, but for errors.
-            version: of the policy.
-            since: version that every worker has the other weights of; None when all weights are given.
+            named_tensors: consumed to the end unless an error occurs.
+            version: the policy's version.
+            since: version that every worker holds and that tensors which are not given still have; None if all weights
+                are given.
 
         Raises:
-            EngineError: a server did not take the weights.
-            ServerGone: a server does not answer.
+            EngineError: a server did not load the weights.
+            LostServerError: a server does not answer.
         """
         if self.transport == "process_group" and self._group is None:
             self._group = self._form_group()
@@ -70,70 +78,62 @@ class WeightPusher:
             self._send(chunk)
         self._call("dots_finish", version=version)
         if not all(self._all(client.reset_prefix_cache() for client in self._clients)):
-            raise EngineError("a vLLM server could not reset its prefix cache after a push: see its log")
-        self.check(version)
-        self._all(client.resume() for client in self._clients)
-
-    def versions(self) -> list[str]:
-        """What every worker says that it generates with; "None" for the weights that it was started with."""
-        return self._call("dots_version")
-
-    def check(self, version: int) -> None:
-        """Raises EngineError when a worker does not have the version."""
+            raise EngineError("A vLLM server could not reset its prefix cache after a push. See the server's log.")
         found = self.versions()
         if set(found) != {str(version)}:
             raise EngineError(
-                f"after the push of version {version} the vLLM workers report {', '.join(found)}: "
-                "the weights did not arrive; see the server's log"
+                f"After the push of version {version} the vLLM workers report {', '.join(found)}, so the weights did "
+                "not arrive. See the server's log."
             )
+        self._all(client.resume() for client in self._clients)
+
+    def versions(self) -> list[str]:
+        """Return the version that each worker holds; "None" for the weights that it was started with."""
+        return self._call("dots_version")
 
     def _send(self, chunk: list[tuple[str, torch.Tensor]]) -> None:
         if self.transport == "process_group":
-            self._broadcast(chunk)
+            assert self._group is not None
+            specs = to_json([TensorSpec.of(name, tensor) for name, tensor in chunk])
+            # The workers must receive while this process sends.
+            receives = [client.call("dots_receive", specs=specs) for client in self._clients]
+            receiving = self._loop.submit(gather_while_healthy(self._clients, receives))
+            broadcast = self._group.send(chunk)
+            # First the answers: the broadcast to a worker that failed would never end.
+            receiving.result()
+            broadcast.wait()
             return
         try:
-            with shared_chunk(chunk) as (path, specs):
-                self._call("dots_load_file", path=path, specs=to_json(specs))
+            with shared_chunk(chunk) as (path, layout):
+                self._call("dots_load_file", path=path, specs=to_json(layout))
         except OSError as error:
             size = sum(tensor.nbytes for _, tensor in chunk)
             raise UserError(
-                f"no room for {size} bytes of weights in shared memory ({error.strerror}): lower engine.chunk_mib, "
-                "give the container a larger /dev/shm, or set engine.transport to process_group"
+                f"The shared memory has no room for {size} bytes of weights ({error.strerror}). "
+                "Lower engine.chunk_mib, enlarge the container's /dev/shm, or set engine.transport to process_group."
             ) from error
-
-    def _broadcast(self, chunk: list[tuple[str, torch.Tensor]]) -> None:
-        assert self._group is not None
-        specs = to_json([TensorSpec.of(name, tensor) for name, tensor in chunk])
-        # The workers must be receiving while this process sends.
-        asked = self._loop.submit(
-            self._together([client.call("dots_receive", specs=specs) for client in self._clients])
-        )
-        work = self._group.send(chunk)
-        # A server that fails never receives, and nothing would end the broadcast.
-        asked.result()
-        work.wait()
 
     def _form_group(self) -> WeightGroup:
         sizes = self._all(client.world_size() for client in self._clients)
-        meeting = Rendezvous(self._address)
+        rendezvous = Rendezvous(self._address)
         size = 1 + sum(sizes)
-        store = meeting.open(size)
+        store = rendezvous.open(size)
         joins = [
-            client.call("dots_join", address=self._address, port=meeting.port, first_rank=1 + sum(sizes[:i]), size=size)
+            client.call(
+                "dots_join", address=self._address, port=rendezvous.port, first_rank=1 + sum(sizes[:i]), size=size
+            )
             for i, client in enumerate(self._clients)
         ]
-        asked = self._loop.submit(self._together(joins))
+        joining = self._loop.submit(gather_while_healthy(self._clients, joins))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         group = WeightGroup(store, 0, size, device)
-        asked.result()
+        joining.result()
         return group
 
     def _call(self, method: str, **arguments: object) -> list[str]:
+        """Call a method of all servers' workers, and return every worker's result."""
         answers = self._all(client.call(method, **arguments) for client in self._clients)
         return [text for answer in answers for text in answer]
 
-    def _all(self, work: Iterable[Any]) -> list[Any]:
-        return self._loop.run(self._together(list(work)))
-
-    async def _together(self, work: Sequence[Any]) -> list[Any]:
-        return await together(self._clients, work)
+    def _all(self, work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+        return self._loop.run(gather_while_healthy(self._clients, list(work)))

@@ -1,4 +1,4 @@
-"""A chunk of weights in shared memory: a file closed to other users, and gone when the servers have read it."""
+"""A chunk of weights in shared memory, as a file that other users cannot open and that is unlinked after use."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ _PREFIX = f"{FOLDER}/dots-"
 
 @contextmanager
 def shared_chunk(chunk: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, list[TensorSpec]]]:
-    """Path and contents of a new file that holds the tensors; it is unlinked at the end of the block.
+    """Write the tensors to a new file, yield its path and contents, and unlink it at the end of the block.
 
-    Raises OSError when the shared memory is full.
+    Raises:
+        OSError: the shared memory is full.
     """
     specs = [TensorSpec.of(name, tensor) for name, tensor in chunk]
     starts, size = layout(specs)
     path = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        # Reserved before it is written: a full file system is an error here and a SIGBUS in a mapping.
+        # Reserve the space first: a full file system is an error here, but a SIGBUS in a mapping.
         os.posix_fallocate(descriptor, 0, max(size, 1))
         for start, (_, tensor) in zip(starts, chunk, strict=True):
-            _write(descriptor, as_bytes(tensor).cpu().numpy().data, start)
+            data = as_bytes(tensor).cpu().numpy().data
+            while len(data):
+                written = os.pwrite(descriptor, data, start)
+                data, start = data[written:], start + written
         yield path, specs
     finally:
         os.close(descriptor)
@@ -37,26 +41,23 @@ def shared_chunk(chunk: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
             os.unlink(path)
 
 
-def _write(descriptor: int, data: memoryview, start: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, start)
-        data, start = data[written:], start + written
-
-
 def read_chunk(path: str, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-    """Names and tensors of a file that another process of this user has made; they map it and outlive its name.
+    """Return the names and tensors of a file written by another process of this user.
 
-    Raises ValueError for a path that is not such a file.
+    The tensors map the file, and stay valid after it is unlinked.
+
+    Raises:
+        ValueError: the path is not such a file.
     """
     if not path.startswith(_PREFIX) or "/" in path.removeprefix(_PREFIX):
-        raise ValueError(f"{path}: not a file that a trainer makes; expected {_PREFIX}...")
+        raise ValueError(f"{path} was not written by a trainer: expected {_PREFIX}...")
     _, size = layout(specs)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)
         if found.st_uid != os.getuid() or found.st_mode & 0o077 or found.st_size < size:
-            raise ValueError(f"{path}: expected {size} bytes, owned by this user and closed to all others")
-        # A private mapping: nobody's write here reaches the trainer's file.
+            raise ValueError(f"{path}: expected {size} bytes, owned by this user and inaccessible to others")
+        # A private mapping: writes here do not reach the trainer's file.
         flat = torch.from_file(f"/proc/self/fd/{descriptor}", shared=False, size=size, dtype=torch.uint8)
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Inside vLLM's worker: takes the policy's weights by name. Imported by vLLM (`worker_extension_cls`), not by us."""
+"""Extensions of vLLM's worker that load the policy's weights by name. vLLM imports them (`worker_extension_cls`)."""
 
 from __future__ import annotations
 
@@ -7,55 +7,118 @@ from typing import Any
 
 import torch
 
+from app.engines.wire.chunks import from_json
+from app.engines.wire.group import WeightGroup, join
+from app.engines.wire.shared_file import read_chunk
 from app.engines.worker.reload import Reload
 
 
 class PolicyWeights:
     """Mixed into vLLM's worker; its methods are called through `collective_rpc`.
 
-    The prefix cache belongs to the scheduler, out of a worker's reach: whoever loads weights resets it afterwards, or
-    keys and values of the old policy serve the new one.
+    The prefix cache belongs to the scheduler, which a worker cannot reach. Callers must reset it after loading weights,
+    or keys and values of the old policy would be used with the new one.
     """
 
-    # vLLM refuses an extension that redefines a name of its worker: hence the prefix.
+    # Provided by vLLM's worker.
+    rank: int
+    device: torch.device
+    model_runner: Any
+
+    # vLLM rejects an extension that redefines a name of its worker: hence the prefix.
     _dots_version: int | None = None
     _dots_unfilled: Mapping[str, int] = {}
 
-    def dots_load(
-        self: Any, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None
-    ) -> None:
-        """Makes the engine's weights those given.
+    def dots_load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None) -> None:
+        """Load the weights.
 
         Args:
-            named_tensors: tensors of the checkpoint, under their names there.
-            version: read back by `dots_version`; while loading, and after a load that failed, that is None.
-            since: version whose weights the tensors that are not given have; None when all are given.
+            named_tensors: tensors under their names in the checkpoint.
+            version: later returned by `dots_version`, which returns None during a load and after a failed one.
+            since: version that tensors which are not given still have; None if all are given.
 
         Raises:
-            ValueError: a weight of the model was not among the tensors, a tensor belongs nowhere, or the worker does
-                not have the weights of `since`.
+            ValueError: a weight of the model is missing, a tensor has no place in the model, or the worker does not
+                hold the weights of `since`.
         """
-        reload = self._dots_reload(since)
+        reload = self._dots_begin_reload(since)
         try:
-            reload.take(named_tensors)
+            reload.load(named_tensors)
         except BaseException:
-            # A later load starts from a whole model.
+            # Leave a whole model for the next load to start from.
             reload.end()
             raise
-        self._dots_take_over(reload, version)
+        self._dots_finish_reload(reload, version)
 
     def dots_version(self) -> int | None:
-        """The version of the weights that would generate now."""
+        """Return the version of the weights that the worker would generate with."""
         return self._dots_version
 
-    def _dots_reload(self: Any, since: int | None) -> Reload:
-        """Begins; from here to `_dots_take_over` there is no version."""
+    def _dots_begin_reload(self, since: int | None) -> Reload:
+        """Begin a reload. There is no version until `_dots_finish_reload`."""
         if since is not None and self._dots_version != since:
-            raise ValueError(f"weights changed since version {since} came to a worker of version {self._dots_version}")
+            raise ValueError(
+                f"a worker that holds version {self._dots_version} received only the changes since version {since}"
+            )
         self._dots_version = None
         return Reload(self, whole=since is None)
 
-    def _dots_take_over(self: Any, reload: Reload, version: int) -> None:
+    def _dots_finish_reload(self, reload: Reload, version: int) -> None:
         self._dots_unfilled = reload.finish(self._dots_unfilled)
         self.model_runner.reset_lora_state()
         self._dots_version = version
+
+
+class ServedPolicyWeights(PolicyWeights):
+    """`PolicyWeights` in a server, for a trainer in another process that sends the weights in chunks.
+
+    All arguments are text, as the HTTP interface passes them on. Each chunk can be freed before the next is sent.
+    Callers must pause generation first.
+    """
+
+    _dots_reload: Reload | None = None
+    _dots_group: WeightGroup | None = None
+
+    def dots_begin(self, since: str) -> None:
+        """Begin a push. Until `dots_finish` the model must not generate and has no version.
+
+        Args:
+            since: version that tensors which are not sent still have; "None" if all are sent.
+        """
+        if self._dots_reload is not None:
+            # An earlier push was interrupted.
+            self._dots_reload.end()
+        self._dots_reload = None
+        self._dots_reload = self._dots_begin_reload(None if since == "None" else int(since))
+
+    def dots_load_file(self, path: str, specs: str) -> None:
+        """Load a chunk from shared memory."""
+        self._dots_load_chunk(read_chunk(path, from_json(specs)))
+
+    def dots_join(self, address: str, port: str, first_rank: str, size: str) -> None:
+        """Join the trainer's process group; `first_rank` is the rank in it of this server's first worker."""
+        self._dots_group = None
+        store = join(address, int(port), int(size))
+        self._dots_group = WeightGroup(store, int(first_rank) + self.rank, int(size), torch.device(self.device))
+
+    def dots_receive(self, specs: str) -> None:
+        """Load a chunk that the trainer broadcasts."""
+        if self._dots_group is None:
+            raise RuntimeError("dots_receive was called before dots_join")
+        self._dots_load_chunk(self._dots_group.receive(from_json(specs)))
+
+    def _dots_load_chunk(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+        if self._dots_reload is None:
+            raise RuntimeError("a chunk of weights arrived before dots_begin")
+        self._dots_reload.load(named_tensors)
+
+    def dots_finish(self, version: str) -> None:
+        """Generate with the loaded weights from now on, under `version`.
+
+        Raises:
+            ValueError: a weight of the model is missing.
+        """
+        if self._dots_reload is None:
+            raise RuntimeError("dots_finish was called before dots_begin")
+        reload, self._dots_reload = self._dots_reload, None
+        self._dots_finish_reload(reload, int(version))

@@ -1,9 +1,12 @@
-"""Inside vLLM's worker: one reload of the model's weights, of all or of those that changed. Not imported by us."""
+"""One reload of the weights in vLLM's worker, of all weights or of those that changed. Runs only inside vLLM.
+
+vLLM 0.32's own reload and weight transfer leave a tied output head unchanged on a CPU, and accept incomplete weights.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +23,13 @@ _VLLM_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 class Reload:
-    """What vLLM's `reload_weights` does, in three parts and with an end that knows what is missing.
+    """vLLM's `reload_weights` in three steps, of which the last checks that no weight is missing.
 
-    Between the first part and `finish`, and after an error until a later whole reload, the model must not generate.
+    The model must not generate between the constructor and `finish`, or after an error until the next whole reload.
 
     Args:
-        worker: vLLM's.
-        whole: all weights come; else the layers that get nothing keep what they have.
+        worker: vLLM's worker.
+        whole: True if all weights will be loaded; otherwise layers that receive nothing keep their weights.
     """
 
     def __init__(self, worker: Any, whole: bool) -> None:
@@ -38,29 +41,40 @@ class Reload:
         with set_current_vllm_config(self._vllm_config):
             initialize_layerwise_reload(self._model)
 
-    def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Loads some of the weights, under their names in the checkpoint."""
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load some of the weights, under their names in the checkpoint."""
+
+        def recorded() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in named_tensors:
+                self._given.add(name)
+                yield name, tensor
+
         with set_current_vllm_config(self._vllm_config), torch.no_grad():
-            loaded = self._model.load_weights(self._noted(named_tensors))
-        # None comes from models that do not say.
+            loaded = self._model.load_weights(recorded())
+        # Some models do not report what they loaded and return None.
         self._loaded = None if loaded is None or self._loaded is None else self._loaded | loaded
 
     def finish(self, unfilled: Mapping[str, int]) -> dict[str, int]:
-        """Makes what was loaded the weights that generate.
+        """Put the loaded weights into use.
 
         Args:
-            unfilled: what the last whole reload returned.
+            unfilled: the result of the last whole reload.
 
         Returns:
-            Elements loaded of each layer that has more of them (a vocabulary padded to whole blocks).
+            The number of loaded elements of each layer that has more elements (a vocabulary padded to whole blocks).
 
         Raises:
-            ValueError: a weight of the model did not come, or a layer got a part of its weights.
+            ValueError: a weight of the model is missing, or a layer received only part of its weights.
         """
-        found = self._unfilled()
+        found = {}
+        for name, layer in self._model.named_modules():
+            info = get_layerwise_info(layer)
+            # A layer that has received everything is no longer part of the reload.
+            if info.can_load() and 0 < info.load_numel < info.load_numel_total:
+                found[name] = int(info.load_numel)
         self.end()
         if not self._whole:
-            # What vLLM merges into one layer is replaced together: the rest of it would be left without values.
+            # vLLM replaces a merged layer as a whole: parts that were not pushed would be left without values.
             if partial := [name for name, size in found.items() if unfilled.get(name) != size]:
                 raise ValueError(f"{partial[0]} was pushed in part")
             found = dict(unfilled)
@@ -72,8 +86,8 @@ class Reload:
         return found
 
     def end(self) -> None:
-        """Leaves a model that a later reload can start from, whatever was loaded."""
-        # A layer that keeps its weights is a warning each; what is missing is told above.
+        """End the reload, however much was loaded, so that another one can begin."""
+        # vLLM warns about each layer that keeps its weights; `finish` reports missing weights itself.
         log = logging.getLogger(_VLLM_LOG)
         with set_current_vllm_config(self._vllm_config):
             before = log.level
@@ -81,26 +95,12 @@ class Reload:
             finalize_layerwise_reload(self._model, self._model_config)
             log.setLevel(before)
 
-    def _noted(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in named_tensors:
-            self._given.add(name)
-            yield name, tensor
-
-    def _unfilled(self) -> dict[str, int]:
-        found = {}
-        for name, layer in self._model.named_modules():
-            info = get_layerwise_info(layer)
-            # A layer that has got everything is out of the reload already.
-            if info.can_load() and 0 < info.load_numel < info.load_numel_total:
-                found[name] = int(info.load_numel)
-        return found
-
 
 def repack_heads(model: Any) -> None:
-    """Packs tied output heads anew, which a reload on a CPU leaves as they were.
+    """Repack tied output heads, which a reload on a CPU leaves unchanged.
 
     vLLM's CPU kernels multiply by a packed copy of a head's weight. A head that shares its weight with the embedding
-    gets the new values through it, but keeps the old copy.
+    receives the new values through it, but keeps the old copy.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)

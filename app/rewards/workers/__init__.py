@@ -1,1 +1,1 @@
-"""The processes that compute rewards, with limits on their time and memory."""
+"""Worker processes that compute rewards within limits of time and memory."""

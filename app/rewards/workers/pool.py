@@ -1,8 +1,7 @@
-"""A bounded pool of reward workers that can be killed."""
+"""A pool of reward workers that can be killed at any time."""
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import time
@@ -10,11 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 from app.rewards.base import Reward
-from app.rewards.workers.nursery import Nursery
-from app.rewards.workers.task import Call, CallResult, FailureKind, Setup
+from app.rewards.workers.fork_server import ForkServer
+from app.rewards.workers.task import Call, CallResult, FailureKind, Reply, Setup
 from datamodules.errors import UserError
 
 logger = logging.getLogger("dots.rewards")
@@ -22,15 +20,16 @@ logger = logging.getLogger("dots.rewards")
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """The processes that compute rewards.
+    """Number and limits of the processes that compute rewards.
 
     Args:
-        num_workers: processes.
-        time_limit_s: seconds that a worker may take over one chunk. A chunk that takes longer is scored again one
-            completion at a time, under the same limit each.
+        num_workers: number of processes.
+        time_limit_s: seconds that a worker may spend on one chunk. A chunk that takes longer is scored again one
+            completion at a time, each under the same limit.
         memory_limit_mb: address space of one worker, in MiB (`RLIMIT_AS`).
-        load_limit_s: seconds that a worker may take to import what its rewards need.
-        chunk_size: completions sent to a worker at once; groups are kept together, so a large group is a larger chunk.
+        load_limit_s: seconds that a worker may spend on importing what its rewards need.
+        chunk_size: completions sent to a worker at once. Groups are kept together, so a larger group makes a larger
+            chunk.
     """
 
     num_workers: int = 2
@@ -40,14 +39,14 @@ class WorkerOptions:
     chunk_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "time_limit_s", "memory_limit_mb", "load_limit_s", "chunk_size"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"workers.{name}={getattr(self, name)}: expected more than 0")
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise UserError(f"workers.{name} is {value}, but must be above 0. Raise it or leave it out.")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A call to be run: the `call`-th of a batch, or one completion of it."""
+    """A unit of work: call number `call` of a batch, or its completion `item` alone."""
 
     call: int
     item: int | None
@@ -64,38 +63,47 @@ class _Worker:
     job: _Job | None = None
 
     @property
-    def waited_for(self) -> bool:
+    def busy(self) -> bool:
         return not self.ready or self.job is not None
 
 
-class RewardWorkers:
-    """Computes rewards in processes of their own; what hangs or dies there costs one completion's score.
+@dataclass(frozen=True)
+class _Failure:
+    """A job without scores: it timed out, raised an exception or its worker died."""
 
-    Results do not depend on the number of workers or on which finishes first. Not thread safe.
+    kind: FailureKind
+    error: str
+    traceback: str = ""
+
+
+class RewardWorkers:
+    """Computes rewards in separate processes, where a hang or a crash costs only the score of one completion.
+
+    Results depend neither on the number of workers nor on the order in which they finish. Not thread-safe.
 
     Args:
-        rewards: rewards, which need to pickle.
-        options: limits.
+        rewards: rewards; they must pickle.
+        options: number of processes and their limits.
     """
 
-    MAX_STILLBORN = 3
-    """Workers in a row that may die while loading."""
+    MAX_FAILED_STARTS = 3
+    """Number of workers in a row that may die while loading."""
 
     def __init__(self, rewards: Sequence[Reward], options: WorkerOptions) -> None:
         self.options = options
         self._rewards = list(rewards)
-        self._nursery: Nursery | None = None
+        self._server: ForkServer | None = None
         self._workers: list[_Worker] = []
-        self._stillborn = 0
-        self._traced: set[int] = set()
+        self._failed_starts = 0
+        self._traceback_shown: set[int] = set()
 
     def start(self) -> None:
-        """Starts the processes without waiting for them. Does nothing when they run."""
+        """Start the processes without waiting for them. Do nothing if they are running."""
         while len(self._workers) < self.options.num_workers:
-            self._workers.append(self._hire())
+            self._workers.append(self._spawn())
 
     def wait_ready(self) -> None:
-        """Starts the processes and waits until each has loaded all rewards.
+        """Start the processes and wait until each has loaded all rewards.
 
         Raises:
             UserError: a reward cannot be loaded, or not within the time limit.
@@ -103,190 +111,175 @@ class RewardWorkers:
         self.run([])
 
     def run(self, calls: Sequence[Call]) -> list[CallResult]:
-        """Computes calls, in order of the list as workers become free.
+        """Run calls, in order, on workers as they become free, and return one result per call.
 
         Raises:
-            UserError: a reward cannot be loaded, or finds its configuration or the data's columns wrong.
+            UserError: a reward cannot be loaded, or rejects its configuration or the data's columns.
         """
         try:
             self.start()
             return self._run(calls)
         except BaseException:
-            self.close()  # a worker may be in the middle of a call whose result nobody waits for
+            self.close()  # a worker may still be computing a result that nobody will read
             raise
 
     def close(self) -> None:
-        """Kills the processes. May be called twice; a later `run` starts new ones."""
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
+        """Kill the processes. May be called twice; a later `run` starts new ones."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         for worker in self._workers:
             worker.connection.close()
         self._workers = []
 
     def _run(self, calls: Sequence[Call]) -> list[CallResult]:
         pending = deque(_Job(index, None, call) for index, call in enumerate(calls) if len(call))
-        board = _Board(calls)
-        while pending or any(worker.job for worker in self._workers) or (not calls and self._loading):
+        # Results by call, whole or by completion, so that their order does not depend on the order of arrival.
+        whole = [None if len(call) else CallResult([]) for call in calls]
+        single: list[dict[int, CallResult]] = [{} for _ in calls]
+        while (
+            pending
+            or any(worker.job for worker in self._workers)
+            or (not calls and not all(worker.ready for worker in self._workers))
+        ):
             for position, worker in enumerate(self._workers):
                 if pending and worker.ready and worker.job is None:
                     self._assign(position, pending)
-            for position, worker in self._events():
+            for position, worker in self._wait_for_events():
                 outcome = self._receive(position, worker)
-                if outcome is not None:
-                    self._settle(*outcome, board, pending)
-        return board.results()
-
-    @property
-    def _loading(self) -> bool:
-        return any(not worker.ready for worker in self._workers)
+                if outcome is None:
+                    continue
+                job, result = outcome
+                if isinstance(result, _Failure):
+                    if len(job.request) > 1:  # retry one completion at a time
+                        items = reversed(range(len(job.request)))
+                        pending.extendleft(_Job(job.call, item, job.request.only(item)) for item in items)
+                        continue
+                    result = self._failed(job, result)
+                if job.item is None:
+                    whole[job.call] = result
+                else:
+                    single[job.call][job.item] = result
+        return [
+            found or CallResult.joined([parts[item] for item in sorted(parts)])
+            for found, parts in zip(whole, single, strict=True)
+        ]
 
     def _assign(self, position: int, pending: deque[_Job]) -> None:
+        """Send the next job to an idle worker, or replace the worker if it has died."""
         worker, job = self._workers[position], pending[0]
         message = pickle.dumps(job.request, protocol=pickle.HIGHEST_PROTOCOL)
         try:
             worker.connection.send_bytes(message)
-        except OSError:  # it died idle
+        except OSError:
             self._workers[position] = self._replace(worker)
             return
         worker.job = pending.popleft()
         worker.deadline = time.monotonic() + self.options.time_limit_s
 
-    def _events(self) -> list[tuple[int, _Worker]]:
-        """Workers that have said something or are late, waiting for the first such event."""
-        deadlines = [worker.deadline for worker in self._workers if worker.waited_for]
+    def _wait_for_events(self) -> list[tuple[int, _Worker]]:
+        """Wait until a worker sends a message or exceeds its deadline, and return all workers that have done so."""
+        deadlines = [worker.deadline for worker in self._workers if worker.busy]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
-        heard = wait([worker.connection for worker in self._workers], timeout)
+        readable = wait([worker.connection for worker in self._workers], timeout)
         now = time.monotonic()
         return [
             (position, worker)
             for position, worker in enumerate(self._workers)
-            if worker.connection in heard or (worker.waited_for and now >= worker.deadline)
+            if worker.connection in readable or (worker.busy and now >= worker.deadline)
         ]
 
-    def _receive(self, position: int, worker: _Worker) -> tuple[_Job, dict[str, Any]] | None:
-        """What came of the worker's job, if that is what happened."""
+    def _receive(self, position: int, worker: _Worker) -> tuple[_Job, CallResult | _Failure] | None:
+        """Handle a worker's message, timeout or death. Return its job and the outcome if that ends the job."""
         if not worker.connection.poll():
-            return self._expire(position, worker)
+            if not worker.ready:
+                raise UserError(
+                    f"{self._describe(worker)} did not load within load_limit_s={self.options.load_limit_s:g} s. "
+                    "Make its import faster or raise the limit."
+                )
+            self._workers[position] = self._replace(worker)
+            assert worker.job is not None
+            return worker.job, _Failure("timed_out", f"took more than {self.options.time_limit_s:g} s")
         try:
-            message = json.loads(worker.connection.recv_bytes())
+            reply = Reply.decode(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            return self._bury(position, worker)
-        kind = message["kind"]
-        if kind in ("unusable", "unloadable"):
-            self._refuse(worker, message)
-        elif kind == "born":
-            worker.pid = message["pid"]
-        elif kind == "loading":
-            worker.loading = message["reward"]
-        elif kind == "ready":
-            worker.ready, self._stillborn = True, 0
+            return self._reap(position, worker)
+        if reply.kind == "unusable":
+            raise UserError(reply.error)
+        if reply.kind == "unloadable":
+            logger.error(reply.traceback)
+            raise UserError(f"{self._describe(worker)} cannot be loaded in a worker ({reply.error}). Fix its code.")
+        if reply.kind == "started":
+            worker.pid = reply.pid
+        elif reply.kind == "loading":
+            worker.loading = reply.reward
+        elif reply.kind == "ready":
+            worker.ready, self._failed_starts = True, 0
         elif worker.job is not None:
             job, worker.job = worker.job, None
-            return job, message
+            if reply.kind == "raised":
+                return job, _Failure("crashed", reply.error, reply.traceback)
+            errors = {int(item): error for item, error in reply.invalid.items()}
+            for item, error in errors.items():
+                self._warn(job.request, item, "crashed", error)
+            failures: dict[int, FailureKind] = dict.fromkeys(errors, "crashed")
+            metrics = [(name, value) for name, value in reply.metrics]
+            return job, CallResult(reply.scores, failures, metrics, reply.extras)
         return None
 
-    def _expire(self, position: int, worker: _Worker) -> tuple[_Job, dict[str, Any]] | None:
+    def _reap(self, position: int, worker: _Worker) -> tuple[_Job, _Failure] | None:
+        """Replace a worker that has died, and return the job that dies with it."""
         if not worker.ready:
-            raise UserError(
-                f"{self._describe(worker)} did not load within load_limit_s={self.options.load_limit_s:g} s: "
-                "make its import faster, or raise the limit"
-            )
-        self._workers[position] = self._replace(worker)
-        assert worker.job is not None
-        return worker.job, {"kind": "timed_out", "error": f"took more than {self.options.time_limit_s:g} s"}
-
-    def _bury(self, position: int, worker: _Worker) -> tuple[_Job, dict[str, Any]] | None:
-        if not worker.ready:
-            self._stillborn += 1
-            if self._stillborn >= self.MAX_STILLBORN:
+            self._failed_starts += 1
+            if self._failed_starts >= self.MAX_FAILED_STARTS:
                 raise UserError(
-                    f"{self._describe(worker)}: {self._stillborn} workers died while loading it; "
-                    f"raise memory_limit_mb={self.options.memory_limit_mb}, or see what its import does"
+                    f"{self._describe(worker)}: {self._failed_starts} workers in a row died while loading it. "
+                    f"Raise memory_limit_mb={self.options.memory_limit_mb}, or check what its import does."
                 )
         self._workers[position] = self._replace(worker)
-        return (worker.job, {"kind": "died", "error": "its worker died"}) if worker.job else None
-
-    def _refuse(self, worker: _Worker, message: dict[str, Any]) -> None:
-        if message["kind"] == "unloadable":
-            logger.error(message["traceback"])
-            raise UserError(f"{self._describe(worker)} cannot be loaded in a worker ({message['error']}); mend it")
-        raise UserError(message["error"])
+        return (worker.job, _Failure("crashed", "its worker died")) if worker.job else None
 
     def _describe(self, worker: _Worker) -> str:
         if worker.loading is None:
-            return "the reward worker"
-        return f"reward {self._rewards[worker.loading].name!r}"
+            return "The reward worker"
+        return f"Reward {self._rewards[worker.loading].name!r}"
 
-    def _settle(self, job: _Job, message: dict[str, Any], board: _Board, pending: deque[_Job]) -> None:
-        """Enters a job's outcome; a failed chunk is queued again, one completion at a time."""
-        if message["kind"] == "scores":
-            wrong = {int(item): error for item, error in message["wrong"].items()}
-            for item, error in wrong.items():
-                self._warn(job.request, item, "crashed", error)
-            failures: dict[int, FailureKind] = dict.fromkeys(wrong, "crashed")
-            metrics = [(name, value) for name, value in message["metrics"]]
-            board.enter(job, CallResult(message["scores"], failures, metrics, message["extras"]))
-            return
-        if len(job.request) > 1:
-            pending.extendleft(
-                _Job(job.call, item, job.request.only(item)) for item in reversed(range(len(job.request)))
-            )
-            return
-        kind: FailureKind = "timed_out" if message["kind"] == "timed_out" else "crashed"
-        self._warn(job.request, 0, kind, message["error"])
-        if "traceback" in message and job.request.reward not in self._traced:
-            self._traced.add(job.request.reward)
-            logger.error(
-                "first traceback of reward %r:\n%s", self._rewards[job.request.reward].name, message["traceback"]
-            )
-        board.enter(job, CallResult([None], {0: kind}))
+    def _failed(self, job: _Job, failure: _Failure) -> CallResult:
+        """Report a failed completion, with the first traceback of each reward, and return its result."""
+        reward = job.request.reward
+        self._warn(job.request, 0, failure.kind, failure.error)
+        if failure.traceback and reward not in self._traceback_shown:
+            self._traceback_shown.add(reward)
+            logger.error("first traceback of reward %r:\n%s", self._rewards[reward].name, failure.traceback)
+        return CallResult([None], {0: failure.kind})
 
     def _warn(self, call: Call, item: int, kind: FailureKind, error: str) -> None:
         name = self._rewards[call.reward].name
         logger.warning("reward %r %s on %s: %s", name, kind.replace("_", " "), call.labels[item], error)
 
-    def _hire(self) -> _Worker:
-        setup = Setup(tuple(map(_pickled, self._rewards)), self.options.memory_limit_mb)
-        for _ in range(self.MAX_STILLBORN):
-            if self._nursery is None:
-                self._nursery = Nursery(sorted({module for reward in self._rewards for module in reward.preload}))
+    def _spawn(self) -> _Worker:
+        pickled = []
+        for reward in self._rewards:
             try:
-                connection = self._nursery.fork()
-                connection.send(setup)
+                pickled.append(pickle.dumps(reward))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise UserError(
+                    f"Reward {reward.name!r} does not pickle ({error}). Store only plain values in it."
+                ) from error
+        for _ in range(self.MAX_FAILED_STARTS):
+            if self._server is None:
+                self._server = ForkServer(sorted({module for reward in self._rewards for module in reward.preload}))
+            try:
+                connection = self._server.fork()
+                connection.send(Setup(tuple(pickled), self.options.memory_limit_mb))
                 return _Worker(connection, time.monotonic() + self.options.load_limit_s)
-            except OSError:  # the nursery died, and all workers with it
-                self._nursery.close()
-                self._nursery = None
-        raise RuntimeError("reward workers cannot be started: their process ends at once; see its output above")
+            except OSError:  # the server died, and all workers with it
+                self._server.close()
+                self._server = None
+        raise RuntimeError("Reward workers cannot be started: their server ends at once. See its output above.")
 
     def _replace(self, worker: _Worker) -> _Worker:
-        if self._nursery is not None and worker.pid is not None:
-            self._nursery.kill(worker.pid)
+        if self._server is not None and worker.pid is not None:
+            self._server.kill(worker.pid)
         worker.connection.close()
-        return self._hire()
-
-
-class _Board:
-    """Outcomes of a batch of calls, in the order of the calls whatever the order of arrival."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._whole: list[CallResult | None] = [None if len(call) else CallResult([]) for call in calls]
-        self._single: list[list[CallResult | None]] = [[None] * len(call) for call in calls]
-
-    def enter(self, job: _Job, result: CallResult) -> None:
-        if job.item is None:
-            self._whole[job.call] = result
-        else:
-            self._single[job.call][job.item] = result
-
-    def results(self) -> list[CallResult]:
-        singles = ([part for part in parts if part is not None] for parts in self._single)
-        return [whole or CallResult.joined(parts) for whole, parts in zip(self._whole, singles, strict=True)]
-
-
-def _pickled(reward: Reward) -> bytes:
-    try:
-        return pickle.dumps(reward)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(f"reward {reward.name!r} does not pickle ({error}): keep only plain values in it") from error
+        return self._spawn()

@@ -1,25 +1,27 @@
-"""What travels between the trainer and its reward workers: pickles on the way there, JSON on the way back."""
+"""Messages between the trainer and its reward workers: pickles towards the worker, JSON back to the trainer."""
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from datamodules.types import Messages
+from app.rewards.base import Column, Scores, Texts
 
-ORDER = struct.Struct("!cq")
-"""An order to the nursery: `F` and 0 with a socket attached (fork), or `K` and a process id (kill)."""
+COMMAND = struct.Struct("!cq")
+"""A command to the fork server: `F` and 0 with a socket attached (fork), or `K` and a process id (kill)."""
 
 FailureKind = Literal["timed_out", "crashed"]
+Loggable = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a reward function may know about the run; the names are those of transformers' `TrainerState`."""
+    """The part of the run's state that reward functions receive, named as in transformers' `TrainerState`."""
 
     global_step: int = 0
     max_steps: int = -1
@@ -32,15 +34,50 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Setup:
-    """The first message to a worker: its rewards, each pickled by itself so that one that fails can be named."""
+    """First message to a worker: its rewards, pickled one by one so that one that fails to load can be named."""
 
     rewards: tuple[bytes, ...]
     memory_limit_mb: int
 
 
 @dataclass(frozen=True)
+class Reply:
+    """A message from a worker.
+
+    Attributes:
+        kind: "started" (with `pid`), "loading" (with `reward`), "ready" and "scores" in the normal course;
+            "unusable" (the configuration or data is wrong), "unloadable" and "raised" after an exception.
+        pid: process id of the worker.
+        reward: position of the reward that is being loaded.
+        scores: `N` scores, None where the reward does not apply or the value was invalid.
+        invalid: what is wrong with a returned score, by position (as text: JSON has no other keys).
+        metrics: (name, value) pairs that the function logged.
+        extras: `N` values by column name that the function logged.
+        error: one line.
+        traceback: empty unless an exception was raised.
+    """
+
+    kind: Literal["started", "loading", "ready", "scores", "unusable", "unloadable", "raised"]
+    pid: int = 0
+    reward: int = 0
+    scores: Scores = field(default_factory=list)
+    invalid: dict[str, str] = field(default_factory=dict)
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    extras: dict[str, list[Loggable]] = field(default_factory=dict)
+    error: str = ""
+    traceback: str = ""
+
+    def encode(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def decode(cls, message: bytes) -> Reply:
+        return cls(**json.loads(message))
+
+
+@dataclass(frozen=True)
 class Call:
-    """One reward to be computed for some completions.
+    """A request to compute one reward for some completions.
 
     Attributes:
         reward: position among the rewards of the pool.
@@ -49,15 +86,15 @@ class Call:
         completion_ids: `N` int32 arrays `[T]`.
         columns: `N` values by column name.
         state: passed on to functions.
-        labels: `N` names for the log, e.g. "prompt 'a1', completion 3".
-        seed: of Python's and NumPy's global generators while the reward runs.
+        labels: `N` names for log messages, e.g. "prompt 'a1', completion 3".
+        seed: seed of Python's and NumPy's global generators while the reward runs.
     """
 
     reward: int
-    prompts: Sequence[str | Messages]
-    completions: Sequence[str | Messages]
+    prompts: Texts
+    completions: Texts
     completion_ids: Sequence[np.ndarray]
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Column]
     state: TrainerState
     labels: Sequence[str]
     seed: int = 0
@@ -66,7 +103,7 @@ class Call:
         return len(self.completions)
 
     def only(self, item: int) -> Call:
-        """The same call for one of its completions."""
+        """Return the same call for one of its completions."""
         one = slice(item, item + 1)
         return replace(
             self,
@@ -80,23 +117,23 @@ class Call:
 
 @dataclass
 class CallResult:
-    """What came of a call of `N` completions.
+    """Result of a call for `N` completions.
 
     Attributes:
-        scores: `N` of them; None where the reward does not apply or failed.
-        failures: kind by position.
-        metrics: (name, value) as logged by the function.
-        extras: `N` values by column name, as logged by the function.
+        scores: `N` scores; None where the reward does not apply or failed.
+        failures: kind of failure by position.
+        metrics: (name, value) pairs that the function logged.
+        extras: `N` values by column name that the function logged.
     """
 
-    scores: list[float | None]
+    scores: Scores
     failures: dict[int, FailureKind] = field(default_factory=dict)
     metrics: list[tuple[str, float]] = field(default_factory=list)
-    extras: dict[str, list[Any]] = field(default_factory=dict)
+    extras: dict[str, list[Loggable]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence[CallResult]) -> CallResult:
-        """The results of successive calls as one."""
+        """Concatenate the results of successive calls."""
         whole = cls(scores=[])
         for part in parts:
             start = len(whole.scores)

@@ -1,0 +1,52 @@
+"""The callbacks that every run has, supplied by `DotsTrainer` unless the user lists them with options of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.pytorch import Callback
+
+from callbacks.algorithm.rollouts import Rollouts
+from callbacks.algorithm.weight_sync import WeightSync
+from callbacks.stages import StepCallback, in_order
+from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.upkeep.checks import RunChecks
+from callbacks.upkeep.graceful_stop import GracefulStop
+from callbacks.upkeep.random_state import RandomState
+from callbacks.watching.completions import CompletionsLog
+from callbacks.watching.progress import RunProgress
+from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.selection_monitor import SelectionMonitor
+from callbacks.watching.start_validation import StartValidation
+
+STANDARD: tuple[type[StepCallback], ...] = (
+    RunChecks,
+    WeightSync,
+    GracefulStop,
+    Rollouts,
+    SelectionMonitor,
+    CompletionsLog,
+    RandomState,
+    RunLedger,
+    StartValidation,
+    RunProgress,
+    RunCheckpoint,
+)
+
+
+def with_standard(
+    callbacks: Iterable[Callback], *, checkpoints: bool = True, progress_bar: bool = True
+) -> list[Callback]:
+    """Add the standard callbacks that are not listed, and sort all by their stage in a step.
+
+    Args:
+        callbacks: the listed ones; a subclass of a standard callback replaces it.
+        checkpoints: whether `RunCheckpoint` is added.
+        progress_bar: whether `RunProgress` is added.
+    """
+    listed = list(callbacks)
+    left_out = {RunCheckpoint: not checkpoints, RunProgress: not progress_bar}
+    missing = [
+        kind() for kind in STANDARD if not left_out.get(kind) and not any(isinstance(one, kind) for one in listed)
+    ]
+    return in_order([*listed, *missing])

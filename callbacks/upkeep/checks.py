@@ -1,0 +1,50 @@
+"""Whether this version can train a run, checked before anything is built."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from app.module import GRPOModule
+from app.runs.sharded_strategy import ShardedStrategy
+from callbacks.stages import Stage, StepCallback
+from callbacks.upkeep.sharded_policy import ShardedPolicy
+from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
+
+
+class RunChecks(StepCallback):
+    """Refuses doubled callbacks, unsupported strategies, and more processes than a mini-batch has prompts."""
+
+    stage = Stage.PUSH_WEIGHTS
+
+    def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
+        if stage != "fit":  # for which the trainer checks before anything is written
+            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]  # Lightning's
+
+    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        kinds = [type(one) for one in callbacks if isinstance(one, StepCallback)]
+        for kind in kinds:
+            if sum(issubclass(other, kind) for other in kinds) > 1:
+                raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
+        ranks, strategy = trainer.world_size, trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not any(issubclass(kind, ShardedPolicy) for kind in kinds):
+            raise UserError(
+                "trainer.strategy is ShardedStrategy, but trainer.callbacks lists no callbacks.ShardedPolicy to shard "
+                "the policy. Add it, or use --config configs/strategy/fsdp2.yaml."
+            )
+        if ranks == 1:
+            return
+        if not isinstance(strategy, DDPStrategy | ShardedStrategy):
+            raise UserError(
+                f"trainer.strategy is {type(strategy).__name__} with {ranks} processes, but only DDP and FSDP2 are "
+                "supported. Use --config configs/strategy/ddp.yaml or fsdp2.yaml."
+            )
+        if datamodule.prompts_per_step // module.mini_batches < ranks:
+            raise UserError(
+                f"{ranks} processes (trainer.devices x trainer.num_nodes) share "
+                f"data.prompts_per_step={datamodule.prompts_per_step} in model.mini_batches={module.mini_batches}, but "
+                "every process needs a prompt in every mini-batch. Set data.prompts_per_step to at least "
+                f"{ranks * module.mini_batches}, or use fewer processes."
+            )
