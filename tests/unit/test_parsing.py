@@ -1,4 +1,4 @@
-"""Whatever is wrong with a config or an option: one line, the dotted name, the nearest valid one, exit code 2."""
+"""Errors in a config or an option: one line with the dotted name and the nearest valid one, exit code 2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GOOD: dict[str, Any] = {
 
 
 class Seen(Trainer):
-    """A trainer whose validation shows that everything before it went well."""
+    """A trainer whose validation prints a word to show that parsing and instantiation worked."""
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         print("ran")
