@@ -22,7 +22,7 @@ from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.cli.diagnosis import explain
 from datamodules.errors import UserError
@@ -105,13 +105,14 @@ class DotsArgumentParser(LightningArgumentParser):
 
 
 class MovedModule(ModuleType):
-    """Stands in for a module that `MOVED` names; the first use of a class warns which path to write instead."""
+    """Stands in for a module that `MOVED` names; the first use of a class prints which path to write instead."""
 
     def __getattr__(self, name: str) -> type:
         old = f"{self.__name__}.{name}"
         if old not in MOVED:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        rank_zero_warn(f"class_path {old} has moved and will stop working. Write {MOVED[old]} instead")
+        line = f"dots: warning: class_path {old} has moved and will stop working. Write {MOVED[old]} instead"
+        rank_zero_only(print)(line, file=sys.stderr)
         found: type = resolve_name(MOVED[old])
         setattr(self, name, found)
         return found

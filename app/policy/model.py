@@ -183,8 +183,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model, unwrapped from peft if necessary; adapters stay active."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
 
 
 @contextmanager

@@ -108,7 +108,9 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict
             known = first.setdefault(tensor.to_local().untyped_storage()._cdata, name)
             if known != name:
                 tied[name] = known
-    shards = {f"{_MODEL}/{name}": one for name, one in weights.items() if isinstance(one, DTensor) and name not in tied}
+    shards: dict[str, torch.Tensor] = {
+        f"{_MODEL}/{name}": one for name, one in weights.items() if isinstance(one, DTensor) and name not in tied
+    }
     plain = []
     for number, state in enumerate(checkpoint.get(_OPTIMIZERS, [])):
         kept: dict[str, dict[str, Any]] = {}

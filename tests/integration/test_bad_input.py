@@ -1,6 +1,6 @@
-"""Wrong invocations, configs, data, models and checkpoints: exit code 2, one line that says what to do, no trace left.
+"""Refuse wrong invocations, configs, data, models and checkpoints with exit code 2 and one line, leaving no files.
 
-Every row goes through the real command. What it expects is a part of the line, mostly all of it but the folder.
+Every row runs the real command. The expected text is part of the line, usually all of it but the folder.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def test_config_file(place: Place, name: str) -> None:
 
 
 def _file(name: str, content: bytes | str) -> Callable[[Place], Change]:
-    """The pool is a file of that content."""
+    """Make the pool a file with this content."""
 
     def write(place: Place) -> Change:
         (place.path / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -229,7 +229,7 @@ def _file(name: str, content: bytes | str) -> Callable[[Place], Change]:
 
 
 def _rows(*rows: dict[str, Any], **options: Any) -> Callable[[Place], Change]:
-    """The pool is a JSONL file of these rows."""
+    """Make the pool a JSONL file of these rows."""
 
     def write(place: Place) -> Change:
         write_pool(place.path / "pool.jsonl", rows or None)
@@ -407,7 +407,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
 def test_what_goes_with_a_model(place: Place, name: str) -> None:
     change, expected = AROUND_THE_MODEL[name]
     place.config(change)
-    # The length of a completion is known to be too much only when prompts are rolled out.
+    # A completion can be found too long only when prompts are rolled out, after files were written.
     assert expected in place.refused(*FIT, touches=name == "no room for completions")
 
 
@@ -416,7 +416,7 @@ def test_what_goes_with_a_model(place: Place, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real run of one step, with its runs below."""
+    """Return the folder of a real run of one step, with its `runs` folder."""
     folder = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patched:
         place = Place.at(folder, patched, _Silent())  # type: ignore[arg-type]
@@ -433,7 +433,7 @@ class _Silent:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on from `saved` with something changed: its data and config, or the checkpoint itself."""
+    """A run resumed from `saved` with a change in its data, its config or the checkpoint itself."""
 
     change: Change = lambda config: None
     spoil: Callable[[Path], object] = lambda checkpoint: None
@@ -456,7 +456,7 @@ def _flip_without_seal(checkpoint: Path) -> None:
 
 
 def _rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Its content changed, by somebody who knows how to seal it."""
+    """Change the content and remove the checksums, as someone who tampers with it would."""
 
     def rewrite(checkpoint: Path) -> None:
         state = torch.load(checkpoint, weights_only=True)

@@ -1,4 +1,4 @@
-"""Files that would run code if they were unpickled, imported or trusted: none does, and each is refused in one line."""
+"""Refuse files that would run code if they were unpickled, imported or trusted, in one line and without running it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Payload:
-    """Unpickled, it leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -37,7 +37,7 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a real run's checkpoint holds."""
+    """Return the content of a real run's checkpoint."""
     folder = tmp_path_factory.mktemp("real")
     with pytest.MonkeyPatch.context() as patched:
         place = Place.at(folder, patched, _Silent())  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def test_unpickling_cannot_be_asked_for(place: Place, mark: Path) -> None:
 def test_hyperparameters_of_a_checkpoint_choose_no_class(
     place: Place, mark: Path, checkpoint: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LightningCLI would make the class that a checkpoint names."""
+    """LightningCLI on its own would instantiate the class that a checkpoint names."""
     (place.path / "dots_evil_module.py").write_text(
         "from app.module import GRPOModule\nclass Evil(GRPOModule):\n"
         f"    def __init__(self, **rest):\n        open({str(mark)!r}, 'w').close()\n        super().__init__(**rest)\n"
@@ -192,7 +192,7 @@ class EvilTokenizer(PreTrainedTokenizerFast): pass
 
 @pytest.mark.parametrize("where", ["policy", "encoder", "tokenizer"])
 def test_code_that_comes_with_a_model(place: Place, mark: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Somebody who says yes to every question is asked none.
+    # Answering yes to every question must not help: none is asked.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder = place.path / "policy"
     shutil.copytree(TINY, folder)
@@ -252,7 +252,7 @@ def _bare_pickle(path: Path, payload: Payload) -> None:
 
 
 def _header(path: Path, payload: Payload) -> None:
-    """An array whose header would be evaluated by a careless reader."""
+    """Write an array whose header a careless reader would evaluate."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': __import__('os').system('touch {payload.mark}')}}\n"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode())
 
@@ -297,7 +297,7 @@ def test_saved_data_set_with_pickles(place: Place, mark: Path) -> None:
 
 
 def test_parquet_with_a_pickled_column_type(place: Place, mark: Path) -> None:
-    """The pickled extension types that Arrow once loaded by itself (CVE-2023-47248)."""
+    """Ignore pickled extension types, which Arrow used to load automatically (CVE-2023-47248)."""
     payload = pickle.dumps(Payload(mark))
     kind = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": payload}
     schema = pa.schema([pa.field("question", pa.string(), metadata=kind), pa.field("answer", pa.string())])
