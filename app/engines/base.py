@@ -142,6 +142,9 @@ class RolloutEngine(ABC):
             version: read back from the engine and recorded on every completion.
             since: version of an earlier push; tensors that are not given have not changed since then. An engine that no
                 longer has that version loads all of `weights` instead. None if all tensors are given.
+
+        Raises:
+            EngineError: the weights do not fit the engine's model, or it did not load them.
         """
 
     def close(self) -> None:

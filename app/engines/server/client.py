@@ -175,16 +175,9 @@ class ServerClient:
 async def until_healthy(
     clients: Sequence[ServerClient], process: ServerProcess | None, limit: float, advice: str
 ) -> None:
-    """Wait until all servers are healthy.
+    """Wait at most `limit` seconds until all servers are healthy; `process` is the server that this process owns.
 
-    Args:
-        clients: one per server.
-        process: the server, if it belongs to this process.
-        limit: maximum seconds to wait.
-        advice: what to do when they have passed, for the message.
-
-    Raises:
-        EngineError: the process has ended, or a server is not healthy in time.
+    Raises EngineError, with `advice` for the user, if a server is not healthy in time or its process has ended.
     """
     deadline = time.monotonic() + limit
     for client in clients:

@@ -54,11 +54,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         self._ahead: Ahead | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """See `RolloutEngine.push`. A server that is lost meanwhile is replaced and receives the current weights.
-
-        Raises:
-            EngineError: a server did not load the weights. It stays paused.
-        """
+        """See `RolloutEngine.push`. A server that is lost meanwhile is replaced and receives the current weights."""
         self.settle()
         fleet = self._connected()
         try:

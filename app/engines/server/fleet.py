@@ -55,7 +55,7 @@ class ServerFleet:
         policy_path: str,
         policy_dtype: torch.dtype,
         folder: Path | None,
-        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        ranks: Ranks,
     ) -> None:
         self.options = options
         self.version: int | None = None
@@ -76,16 +76,9 @@ class ServerFleet:
             raise
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """Send the weights to all workers.
+        """Send the weights to all workers like `WeightPusher.push`.
 
-        Args:
-            named_tensors: iterated on every rank, which may be a collective operation.
-            version: the policy's version.
-            since: see `WeightPusher.push`.
-
-        Raises:
-            EngineError: the weights did not arrive. The servers stay paused.
-            LostServerError: a server does not answer.
+        `named_tensors` is iterated on every rank, which may be a collective operation.
         """
         self.version = None
         tensors = iter(named_tensors)
@@ -94,27 +87,22 @@ class ServerFleet:
             try:
                 self._pusher.push(tensors, version, since)
             except (LostServerError, UserError):
-                _exhaust(tensors)
+                deque(tensors, maxlen=0)  # in step with the other ranks
                 raise
 
         if self._ranks.rank:
-            _exhaust(tensors)
+            deque(tensors, maxlen=0)
         on_rank_zero(self._ranks, send, "push of weights")
         self.version = version
 
     def holds(self, version: int) -> bool:
-        """Return whether all workers hold the version.
-
-        Raises:
-            LostServerError: a server does not answer.
-        """
+        """Return whether all workers hold the version. Raises LostServerError if a server does not answer."""
         return self._held() == [str(version)]
 
     def require(self, version: int, weights: Weights) -> None:
         """Make sure that all workers hold the version, e.g. after a server was restarted by its owner.
 
-        Raises:
-            EngineError: the servers were lost too often or do not load the weights.
+        Raises EngineError if the servers are lost too often or do not load the weights.
         """
         while True:
             try:
@@ -131,8 +119,7 @@ class ServerFleet:
     def recover(self, lost: LostServerError, version: int, weights: Weights) -> None:
         """Bring all servers up again and push the weights.
 
-        Raises:
-            EngineError: the servers were lost too often, or do not come up in time.
+        Raises EngineError if the servers are lost too often, or do not come up in time.
         """
         while True:
             self._count_loss(str(lost))
@@ -221,8 +208,3 @@ class ServerFleet:
     def _report(self, line: str) -> None:
         if self._ranks.rank == 0:
             print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
-
-
-def _exhaust(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Iterate to the end, in step with the other ranks."""
-    deque(tensors, maxlen=0)

@@ -11,12 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """One prompt and those of its samples that are decoded together.
-
-    Attributes:
-        token_ids: the prompt's tokens.
-        samples: int64: indices of the completions, `b * G + g`.
-    """
+    """One prompt and those of its samples (int64 indices of the completions, `b * G + g`) that are decoded together."""
 
     token_ids: tuple[int, ...]
     samples: np.ndarray

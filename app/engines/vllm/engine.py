@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from app.engines.ahead import Groups
 from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
@@ -21,7 +23,6 @@ from app.engines.requests import (
     environment,
     request_fields,
 )
-from app.engines.vllm.process import plain_torch, process_restored
 from datamodules.errors import UserError
 from datamodules.types import Prompt
 
@@ -76,11 +77,7 @@ class Vllm(VllmOptions, RolloutEngine):
             self._start()
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        """See `RolloutEngine.push`. After a failed push nothing is generated until another push succeeds.
-
-        Raises:
-            EngineError: the weights do not fit the engine's model, or it did not load them.
-        """
+        """See `RolloutEngine.push`. After a failed push nothing is generated until another push succeeds."""
         forgets = self._asleep and self.sleep_level == 2
         if since is not None and (since != self.version or forgets):
             named_tensors, since = self.weights(), None
@@ -91,8 +88,7 @@ class Vllm(VllmOptions, RolloutEngine):
             if self.tensor_parallel_size > 1:
                 # Workers in other processes need copies. Each is made while its tensor is current, since merged
                 # adapters exist only during the iteration.
-                dtype = self._dtype
-                named_tensors = [(name, tensor.detach().to("cpu", dtype, copy=True)) for name, tensor in named_tensors]
+                named_tensors = [(name, one.detach().to("cpu", self._dtype, copy=True)) for name, one in named_tensors]
             self._call("dots_load", named_tensors, version, since)
             fresh = self._llm.reset_prefix_cache()
             found = self._call("dots_version")
@@ -109,15 +105,13 @@ class Vllm(VllmOptions, RolloutEngine):
         check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)")
         self._wake()
         assert self.version is not None
-        failure = "vLLM failed during generation"
-        with self._vllm_context(failure):
+        with self._vllm_context("vLLM failed during generation"):
             found = self._call("dots_version")
-        if found != [self.version] * len(found):
-            raise EngineError(
-                f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
-                "Make sure that only this engine pushes weights to them."
-            )
-        with self._vllm_context(failure):
+            if found != [self.version] * len(found):
+                raise EngineError(
+                    f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
+                    "Make sure that only this engine pushes weights to them."
+                )
             answers = self._answers(prompts, sampling, seeds)
             if self.sleep_level:
                 self._llm.sleep(level=self.sleep_level)
@@ -153,16 +147,12 @@ class Vllm(VllmOptions, RolloutEngine):
             queue = self._llm.llm_engine.output_processor
             self._llm.llm_engine.abort_request([*queue.request_states, *queue.parent_requests], internal=True)
             raise
-        return [
-            Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason)
-            for (one,) in (each.outputs for each in outputs)
-        ]
+        found = [output.outputs[0] for output in outputs]
+        return [Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason) for one in found]
 
     def _wake(self) -> None:
         """Prepare the engine to generate with the weights of the last push."""
-        if self._llm is None:
-            raise _ended()
-        if self._failed:
+        if self._failed and self._llm is not None:
             raise EngineError(
                 "The last push of weights to vLLM failed, so it holds no policy to generate with. "
                 "Push the weights again or start the run again."
@@ -184,13 +174,13 @@ class Vllm(VllmOptions, RolloutEngine):
     def _vllm_context(self, failure: str) -> Iterator[None]:
         """Enter the state of torch that vLLM expects, and convert its errors to one line that starts with `failure`."""
         if self._llm is None:
-            raise _ended()
+            raise EngineError("vLLM has ended in this process and cannot generate any more. Start the run again.")
         from vllm.exceptions import VLLMError
 
         try:
             with plain_torch(self.model.device):
                 yield
-        except FloatingPointError:
+        except (FloatingPointError, UserError):
             raise
         except (VLLMError, RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError) as error:
             raise EngineError(f"{failure}: {_one_line(error)}") from error
@@ -235,11 +225,38 @@ class Vllm(VllmOptions, RolloutEngine):
         return self.torch_dtype or (torch.float32 if self.model.device.type == "cpu" else torch.bfloat16)
 
 
-def _ended() -> EngineError:
-    return EngineError("vLLM has ended in this process and cannot generate any more. Start the run again.")
-
-
 def _one_line(error: BaseException) -> str:
     """Return the error's type and the first non-empty line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Restore the environment variables and thread settings that vLLM changes when it starts.
+
+    On a CPU vLLM replaces `torch.set_num_threads` with a function that does nothing, and adds libraries to
+    `LD_PRELOAD`, which all later child processes would load. On a GPU it leaves torch with one thread.
+    """
+    environment = dict(os.environ)
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+@contextmanager
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """Disable autograd, autocast and inference mode, as vLLM expects, and restore the global generators afterwards.
+
+    Lightning validates in inference mode, where weights that are used later must not be written. Generation is called
+    under the trainer's autocast, but an engine computes in its own dtype.
+    """
+    with isolate_rng(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

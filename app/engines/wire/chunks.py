@@ -14,13 +14,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The description of a tensor that a receiver needs before the bytes arrive.
-
-    Attributes:
-        name: name in the checkpoint.
-        dtype: torch's name of the dtype, e.g. "bfloat16".
-        shape: shape of the whole tensor.
-    """
+    """The description of a tensor that a receiver needs before the bytes arrive; the name is that in the checkpoint."""
 
     name: str
     dtype: str

@@ -16,14 +16,7 @@ TIMEOUT = timedelta(minutes=5)
 
 
 class WeightGroup:
-    """One member of the group.
-
-    Args:
-        store: the members' rendezvous.
-        rank: rank of this member; 0 sends.
-        size: number of members.
-        device: device of the broadcast tensors.
-    """
+    """One of the group's `size` members, which meet at `store`. Rank 0 sends; `device` holds what is broadcast."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
         self.device = device
@@ -58,31 +51,15 @@ class WeightGroup:
         return work
 
 
-class Rendezvous:
-    """The rendezvous of a new group, on one address of the trainer's machine.
-
-    Args:
-        address: address of this machine as seen by the servers. It only listens there.
-    """
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._socket = socket.create_server((address, 0))
-        self.port: int = self._socket.getsockname()[1]
-
-    def open(self, size: int) -> dist.Store:
-        """Return the trainer's store. It does not wait for the other members."""
-        return dist.TCPStore(
-            self.address,
-            self.port,
-            size,
-            is_master=True,
-            timeout=TIMEOUT,
-            wait_for_workers=False,
-            master_listen_fd=self._socket.detach(),
-        )
+def open_store(address: str, size: int) -> dist.TCPStore:
+    """Return the trainer's store, which listens on one address of its machine and does not wait for other members."""
+    listener = socket.create_server((address, 0))
+    port, descriptor = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(
+        address, port, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def join(address: str, port: int, size: int) -> dist.Store:
-    """Return the store of a rendezvous that the trainer has opened."""
+    """Return the store that the trainer has opened."""
     return dist.TCPStore(address, port, size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)

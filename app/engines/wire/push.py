@@ -18,7 +18,7 @@ from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient, gather_while_healthy
 from app.engines.server.loop_thread import LoopThread
 from app.engines.wire.chunks import TensorSpec, chunks, to_json
-from app.engines.wire.group import Rendezvous, WeightGroup
+from app.engines.wire.group import WeightGroup, open_store
 from app.engines.wire.shared_file import shared_chunk
 from datamodules.errors import UserError
 
@@ -34,7 +34,7 @@ class WeightPusher:
     Args:
         loop: event loop of the clients.
         clients: one per server.
-        transport: "shared_memory" for servers on this machine, "process_group" for others; "auto" decides by the URLs.
+        transport: see `FleetOptions`.
         address: address of this machine as seen by the servers, for the process group.
         dtype: dtype that floating-point weights are sent in; None keeps the policy's.
         chunk_bytes: size of the chunks that weights are sent in.
@@ -63,8 +63,7 @@ class WeightPusher:
         Args:
             named_tensors: consumed to the end unless an error occurs.
             version: the policy's version.
-            since: version that every worker holds and that tensors which are not given still have; None if all weights
-                are given.
+            since: version that every worker holds, and that tensors not given still have; None if all are given.
 
         Raises:
             EngineError: a server did not load the weights.
@@ -115,14 +114,11 @@ class WeightPusher:
 
     def _form_group(self) -> WeightGroup:
         sizes = self._all(client.world_size() for client in self._clients)
-        rendezvous = Rendezvous(self._address)
         size = 1 + sum(sizes)
-        store = rendezvous.open(size)
+        store = open_store(self._address, size)
+        where = {"address": self._address, "port": store.port, "size": size}
         joins = [
-            client.call(
-                "dots_join", address=self._address, port=rendezvous.port, first_rank=1 + sum(sizes[:i]), size=size
-            )
-            for i, client in enumerate(self._clients)
+            client.call("dots_join", first_rank=1 + sum(sizes[:i]), **where) for i, client in enumerate(self._clients)
         ]
         joining = self._loop.submit(gather_while_healthy(self._clients, joins))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,12 +30,9 @@ class PolicyWeights:
     _dots_unfilled: Mapping[str, int] = {}
 
     def dots_load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None) -> None:
-        """Load the weights.
+        """Load tensors under their names in the checkpoint. During a load and after a failed one there is no version.
 
-        Args:
-            named_tensors: tensors under their names in the checkpoint.
-            version: later returned by `dots_version`, which returns None during a load and after a failed one.
-            since: version that tensors which are not given still have; None if all are given.
+        Tensors that are not given still have the version `since`; None if all are given.
 
         Raises:
             ValueError: a weight of the model is missing, a tensor has no place in the model, or the worker does not
@@ -80,11 +77,7 @@ class ServedPolicyWeights(PolicyWeights):
     _dots_group: WeightGroup | None = None
 
     def dots_begin(self, since: str) -> None:
-        """Begin a push. Until `dots_finish` the model must not generate and has no version.
-
-        Args:
-            since: version that tensors which are not sent still have; "None" if all are sent.
-        """
+        """Begin a push. Until `dots_finish` the model must not generate and has no version."""
         if self._dots_reload is not None:
             # An earlier push was interrupted.
             self._dots_reload.end()
@@ -113,11 +106,7 @@ class ServedPolicyWeights(PolicyWeights):
         self._dots_reload.load(named_tensors)
 
     def dots_finish(self, version: str) -> None:
-        """Generate with the loaded weights from now on, under `version`.
-
-        Raises:
-            ValueError: a weight of the model is missing.
-        """
+        """Generate with the loaded weights from now on. Raises ValueError if a weight of the model is missing."""
         if self._dots_reload is None:
             raise RuntimeError("dots_finish was called before dots_begin")
         reload, self._dots_reload = self._dots_reload, None
