@@ -61,14 +61,14 @@ class ServerOptions(VllmOptions):
         settings["worker_extension_cls"] = "app.engines.worker.extension.ServedPolicyWeights"
         settings["middleware"] = "app.engines.worker.guard.KeyGuard"
         # Not the `vllm` command: in the CPU build it fails, because it looks up a package named vllm.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in settings.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", str(value)]
-        return command + self.arguments
+        return [*command, "--disable-uvicorn-access-log", *self.arguments]
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that the server needs in addition to this process's own."""
