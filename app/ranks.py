@@ -1,7 +1,7 @@
-"""What the processes of a run tell each other, and how work is dealt to them.
+"""Communication between the processes of a run, and the split of work among them.
 
-Every rank calls the same methods in the same order, whatever it holds: none is called in a branch that depends on the
-rank or on the rank's own share.
+All ranks call the same methods in the same order: never in a branch that depends on the rank or on its share of the
+work.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from torch import Tensor
 
 from datamodules.errors import UserError
 
+_ADVICE = "Look at the output of the lost process and resume with --ckpt_path last."
+
 
 class LostRankError(UserError):
-    """Another process ended, or did not come within the time limit of the process group."""
+    """Another process ended, or exceeded the time limit of the process group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a run, as one of them sees them. The default is a run of one process.
+    """The processes of a run, as seen by one of them. The default is a run of one process.
 
     Attributes:
-        rank: of this process.
-        size: of the run, `R`.
-        group: for what lies on the host; gloo.
+        rank: this process.
+        size: processes of the run, `R`.
+        group: the gloo process group, for tensors on the host.
     """
 
     rank: int = 0
@@ -40,109 +42,105 @@ class Ranks:
 
     @classmethod
     def of_run(cls) -> Ranks:
-        """Those of the default process group; to be called by all of them. The time limit is the group's."""
+        """Return the ranks of the default process group, with its time limit. Collective."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        # What is exchanged lies on the host. A group of its own is made only where the default one cannot carry it.
+        # Tensors are exchanged on the host, so a second group is needed only if the default one isn't gloo.
         group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
-    def meet(self, where: str) -> None:
-        """Waits for all ranks.
+    def barrier(self, where: str) -> None:
+        """Wait for all ranks.
 
         Args:
-            where: what they meet for, for the message.
+            where: name of the meeting point, for the message.
 
         Raises:
-            LostRankError: some have ended, or did not come within the time limit; rank 0's message names them.
+            LostRankError: some ranks have ended or exceeded the time limit; rank 0's message names them.
         """
         if self.size == 1:
             return
-        # Not `monitored_barrier`, which does not say which rank it was that ended.
+        # Not `monitored_barrier`, which does not say which rank ended.
         if self.rank:
-            self._tell(0, where)
-            if why := self._miss(0):
-                raise LostRankError(f"waiting for rank 0 ({where}): {why}; rank 0's own message says who is missing")
+            with collective(where, 0):
+                dist.send(torch.zeros(1), 0, self.group)
+            if why := self._receive_from(0):
+                raise LostRankError(f"waiting for rank 0 ({where}): {why}. Its own message names the lost rank.")
             return
         others = range(1, self.size)
-        if lost := {rank: why for rank in others if (why := self._miss(rank))}:
+        if lost := {rank: why for rank in others if (why := self._receive_from(rank))}:
             named = ", ".join(f"rank {rank} ({why})" for rank, why in lost.items())
-            raise LostRankError(f"waiting for all ranks ({where}), lost {named}")
+            raise LostRankError(f"waiting for all ranks ({where}), lost {named}. {_ADVICE}")
         for rank in others:
-            self._tell(rank, where)
+            with collective(where, rank):
+                dist.send(torch.zeros(1), rank, self.group)
 
-    def _tell(self, rank: int, where: str) -> None:
-        with talking(where, rank):
-            dist.send(torch.zeros(1), rank, self.group)
-
-    def _miss(self, rank: int) -> str | None:
-        """Why a rank's word did not come; None when it came."""
+    def _receive_from(self, rank: int) -> str | None:
+        """Wait for a rank's message; return the reason if it did not come."""
         try:
             dist.recv(torch.zeros(1), rank, self.group)
         except RuntimeError as error:
-            return "no word within the time limit" if "imed out" in str(error) else "its process has ended"
+            return "no message within the time limit" if "imed out" in str(error) else "its process has ended"
         return None
 
     def gather(self, payload: bytes, where: str) -> list[bytes]:
-        """What every rank gives, in the order of ranks.
+        """Return every rank's payload, in the order of ranks.
 
         Raises:
-            LostRankError: as `meet`.
+            LostRankError: as `barrier`.
         """
         if self.size == 1:
             return [payload]
-        self.meet(where)
-        with talking(where):
-            return self._gather(payload)
-
-    def _gather(self, payload: bytes) -> list[bytes]:
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(payload)]), group=self.group)
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(payload)] = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
-        received = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(received, padded, group=self.group)
-        return [part[: int(size)].numpy().tobytes() for part, size in zip(received, sizes, strict=True)]
+        self.barrier(where)
+        with collective(where):
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(payload)]), group=self.group)
+            longest = max(int(size) for size in sizes)
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(payload)] = torch.from_numpy(np.frombuffer(payload, dtype=np.uint8).copy())
+            received = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(received, padded, group=self.group)
+            return [part[: int(size)].numpy().tobytes() for part, size in zip(received, sizes, strict=True)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Of all ranks; a new tensor on the host."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+        """Return the sum over ranks, a new tensor on the host."""
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """Of all ranks, element by element; a new tensor on the host."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        """Return the elementwise maximum over ranks, a new tensor on the host."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on some rank."""
+        """Return whether the flag is set on any rank."""
         return bool(self.max(torch.tensor(int(flag))))
 
-    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         values = values.detach().to("cpu", copy=True)
         if self.size > 1:
-            with talking("sum"):
-                dist.all_reduce(values, how, group=self.group)
+            with collective("reduce"):
+                dist.all_reduce(values, operation, group=self.group)
         return values
 
 
 @contextmanager
-def talking(where: str, rank: int | None = None) -> Iterator[None]:
-    """Makes the error of a failed collective, or of a message to `rank`, a LostRankError."""
+def collective(where: str, rank: int | None = None) -> Iterator[None]:
+    """Turn the failure of a collective, or of a message to or from `rank`, into a `LostRankError`."""
     try:
         yield
     except RuntimeError as error:
         lost = "another rank" if rank is None else f"rank {rank}"
-        raise LostRankError(f"lost {lost} ({where}): {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"lost {lost} ({where}): {reason}. {_ADVICE}") from error
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deals pieces of work so that the largest share is small: the largest piece first, to whoever has least.
+    """Split work into balanced shares: the largest piece first, each to the rank with the least work.
 
     Graham's LPT rule (1969): the largest share is at most 4/3 of the best possible.
 
     Args:
-        sizes: of the pieces.
-        ranks: shares, `R`.
+        sizes: size of each piece.
+        ranks: number of shares, `R`.
 
     Returns:
         Positions in `sizes` of each share, ascending; each appears exactly once. Depends on the arguments alone.
@@ -157,6 +155,6 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def imbalance(sizes: Sequence[int], shares: Sequence[Sequence[int]]) -> float:
-    """By how much the largest share exceeds the mean one: 0.1 means that the other ranks wait a tenth of the work."""
+    """Return the excess of the largest share over the mean share: at 0.1 the other ranks wait a tenth of the work."""
     loads = [sum(sizes[piece] for piece in share) for share in shares]
     return max(loads) * len(loads) / sum(loads) - 1 if sum(loads) else 0.0

@@ -1,7 +1,6 @@
 """Callbacks around a step. Those that a config lists are the algorithm; the trainer supplies the standard ones."""
 
-from callbacks.algorithm.balanced import Balanced
-from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.dynamic_sampling import Balanced, DynamicSampling
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollout_ahead import RolloutAhead
@@ -16,6 +15,7 @@ from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.start_validation import StartValidation
 
@@ -34,6 +34,7 @@ __all__ = [
     "RunChecks",
     "RunLedger",
     "RunProgress",
+    "RunTable",
     "SelectionMonitor",
     "ShardedPolicy",
     "StartValidation",

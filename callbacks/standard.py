@@ -16,6 +16,7 @@ from callbacks.upkeep.random_state import RandomState
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.start_validation import StartValidation
 
@@ -24,6 +25,7 @@ STANDARD: tuple[type[StepCallback], ...] = (
     WeightSync,
     GracefulStop,
     Rollouts,
+    RunTable,
     SelectionMonitor,
     CompletionsLog,
     RandomState,

@@ -1,12 +1,12 @@
-"""The DataModule: at every step it yields the prompts that the selector chooses then, never earlier."""
+"""The DataModule, which yields the prompts that the selector chooses for a step, when the step begins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
@@ -19,11 +19,24 @@ from datamodules.types import Prompt, TrainBatch
 _ENDLESS = 10**9
 
 
+@runtime_checkable
+class PolicySource(Protocol):
+    """A LightningModule that has a policy, whose tokenizer and initial weights are the defaults of the data."""
+
+    @property
+    def policy_path(self) -> str:
+        """Folder or hub name of the initial weights."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+
+
 class OnlineLoader:
     """An endless loader whose state is the number of steps begun.
 
-    It has a length (`trainer.max_steps` ends the run) because Lightning fetches a loader without one a batch ahead,
-    and a choice must see the outcomes of the step before it.
+    It has a length (`trainer.max_steps` ends the run) because Lightning fetches a loader without one a batch ahead, and
+    a choice must depend on the outcomes of the previous step.
     """
 
     def __init__(self, datamodule: OnlinePromptDataModule) -> None:
@@ -46,7 +59,7 @@ class OnlineLoader:
 
 
 class FixedLoader:
-    """The prompts of a validation, test or prediction pool, in order, `batch_size` at a time."""
+    """Loader of a validation, test or prediction pool, in order, `batch_size` prompts at a time."""
 
     def __init__(self, pool: PromptPool, batch_size: int) -> None:
         self._pool = pool
@@ -74,10 +87,11 @@ class OnlinePromptDataModule(LightningDataModule):
         prompts_per_step: prompt groups in a training batch, `B`, replayed ones included.
         val_size: prompts held out of `train` when `val` is None.
         val_batch_size: prompts of one validation batch.
-        tokenizer: folder or hub name; None takes the policy's.
-        encoder: folder or hub name whose hidden states embed the questions; None takes the policy's initial weights.
-        cache_dir: where embeddings are kept between runs.
-        seed: of pools and choices; None takes the run's `seed_everything`.
+        tokenizer: folder or hub name; None uses the policy's.
+        encoder: folder or hub name of the model whose hidden states embed the questions; None uses the policy's
+            initial weights.
+        cache_dir: where embeddings are cached between runs.
+        seed: of pools and choices; None uses the run's `seed_everything`.
     """
 
     def __init__(
@@ -96,7 +110,7 @@ class OnlinePromptDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if prompts_per_step < 1:
-            raise UserError(f"data.prompts_per_step={prompts_per_step}: expected at least 1")
+            raise UserError(f"data.prompts_per_step is {prompts_per_step}, expected at least 1. Raise it.")
         self.sources = {"train": train, "val": val, "test": test}
         self.selector = selector or Uniform()
         self.prompts_per_step = prompts_per_step
@@ -108,23 +122,44 @@ class OnlinePromptDataModule(LightningDataModule):
         self.seed = run_seed() if seed is None else seed
         self.pools: dict[str, PromptPool] = {}
         self.fresh_prompts = prompts_per_step
-        """Prompts that the next step asks the selector for; a replay callback lowers it when it will add groups."""
+        """Prompts that the selector chooses for the next step; a replay callback lowers it when it will add groups."""
         self.prepared: TrainBatch | None = None
-        """The batch of a step that has not begun, whose prompts were chosen ahead."""
+        """The batch of a step that has not begun yet, whose prompts were chosen ahead."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self:
+        """Return the data module of a run. Raises UserError unless it is of this class."""
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning declares it nowhere
+        if not isinstance(data, cls):
+            raise UserError(
+                f"The data of the run is {type(data).__name__}, expected {cls.__name__}. Set data.class_path to "
+                f"datamodules.online.{cls.__name__} or to a subclass of it."
+            )
+        return data
 
     def prepare_data(self) -> None:
-        """Sets up before the logger makes the run's folder, so that data that cannot be used leave none behind.
+        """Set up before the logger creates the run's folder, so that unusable data leaves no folder.
 
-        Lightning calls this in one process; where there are several, they read side by side in `setup`.
+        Lightning calls this in one process; with several, each reads the data in `setup`.
         """
         if self.trainer is not None and self.trainer.world_size == 1 and self.trainer.state.fn is not None:
             self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Reads the pools and prepares the selector. Raises UserError when data cannot be used."""
+        """Read the pools and prepare the selector. Raises UserError when data cannot be used."""
         if self.pools:
             return
-        tokenizer = self._tokenizer()
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        policy = module if isinstance(module, PolicySource) else None
+        if self.tokenizer_path is not None:
+            tokenizer = _load_tokenizer(self.tokenizer_path)
+        elif policy is not None:
+            tokenizer = policy.tokenizer
+        else:
+            raise UserError(
+                "data.tokenizer is not set and the model has no tokenizer, expected one of the two. Set data.tokenizer "
+                "to a folder or hub name."
+            )
         train = self._read("train", tokenizer)
         if self.sources["val"] is not None:
             self.pools["val"] = self._read("val", tokenizer)
@@ -137,16 +172,16 @@ class OnlinePromptDataModule(LightningDataModule):
         if stage == "fit":
             if self.prompts_per_step > len(train):
                 raise UserError(
-                    f"{self.prompts_per_step} prompts per step asked of a pool of {len(train)}: lower "
-                    "data.prompts_per_step or add prompts"
+                    f"data.prompts_per_step is {self.prompts_per_step} but the pool has only {len(train)} prompts. "
+                    "Lower data.prompts_per_step or add prompts."
                 )
-            policy = self.encoder or getattr(self._module(), "policy_path", None)
-            self.selector.setup(train, SelectionContext(self.seed, policy, self.cache_dir))
+            encoder = self.encoder or (None if policy is None else policy.policy_path)
+            self.selector.setup(train, SelectionContext(self.seed, encoder, self.cache_dir))
 
     def next_batch(self, step: int) -> TrainBatch:
-        """The batch of a step: `fresh_prompts` prompts chosen now, with what the selector expects of them.
+        """Return the batch of a step: `fresh_prompts` prompts chosen now, with the selector's forecast of them.
 
-        A batch that `prepare` has made for the step is given as it is.
+        A batch that `prepare` has made for the step is returned as it is.
         """
         if self.prepared is not None and self.prepared.step == step:
             batch, self.prepared = self.prepared, None
@@ -157,12 +192,12 @@ class OnlinePromptDataModule(LightningDataModule):
         return batch
 
     def prepare(self, step: int) -> TrainBatch:
-        """Chooses the prompts of a step before it begins, by what the selector knows now."""
+        """Choose the prompts of a step before it begins, given what the selector knows now."""
         self.prepared = self.next_batch(step)
         return self.prepared
 
     def add_prompts(self, batch: TrainBatch, n: int) -> tuple[Prompt, ...]:
-        """Adds `n` more prompts to a batch that has begun, fewer when the pool holds no others, and returns them."""
+        """Add `n` prompts to a batch in progress, or fewer if the pool has no others, and return them."""
         return self._choose(batch, n, refill=True)
 
     def _choose(self, batch: TrainBatch, n: int, *, refill: bool) -> tuple[Prompt, ...]:
@@ -180,17 +215,17 @@ class OnlinePromptDataModule(LightningDataModule):
     def train_dataloader(self) -> OnlineLoader:
         return OnlineLoader(self)
 
-    def val_dataloader(self) -> FixedLoader | list[Any]:
+    def val_dataloader(self) -> FixedLoader | list[TrainBatch]:
         return self._fixed("val")
 
-    def test_dataloader(self) -> FixedLoader | list[Any]:
+    def test_dataloader(self) -> FixedLoader | list[TrainBatch]:
         return self._fixed("test" if "test" in self.pools else "val")
 
-    def predict_dataloader(self) -> FixedLoader | list[Any]:
+    def predict_dataloader(self) -> FixedLoader | list[TrainBatch]:
         return self.test_dataloader()
 
-    def transfer_batch_to_device(self, batch: TrainBatch, device: Any, dataloader_idx: int) -> TrainBatch:
-        """Prompts and groups stay on the host: the module moves the tensors that it builds from them."""
+    def transfer_batch_to_device(self, batch: TrainBatch, device: object, dataloader_idx: int) -> TrainBatch:
+        """Leave the batch on the host: the module moves the tensors that it builds from prompts and groups."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,10 +236,8 @@ class OnlinePromptDataModule(LightningDataModule):
         if "train" in self.pools and self.selector.is_ready:
             self.selector.load_state_dict(state_dict["selector"])
 
-    def _fixed(self, name: str) -> FixedLoader | list[Any]:
-        if name not in self.pools:
-            return []
-        return FixedLoader(self.pools[name], self.val_batch_size)
+    def _fixed(self, name: str) -> FixedLoader | list[TrainBatch]:
+        return FixedLoader(self.pools[name], self.val_batch_size) if name in self.pools else []
 
     def _read(self, name: str, tokenizer: PreTrainedTokenizerBase) -> PromptPool:
         source = self.sources[name]
@@ -212,23 +245,12 @@ class OnlinePromptDataModule(LightningDataModule):
         # Sources that generate their prompts must not generate the same ones for training and validation.
         return source.load(tokenizer, self.seed if name == "train" else derive_seed(self.seed, name))
 
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer_path is not None:
-            return _load_tokenizer(self.tokenizer_path)
-        tokenizer = getattr(self._module(), "tokenizer", None)
-        if tokenizer is None:
-            raise UserError("data.tokenizer is not set and the model has none: set data.tokenizer to a folder or name")
-        return tokenizer
-
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.tokenizer={name}: cannot be loaded ({str(error).strip().splitlines()[0]}); expected a folder or hub "
-            "name with a tokenizer, or null for the policy's"
+            f"data.tokenizer is {name}, which cannot be loaded ({str(error).strip().splitlines()[0]}). Give a folder "
+            "or hub name with a tokenizer, or null for the policy's."
         ) from error

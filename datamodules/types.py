@@ -1,14 +1,14 @@
 """The data that flows through a step.
 
-Letters used in every docstring of the project: `Q` prompts in the pool, `B` prompts in a batch, `G` completions per
-prompt, `K` reference prompts, `N` sequences, `L` padded length, `T` completion tokens, `V` vocabulary, `H` hidden size.
-A reward lies in [0, 1] unless a user's function says otherwise; success rate `p` is a group's mean correctness reward,
-difficulty `d = 1 - p`.
+Symbols used in all docstrings: `Q` prompts in the pool, `B` prompts in a batch, `G` completions per prompt, `K`
+reference prompts, `N` sequences, `L` padded length, `T` completion tokens, `V` vocabulary size, `H` hidden size. A
+reward lies in [0, 1] unless a user's function returns something else; the success rate `p` of a group is its mean
+correctness reward, its difficulty `d = 1 - p`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +17,15 @@ import numpy as np
 from datamodules.ledger import Ledger
 
 REWARD_TOLERANCE = 1e-6
-"""Two correctness rewards closer than this are equal."""
+"""Correctness rewards that differ by no more than this count as equal."""
 
 Messages = list[dict[str, str]]
 Source = Literal["fresh", "replay", "reference"]
 FinishReason = Literal["stop", "length"]
+Fate = Literal["trained", "surplus", "dropped"]
+"""What becomes of a group: "trained" groups are trained on (or measured, in validation); "surplus" ones are on policy
+but not trained on in this step, and a replay callback may keep them; "dropped" ones were rejected by a filter, and are
+neither trained on nor kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,12 +33,12 @@ class Prompt:
     """One prompt of a pool.
 
     Attributes:
-        id: stable name: the data's own index, else a hash of the text. Unique within the pool.
+        id: stable name, unique within the pool: the data set's own index, or else a hash of the text.
         index: position in the pool, `0 <= index < Q`.
-        question: the raw question, before any template. This is what an encoder embeds.
-        prompt: what a reward function sees: the rendered text, or the messages of a conversational data set.
+        question: the raw question before any template, which encoders embed.
+        prompt: what reward functions see: the rendered text, or the messages of a conversational data set.
         token_ids: the rendered prompt, as the policy reads it.
-        columns: every other column of the data (the answer among them), handed to the rewards by name.
+        columns: all other columns of the data (the answer among them), passed to the rewards by name.
     """
 
     id: str
@@ -47,14 +51,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One sampled completion, as the behaviour policy `mu` produced it.
+    """One completion sampled from the behaviour policy `mu`.
 
     Attributes:
-        token_ids: int32 `[T]`, with the end token when there is one, without the prompt.
-        logprobs: float32 `[T]`: log mu(token) under the distribution really sampled from, that is after temperature,
-            top-k and top-p.
-        finish_reason: "stop" (an end token or stop string) or "length" (cut at the completion limit).
-        policy_version: optimizer updates that the weights of `mu` had seen.
+        token_ids: int32 `[T]`, without the prompt; includes the end token if there is one.
+        logprobs: float32 `[T]`: log mu(token) under the distribution that was sampled from, that is, after
+            temperature, top-k and top-p.
+        finish_reason: "stop" (an end token or stop string) or "length" (truncated at the completion limit).
+        policy_version: number of optimizer updates that the weights of `mu` had seen.
         text: decoded, without special tokens.
     """
 
@@ -67,15 +71,15 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutGroup:
-    """The scored completions of one prompt; advantages are relative to this group.
+    """The scored completions of one prompt, relative to which its advantages are computed.
 
     Attributes:
-        completions: `G` of them, fewer when a completion whose score failed was left out.
-        rewards: float32 `[G]`: weighted sum of all rewards; what is optimised.
-        correctness: float32 `[G]`: the one reward marked as correctness; what difficulty and filters are about.
-        components: float32 `[G]` by reward name (NaN where a function returned None).
+        completions: `G` completions, or fewer if some were left out because their score failed.
+        rewards: float32 `[G]`: weighted sum of all rewards, which is optimized.
+        correctness: float32 `[G]`: the reward marked as correctness, which difficulty and filters refer to.
+        components: float32 `[G]` by reward name; NaN where a function returned None.
         source: "fresh", "reference" (rolled out to measure difficulty), or "replay".
-        birth_step: step at which it was generated.
+        birth_step: step in which it was generated.
     """
 
     prompt: Prompt
@@ -88,65 +92,60 @@ class RolloutGroup:
 
     @property
     def success_rate(self) -> float:
-        """Mean correctness reward `p`; NaN for a group without completions."""
+        """Mean correctness reward `p`, or NaN for a group without completions."""
         return float(np.mean(self.correctness)) if len(self.correctness) else float("nan")
 
     @property
     def informative(self) -> bool:
-        """Whether the correctness rewards differ within the group, that is whether it teaches."""
+        """Whether the correctness rewards differ within the group, so that it has a learning signal."""
         return len(self.correctness) > 1 and float(np.ptp(self.correctness)) > REWARD_TOLERANCE
 
     @property
     def completion_tokens(self) -> int:
+        """Number of completion tokens of the group."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
 class TrainBatch:
-    """What a step works on. The loader fills `prompts`; callbacks append to `groups`; the module reads `groups`.
+    """The data of one step. The loader sets `prompts`, callbacks add groups, and the module trains on `groups`.
 
-    Not a dataclass: Lightning copies those on their way to the device, and callbacks must share one batch.
+    Not a dataclass: Lightning copies dataclasses when it moves them to the device, and all callbacks must share one
+    batch.
 
     Attributes:
-        step: steps begun before this one; validation batches carry the batch's position instead.
-        prompts: to be rolled out: `B` of them, fewer when replayed groups will complete the batch; prompts chosen to
-            replace dropped groups follow behind.
-        groups: what is trained on (or measured), in a fixed order.
+        step: number of steps begun before this one; validation batches hold their position instead.
+        prompts: prompts to roll out: `B`, or fewer if replayed groups will complete the batch, followed by those that
+            were chosen to replace dropped groups.
+        rollouts: all groups of the step with what becomes of each, in a fixed order.
         forecast: float64 `[len(prompts)]`: success rate that the selector expected of each prompt before its rollouts;
-            None where it makes no forecast, NaN for prompts chosen before it could make one.
-        pool_forecast: float64 `[Q]`: what it expected of every prompt of the pool before the step's first rollout, or
-            None.
+            None without a forecast, NaN for prompts chosen before there was one.
+        pool_forecast: float64 `[Q]`: success rate expected of every prompt of the pool before the first rollout of the
+            step, or None.
         explored: ids of the prompts that the selector chose by uniform exploration.
-        reference_forecast: float64 `[K, 2]`: success rate expected and then measured of the reference prompts rolled
-            out since the step before; None where there were none, or no forecast.
-        surplus: on-policy groups that were generated but will not be trained on in this step; a replay callback may
-            keep them.
-        dropped: on-policy groups that a filter refused: neither trained on nor kept.
-        advantages: float32 `[G]` per group, filled by the training step.
-        metrics: scalars to be logged with this step, by their full name.
-        ledger: seconds and counts of this step.
+        reference_forecast: float64 `[K, 2]`: expected and measured success rate of the reference prompts rolled out
+            since the previous step; None without reference prompts or without a forecast.
+        advantages: float32 `[G]` per group, set by the training step.
+        metrics: scalars to log with this step, by full name.
+        ledger: seconds, counts and reward metrics of this step.
     """
 
     __slots__ = (
         "advantages",
-        "dropped",
         "explored",
         "forecast",
-        "groups",
         "ledger",
         "metrics",
         "pool_forecast",
         "prompts",
         "reference_forecast",
+        "rollouts",
         "step",
-        "surplus",
     )
 
     def __init__(self, step: int, prompts: Sequence[Prompt], forecast: np.ndarray | None = None) -> None:
         self.step = step
         self.prompts = tuple(prompts)
-        self.groups: list[RolloutGroup] = []
-        self.surplus: list[RolloutGroup] = []
-        self.dropped: list[RolloutGroup] = []
+        self.rollouts: list[tuple[RolloutGroup, Fate]] = []
         self.forecast = forecast
         self.explored: frozenset[str] = frozenset()
         self.pool_forecast: np.ndarray | None = None
@@ -155,8 +154,28 @@ class TrainBatch:
         self.metrics: dict[str, float] = {}
         self.ledger = Ledger()
 
+    @property
+    def groups(self) -> list[RolloutGroup]:
+        """The groups to train on (or to measure), in order; a new list."""
+        return self.of("trained")
+
+    def of(self, *fates: Fate) -> list[RolloutGroup]:
+        """Return the groups of these fates, one fate after the other, each in order; a new list."""
+        return [group for fate in fates for group, its in self.rollouts if its == fate]
+
+    def add(self, groups: Iterable[RolloutGroup], fate: Fate = "trained") -> None:
+        """Append groups."""
+        self.rollouts += [(group, fate) for group in groups]
+
+    def move(self, groups: Iterable[RolloutGroup], fate: Fate) -> None:
+        """Give groups of the batch another fate, and put them at the end in the given order."""
+        moved = list(groups)
+        ids = {id(group) for group in moved}
+        self.rollouts = [entry for entry in self.rollouts if id(entry[0]) not in ids]
+        self.add(moved, fate)
+
     def add_prompts(self, prompts: Sequence[Prompt], forecast: np.ndarray | None) -> None:
-        """Appends prompts and what is expected of them (float64 `[len(prompts)]`, None for no forecast)."""
+        """Append prompts and their expected success rates (float64 `[len(prompts)]`, or None without a forecast)."""
         if self.forecast is not None or forecast is not None:
             parts = ((self.prompts, self.forecast), (prompts, forecast))
             self.forecast = np.concatenate(
@@ -167,13 +186,13 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcomes:
-    """Measured success of rolled-out prompts, as a selector sees it.
+    """Measured success rates of prompts, as selectors see them.
 
     Attributes:
-        step: step whose policy generated them.
+        step: step whose policy generated the rollouts.
         prompt_ids: `N` ids.
         success_rate: float64 `[N]`.
-        samples: int64 `[N]`: completions behind each rate.
+        samples: int64 `[N]`: number of completions that each rate is the mean of.
         source: "fresh" for selected prompts, "reference" for a uniform draw from the pool.
         reward_std: float64 `[N]`: standard deviation of the correctness rewards within each group.
     """
@@ -187,7 +206,7 @@ class Outcomes:
 
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup], step: int, source: Source) -> Outcomes:
-        """From groups; a group that lost all its completions is left out."""
+        """Return the outcomes of groups, without those that lost all their completions."""
         kept = [group for group in groups if len(group.completions)]
         return cls(
             step=step,

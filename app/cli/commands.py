@@ -28,11 +28,9 @@ class Command:
 
 
 COMMANDS = {
-    "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty:main"),
-    "throughput": Command("time training steps beside another trainer's", "app.studies.throughput:main"),
-    "plan": Command("plan memory, time and GPUs of a run", "app.studies.plan:main"),
+    "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
-    "forecast": Command("compare selectors on a recorded run", "app.studies.forecast:main"),
+    "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
 
 

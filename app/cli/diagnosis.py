@@ -6,12 +6,9 @@ import re
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from datamodules.errors import nearest
-
-if TYPE_CHECKING:
-    from app.cli.parsing import DotsArgumentParser
 
 _MAX_LENGTH = 400
 _MAX_CHOICES = 20
@@ -22,7 +19,17 @@ _UNKNOWN = r"(?:Group '(.+?)' does not )?(?:accept option|accept nested key|Opti
 _WRONG_CLASS = r"module '[\w.]+' has no .*|No module named .*|does not correspond to .*|dot import path string"
 
 
-def explain(message: str, parser: DotsArgumentParser) -> str:
+class KnownNames(Protocol):
+    """The names that a parser knows; `app.cli.parsing.DotsArgumentParser` is one."""
+
+    def option_names(self) -> set[str]: ...
+
+    def class_paths(self, option: str) -> list[str]: ...
+
+    def of_class(self, class_path: str) -> KnownNames: ...
+
+
+def explain(message: str, parser: KnownNames) -> str:
     """Return one line that says what is wrong with the command line or a config.
 
     A report is nested: an option, the class that it names, an option of that class, and so on. The options on the way

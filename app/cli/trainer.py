@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.reporting.run_table import print_run_table
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
 from callbacks.stages import StepCallback
 from callbacks.standard import with_standard
+from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.watching.run_table import print_run_table
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
@@ -60,7 +61,9 @@ class DotsTrainer(Trainer):
             use_distributed_sampler=use_distributed_sampler,
             **kwargs,
         )
-        self._given = kwargs
+        self._options: dict[str, Any] = {
+            **kwargs, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
+        }  # fmt: skip
 
     def fit(  # the checks come before anything is loaded or written, which no hook of a callback does
         self,
@@ -74,8 +77,9 @@ class DotsTrainer(Trainer):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         module, data = _of_a_run(model, datamodule)
-        for callback in self._step_callbacks:
-            callback.check(self, module, data)
+        for callback in self._callbacks:
+            if isinstance(callback, StepCallback):
+                callback.check(self, module, data)
         super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
 
     def describe(
@@ -97,12 +101,12 @@ class DotsTrainer(Trainer):
         """
         module, data = _of_a_run(model, datamodule)
         print_run_table(
+            self,
             module,
             data,
-            self._step_callbacks,
             policy=module.policy.on_meta(),
             world_size=world_size or self.world_size,
-            max_steps=self.max_steps,
+            with_memory=True,
         )
 
     def export(
@@ -169,7 +173,7 @@ class DotsTrainer(Trainer):
         module, data = _of_a_run(model, datamodule)
         checkpoint = None if ckpt_path is None else Path(ckpt_path)
         request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
-        select(self, module, data, request)
+        select(self, module, data, request, self._for_warmup)
 
     def serve(
         self,
@@ -199,14 +203,18 @@ class DotsTrainer(Trainer):
         serve(model, host, port, start_timeout_s)
 
     @property
-    def _step_callbacks(self) -> list[StepCallback]:
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # set by a connector
-        return [one for one in callbacks if isinstance(one, StepCallback)]
+    def _callbacks(self) -> list[Callback]:
+        return self.callbacks  # type: ignore[attr-defined]  # set by a connector
 
-    def _plain(self, logger: Logger, max_steps: int) -> DotsTrainer:
-        """A trainer like this one that runs plain GRPO: the standard callbacks alone, and no validation."""
-        given: Mapping[str, Any] = {**self._given, "logger": logger, "max_steps": max_steps, "limit_val_batches": 0}
-        return DotsTrainer(**given)
+    def _for_warmup(self, *, logger: Logger, max_steps: int) -> DotsTrainer:
+        """Return the trainer of a warm-up, see `app.subsets.warmup.WarmupTrainer`."""
+        kept: list[Callback] = [one for one in self._callbacks if isinstance(one, SaveConfigCallback)]
+        for one in self._callbacks:
+            if isinstance(one, RunCheckpoint):  # not in the folder of this run's checkpoints
+                kept.append(RunCheckpoint(one.every, one.keep, on_write_error=one.on_write_error))
+        return DotsTrainer(
+            **{**self._options, "callbacks": kept, "logger": logger, "max_steps": max_steps, "limit_val_batches": 0}
+        )
 
 
 def _of_a_run(model: LightningModule, datamodule: Any) -> tuple[GRPOModule, OnlinePromptDataModule]:

@@ -20,7 +20,7 @@ LOGPROBS_MODE = "processed_logprobs"
 PREFIX_BLOCK = 32
 """Tokens per block of the key-value cache: the unit of prefix caching, and a size that the CPU kernels support."""
 
-_LEAST_TEMPERATURE = 0.01
+_MIN_TEMPERATURE = 0.01
 
 _FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -76,10 +76,10 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
             end completions alike.
         seed: the sample's seed, in [0, 2**63).
     """
-    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+    if 0 < sampling.temperature < _MIN_TEMPERATURE:
         raise UserError(
-            f"sampling.temperature is {sampling.temperature}, but vLLM raises it to {_LEAST_TEMPERATURE}. "
-            f"Set it to 0 (greedy) or at least {_LEAST_TEMPERATURE}."
+            f"sampling.temperature is {sampling.temperature}, but vLLM raises it to {_MIN_TEMPERATURE}. "
+            f"Set it to 0 (greedy) or at least {_MIN_TEMPERATURE}."
         )
     return {
         "n": 1,

@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2), of one reward or of several apart."""
+"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2), of one reward or of several decoupled ones."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", baseline: Baseline = "mean") -> Tensor:
-    """How much better each completion did than its group.
+    """Return the advantage of each completion over its group.
 
-    A group whose rewards are equal (within `REWARD_TOLERANCE`), and so every group of one completion, gets exactly 0:
-    a mean that is off by one rounding would else be blown up by the division.
+    A group whose rewards are equal within `REWARD_TOLERANCE`, such as a group of one, gets exactly 0: dividing would
+    otherwise amplify the rounding error of its mean.
 
     Args:
         rewards: float `[N]`.
-        groups: int `[N]`: which group a completion belongs to. Any numbers, in any order; sizes may differ, because a
+        groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because a
             completion whose reward failed is left out.
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
             unbiased standard deviation of all `N` rewards + 1e-6; "none" does not divide (Dr. GRPO, arXiv 2503.20783,
             and DOTS, arXiv 2506.05316).
         baseline: "mean" of the group, the completion itself included; "leave_one_out" is the mean of the others
-            (RLOO, arXiv 2402.14740, equation 7), which makes the policy gradient unbiased: with the mean it is
+            (RLOO, arXiv 2402.14740, equation 7), which makes the policy gradient unbiased: with "mean" it is
             `(G - 1) / G` of it.
 
     Returns:
@@ -42,18 +42,21 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", ba
         UserError: an unknown `scale` or `baseline`.
         ValueError: shapes that do not match.
     """
-    _known("scale", scale, SCALES)
-    _known("baseline", baseline, BASELINES)
+    _check_choice("scale", scale, SCALES)
+    _check_choice("baseline", baseline, BASELINES)
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)}: expected both to be [N]")
     if not rewards.numel():
         return torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     _, member = torch.unique(groups, return_inverse=True)
+    zeros = torch.zeros_like(rewards)
     size = _group_sum(torch.ones_like(rewards), member)
+    largest = zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
+    smallest = zeros.scatter_reduce(0, member, rewards, "amin", include_self=False)[member]
     centred = rewards - _group_sum(rewards, member) / size
-    centred = torch.where(_group_range(rewards, member) > REWARD_TOLERANCE, centred, 0.0)
-    # r - mean of the others = G / (G - 1) (r - mean of all); the deviations that are divided by stay the group's own.
+    centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
+    # r - mean of the others = G / (G - 1) (r - mean of all). The standard deviation stays the group's own.
     advantages = centred if baseline == "mean" else centred * (size / (size - 1).clamp(min=1))
     if scale == "group":
         return advantages / (torch.sqrt(_group_sum(centred**2, member) / (size - 1).clamp(min=1)) + STD_EPSILON)
@@ -65,10 +68,10 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", ba
 def decoupled_advantages(
     components: Tensor, reward_weights: Tensor, groups: Tensor, scale: Scale = "batch", baseline: Baseline = "mean"
 ) -> Tensor:
-    """Several rewards, each normalised within its groups before they are weighted and added (GDPO, arXiv 2601.05242).
+    """Return advantages of several rewards, each normalised within its groups before the sum (GDPO, arXiv 2601.05242).
 
-    A reward with a small spread then counts as much as one with a large spread; added first, it would drown. A
-    completion that a reward does not apply to takes no part in that reward's mean and spread.
+    A reward with a small spread then counts as much as one with a large spread. A completion that a reward does not
+    apply to is left out of that reward's mean and spread.
 
     Args:
         components: float `[N, R]`: each of the `R` rewards of each completion, NaN where it does not apply.
@@ -85,37 +88,29 @@ def decoupled_advantages(
         UserError: `scale="none"`, which would normalise nothing, or another unknown name.
         ValueError: shapes that do not match.
     """
-    _known("scale", scale, SCALES)
+    _check_choice("scale", scale, SCALES)
     if scale == "none":
         raise UserError(
-            "advantage_scale='none' with multi_objective_aggregation='normalize_then_sum': nothing would be "
-            "normalised; set advantage_scale to 'batch' (GDPO) or 'group', or sum_then_normalize"
+            "advantage_scale is 'none' with multi_objective_aggregation='normalize_then_sum', which would normalise "
+            "nothing. Set advantage_scale to 'batch' (GDPO) or 'group', or use 'sum_then_normalize'."
         )
     if components.ndim != 2 or components.shape != (len(groups), len(reward_weights)):
         shapes = f"components {tuple(components.shape)}, reward_weights {tuple(reward_weights.shape)}"
         raise ValueError(f"{shapes}, groups {tuple(groups.shape)}: expected [N, R], [R] and [N]")
-    apart = torch.zeros_like(components)
+    decoupled = torch.zeros_like(components)
     for column in range(components.shape[1]):
-        here = ~torch.isnan(components[:, column])
-        apart[here, column] = group_advantages(components[here, column], groups[here], "group", baseline)
-    advantages = apart @ reward_weights.to(components.dtype)
-    # Every group's sum is 0, so that subtracting the batch's mean, as TRL does, would only add rounding to exact zeros.
+        applies = ~torch.isnan(components[:, column])
+        decoupled[applies, column] = group_advantages(components[applies, column], groups[applies], "group", baseline)
+    advantages = decoupled @ reward_weights.to(components.dtype)
+    # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
     return advantages / (advantages.std() + STD_EPSILON) if scale == "batch" and len(groups) > 1 else advantages
 
 
-def _known(name: str, given: str, valid: tuple[str, ...]) -> None:
+def _check_choice(name: str, given: str, valid: tuple[str, ...]) -> None:
     if given not in valid:
-        raise UserError(f"{name}={given!r}: expected one of {', '.join(valid)}; {nearest(given, valid)}")
+        raise UserError(f"{name} is {given!r}; expected one of {', '.join(valid)}: {nearest(given, valid)}")
 
 
 def _group_sum(values: Tensor, member: Tensor) -> Tensor:
-    """Sum over each element's group `[N]`."""
+    """Return the sum over each element's group, `[N]`."""
     return torch.zeros_like(values).index_add(0, member, values)[member]
-
-
-def _group_range(values: Tensor, member: Tensor) -> Tensor:
-    """Largest minus smallest value of each element's group `[N]`."""
-    start = torch.zeros_like(values)
-    largest = start.scatter_reduce(0, member, values, "amax", include_self=False)
-    smallest = start.scatter_reduce(0, member, values, "amin", include_self=False)
-    return (largest - smallest)[member]

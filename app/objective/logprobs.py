@@ -1,9 +1,9 @@
 """Log-probability and entropy of given tokens from hidden states, without ever holding a tokens x vocabulary tensor.
 
 The head's logits are computed in tiles of some tokens x some of the vocabulary. The forward pass keeps three numbers
-per token and tile, which combine into the log-sum-exp and the entropy (the online softmax, arXiv 1805.02867); the
-backward pass computes every tile again and turns it into its gradient in place. Sums are in float32 (float64 for
-float64 inputs) whatever the type of the inputs; logits are not rounded to half precision in between.
+per token and tile, which combine into the log-sum-exp and the entropy (online softmax, arXiv 1805.02867); the backward
+pass recomputes every tile and turns it into its gradient in place. Sums are in float32 (float64 for float64 inputs)
+for inputs of any type; logits are never rounded to half precision in between.
 
 With logits `z` (after scale, soft cap and temperature), `p = softmax(z)`, `S = logsumexp(z)`, `M = sum_j p_j z_j`:
 
@@ -24,8 +24,7 @@ from torch.autograd.function import once_differentiable
 
 CPU_TILE_BYTES = 4 * 2**20
 DEVICE_TILE_BYTES = 64 * 2**20
-"""Size of one buffer of logits, of which at most three are alive at once: on a CPU what its cache holds, elsewhere
-enough to keep the device busy."""
+"""Size of one buffer of logits; up to three are alive at once. A CPU's fits its cache, a device's keeps it busy."""
 
 
 def token_logprobs(
@@ -40,29 +39,29 @@ def token_logprobs(
     with_entropy: bool = True,
     tile_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target, and the entropy of the distribution it comes from.
+    """Return the log-probability of each target, and the entropy of its distribution.
 
-    Both outputs are differentiable in `hidden`, `weight` and `bias`, once. An output that the loss does not use costs
-    nothing in the backward pass. A tied head passes the embedding matrix as `weight`; a head with LoRA passes the sum
-    of base weight and update.
+    Both outputs are once differentiable in `hidden`, `weight` and `bias`. An output that the loss does not use costs
+    nothing in the backward pass. For a tied head pass the embedding matrix as `weight`, for a head with LoRA the sum of
+    base weight and update.
 
     Args:
-        hidden: `[T, H]`: the last hidden states at the positions that predict the targets.
-        weight: `[V, H]`: the output embedding.
+        hidden: `[T, H]`, the last hidden states at the positions that predict the targets.
+        weight: `[V, H]`, the output embedding.
         targets: int `[T]`, each in `0 .. V - 1`.
         bias: `[V]`.
-        temperature: logits are divided by it, last; above 0. It must be the one that the tokens were sampled with.
+        temperature: divides the logits, last; above 0. It must be the temperature that the tokens were sampled with.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
-        scale: logits are multiplied by it, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        scale: multiplies the logits, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         with_entropy: whether to compute the entropy.
-        tile_bytes: size of one buffer of logits; 4 MiB on a CPU and 64 MiB elsewhere by default.
+        tile_bytes: size of one buffer of logits; by default 4 MiB on a CPU and 64 MiB on other devices.
 
     Returns:
         `logprobs [T]` and `entropy [T]` (None without `with_entropy`), in nats, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not match, a temperature of 0 or less, or a target outside the vocabulary (looked
-            at on the CPU; on another device its log-probability is NaN, because looking would wait for the device).
+        ValueError: shapes that do not match, a temperature of 0 or less, or a target outside the vocabulary. Targets
+            are checked on the CPU only; on another device a check would synchronise, and the result is NaN.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
@@ -84,14 +83,14 @@ def token_logprobs(
 
 @dataclass(frozen=True, slots=True)
 class _Logits:
-    """What is done to `hidden @ weight.T + bias` before the softmax."""
+    """The transform from `hidden @ weight.T + bias` to the input of the softmax."""
 
     scale: float
     softcap: float | None
     temperature: float
 
     def tile(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Logits `[t, v]` of a tile, in one buffer."""
+        """Return the logits `[t, v]` of a tile, in one buffer."""
         z = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
         if self.softcap is None:
             factor = self.scale / self.temperature
@@ -99,7 +98,7 @@ class _Logits:
         return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def chain_(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Turns the gradient of the logits into that of `hidden @ weight.T + bias`, in place; uses `z` up."""
+        """Turn the gradient of the logits into that of `hidden @ weight.T + bias`, in place; overwrites `z`."""
         if self.softcap is not None:
             slope = z.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
             grad.mul_(slope)
@@ -149,8 +148,8 @@ def _forward(
     with_entropy: bool,
     tile_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logit of each target, log-sum-exp and (for the entropy) mean logit; `[T]` each."""
-    dtype = _sum_type(hidden, weight)
+    """Return the logit of each target, the log-sum-exp and (for the entropy) the mean logit; `[T]` each."""
+    dtype = torch.promote_types(torch.promote_types(torch.float32, hidden.dtype), weight.dtype)
     target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
     mean = torch.empty_like(lse) if with_entropy else None
     token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
@@ -169,7 +168,7 @@ def _forward(
 
 
 def _summary_(z: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a tile: `m = max z`, `s = sum e^(z - m)`, `u = sum e^(z - m) (z - m)`; `[t]` each. Uses `z` up."""
+    """Return `m = max z`, `s = sum e^(z - m)`, `u = sum e^(z - m) (z - m)` of a tile, `[t]` each. Overwrites `z`."""
     top = z.amax(1)
     z.sub_(top.unsqueeze(1))
     if not with_entropy:
@@ -180,7 +179,7 @@ def _summary_(z: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _combine(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and mean logit `[t]` of a row of tiles."""
+    """Return the log-sum-exp and the mean logit `[t]` of a row of tiles."""
     tops, totals, moments = (torch.stack(part) for part in zip(*parts, strict=True))
     top = tops.amax(0)
     shift = tops - top
@@ -203,8 +202,10 @@ def _backward(
     tile_bytes: int,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias. The vocabulary is the outer loop, so that only one tile's gradient
-    of the weight is held in the wide type."""
+    """Return the gradients of hidden states, weight and bias.
+
+    The vocabulary is the outer loop, so that only one tile's weight gradient is held in the wide type.
+    """
     dtype = lse.dtype
     tokens = hidden.to(dtype)
     grad_hidden = torch.zeros_like(tokens) if needed[0] else None
@@ -219,7 +220,7 @@ def _backward(
         for rows in _slices(len(hidden), token_tile):
             z = logits.tile(tokens[rows], head, head_bias)
             keep = logits.softcap is not None or grad_entropy is not None
-            parts = (_rows(mean, rows), _rows(grad_logprobs, rows), _rows(grad_entropy, rows))
+            parts = (None if one is None else one[rows] for one in (mean, grad_logprobs, grad_entropy))
             grad = logits.chain_(_tile_gradient(z, targets[rows], columns, lse[rows], *parts, keep=keep), z)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(grad, head)
@@ -245,9 +246,10 @@ def _tile_gradient(
     *,
     keep: bool,
 ) -> Tensor:
-    """Gradient of the tile's logits `[t, v]`: `g [j = y] - p_j (g + h (z_j - M))`, g and h the outputs' gradients.
+    """Return the gradient of the tile's logits `[t, v]`, written over `z` unless `keep`.
 
-    Overwrites `z` with it, unless `keep`."""
+    It is `g [j = y] - p_j (g + h (z_j - M))`, with the gradients g of the log-probability and h of the entropy.
+    """
     grad = (z.clone() if keep else z).sub_(lse.unsqueeze(1)).exp_()
     if grad_entropy is not None and mean is not None:
         inner = (z - mean.unsqueeze(1)).mul_(grad_entropy.unsqueeze(1))
@@ -263,24 +265,13 @@ def _tile_gradient(
 
 
 def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each target is in the tile `[t]`, and its column there (0 where it is not) `[t, 1]`."""
+    """Return a mask of the targets in the tile `[t]`, and their columns there (0 for the others) `[t, 1]`."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return inside, torch.where(inside, targets - columns.start, 0).unsqueeze(1)
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
-
-
-def _sum_type(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def _tile_shape(tokens: int, vocabulary: int, itemsize: int, tile_bytes: int) -> tuple[int, int]:
-    """Tokens and vocabulary of a tile: square where both are large, because that needs the least memory traffic."""
+    """Return the tokens and the vocabulary of a tile: square if both are large, which moves the least memory."""
     budget = max(tile_bytes // itemsize, 1)
     token_tile = max(min(tokens, math.isqrt(budget)), 1)
     vocab_tile = max(min(vocabulary, budget // token_tile), 1)

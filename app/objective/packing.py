@@ -1,5 +1,6 @@
-"""Token-budget micro-batches, and the layout of one: a padded rectangle, or one row in which prompts are shared
-(`shared_prompt`), for the model; flat tensors for the loss.
+"""Micro-batches within a token budget, and the layout of one.
+
+The model reads a padded rectangle, or one row with shared prompts (`shared_prompt`); the loss reads flat tensors.
 
 In a rectangle sequences are padded on the right. Under causal attention no real token then sees a pad, with or without
 the mask, and positions need no shift. Only completion tokens are scored: the hidden state at position `t` predicts the
@@ -20,17 +21,17 @@ from app.objective.shared_prompt import SharedPrompts, plan_shared
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredSequence:
-    """One prompt with one completion, and what the loss needs of it.
+    """One prompt with one completion, and its inputs to the loss.
 
     Attributes:
         prompt_ids: int `[P]`, at least one token.
         completion_ids: int `[T]`, at least one token.
         behaviour_logprobs: float `[T]`: log mu of every completion token.
-        advantage: of the completion.
-        weight: of each of its tokens in the loss (`surrogate.token_weights`).
-        old_logprobs: float `[T]`: log pi_old where it was computed; None where the policy before the update is the
-            behaviour policy.
-        replayed: whether it was generated at an earlier step.
+        advantage: the completion's advantage.
+        weight: the weight of each of its tokens in the loss (`ratios.token_weights`).
+        old_logprobs: float `[T]`: log pi_old if it was computed; None if the policy before the update is the behaviour
+            policy.
+        replayed: the completion was generated at an earlier step.
     """
 
     prompt_ids: Sequence[int] | np.ndarray
@@ -48,20 +49,23 @@ class ScoredSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """A micro-batch of `n` sequences, `L` long at most, with `T` completion tokens in all.
+    """A micro-batch of `n` sequences of up to `L` tokens, with `T` completion tokens in total.
 
     Attributes:
-        input_ids: int64 `[n, L]`, padded on the right; `[1, N]` where prompts are shared.
+        input_ids: int64 `[n, L]`, padded on the right; `[1, N]` with shared prompts.
         attention_mask: int64, 0 on padding; of the same shape.
         position_ids: int64, of the same shape: position of each token in its sequence.
         predictors: int64 `[T]`: positions in the flattened `input_ids` whose hidden states predict `targets`.
         targets: int64 `[T]`: the completion tokens, sequence after sequence.
-        sequences: int64 `[T]`: row that each token belongs to.
+        sequences: int64 `[T]`: index of the sequence of each token.
         behaviour_logprobs: float32 `[T]`.
-        old_logprobs: float32 `[T]`; the behaviour's where a sequence has none of its own.
+        old_logprobs: float32 `[T]`; the behaviour log-probabilities of a sequence without its own.
         advantages: float32 `[T]`.
         weights: float32 `[T]`.
         replayed: bool `[T]`.
+        real_tokens: tokens that are read, without padding.
+        sequence_tokens: tokens of all prompts and completions, a prompt counted once per completion.
+        layout: the attention layout of a single row; None for a rectangle.
     """
 
     input_ids: Tensor
@@ -76,11 +80,8 @@ class PackedBatch:
     weights: Tensor
     replayed: Tensor
     real_tokens: int
-    """Tokens that are read, without padding."""
     sequence_tokens: int
-    """Tokens of prompts and completions, every prompt as often as it has completions."""
     layout: SharedPrompts | None = None
-    """Who attends to whom, where all tokens stand in one row."""
 
     @property
     def padding_fraction(self) -> float:
@@ -88,15 +89,15 @@ class PackedBatch:
         return 1 - self.real_tokens / self.input_ids.numel()
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        """Of the model's hidden states `[n, L, H]` those that predict `targets`, `[T, H]`."""
+        """Select the hidden states `[T, H]` that predict `targets` from the model's `[n, L, H]`."""
         return hidden.flatten(0, 1).index_select(0, self.predictors)
 
 
 def plan_microbatches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Splits sequences into micro-batches whose padded size (rows x longest) is at most `max_tokens`.
+    """Split sequences into micro-batches of up to `max_tokens`, padding included (rows x longest).
 
     Sequences of similar length share a micro-batch. The longest come first, so that a budget too large for the memory
-    fails at once. A sequence longer than the budget gets a micro-batch of its own.
+    fails at once. A sequence longer than the budget gets its own micro-batch.
 
     Args:
         lengths: `N` lengths in tokens, prompt and completion.
@@ -125,15 +126,15 @@ def plan_microbatches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> l
 def collate(
     sequences: Sequence[ScoredSequence], pad_token_id: int = 0, device: torch.device | str = "cpu"
 ) -> PackedBatch:
-    """Lays sequences out as one micro-batch, a padded rectangle.
+    """Lay sequences out as one micro-batch, a padded rectangle.
 
     Args:
-        sequences: `n` of them, at least one, in the order of the rows.
+        sequences: `n >= 1` sequences, in the order of the rows.
         pad_token_id: any valid id; padding is never scored.
-        device: where the tensors are to be.
+        device: the device of the tensors.
 
     Raises:
-        ValueError: no sequences, an empty prompt or completion, or log-probs that are not one per completion token.
+        ValueError: no sequences, an empty prompt or completion, or not one log-probability per completion token.
     """
     prompt, completion = _lengths(sequences)
     length = int((prompt + completion).max())
@@ -149,11 +150,11 @@ def collate(
 
 
 def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lays sequences out as one micro-batch, one row without padding in which equal prompts appear once.
+    """Lay sequences out as one micro-batch, one row without padding in which equal prompts appear once.
 
     Args:
-        sequences: `n` of them, at least one; those of a prompt need not be neighbours.
-        device: where the tensors are to be.
+        sequences: `n >= 1` sequences, in any order.
+        device: the device of the tensors.
 
     Raises:
         ValueError: as `collate`.
@@ -162,7 +163,7 @@ def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu"
     owner, chosen = owners(sequences)
     prompts = [np.asarray(sequences[index].prompt_ids, dtype=np.int64) for index in chosen]
     lengths = np.array([len(prompt) for prompt in prompts])
-    # The last token of a completion predicts nothing, so it is not read.
+    # The last token of a completion predicts nothing, so the model does not read it.
     written = completion - 1
     ids = np.concatenate([*prompts, *(np.asarray(s.completion_ids, dtype=np.int64)[:-1] for s in sequences)])
     positions = np.concatenate([_within(lengths), np.repeat(lengths[owner], written) + _within(written)])
@@ -176,14 +177,14 @@ def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu"
 
 
 def plan_packs(sequences: Sequence[ScoredSequence], max_tokens: int) -> list[list[int]]:
-    """`shared_prompt.plan_shared` for sequences: indices into them by micro-batch, each to be laid out by `pack`."""
+    """Split sequences into micro-batches for `pack` (see `shared_prompt.plan_shared`); return their indices."""
     owner, chosen = owners(sequences)
     prompts = [len(sequences[index].prompt_ids) for index in chosen]
     return plan_shared(owner, prompts, [len(sequence.completion_ids) for sequence in sequences], max_tokens)
 
 
 def owners(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, list[int]]:
-    """Number of each sequence's prompt among the different ones, int64 `[n]`, and a sequence that has each."""
+    """Return the index of each sequence's prompt among the distinct ones, int64 `[n]`, and a sequence with each."""
     number: dict[bytes, int] = {}
     chosen: list[int] = []
     owner = np.empty(len(sequences), dtype=np.int64)
@@ -197,17 +198,27 @@ def owners(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, list[int]]:
 
 
 def _lengths(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of prompts and of completions `[n]` each, after checking the sequences."""
+    """Check the sequences, and return the tokens of prompts and of completions, `[n]` each."""
     if not sequences:
         raise ValueError("no sequences to collate")
     for row, sequence in enumerate(sequences):
-        _check(row, sequence)
+        prompts, completions = len(sequence.prompt_ids), len(sequence.completion_ids)
+        if not prompts or not completions:
+            raise ValueError(
+                f"sequence {row}: {prompts} prompt and {completions} completion tokens, expected both above 0"
+            )
+        for name in ("behaviour_logprobs", "old_logprobs"):
+            values = getattr(sequence, name)
+            if values is not None and len(values) != completions:
+                raise ValueError(
+                    f"sequence {row}: {len(values)} {name}, expected {completions}, one per completion token"
+                )
     prompt = np.array([len(sequence.prompt_ids) for sequence in sequences])
     return prompt, np.array([len(sequence.completion_ids) for sequence in sequences])
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:
-    """0 .. length - 1 of each run, one run after the other."""
+    """Return `0 .. length - 1` for each length, concatenated."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
@@ -221,7 +232,7 @@ def _batch(
     device: torch.device | str,
     layout: SharedPrompts | None = None,
 ) -> PackedBatch:
-    """The layout `ids`, `mask`, `positions`, `predictors` with what the loss needs of every completion token."""
+    """Combine a layout (`ids`, `mask`, `positions`, `predictors`) with the loss's inputs of every completion token."""
     completion = np.array([len(sequence.completion_ids) for sequence in sequences])
 
     def tensor(array: np.ndarray, dtype: type) -> Tensor:
@@ -250,13 +261,3 @@ def _batch(
         sequence_tokens=sum(len(sequence) for sequence in sequences),
         layout=layout,
     )
-
-
-def _check(row: int, sequence: ScoredSequence) -> None:
-    prompt, completion = len(sequence.prompt_ids), len(sequence.completion_ids)
-    if not prompt or not completion:
-        raise ValueError(f"sequence {row}: {prompt} prompt and {completion} completion tokens, expected both above 0")
-    for name in ("behaviour_logprobs", "old_logprobs"):
-        values = getattr(sequence, name)
-        if values is not None and len(values) != completion:
-            raise ValueError(f"sequence {row}: {len(values)} {name}, expected {completion}, one per completion token")

@@ -1,42 +1,122 @@
-"""Ratios of policies: the one that an update is measured by, and the one that links it to the behaviour policy."""
+"""The per-token parts of the loss: ratios between policies, KL estimates, and the weight of each token."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from app.objective.options import SurrogateOptions
+from datamodules.errors import UserError, nearest
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to +-20 before `exp`: beyond it a ratio means nothing, and its gradient is 0."""
+"""Log-ratios are clamped to +-20 before `exp`: a larger ratio is meaningless, and it gets no gradient."""
+
+Aggregation = Literal["token", "sequence", "constant"]
+AGGREGATIONS = ("token", "sequence", "constant")
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """`exp` of log-ratios within the bound; of any shape."""
+    """Return `exp` of log-ratios of any shape, clamped to `LOG_RATIO_BOUND`."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
 
 
-def update_ratio(log_ratio: Tensor, sequences: Tensor | None, options: SurrogateOptions) -> Tensor:
-    """The ratio that the surrogate bounds: each token's own, or its sequence's geometric mean; `[T]`.
+def update_ratio(log_ratio: Tensor, sequences: Tensor | None) -> Tensor:
+    """Return the ratio that the surrogate bounds, `[T]`.
 
-    The geometric mean is GSPO's `(pi(o) / pi_old(o))^(1 / |o|)` (arXiv 2507.18071, equation 7).
+    Args:
+        log_ratio: `[T]`.
+        sequences: int `[T]`, the sequence of each token, to use the geometric mean over it: GSPO's
+            `(pi(o) / pi_old(o))^(1 / |o|)` (arXiv 2507.18071, equation 7). None uses each token's own ratio.
     """
-    if options.ratio_level == "sequence" and sequences is not None:
+    if sequences is not None:
         log_ratio = _sequence_sum(log_ratio, sequences) / _sequence_sum(torch.ones_like(log_ratio), sequences)
     return bounded_exp(log_ratio)
 
 
-def importance_weight(log_importance: Tensor, sequences: Tensor | None, options: SurrogateOptions) -> Tensor:
-    """`pi_old / mu` per token, or the product over each token's sequence, bounded by the cap; `[T]`."""
-    if options.importance_level == "sequence" and sequences is not None:
+def importance_weight(
+    log_importance: Tensor, sequences: Tensor | None, cap: float, mode: Literal["truncate", "mask"]
+) -> Tensor:
+    """Return the importance weight `pi_old / mu`, `[T]`, limited by a cap.
+
+    Args:
+        log_importance: `[T]`, `log(pi_old / mu)` of each token.
+        sequences: int `[T]`, the sequence of each token, to use the product over it; None uses each token's own weight.
+        cap: the largest weight.
+        mode: "truncate" lowers a larger weight to the cap (TIS), "mask" sets it to 0 (MIS).
+    """
+    if sequences is not None:
         log_importance = _sequence_sum(log_importance, sequences)
     importance = bounded_exp(log_importance)
-    if options.importance_mode == "mask":
-        return torch.where(importance <= options.importance_cap, importance, 0.0)
-    return importance.clamp(max=options.importance_cap)
+    if mode == "mask":
+        return torch.where(importance <= cap, importance, 0.0)
+    return importance.clamp(max=cap)
 
 
 def _sequence_sum(values: Tensor, sequences: Tensor) -> Tensor:
-    """Sum over each token's sequence, `[T]`."""
-    # A target as long as the tokens is long enough, and asking for the largest index would wait for the device.
+    # A target with one row per token is long enough, and finding the largest index would wait for the device.
     return torch.zeros_like(values).index_add(0, sequences, values)[sequences]
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimate KL(pi || ref) at each sampled token, `[T]`.
+
+    With `x = log(ref / pi)`, k1 is `-x`, k2 `x^2 / 2` and k3 `e^x - 1 - x`. As a *value*, k1 and k3 are unbiased under
+    samples from pi (http://joschu.net/blog/kl-approx.html). As a *loss* their expected gradients differ: k2's is that
+    of KL(pi || ref), k3's that of KL(ref || pi), and k1's is 0. Multiplied by the ratio
+    (`SurrogateOptions.kl_corrected`), both k1 and k3 have the gradient of KL(pi || ref) (DeepSeek-V3.2,
+    arXiv 2512.02556, section 3.1).
+    """
+    x = (reference_logprobs - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    match estimator:
+        case "k1":
+            return -x
+        case "k2":
+            return x.square() / 2
+        case _:
+            return torch.expm1(x) - x
+
+
+def token_weights(
+    lengths: Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    max_completion_length: int | None = None,
+    total_tokens: float | None = None,
+    total_sequences: float | None = None,
+) -> Tensor:
+    """Return the weight of each sequence's tokens, such that the loss is a plain sum over tokens.
+
+    Totals are those of the global mini-batch: over all micro-batches and ranks, and including sequences that get no
+    forward pass because their advantage is 0. Where gradients are then averaged over ranks, multiply the weights by
+    the number of ranks.
+
+    Args:
+        lengths: int `[N]`, completion tokens of each sequence.
+        aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
+            local batch is the mini-batch); "sequence": mean over a sequence's tokens, then over sequences (GRPO);
+            "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783).
+        max_completion_length: required by "constant".
+        total_tokens: tokens of the global mini-batch; the sum of `lengths` by default.
+        total_sequences: sequences of the global mini-batch; `N` by default.
+
+    Returns:
+        Float32 `[N]` (float64 for float64 lengths); all tokens of a sequence have the same weight.
+
+    Raises:
+        UserError: an unknown aggregation.
+        ValueError: "constant" without `max_completion_length`.
+    """
+    if aggregation not in AGGREGATIONS:
+        expected = f"expected one of {', '.join(AGGREGATIONS)}: {nearest(str(aggregation), AGGREGATIONS)}"
+        raise UserError(f"aggregation is {aggregation!r}; {expected}")
+    lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
+    sequences = float(len(lengths)) if total_sequences is None else total_sequences
+    if aggregation == "token":
+        tokens = float(lengths.sum()) if total_tokens is None else total_tokens
+        return torch.full_like(lengths, 1 / max(tokens, 1.0))
+    if aggregation == "sequence":
+        return 1 / (lengths.clamp(min=1) * max(sequences, 1.0))
+    if max_completion_length is None:
+        raise ValueError("aggregation 'constant' needs max_completion_length, which is None. Pass it.")
+    return torch.full_like(lengths, 1 / (max_completion_length * max(sequences, 1.0)))

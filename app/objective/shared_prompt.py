@@ -1,9 +1,8 @@
-"""The layout of a micro-batch in which a prompt appears once for all its completions and nothing is padded.
+"""The layout of a micro-batch in which a prompt appears once for all its completions, without padding.
 
-All tokens stand in one row: the prompts, then the completions without their last token (nothing is predicted from it).
-Every layer of a transformer but attention works on tokens one by one, so only attention has to know which belong
-together: a prompt attends to itself, a completion to its prompt and itself. Both are causal, so the hidden states are
-those of each sequence alone.
+All tokens are in one row: the prompts, then the completions without their last token, which predicts nothing. Only the
+attention layers of a transformer mix tokens, so only attention needs to know the layout: a prompt attends to itself, a
+completion to its prompt and to itself. Both are causal, so the hidden states equal those of each sequence alone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
-"""What transformers passes to attention for some models, and an attention with a layout of its own does not do."""
+"""Arguments that transformers passes to attention for some models, and that an attention with its own layout lacks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +27,7 @@ class Blocks:
 
     Attributes:
         shape: `n` and `L`.
-        tokens: int64 `[n * L]`: the token at each place, 0 where there is none.
+        tokens: int64 `[n * L]`: the token at each place of the rectangle, 0 on padding.
         places: int64 `[N]`: the place of each token.
     """
 
@@ -38,7 +37,7 @@ class Blocks:
 
     @classmethod
     def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Blocks:
-        """Of `n` runs with int `[n]` lengths, one after the other."""
+        """Return the blocks of `n` consecutive runs with int `[n]` lengths."""
         longest = int(lengths.max(initial=0))
         within = np.arange(longest)
         starts = np.cumsum(lengths) - lengths
@@ -49,23 +48,23 @@ class Blocks:
         return cls((len(lengths), longest), *on_device)
 
     def pad(self, values: Tensor) -> Tensor:
-        """`[N, heads, width]` as `[n, heads, L, width]`; what stands on padding is arbitrary and gets no gradient."""
+        """Pad `[N, heads, width]` to `[n, heads, L, width]`; padding is arbitrary and gets no gradient."""
         return _Pad.apply(values, self.tokens, self.places).unflatten(0, self.shape).transpose(1, 2)
 
     def join(self, padded: Tensor) -> Tensor:
-        """`[n, heads, L, width]` as `[N, heads, width]`."""
+        """Remove the padding: `[n, heads, L, width]` to `[N, heads, width]`."""
         return _Gather.apply(padded.transpose(1, 2).flatten(0, 1), self.places, True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrompts:
-    """Who attends to whom among `N` tokens in one row.
+    """The attention layout of `N` tokens in one row.
 
     Attributes:
         prompts: the first tokens, prompt after prompt; longest `P`.
-        completions: the others, completion after completion; longest `T`.
+        completions: the other tokens, completion after completion; longest `T`.
         owner: int64 `[n]`: the prompt of each completion.
-        mask: bool `[n, 1, T, P + T]`: which tokens of its prompt and of itself each token of a completion sees.
+        mask: bool `[n, 1, T, P + T]`: the tokens of its prompt and of its completion that each token attends to.
     """
 
     prompts: Blocks
@@ -77,7 +76,7 @@ class SharedPrompts:
     def of(
         cls, prompts: np.ndarray, completions: np.ndarray, owner: np.ndarray, device: torch.device | str = "cpu"
     ) -> SharedPrompts:
-        """From the lengths of prompts int `[g]` and completions int `[n]`, and the prompt of each completion `[n]`."""
+        """Lay out prompts and completions with int `[g]` and `[n]` lengths; `owner` `[n]` is each one's prompt."""
         longest = int(completions.max(initial=0))
         own = np.broadcast_to(np.tri(longest, dtype=bool), (len(completions), longest, longest))
         read = np.arange(prompts.max()) < prompts[owner][:, None]
@@ -87,7 +86,7 @@ class SharedPrompts:
         return cls(Blocks.of(prompts, device), Blocks.of(completions, device), owners, mask)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
-        """Attention output `[N, heads, width]` from `[N, heads, width]` each (keys and values with as many heads)."""
+        """Return the attention output `[N, heads, width]`; query, key and value have the same shape."""
         first = len(self.prompts.places)
         asked, keys, values = (self.prompts.pad(states[:first]) for states in (query, key, value))
         outputs = F.scaled_dot_product_attention(asked, keys, values, dropout_p=dropout, is_causal=True, scale=scale)
@@ -114,10 +113,10 @@ def shared_prompt_attention(
     layout: SharedPrompts | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`SharedPrompts.attend` as transformers calls it: states `[1, heads, N, width]`, output `[1, N, heads, width]`.
+    """Call `SharedPrompts.attend` as transformers does: states `[1, heads, N, width]`, output `[1, N, heads, width]`.
 
     Raises:
-        ValueError: the model wants of attention what this one does not do, or `layout` did not reach it.
+        ValueError: the model needs an unsupported argument, or `layout` did not reach the attention.
     """
     if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         raise unsupported(module, {**others, "layout": layout, "attention_mask": attention_mask}, "model.share_prompts")
@@ -128,7 +127,7 @@ def shared_prompt_attention(
 
 
 def unsupported(module: torch.nn.Module, given: dict[str, Any], option: str) -> ValueError:
-    """Says what a model wants of an attention with a layout of its own, and the option that leaves it to the model."""
+    """Return the error for a model that an attention with its own layout can't serve; `option` turns it off."""
     wanted = [name for name in (*UNSUPPORTED, "attention_mask") if given.get(name) is not None]
     why = "layout is missing" if given["layout"] is None else f"{', '.join(wanted)} is not supported"
     return ValueError(f"{type(module).__name__}: {why}; set {option} to false for this policy")
@@ -140,9 +139,9 @@ def plan_shared(
     completions: Sequence[int] | np.ndarray,
     max_tokens: int,
 ) -> list[list[int]]:
-    """Splits completions into micro-batches of at most `max_tokens`, a prompt counted once in each that it is in.
+    """Split completions into micro-batches of up to `max_tokens`, counting a prompt once per micro-batch.
 
-    The completions of a prompt stay together where they fit. Those with the longest completions come first, so that
+    The completions of a prompt stay together if they fit. Prompts with the longest completions come first, so that
     attention pads little and a budget too large for the memory fails at once.
 
     Args:
@@ -168,7 +167,7 @@ def plan_shared(
     room, last = 0, -1
     for index in np.lexsort((-lengths, owner, -longest[owner])).tolist():
         prompt, tokens = int(owner[index]), int(lengths[index]) - 1
-        # A prompt is not begun where its completions would have to be torn apart, unless no micro-batch holds them all.
+        # Open a new micro-batch rather than split a prompt's completions, unless no micro-batch holds them all.
         starts = prompt != last
         needed = tokens + int(prompts[prompt]) if starts else tokens
         if needed > room or (starts and room < whole[prompt] <= max_tokens):
@@ -180,7 +179,7 @@ def plan_shared(
 
 
 class _Pad(torch.autograd.Function):
-    """Rows `values[tokens]`, of which those at `places` stand for one row each and the others for none."""
+    """Rows `values[tokens]`; in the backward pass, those at `places` carry the gradient of one row each."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
@@ -195,9 +194,9 @@ class _Pad(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows `values[index]`. On a CPU index_select's own gradient goes number by number; whole rows are faster.
+    """Rows `values[index]`, whose gradient is copied back (`distinct` rows) or added up (repeated rows).
 
-    The gradient of rows that are all different is put back (`distinct`), that of rows taken repeatedly added up.
+    On a CPU, index_select's own backward works number by number; whole rows are faster.
     """
 
     @staticmethod

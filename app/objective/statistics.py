@@ -1,4 +1,4 @@
-"""What the loss saw, as sums and maxima: they add up over micro-batches and ranks, and become metrics at the end."""
+"""Statistics of the loss as sums and maxima, which are merged over micro-batches and ranks and then become metrics."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Statistics:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> Statistics:
-        """Of no token: `empty.merge(x)` is `x`."""
+        """Return the statistics of no token: `empty.merge(x)` equals `x`."""
         return cls(torch.zeros(len(SUMS), device=device), torch.full((len(MAXIMA),), -torch.inf, device=device))
 
     def merge(self, other: Statistics) -> Statistics:
-        """Of both sets of tokens together."""
+        """Return the statistics of both sets of tokens."""
         return Statistics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def metrics(self) -> dict[str, float]:
-        """Means and extremes over the tokens, under TRL's names where the meaning is TRL's. Empty without tokens.
+        """Return means and extremes over the tokens, under TRL's names for TRL's metrics. Empty without tokens.
 
         `policy/ratio_*` is the clipped ratio (`w`, or `rho` when the clip is centred on the behaviour policy),
         `policy/approx_kl` the k3 estimate of KL(pi_old || pi), `sampling/importance_sampling_ratio/*` the importance
         weight as used, and `sampling/effective_sample_fraction` its `(sum x)^2 / (T sum x^2)`, 1 on policy.
-        `clip_ratio/*` is 0 where the form has no clip range; `clip_ratio/capped_mean` is there where the form has a
+        `clip_ratio/*` is 0 for a form without a clip range; `clip_ratio/capped_mean` exists only for a form with a
         second bound (CISPO's cap, dual clip's).
         """
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
@@ -84,18 +84,18 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTerms:
-    """What the loss was made of, token by token; all `[T]`, without gradient.
+    """The parts of the loss, token by token; all `[T]`, without gradient.
 
     Attributes:
         ratio: the ratio that is clipped: `pi / pi_old`, or `pi / mu`.
         log_update: `log(pi / pi_old)`, bounded.
-        importance: the importance weight as used (truncated or masked), or `pi_old / mu` where none is used.
-        logp_difference: `|log pi_old - log mu|`: how far the policy is from the one that sampled.
+        importance: the importance weight as used (truncated or masked), or `pi_old / mu` if none is used.
+        logp_difference: `|log pi_old - log mu|`, the distance between the policy and the sampler.
         clipped_low: bool: `ratio` below the clip range and the advantage negative, so that no gradient flows.
         clipped_high: bool: `ratio` above the clip range and the advantage positive.
-        capped: bool: `ratio` beyond the form's second bound, where it has one (`forms.capped_tokens`).
-        entropy: of the policy at the token, where it was computed.
-        kl: estimate of KL(pi || ref), where there is a reference.
+        capped: bool: `ratio` beyond the form's second bound, if it has one (`surrogate.capped_tokens`).
+        entropy: the policy's entropy at the token, if it was computed.
+        kl: estimate of KL(pi || ref), if there is a reference.
     """
 
     ratio: Tensor
@@ -109,7 +109,7 @@ class TokenTerms:
     kl: Tensor | None = None
 
     def statistics(self, where: Tensor | None = None) -> Statistics:
-        """Sums and maxima over all tokens, or over those that the bool mask `where` `[T]` selects."""
+        """Return the statistics of all tokens, or of those that the bool mask `where` `[T]` selects."""
 
         def chosen(values: Tensor | None) -> Tensor:
             values = self.ratio.new_empty(0) if values is None else values if where is None else values[where]

@@ -1,4 +1,4 @@
-"""The policy that a KL term holds the trained one to: the initial one."""
+"""The reference policy of the KL term: the initial policy."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from app.objective.packing import PackedBatch
 from app.policy.model import Policy
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 
 
 class ReferencePolicy:
     """The initial weights: a frozen copy, or with LoRA the policy without its adapters, which needs no memory.
 
-    No `nn.Module`, so that the copy is neither trained nor saved.
+    It isn't an `nn.Module`, so that the copy is neither trained nor saved.
 
     Args:
-        frozen: the copy; None where the policy has adapters to switch off.
+        frozen: the copy; None if the policy has adapters to switch off.
     """
 
     def __init__(self, frozen: torch.nn.Module | None) -> None:
@@ -24,21 +24,21 @@ class ReferencePolicy:
 
     @classmethod
     def of(cls, policy: Policy) -> ReferencePolicy:
-        """Loads what is needed beside the trained policy."""
+        """Load the reference of a policy."""
         return cls(policy.load() if policy.lora is None else None)
 
     @torch.no_grad()
     def logprobs(self, policy: torch.nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
-        """log ref of every completion token, float32 `[T]`.
+        """Return log ref of every completion token, float32 `[T]`.
 
         Args:
-            policy: the trained one; a peft model where there is no frozen copy.
+            policy: the trained policy; a peft model if there is no frozen copy.
             packed: a micro-batch laid out for it.
-            temperature: that completions are sampled with.
+            temperature: the sampling temperature of the completions.
         """
         if self._frozen is not None:
-            # It is loaded before the policy's device is settled, and no module that the trainer would move.
+            # The trainer doesn't move it, and it is loaded before the policy's device is known.
             frozen = self._frozen.to(packed.input_ids.device)
-            return score(frozen, packed, temperature, with_entropy=False)[0]
+            return completion_logprobs(frozen, packed, temperature, with_entropy=False)[0]
         with policy.disable_adapter():  # type: ignore[operator]
-            return score(policy, packed, temperature, with_entropy=False)[0]
+            return completion_logprobs(policy, packed, temperature, with_entropy=False)[0]

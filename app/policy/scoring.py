@@ -16,33 +16,46 @@ from app.objective.shared_prompt import shared_prompt_attention
 from app.policy.model import attending, causal_lm, full_attention_only, plain_attention
 
 SHARED_PROMPT = "dots_shared_prompt"
-_AS_FORWARD = "dots_score"
+_FORWARD_METHOD = "dots_completion_logprobs"
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
 
 
-def score(
+def completion_logprobs(
     model: torch.nn.Module, packed: PackedBatch, temperature: float, *, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability and entropy of every completion token, float32 `[T]` each, differentiable.
+    """Return the log-probability and the entropy of every completion token, float32 `[T]` each, differentiable.
 
-    The head is applied to the predicting positions only, tile by tile; the tensor tokens x vocabulary never exists.
-    `temperature` is the one that the completions were sampled with.
+    The head is applied to the predicting positions only, tile by tile; a tokens x vocabulary tensor never exists.
+    `temperature` must be the sampling temperature of the completions. Entropy is None without `with_entropy`.
     """
     lm = causal_lm(model)
-    scored = getattr(lm, _AS_FORWARD, None) or partial(_score, lm)
-    return scored(packed, temperature, with_entropy)
+    forward = getattr(lm, _FORWARD_METHOD, None) or partial(_completion_logprobs, lm)
+    return forward(packed, temperature, with_entropy)
 
 
-def score_as_forward(lm: PreTrainedModel) -> None:
-    """Makes FSDP2 treat `score` as the forward pass of a model that it has cut: weights are whole meanwhile."""
-    setattr(lm, _AS_FORWARD, MethodType(_score, lm))
-    register_fsdp_forward_method(lm, _AS_FORWARD)
+def register_logprobs_forward(lm: PreTrainedModel) -> None:
+    """Make FSDP2 gather a sharded model's weights in `completion_logprobs`, as it does in the model's forward pass."""
+    setattr(lm, _FORWARD_METHOD, MethodType(_completion_logprobs, lm))
+    register_fsdp_forward_method(lm, _FORWARD_METHOD)
 
 
-def _score(
+def _completion_logprobs(
     lm: PreTrainedModel, packed: PackedBatch, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    hidden = _rectangle(lm, packed) if packed.layout is None else _shared(lm, packed)
+    if packed.layout is None:
+        # Causal attention never sees padding on the right; models that mix positions differently need the mask.
+        needs_mask = packed.padding_fraction and not full_attention_only(lm.config)
+        hidden = lm.base_model(
+            input_ids=packed.input_ids,
+            attention_mask=packed.attention_mask if needs_mask else None,
+            position_ids=packed.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+    else:
+        with attending(lm, SHARED_PROMPT):
+            hidden = lm.base_model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, layout=packed.layout, use_cache=False
+            ).last_hidden_state
     head = lm.get_output_embeddings()
     return token_logprobs(
         packed.predicting(hidden),
@@ -57,37 +70,17 @@ def _score(
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:
-    """Whether `score` takes batches of `packing.pack` for this model: full attention only, by transformers' interface.
+    """Return whether the model can read batches of `packing.pack`.
 
-    Not with gradient checkpointing, which runs layers again in the backward pass, when attention is the model's own.
+    It needs full attention through transformers' interface, and no gradient checkpointing: that runs layers again in
+    the backward pass, when the model's own attention is active.
     """
     lm = causal_lm(model)
     return plain_attention(lm) and lm.config._attn_implementation == "sdpa" and not lm.is_gradient_checkpointing
 
 
-def _rectangle(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
-    """Last hidden states `[n, L, H]` of a padded micro-batch."""
-    return lm.base_model(
-        input_ids=packed.input_ids,
-        # On the right of causal attention padding is unseen; the mask is for models that mix positions otherwise.
-        attention_mask=packed.attention_mask
-        if packed.padding_fraction and not full_attention_only(lm.config)
-        else None,
-        position_ids=packed.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-
-
-def _shared(lm: PreTrainedModel, packed: PackedBatch) -> Tensor:
-    """Last hidden states `[1, N, H]` of a micro-batch in one row."""
-    with attending(lm, SHARED_PROMPT):
-        return lm.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, layout=packed.layout, use_cache=False
-        ).last_hidden_state
-
-
 def head_weight(head: torch.nn.Module) -> Tensor:
-    """`[V, H]`: the output embedding, with its LoRA update added when it has one."""
+    """Return the output embedding `[V, H]`, including its LoRA update if it has one."""
     base = head.get_base_layer().weight if hasattr(head, "get_base_layer") else head.weight  # type: ignore[operator]
     for adapter in getattr(head, "active_adapters", []):
         base = base + head.get_delta_weight(adapter)  # type: ignore[operator]
@@ -95,7 +88,7 @@ def head_weight(head: torch.nn.Module) -> Tensor:
 
 
 def logit_scale(lm: PreTrainedModel) -> float:
-    """Factor from head output to logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    """Return the factor on the logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
     if (scale := getattr(lm.config, "logit_scale", None)) is not None:
         return float(scale)
     return 1.0 / float(getattr(lm.config, "logits_scaling", None) or 1.0)

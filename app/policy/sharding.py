@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from app.policy.compilation import compile_layers
 from app.policy.model import Policy, causal_lm, decoder_layers
-from app.policy.scoring import score_as_forward
+from app.policy.scoring import register_logprobs_forward
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Sharding:
             # A sum, not a mean: the loss already weights tokens by the global mini-batch (see `gradient_sum`).
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        score_as_forward(lm)
+        register_logprobs_forward(lm)
 
     @contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:

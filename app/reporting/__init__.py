@@ -1,1 +1,1 @@
-"""Tables, curves and pictures of a run, and the figures behind them."""
+"""Metrics, curves and pictures of a run, and the estimate of its memory."""

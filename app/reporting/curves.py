@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its TensorBoard events."""
+"""Draw the curves of a run from its TensorBoard events."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ _PANELS = (
     ("Forecast quality", ("difficulty/reference_pearson", "selection/forecast_brier"), (-0.2, 1.0)),
     ("Replay", ("replay/age_mean", "replay/age_max"), None),
     ("Completion length", ("completions/mean_length", "completions/max_length"), None),
+    ("Tokens per second", ("tokens_per_second",), None),
+    ("Gradient norm", ("grad_norm",), None),
 )
 _PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
+_PHASES_PANEL = 6
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
-    """Steps and values of every scalar in a run folder, all event files (a resumed run has several) in order."""
+    """Return steps and values of every scalar in a run folder, from all event files (a resumed run has several)."""
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     curves = {}
@@ -43,22 +46,16 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
 
 
 def draw_curves(folder: Path, picture: Path) -> None:
-    """Draws accuracy, reward, informative fraction, forecast, replay, length and the phases' seconds into a PNG."""
+    """Draw accuracy, reward, informative fraction, forecast, replay, length and seconds per phase into a PNG."""
     curves = read_scalars(folder)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 9), layout="constrained")
-        panels = figure.subplots(3, 3).flatten()
-        for axes, (title, tags, limits) in zip(panels, _PANELS, strict=False):
+        panels = figure.subplots(3, 3).flatten().tolist()
+        _draw_phases(panels.pop(_PHASES_PANEL), curves)
+        for axes, (title, tags, limits) in zip(panels, _PANELS, strict=True):
             _draw_panel(axes, title, {tag: curves[tag] for tag in tags if tag in curves}, limits)
-        _draw_phases(panels[6], curves)
-        _draw_panel(panels[7], "Tokens per second", _chosen(curves, "tokens_per_second"), None)
-        _draw_panel(panels[8], "Gradient norm", _chosen(curves, "grad_norm"), None)
         figure.suptitle(f"{folder.parent.name} / {folder.name}")
         figure.savefig(picture, dpi=110)
-
-
-def _chosen(curves: dict[str, Curve], *tags: str) -> dict[str, Curve]:
-    return {tag: curves[tag] for tag in tags if tag in curves}
 
 
 def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], limits: tuple[float, float] | None) -> None:
@@ -81,6 +78,6 @@ def _draw_phases(axes: Axes, curves: dict[str, Curve]) -> None:
     tags = [f"time/{phase}" for phase in _PHASES if f"time/{phase}" in curves]
     if tags:
         steps = curves[tags[0]][0]
-        rows = [curves[tag][1] for tag in tags if curves[tag][0] == steps]
-        axes.stackplot(steps, rows, labels=[tag for tag in tags if curves[tag][0] == steps], alpha=0.8)
+        tags = [tag for tag in tags if curves[tag][0] == steps]
+        axes.stackplot(steps, [curves[tag][1] for tag in tags], labels=tags, alpha=0.8)
         axes.legend(frameon=False, fontsize=7)

@@ -1,24 +1,33 @@
-"""How well a forecast met what was measured."""
+"""Measure how well forecast success rates agree with measured ones."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 
 def pearson(forecast: np.ndarray, measured: np.ndarray) -> float:
-    """Correlation of two float arrays `[N]`; NaN when either does not vary or there are fewer than two values."""
+    """Return the correlation of two float arrays `[N]`; NaN when one is constant or `N` is below 2."""
     if len(forecast) < 2 or np.ptp(forecast) == 0 or np.ptp(measured) == 0:
         return float("nan")
     return float(np.corrcoef(forecast, measured)[0, 1])
 
 
+def spearman(forecast: np.ndarray, measured: np.ndarray) -> float:
+    """Return the rank correlation of two float arrays `[N]`, ties sharing their mean rank; NaN as for `pearson`."""
+    from scipy.stats import rankdata  # slow to import, and trainings do not need it
+
+    return pearson(rankdata(forecast), rankdata(measured))
+
+
 def brier(forecast: np.ndarray, measured: np.ndarray) -> float:
-    """Mean squared error of forecast success rates `[N]`; NaN for none."""
+    """Return the mean squared error of forecast success rates `[N]`; NaN for none."""
     return float(np.mean((forecast - measured) ** 2)) if len(forecast) else float("nan")
 
 
 def informative_probability(success: np.ndarray, samples: int) -> np.ndarray:
-    """float64 `[N]`: chance that `samples` independent completions are neither all right nor all wrong.
+    """Return the chance that `samples` independent completions are neither all right nor all wrong, float64 `[N]`.
 
     `1 - p^G - (1 - p)^G` for success rates `p` `[N]`, clipped to [0, 1].
     """
@@ -26,12 +35,50 @@ def informative_probability(success: np.ndarray, samples: int) -> np.ndarray:
     return 1.0 - right**samples - (1.0 - right) ** samples
 
 
-def spearman(forecast: np.ndarray, measured: np.ndarray) -> float:
-    """Rank correlation of two float arrays `[N]`, equal values sharing their mean rank; NaN as for `pearson`."""
-    return pearson(_mean_ranks(forecast), _mean_ranks(measured))
+@dataclass(frozen=True, slots=True, eq=False)
+class Reliability:
+    """Forecasts binned by value against the outcomes, over the `M` bins that hold any.
+
+    Attributes:
+        forecast: float64 `[M]`, mean forecast of each bin, rising.
+        measured: float64 `[M]`, mean measured success of each bin.
+        standard_error: float64 `[M]` of `measured`; 0 for a bin of one.
+        count: int64 `[M]`.
+    """
+
+    forecast: np.ndarray
+    measured: np.ndarray
+    standard_error: np.ndarray
+    count: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3), or NaN for no forecast.
+
+        The mean |measured - forecast| over bins, weighted by their counts.
+        """
+        if not len(self.count):
+            return float("nan")
+        return float(np.average(np.abs(self.measured - self.forecast), weights=self.count))
 
 
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[group]
+def reliability(forecast: np.ndarray, measured: np.ndarray, bins: int = 10) -> Reliability:
+    """Bin forecasts into equal parts of [0, 1] and average the outcomes of each bin.
+
+    Args:
+        forecast: float64 `[N]` in [0, 1].
+        measured: float64 `[N]`.
+        bins: number of bins; a forecast on a border belongs to the upper one, 1.0 to the last.
+    """
+    part = np.clip((forecast * bins).astype(np.int64), 0, bins - 1)
+    count = np.bincount(part, minlength=bins)
+    held = np.flatnonzero(count)
+    count = count[held]
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(part, weights=values, minlength=bins)[held] / count
+
+    expected, found = mean(forecast), mean(measured)
+    spread = np.maximum(mean(measured**2) - found**2, 0.0)
+    error = np.sqrt(spread / np.maximum(count - 1, 1))
+    return Reliability(expected, found, error, count)

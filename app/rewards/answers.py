@@ -94,14 +94,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 class AnswerReward(Reward):
-    """Base of rewards that compare each completion with the reference answers of its row.
-
-    Args:
-        weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
-        name: name in logged metrics.
-        gold: column with the reference answer, `a.b` for a nested one; by default the first of `GOLD_COLUMNS` present.
-    """
+    """Base of rewards that compare each completion with the reference answers of its row, from the column `gold`."""
 
     def __init__(self, weight: float, correctness: bool, name: str | None, gold: str | None) -> None:
         super().__init__(weight, correctness, name)

@@ -1,10 +1,11 @@
-"""From completions to scored groups."""
+"""Scoring of completions by a list of rewards."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -13,28 +14,29 @@ from app.rewards.base import Reward
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import Call, CallResult, FailureKind, TrainerState
 from datamodules.errors import UserError
+from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
 from datamodules.types import Completion, Prompt, RolloutGroup, Source
 
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
-"""Arguments of a reward function, which a column of the data must not replace."""
+"""Arguments of reward functions, which a column of the data must not replace."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreResult:
-    """What scoring a batch gave.
+    """Scored groups, and what happened while they were scored.
 
     Attributes:
-        groups: one per prompt, in order; without the completions that were left out (all of them, at worst).
+        groups: one per prompt, in order, without the completions that were left out (possibly all of them).
         timed_out: scores that took too long.
-        crashed: scores lost to an exception, a dead worker, or a value that is no finite number.
-        unscored: correctness scores that are None, which count as failures: difficulty is not defined without.
+        crashed: scores lost to an exception, a dead worker, or a value that is not a finite number.
+        unscored: correctness scores that are None; they count as failures, because difficulty is undefined without.
         dropped: completions left out.
-        extras: by column as logged with `log_extra`: one value per remaining completion, in the order of `groups`;
-            None where none was logged.
-        logged: values logged with `log_metric`, by name.
+        extras: values given to `log_extra` by column: one per remaining completion in the order of `groups`, None where
+            none was logged.
+        logged: values given to `log_metric`, by `<reward name>/<metric>`, averaged over completions.
     """
 
     groups: list[RolloutGroup]
@@ -43,50 +45,23 @@ class ScoreResult:
     unscored: int
     dropped: int
     extras: Mapping[str, list[Any]]
-    logged: Mapping[str, list[float]]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Mean of what was logged, by name."""
-        return means(self.logged)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Completions of all prompts, flat: `N` rows, of which `bounds[b]:bounds[b + 1]` belong to prompt `b`."""
-
-    prompts: Sequence[Prompt]
-    completions: Sequence[tuple[Completion, ...]]
-    bounds: np.ndarray
-
-    @classmethod
-    def of(cls, prompts: Sequence[Prompt], completions: Sequence[tuple[Completion, ...]]) -> _Batch:
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
-        return cls(prompts, completions, np.cumsum([0, *map(len, completions)]))
-
-    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of prompts with at least `size` completions, the last perhaps fewer."""
-        first = 0
-        for last in range(1, len(self.prompts) + 1):
-            if self.bounds[last] - self.bounds[first] >= size or last == len(self.prompts):
-                yield first, last
-                first = last
+    logged: Mapping[str, WeightedMean]
 
 
 class RewardScorer:
-    """Scores completions with several rewards, in worker processes.
+    """Scores completions by several rewards, in worker processes.
 
-    The optimised reward is the weighted sum; a reward that returns None contributes nothing (as in TRL).
+    The optimized reward is the weighted sum; a reward that returns None contributes nothing (as in TRL).
 
     Args:
-        rewards: rewards; exactly one says how difficult a prompt is: the one marked `correctness`, else the first.
-        on_failure: what becomes of a completion whose score timed out or crashed: "drop" leaves it out of its group,
+        rewards: rewards, one of which defines how difficult a prompt is: the one marked `correctness`, or else the
+            first.
+        on_failure: what happens to a completion whose score timed out or crashed: "drop" leaves it out of its group,
             "zero" scores it 0 in the reward that failed.
-        workers: the worker processes and their limits.
+        workers: worker processes and their limits.
 
     Raises:
-        UserError: no rewards, several marked as correctness, or a weight that is no finite number.
+        UserError: no rewards, several marked as correctness, or a weight that is not a finite number.
     """
 
     def __init__(
@@ -96,10 +71,19 @@ class RewardScorer:
         workers: WorkerOptions | None = None,
     ) -> None:
         if on_failure not in ("drop", "zero"):
-            raise UserError(f"on_failure={on_failure!r}: expected 'drop' or 'zero'")
+            raise UserError(f"on_failure is {on_failure!r}, expected 'drop' or 'zero'. Choose one of the two.")
+        if not rewards:
+            raise UserError(
+                "rewards is an empty list, expected at least one reward. Add one, e.g. class_path: app.rewards.Math."
+            )
+        for reward in rewards:
+            if not math.isfinite(reward.weight):
+                raise UserError(
+                    f"The weight of reward {reward.name!r} is {reward.weight}, expected a finite number. Change it."
+                )
         self.rewards = list(rewards)
         self.names = _unique_names(self.rewards)
-        self.weights = _weights(self.rewards)
+        self.weights = np.array([reward.weight for reward in rewards], dtype=np.float32)
         self.correctness = _correctness(self.rewards)
         self.on_failure = on_failure
         self.options = workers or WorkerOptions()
@@ -107,22 +91,19 @@ class RewardScorer:
 
     @property
     def correctness_name(self) -> str:
+        """Name of the correctness reward."""
         return self.names[self.correctness]
 
     def start(self) -> None:
-        """Starts the workers without waiting, so that the first scores need not wait for their imports."""
+        """Start the workers without waiting, so that the first scores do not wait for their imports."""
         self._workers.start()
 
     def wait_ready(self) -> None:
-        """Waits until the workers have loaded the rewards.
-
-        Raises:
-            UserError: a reward cannot be loaded.
-        """
+        """Wait until the workers have loaded the rewards. Raises UserError when a reward cannot be loaded."""
         self._workers.wait_ready()
 
     def close(self) -> None:
-        """Ends the workers. May be called twice."""
+        """Stop the workers. May be called twice."""
         self._workers.close()
 
     def score(
@@ -134,38 +115,48 @@ class RewardScorer:
         step: int,
         state: TrainerState | None = None,
     ) -> ScoreResult:
-        """Scores the completions of every prompt.
+        """Score the completions of every prompt.
 
         Args:
             prompts: `B` prompts.
             completions: `B` tuples of completions.
             source: of the groups.
-            step: at which the completions were generated.
-            state: passed to functions as `trainer_state`; by default one that knows only the step.
+            step: step in which the completions were generated.
+            state: passed to functions as `trainer_state`; by default one that holds only the step.
 
         Raises:
-            UserError: a reward cannot be loaded, or finds its configuration or the data's columns wrong.
+            UserError: a reward cannot be loaded, or rejects its configuration or the columns of the data.
         """
-        batch = _Batch.of(prompts, completions)
-        chunks = list(batch.chunks(self.options.chunk_size))
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
+        bounds = np.cumsum([0, *map(len, completions)])  # flat rows bounds[b]:bounds[b + 1] belong to prompt b
+        # A chunk is closed as soon as it has `chunk_size` completions; the last may have fewer.
+        cuts = [0]
+        for last in range(1, len(prompts) + 1):
+            if bounds[last] - bounds[cuts[-1]] >= self.options.chunk_size or last == len(prompts):
+                cuts.append(last)
+        chunks = list(pairwise(cuts))
         state = state or TrainerState(global_step=step)
-        requests = [
-            _call(batch, reward, first, last, state, derive_seed(self.names[reward], source, step, prompts[first].id))
+        calls = [
+            _call(
+                prompts[first:last],
+                completions[first:last],
+                reward,
+                state,
+                derive_seed(self.names[reward], source, step, prompts[first].id),
+            )
             for reward in range(len(self.rewards))
             for first, last in chunks
         ]
-        results = self._workers.run(requests)
+        results = self._workers.run(calls)
         by_reward = [
             CallResult.joined(results[reward * len(chunks) : (reward + 1) * len(chunks)])
             for reward in range(len(self.rewards))
         ]
-        return self._assemble(batch, by_reward, source, step)
-
-    def _assemble(self, batch: _Batch, results: Sequence[CallResult], source: Source, step: int) -> ScoreResult:
-        count = int(batch.bounds[-1])
-        scores = np.array([result.scores for result in results], dtype=np.float32).reshape(len(results), count)
+        count = int(bounds[-1])
+        scores = np.array([result.scores for result in by_reward], dtype=np.float32).reshape(len(by_reward), count)
         failed = np.zeros(scores.shape, dtype=bool)
-        for reward, result in enumerate(results):
+        for reward, result in enumerate(by_reward):
             failed[reward, list(result.failures)] = True
         unscored = np.isnan(scores[self.correctness]) & ~failed[self.correctness]
         failed[self.correctness] |= unscored
@@ -173,29 +164,41 @@ class RewardScorer:
         kept: np.ndarray = (
             np.logical_not(failed.any(axis=0)) if self.on_failure == "drop" else np.ones(count, dtype=bool)
         )
-        kinds: list[FailureKind] = [kind for result in results for kind in result.failures.values()]
+        kinds: list[FailureKind] = [kind for result in by_reward for kind in result.failures.values()]
+        logged = Ledger()
+        for name, result in zip(self.names, by_reward, strict=True):
+            for metric, value, weight in result.metrics:
+                logged.average(f"{name}/{metric}", WeightedMean(value * weight, weight))
+        rows = np.flatnonzero(kept)
         return ScoreResult(
-            groups=self._groups(batch, scores, kept, source, step),
+            groups=self._groups(prompts, completions, scores, kept, source, step),
             timed_out=kinds.count("timed_out"),
             crashed=kinds.count("crashed"),
             unscored=int(unscored.sum()),
             dropped=int(count - kept.sum()),
-            extras=_extras(results, kept),
-            logged=_logged(results),
+            extras={
+                name: [values[row] for row in rows] for result in by_reward for name, values in result.extras.items()
+            },
+            logged=logged.reward_metrics,
         )
 
     def _groups(
-        self, batch: _Batch, scores: np.ndarray, kept: np.ndarray, source: Source, step: int
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[tuple[Completion, ...]],
+        scores: np.ndarray,
+        kept: np.ndarray,
+        source: Source,
+        step: int,
     ) -> list[RolloutGroup]:
         total = np.nansum(scores * self.weights[:, None], axis=0).astype(np.float32)
-        groups = []
-        for row, (prompt, completions) in enumerate(zip(batch.prompts, batch.completions, strict=True)):
-            start = int(batch.bounds[row])
-            rows = start + np.flatnonzero(kept[start : batch.bounds[row + 1]])
+        groups, start = [], 0
+        for prompt, sampled in zip(prompts, completions, strict=True):
+            rows = start + np.flatnonzero(kept[start : start + len(sampled)])
             groups.append(
                 RolloutGroup(
                     prompt=prompt,
-                    completions=tuple(completions[item - start] for item in rows),
+                    completions=tuple(sampled[row - start] for row in rows),
                     rewards=total[rows],
                     correctness=scores[self.correctness, rows],
                     components={name: scores[reward, rows] for reward, name in enumerate(self.names)},
@@ -203,17 +206,23 @@ class RewardScorer:
                     birth_step=step,
                 )
             )
+            start += len(sampled)
         return groups
 
 
-def _call(batch: _Batch, reward: int, first: int, last: int, state: TrainerState, seed: int) -> Call:
-    """The call of one reward for all completions of prompts `first` to `last - 1`."""
+def _call(
+    prompts: Sequence[Prompt],
+    completions: Sequence[tuple[Completion, ...]],
+    reward: int,
+    state: TrainerState,
+    seed: int,
+) -> Call:
     rows = [
         (prompt, item, completion)
-        for prompt, group in zip(batch.prompts[first:last], batch.completions[first:last], strict=True)
+        for prompt, group in zip(prompts, completions, strict=True)
         for item, completion in enumerate(group)
     ]
-    names = {name: None for prompt in batch.prompts[first:last] for name in prompt.columns if name not in RESERVED}
+    columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
     return Call(
         reward=reward,
         prompts=[prompt.prompt for prompt, _, _ in rows],
@@ -222,33 +231,15 @@ def _call(batch: _Batch, reward: int, first: int, last: int, state: TrainerState
             for prompt, _, completion in rows
         ],
         completion_ids=[completion.token_ids for _, _, completion in rows],
-        columns={name: [prompt.columns.get(name) for prompt, _, _ in rows] for name in names},
+        columns={name: [prompt.columns.get(name) for prompt, _, _ in rows] for name in columns},
         state=state,
         labels=[f"prompt {prompt.id!r}, completion {item}" for prompt, item, _ in rows],
         seed=seed,
     )
 
 
-def _extras(results: Sequence[CallResult], kept: np.ndarray) -> dict[str, list[Any]]:
-    rows = np.flatnonzero(kept)
-    return {name: [values[row] for row in rows] for result in results for name, values in result.extras.items()}
-
-
-def means(logged: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean of logged values by name; their order does not matter."""
-    return {name: math.fsum(values) / len(values) for name, values in logged.items()}
-
-
-def _logged(results: Sequence[CallResult]) -> dict[str, list[float]]:
-    logged: dict[str, list[float]] = {}
-    for result in results:
-        for name, value in result.metrics:
-            logged.setdefault(name, []).append(value)
-    return logged
-
-
 def _unique_names(rewards: Sequence[Reward]) -> list[str]:
-    """Names by which rewards are logged: the second "format" is "format_2"."""
+    """Return the names under which rewards are logged: the second "format" is "format_2"."""
     names: list[str] = []
     for reward in rewards:
         name, number = reward.name, 1
@@ -259,18 +250,11 @@ def _unique_names(rewards: Sequence[Reward]) -> list[str]:
     return names
 
 
-def _weights(rewards: Sequence[Reward]) -> np.ndarray:
-    if not rewards:
-        raise UserError("rewards=[]: expected at least one reward, e.g. class_path: app.rewards.Math")
-    for reward in rewards:
-        if not math.isfinite(reward.weight):
-            raise UserError(f"weight={reward.weight} of reward {reward.name!r}: expected a finite number")
-    return np.array([reward.weight for reward in rewards], dtype=np.float32)
-
-
 def _correctness(rewards: Sequence[Reward]) -> int:
     marked = [position for position, reward in enumerate(rewards) if reward.correctness]
     if len(marked) > 1:
         names = ", ".join(repr(rewards[position].name) for position in marked)
-        raise UserError(f"correctness: true on {len(marked)} rewards ({names}): expected one; unmark the others")
+        raise UserError(
+            f"correctness is true for {len(marked)} rewards ({names}), expected one. Remove it from the others."
+        )
     return marked[0] if marked else 0

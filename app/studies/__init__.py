@@ -1,1 +1,1 @@
-"""Studies of runs and of recorded traces, and the pictures they make."""
+"""Studies of runs and of recorded runs: comparisons, forecasts, difficulty predictors."""

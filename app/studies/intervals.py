@@ -17,8 +17,8 @@ class Interval:
     """A mean and its confidence interval.
 
     Attributes:
-        mean: None where there is nothing to average.
-        low, high: None with fewer than two values, from which no spread can be told.
+        mean: None where there are no values.
+        low, high: None with fewer than two values, which show no spread.
     """
 
     mean: float | None
@@ -27,7 +27,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Arithmetic mean with Student's t interval: mean +- t s / sqrt(n), `n - 1` degrees of freedom."""
+    """Return the arithmetic mean with Student's t interval: mean +- t s / sqrt(n), `n - 1` degrees of freedom."""
     count = len(values)
     if not count:
         return Interval(None)
@@ -39,14 +39,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def geometric_interval(values: Sequence[float]) -> Interval:
-    """Geometric mean of ratios above 0, with Student's t interval of their logarithms.
+    """Return the geometric mean of ratios above 0, with Student's t interval of their logarithms.
 
-    A ratio of 1/2 and one of 2 cancel out, and the interval of `a / b` is that of `b / a` upside down.
+    Ratios of 1/2 and 2 cancel out, and the interval of `a / b` is the inverse of that of `b / a`.
     """
     logs = mean_interval([math.log(value) for value in values])
     return Interval(*(None if bound is None else math.exp(bound) for bound in (logs.mean, logs.low, logs.high)))
 
 
 def student_t(dof: int, confidence: float = CONFIDENCE) -> float:
-    """The t within which the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom lies."""
+    """Return the t that bounds the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom."""
     return float(stdtrit(dof, (1 + confidence) / 2))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from app.module import GRPOModule
-from app.subsets.bench import Bench
+from app.subsets.frozen_policy import FrozenPolicy
 from datamodules.types import Prompt
 
 Measured = Mapping[str, np.ndarray]
@@ -19,49 +19,50 @@ Measured = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What is kept of every prompt under one name.
+    """The type of one measurement of every prompt.
 
     Attributes:
         dtype: numpy's name of the type.
-        width: numbers per prompt; 0 for a single one.
+        width: numbers per prompt; 0 for a scalar.
     """
 
     dtype: str
     width: int = 0
 
     def shape(self, prompts: int) -> tuple[int, ...]:
+        """Return the shape of the column for a number of prompts."""
         return (prompts, self.width) if self.width else (prompts,)
 
 
 class OfflineMethod(ABC):
-    """Measures every prompt once, in any number of sittings, and scores the pool from the measurements.
+    """Measures every prompt once, over any number of sessions, and scores the pool from the measurements.
 
     Attributes:
-        warmup_steps: batches of plain GRPO that the policy is trained on before anything is measured.
+        warmup_steps: batches of plain GRPO that the policy is trained on before the measurements.
     """
 
     warmup_steps: int = 0
 
     def check(self, module: GRPOModule) -> None:
-        """Called before anything is computed. Raises UserError for settings that do not suit the module."""
+        """Raise UserError for settings that do not suit the module. Called before anything is computed."""
 
     @abstractmethod
-    def prepare(self, bench: Bench) -> dict[str, Column]:
-        """Called once, before `measure`; names what will be kept of every prompt."""
+    def prepare(self, policy: FrozenPolicy) -> dict[str, Column]:
+        """Return the columns that `measure` fills. Called once, before it."""
 
     @abstractmethod
-    def measure(self, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        """The columns of some prompts, `[B]` or `[B, width]` each; depends on the policy and the prompts alone."""
+    def measure(self, policy: FrozenPolicy, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """Return the columns of some prompts, `[B]` or `[B, width]`; they depend on policy and prompts alone."""
 
     @abstractmethod
     def score(self, measured: Measured) -> np.ndarray:
-        """float64 `[Q]`: the higher, the sooner a prompt is kept; -inf where nothing could be measured."""
+        """Return float64 `[Q]`: prompts with the highest scores are kept; -inf if nothing could be measured."""
 
     @abstractmethod
     def draw(self, measured: Measured, score: np.ndarray, kept: np.ndarray) -> Figure:
-        """A picture of the selection; `kept` bool `[Q]`."""
+        """Draw the selection; `kept` is bool `[Q]`."""
 
 
 def best(score: np.ndarray, keep: int) -> np.ndarray:
-    """int64 `[keep]`: positions of the highest scores, the highest first; of equal ones the earlier in the pool."""
+    """Return the positions of the highest scores, int64 `[keep]`, in descending order; ties in the pool's order."""
     return np.argsort(-score, kind="stable")[:keep]

@@ -1,7 +1,8 @@
-"""`dots select`: warm up, measure every prompt, keep the best, write what `dots fit` reads."""
+"""`dots select`: warm up, measure every prompt, keep the best, and write what `dots fit` reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from app.module import GRPOModule
 from app.subsets.base import OfflineMethod, best
-from app.subsets.bench import Bench
+from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.learnalign import LearnAlign, LearnAlignOptions
 from app.subsets.measurements import Measurements, Workspace
 from app.subsets.report import write_config, write_picture, write_scores
 from app.subsets.settings import settings_of
 from app.subsets.ufo import Ufo, UfoOptions
-from app.subsets.warmup import load_policy, warmed_up
+from app.subsets.warmup import WarmupTrainer, load_policy, warmed_up
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.pool import PromptPool
-from datamodules.prompts.file import PromptSource
 from datamodules.prompts.subset import check_subset, subset_options, write_subset
 from datamodules.selectors import Uniform
+from datamodules.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for; see `DotsTrainer.select`."""
+    """The user's request; see `DotsTrainer.select`.
+
+    Raises:
+        UserError: an argument that no selection can have.
+    """
 
     method: str
     keep: int
@@ -42,93 +47,90 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".jsonl":
-            raise UserError(f"--out {self.out}: expected a name that ends in .jsonl")
+            raise UserError(f"--out is {self.out}; choose a name that ends in .jsonl.")
         for name, given in (("keep", self.keep), ("prompts_per_batch", self.prompts_per_batch)):
             if given < 1:
-                raise UserError(f"--{name} {given}: expected at least 1")
+                raise UserError(f"--{name} is {given}; set it to 1 or more.")
         if self.checkpoint is not None and not self.checkpoint.is_file():
-            raise UserError(f"--ckpt_path {self.checkpoint}: no such file; expected a checkpoint of `dots fit`")
+            raise UserError(f"--ckpt_path is {self.checkpoint}: no such file. Name a checkpoint of `dots fit`.")
 
     @property
     def folder(self) -> Path:
-        """Where measurements are kept."""
+        """Folder of the measurements."""
         return self.out.with_suffix(".select")
 
     @property
     def options(self) -> LearnAlignOptions | UfoOptions:
+        """The options of the chosen method."""
         return self.learnalign if self.method == "learnalign" else self.ufo
 
-    def make_method(self) -> OfflineMethod:
-        return LearnAlign(self.learnalign) if self.method == "learnalign" else Ufo(self.ufo)
 
+def select(
+    trainer: Trainer,
+    module: GRPOModule,
+    datamodule: OnlinePromptDataModule,
+    request: Request,
+    warmup_trainer: WarmupTrainer,
+) -> None:
+    """Run a selection, or resume one, and write its result.
 
-def select(trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, request: Request) -> None:
-    """Runs a selection from where it was left, and writes its result.
+    Args:
+        trainer: provides device and precision.
+        module: the module of the run.
+        datamodule: the data of the run.
+        request: what to select.
+        warmup_trainer: builds the trainer of a warm-up.
 
-    Raises UserError for a module or data that cannot be selected for, or a request that does not fit the pool.
+    Raises:
+        UserError: a module or data without a selection, or a request that does not fit the pool.
     """
-    _check_classes(trainer, module, datamodule)
+    if not isinstance(module, GRPOModule) or not isinstance(datamodule, OnlinePromptDataModule):
+        raise UserError(
+            f"dots select was given {type(module).__name__} and {type(datamodule).__name__}. Use the model and data of "
+            "a GRPO run: app.module.GRPOModule and datamodules.online.OnlinePromptDataModule."
+        )
+    if trainer.world_size > 1:
+        raise UserError(f"dots select runs in one process, not in {trainer.world_size}. Set trainer.devices=1.")
     if request.out.exists() and not request.folder.exists():
-        raise UserError(f"--out {request.out}: exists already; give another name")
-    pool = _read_pool(trainer, module, datamodule)
+        raise UserError(f"--out is {request.out}, which exists. Choose another name.")
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    datamodule.trainer = trainer
+    # A warm-up chooses its prompts uniformly under any config.
+    datamodule.selector = Uniform()
+    datamodule.setup("fit")
+    pool = datamodule.pools["train"]
     if request.keep > len(pool):
-        raise UserError(f"--keep {request.keep}: the training pool has {len(pool)} prompts")
-    method = request.make_method()
+        raise UserError(f"--keep is {request.keep}, but the training pool has {len(pool)} prompts. Lower --keep.")
+    method: OfflineMethod = LearnAlign(request.learnalign) if request.method == "learnalign" else Ufo(request.ufo)
     method.check(module)
     settings = settings_of(module, datamodule, request.method, request.options, request.checkpoint)
     workspace = Workspace(request.folder, settings)
     try:
         checkpoint = request.checkpoint
         if checkpoint is None and method.warmup_steps:
-            checkpoint = warmed_up(trainer, module, datamodule, method.warmup_steps, request.folder)
-        measured = _measure(trainer, module, checkpoint, method, pool, workspace, request.prompts_per_batch)
+            checkpoint = warmed_up(module, datamodule, warmup_trainer, method.warmup_steps, request.folder)
+        module.to(trainer.strategy.root_device)
+        load_policy(module, checkpoint)
+        policy = FrozenPolicy(module, trainer)
+        measured = workspace.measurements(method.prepare(policy), len(pool))
+        _measure(policy, method, pool, measured, request.prompts_per_batch)
     finally:
         module.teardown("select")
     _write(module, datamodule, method, measured, request)
 
 
-def _check_classes(trainer: Trainer, module: object, datamodule: object) -> None:
-    if not isinstance(module, GRPOModule) or not isinstance(datamodule, OnlinePromptDataModule):
-        raise UserError(
-            f"dots select needs the model and data of a GRPO run, given {type(module).__name__} and "
-            f"{type(datamodule).__name__}: expected app.module.GRPOModule and datamodules.online.OnlinePromptDataModule"
-        )
-    if trainer.world_size > 1:
-        raise UserError(f"dots select runs in one process, {trainer.world_size} asked for: set trainer.devices=1")
-
-
-def _read_pool(trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> PromptPool:
-    """The training pool; a warm-up will choose from it uniformly, whatever the config selects by."""
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    datamodule.trainer = trainer
-    datamodule.selector = Uniform()
-    datamodule.setup("fit")
-    return datamodule.pools["train"]
-
-
 def _measure(
-    trainer: Trainer,
-    module: GRPOModule,
-    checkpoint: Path | None,
-    method: OfflineMethod,
-    pool: PromptPool,
-    workspace: Workspace,
-    together: int,
-) -> Measurements:
-    """Measures what is not measured yet."""
-    module.to(trainer.strategy.root_device)
-    load_policy(module, checkpoint)
-    bench = Bench(module, trainer)
-    measured = workspace.measurements(method.prepare(bench), len(pool))
+    policy: FrozenPolicy, method: OfflineMethod, pool: PromptPool, measured: Measurements, together: int
+) -> None:
+    """Measure the prompts that have no measurements yet, with a progress bar."""
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TextColumn("prompts"), TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("Measuring", total=len(pool), completed=measured.done)
         while measured.done < len(pool):
             last = min(measured.done + together, len(pool))
-            measured.append(method.measure(bench, [pool[index] for index in range(measured.done, last)]))
+            measured.append(method.measure(policy, [pool[index] for index in range(measured.done, last)]))
             progress.update(task, completed=measured.done)
-    return measured
 
 
 def _write(
@@ -138,30 +140,31 @@ def _write(
     measured: Measurements,
     request: Request,
 ) -> None:
+    """Score the pool, and write the subset, its config, the scores and the picture."""
     pool, out = datamodule.pools["train"], request.out
     score = method.score(measured.arrays)
     chosen = best(score, request.keep)
     kept = np.zeros(len(pool), dtype=bool)
     kept[chosen] = True
-    source = datamodule.sources["train"]
-    train = _write_prompts([pool[index] for index in chosen], out, source, module.tokenizer)
+
+    def write_prompts(prompts: Iterable[Prompt], path: Path) -> dict[str, Any]:
+        """Write prompts, verify that they read back unchanged, and return the arguments of their `PromptFile`."""
+        options = subset_options(path, datamodule.sources["train"])
+        written = list(prompts)
+        write_subset(written, path)
+        check_subset(options, written, module.tokenizer)
+        return options
+
+    train = write_prompts((pool[index] for index in chosen), out)
     val = None
     if datamodule.sources["val"] is None and "val" in datamodule.pools:
-        val = _write_prompts(list(datamodule.pools["val"]), out.with_suffix(".val.jsonl"), source, module.tokenizer)
+        val = write_prompts(datamodule.pools["val"], out.with_suffix(".val.jsonl"))
     write_config(out.with_suffix(".yaml"), type(datamodule), train, val)
     write_scores(out.with_suffix(".scores.parquet"), pool.ids, measured.arrays, score, chosen)
     write_picture(out.with_suffix(".png"), method.draw(measured.arrays, score, kept))
-    idle = int(np.sum(score[chosen] <= 0)) if request.method == "learnalign" else 0
-    note = f", {idle} of them without a positive score" if idle else ""
+    unlearnable = int(np.sum(score[chosen] <= 0)) if request.method == "learnalign" else 0
+    note = f", {unlearnable} of them without a positive score" if unlearnable else ""
     Console(soft_wrap=True, highlight=False).print(
         f"kept {len(chosen)} of {len(pool)} prompts{note}: {out}\n"
         f"train on them: dots fit --config BASE.yaml --config {out.with_suffix('.yaml')}"
     )
-
-
-def _write_prompts(prompts: list[Any], path: Path, source: PromptSource | None, tokenizer: Any) -> dict[str, Any]:
-    """Writes prompts, reads them back, and returns how `PromptFile` reads them."""
-    options = subset_options(path, source)
-    write_subset(prompts, path)
-    check_subset(options, prompts, tokenizer)
-    return options

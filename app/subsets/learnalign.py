@@ -1,4 +1,4 @@
-"""LearnAlign: prompts that teach, and teach what the others teach (arXiv 2506.11480).
+"""LearnAlign: select prompts that are learnable and whose gradients align with the pool's (arXiv 2506.11480).
 
 After a short warm-up by GRPO, each prompt has a success rate `p`, a learnability `V = p (1 - p)` and a GRPO gradient
 `phi`, randomly projected. Its score is its mean learnability-weighted alignment with the pool, itself included:
@@ -20,18 +20,18 @@ from matplotlib.figure import Figure
 
 from app.module import GRPOModule
 from app.subsets.base import Column, Measured, OfflineMethod
-from app.subsets.bench import Bench
+from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.gradients import PromptGradients, chosen_parameters
 from app.subsets.pictures import learnalign_figure
 from app.subsets.projection import Projection, check_projection, projection
 from datamodules.errors import UserError
 from datamodules.seeding import derive_seed
-from datamodules.types import Prompt, RolloutGroup
+from datamodules.types import Prompt
 
 _GRADIENT_BYTES = 512 * 2**20
-"""Memory for the unprojected gradients of the few prompts that are projected together."""
+"""Memory for the unprojected gradients of the prompts that are projected together."""
 _BLOCK = 4096
-"""Features read at once while scores are computed."""
+"""Rows of features that are read at once to compute scores."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class LearnAlignOptions:
     """LearnAlign's settings.
 
     Args:
-        warmup_steps: batches of `data.prompts_per_step` random prompts that the policy is trained on by plain GRPO
-            before anything is measured; 0 for none. Not done when --ckpt_path gives a policy.
-        parameters: regular expression; gradients are taken in the trainable parameters whose name it is found in. By
-            default the LoRA parameters, or without LoRA those of the last layers.
-        last_layers: decoder layers, counted from the end, that are meant by that.
+        warmup_steps: batches of `data.prompts_per_step` random prompts on which plain GRPO trains the policy before the
+            measurements; 0 for none. Skipped when --ckpt_path names a policy.
+        parameters: regular expression for the names of the trainable parameters whose gradients are taken. By default
+            the LoRA parameters, or without LoRA those of the last layers.
+        last_layers: number of last decoder layers that `parameters` defaults to.
         projection: "sparse" or "rademacher" signs, or "none" to keep whole gradients.
         dimension: numbers that a gradient is projected to, `d`; a multiple of 4.
     """
@@ -57,12 +57,12 @@ class LearnAlignOptions:
     def __post_init__(self) -> None:
         for name, least in (("warmup_steps", 0), ("last_layers", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"--learnalign.{name}={getattr(self, name)}: expected at least {least}")
+                raise UserError(f"--learnalign.{name} is {getattr(self, name)}; set it to {least} or more.")
         check_projection(self.projection, self.dimension)
 
 
 class LearnAlign(OfflineMethod):
-    """See the top of this file."""
+    """LearnAlign, as described at the top of this file."""
 
     _gradients: PromptGradients
     _projection: Projection
@@ -74,11 +74,11 @@ class LearnAlign(OfflineMethod):
     def check(self, module: GRPOModule) -> None:
         chosen_parameters(module.policy.on_meta(), self.options.parameters, self.options.last_layers)
 
-    def prepare(self, bench: Bench) -> dict[str, Column]:
-        options, model = self.options, bench.module.policy_model
+    def prepare(self, policy: FrozenPolicy) -> dict[str, Column]:
+        options, model = self.options, policy.module.policy_model
         parameters = chosen_parameters(model, options.parameters, options.last_layers)
-        self._gradients = PromptGradients(bench, parameters)
-        seed = derive_seed(bench.seed, "projection")
+        self._gradients = PromptGradients(policy, parameters)
+        seed = derive_seed(policy.seed, "projection")
         self._projection = projection(options.projection, self._gradients.size, options.dimension, seed)
         return {
             "success_rate": Column("float64"),
@@ -87,28 +87,25 @@ class LearnAlign(OfflineMethod):
             "feature": Column("float32", self._projection.dimension),
         }
 
-    def measure(self, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        groups = bench.roll(prompts)
+    def measure(self, policy: FrozenPolicy, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        groups = policy.roll(prompts)
         norms, features = np.zeros(len(groups)), np.zeros((len(groups), self._projection.dimension), dtype=np.float32)
-        # A group of equal rewards has no gradient, and no learnability either.
-        teaching = [row for row, group in enumerate(groups) if group.informative]
+        # A group of equal rewards has neither gradient nor learnability.
+        informative = [row for row, group in enumerate(groups) if group.informative]
         together = max(1, _GRADIENT_BYTES // (4 * self._gradients.size))
-        for first in range(0, len(teaching), together):
-            rows = teaching[first : first + together]
-            norms[rows], features[rows] = self._project(bench, [groups[row] for row in rows])
+        for first in range(0, len(informative), together):
+            rows = informative[first : first + together]
+            gradients = torch.zeros(len(rows), self._gradients.size, device=policy.module.device)
+            for place, row in enumerate(rows):
+                self._gradients.add(groups[row], gradients[place])
+            norms[rows] = gradients.norm(dim=1).double().cpu().numpy()
+            features[rows] = self._projection(gradients).cpu().numpy()
         return {
             "success_rate": np.array([group.success_rate for group in groups]),
             "completions": np.array([len(group.completions) for group in groups], dtype=np.int64),
             "gradient_norm": norms,
             "feature": features,
         }
-
-    def _project(self, bench: Bench, groups: Sequence[RolloutGroup]) -> tuple[np.ndarray, np.ndarray]:
-        """Norms `[C]` and projections `[C, d]` of the gradients of a few groups."""
-        gradients = torch.zeros(len(groups), self._gradients.size, device=bench.module.device)
-        for row, group in enumerate(groups):
-            self._gradients.add(group, gradients[row])
-        return gradients.norm(dim=1).double().cpu().numpy(), self._projection(gradients).cpu().numpy()
 
     def score(self, measured: Measured) -> np.ndarray:
         return alignment_scores(learnability(measured["success_rate"]), measured["feature"])
@@ -118,16 +115,16 @@ class LearnAlign(OfflineMethod):
 
 
 def learnability(success_rate: np.ndarray) -> np.ndarray:
-    """`p (1 - p)` float64 `[Q]`; 0 where no completion could be scored."""
+    """Return `p (1 - p)`, float64 `[Q]`; 0 if no completion could be scored."""
     return np.nan_to_num(success_rate * (1 - success_rate))
 
 
 def alignment_scores(weight: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """`V_i u_i . mean_j (V_j u_j)` float64 `[Q]`, in two passes over the features.
+    """Return `V_i u_i . mean_j (V_j u_j)`, float64 `[Q]`, in two passes over the features.
 
     Args:
-        weight: float64 `[Q]`: learnability `V`.
-        features: float32 `[Q, d]` (may be memory-mapped); a row of zeros scores 0.
+        weight: float64 `[Q]`, learnability `V`.
+        features: float32 `[Q, d]`, possibly memory-mapped; a row of zeros scores 0.
     """
     mean = np.zeros(features.shape[1])
     blocks = [slice(first, first + _BLOCK) for first in range(0, len(features), _BLOCK)]
@@ -139,7 +136,7 @@ def alignment_scores(weight: np.ndarray, features: np.ndarray) -> np.ndarray:
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float64; zeros stay."""
+    """Normalise rows to length 1, float64; rows of zeros stay."""
     wide = np.asarray(features, dtype=np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)

@@ -1,4 +1,4 @@
-"""What was measured of each prompt, on disk, so that a stopped selection goes on where it was."""
+"""The measurements of each prompt on disk, so that a stopped selection can be resumed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _SETTINGS, _PROGRESS = "settings.json", "progress.json"
 
 
 class Workspace:
-    """The folder of one selection. It belongs to one set of settings; another set is refused.
+    """The folder of one selection, which belongs to one set of settings.
 
     Args:
-        folder: made when it is not there.
+        folder: created if it does not exist.
         settings: everything that the measurements depend on, as plain values.
 
-    Raises UserError when the folder holds another selection, naming what differs.
+    Raises:
+        UserError: the folder holds a selection with other settings, or something else.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -35,26 +36,27 @@ class Workspace:
             names = sorted({*found, *plain})
             if different := [name for name in names if found.get(name) != plain.get(name)]:
                 raise UserError(
-                    f"{folder} holds measurements made with another {', '.join(different)}: "
-                    "repeat the command as it was, give another --out, or delete the folder"
+                    f"{folder} holds measurements made with another {', '.join(different)}. Repeat the original "
+                    "command, choose another --out, or delete the folder."
                 )
         elif folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is no folder of `dots select`: give another --out")
+            raise UserError(f"{folder} exists and was not written by `dots select`. Choose another --out.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(plain, indent=2) + "\n")
 
     def measurements(self, columns: Mapping[str, Column], prompts: int) -> Measurements:
+        """Open the measurements of a pool of `prompts` prompts."""
         return Measurements(self.folder, columns, prompts)
 
 
 class Measurements:
     """Memory-mapped columns with one row per prompt, filled from the first prompt to the last.
 
-    A row counts once it is on the disk and `done` says so; what a killed process wrote behind that is written again.
+    A row counts once it is flushed to the disk and included in `done`; later rows of a killed process are overwritten.
 
     Args:
-        folder: where `NAME.npy` are, or will be.
+        folder: folder of the files `NAME.npy`.
         columns: by name.
         prompts: `Q`.
     """
@@ -69,7 +71,7 @@ class Measurements:
         }
 
     def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Adds the next prompts' rows, `[B]` or `[B, width]` each."""
+        """Append the next prompts' rows, `[B]` or `[B, width]` each."""
         count = len(next(iter(rows.values())))
         for name, array in self.arrays.items():
             array[self.done : self.done + count] = rows[name]
@@ -79,7 +81,7 @@ class Measurements:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all."""
+    """Write a text file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -93,5 +95,7 @@ def _open(path: Path, dtype: str, shape: tuple[int, ...], *, fresh: bool) -> np.
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     array = np.lib.format.open_memmap(path, mode="r+")
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {shape}: delete its folder")
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}, but {dtype} {shape} is expected. Delete its folder."
+        )
     return array

@@ -1,4 +1,4 @@
-"""Pictures of a selection: what was kept, against what was measured."""
+"""Pictures of a selection: the kept prompts among the measured ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BINS = 40
 
 
 def learnalign_figure(success_rate: np.ndarray, score: np.ndarray, kept: np.ndarray) -> Figure:
-    """Scores by rank, scores against success rates, and the success rates of what was kept.
+    """Draw scores by rank, scores against success rates, and the success rates of the kept prompts.
 
     Args:
         success_rate: float64 `[Q]`.
@@ -24,9 +24,13 @@ def learnalign_figure(success_rate: np.ndarray, score: np.ndarray, kept: np.ndar
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13, 4), layout="constrained")
         ranked, scattered, rates = figure.subplots(1, 3)
-        _draw_ranked(ranked, score, kept)
+        ranked.set_title("Scores by rank", loc="left", fontweight="bold")
+        ranked.plot(np.sort(score)[::-1], color="tab:gray", linewidth=1.5)
+        ranked.axvline(int(kept.sum()) - 0.5, color="tab:blue", linewidth=1, label=f"{int(kept.sum())} kept")
+        ranked.set(xlabel="rank", ylabel="score")
+        ranked.legend(frameon=False)
         scattered.set_title("Score against success", loc="left", fontweight="bold")
-        # Rates are multiples of 1/G: a fixed pattern tells their dots apart.
+        # Rates are multiples of 1/G: a fixed jitter separates their dots.
         spread = 0.03 * ((np.arange(len(score)) * 0.6180339887) % 1.0 - 0.5)
         for chosen, label, color in ((~kept, "left out", "tab:gray"), (kept, "kept", "tab:blue")):
             scattered.scatter((success_rate + spread)[chosen], score[chosen], s=6, alpha=0.5, color=color, label=label)
@@ -37,21 +41,13 @@ def learnalign_figure(success_rate: np.ndarray, score: np.ndarray, kept: np.ndar
 
 
 def ufo_figure(confidence: np.ndarray, kept: np.ndarray) -> Figure:
-    """The confidences of the pool and those of what was kept; `[Q]` each."""
+    """Draw the confidences of the pool and of the kept prompts; `[Q]` each."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
         known = confidence[np.isfinite(confidence)]
         edges = np.histogram_bin_edges(known, bins=_BINS)
         _draw_histogram(figure.subplots(), "Confidence", confidence, kept, "mean token log-probability (nats)", edges)
     return figure
-
-
-def _draw_ranked(axes: Axes, score: np.ndarray, kept: np.ndarray) -> None:
-    axes.set_title("Scores by rank", loc="left", fontweight="bold")
-    axes.plot(np.sort(score)[::-1], color="tab:gray", linewidth=1.5)
-    axes.axvline(int(kept.sum()) - 0.5, color="tab:blue", linewidth=1, label=f"{int(kept.sum())} kept")
-    axes.set(xlabel="rank", ylabel="score")
-    axes.legend(frameon=False)
 
 
 def _draw_histogram(

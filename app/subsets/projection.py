@@ -1,9 +1,9 @@
-"""From a gradient of millions of numbers to a few thousand, with inner products kept on average.
+"""Random projections of gradients from millions of numbers to a few thousand, which preserve inner products on average.
 
-A random matrix `R [P, d]` with independent signs over `sqrt(d)` gives `E <xR, yR> = <x, y>` with variance
+A random matrix `R [P, d]` with independent signs over `sqrt(d)` has `E <xR, yR> = <x, y>` with variance
 `(|x|^2 |y|^2 + <x, y>^2 - 2 sum_i x_i^2 y_i^2) / d` (Johnson & Lindenstrauss 1984; Achlioptas, 2003). The sparse form
-has the same mean and the same variance at `s / d` of the work. No matrix is kept: each block of rows is drawn again
-from its own seed when its part of a gradient comes by.
+has the same mean and variance at `s / d` of the work. The matrix is not stored: each block of rows is sampled from its
+own seed whenever it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datamodules.seeding import generator
 
 KINDS = ("sparse", "rademacher", "none")
 NONZEROS = 4
-"""`s` of the sparse projection: entries other than 0 in each row of `R`."""
+"""`s`, the non-zero entries in each row of the sparse `R`."""
 
 _DENSE_BLOCK = 2**22
 """Signs of one block of the dense matrix: 16 MiB as float32."""
@@ -29,12 +29,12 @@ _SPARSE_BLOCK = 2**20
 
 
 class Projection(ABC):
-    """A linear map from `[C, P]` to `[C, d]`, the same whenever it is made with the same arguments.
+    """A linear map from `[C, P]` to `[C, d]` that depends on its arguments alone.
 
     Args:
         size: `P`.
         dimension: `d`.
-        seed: of the random entries.
+        seed: seed of the random entries.
     """
 
     def __init__(self, size: int, dimension: int, seed: int) -> None:
@@ -42,17 +42,17 @@ class Projection(ABC):
 
     @abstractmethod
     def __call__(self, gradients: Tensor) -> Tensor:
-        """Projects the rows of float32 `[C, P]`; float32 `[C, d]` on the same device."""
+        """Project the rows of float32 `[C, P]` to float32 `[C, d]` on the same device."""
 
     def _signs(self, block: int, count: int) -> np.ndarray:
-        """int8 `[count]`: independent -1 and 1."""
+        """Return independent signs -1 and 1, int8 `[count]`."""
         rng = generator(self.seed, type(self).__name__, self.size, self.dimension, block)
         bits = np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), dtype=np.uint8), count=count)
         return bits.view(np.int8) * 2 - 1
 
 
 class Unprojected(Projection):
-    """The gradient itself: exact, for models whose gradients of the whole pool fit on the disk."""
+    """The gradient itself, for models whose gradients of the whole pool fit on the disk."""
 
     def __init__(self, size: int, dimension: int = 0, seed: int = 0) -> None:
         super().__init__(size, size, seed)
@@ -75,11 +75,11 @@ class Rademacher(Projection):
 
 
 class Sparse(Projection):
-    """`s` signs over `sqrt(s)` in every row, one in each of `s` stretches of `w = d / s` columns (Kane & Nelson, 2014).
+    """`s` signs over `sqrt(s)` in every row, one in each of `s` blocks of `w = d / s` columns (Kane & Nelson, 2014).
 
-    Where they stand: coordinate `i` goes to column `(i + shift) mod w` of a stretch, with a new random shift for every
-    `w` coordinates. Two coordinates then meet with probability at most `1 / w`, as if placed independently, which is
-    all that mean and variance depend on; and sums run along memory, in a fixed order on any device.
+    Coordinate `i` goes to column `(i + shift) mod w` of a block, with a new random shift for every `w` coordinates. Two
+    coordinates collide with probability at most `1 / w`, as with independent columns, and mean and variance depend on
+    nothing else. Sums run along memory, in a fixed order on any device.
     """
 
     def __init__(self, size: int, dimension: int, seed: int) -> None:
@@ -91,34 +91,30 @@ class Sparse(Projection):
         projected = gradients.new_zeros(len(gradients), NONZEROS, self.width)
         for block, first in enumerate(range(0, self.size, rows * self.width)):
             part = gradients[:, first : first + rows * self.width]
-            self._add(block, part, projected)
+            count = part.shape[1]
+            turns = -(-count // self.width)
+            signs = torch.from_numpy(self._signs(block, NONZEROS * count)).to(part.device).view(NONZEROS, count)
+            random = generator(self.seed, "shifts", self.size, self.dimension, block)
+            shifts = random.integers(self.width, size=(NONZEROS, turns, 1))
+            origin = torch.from_numpy((np.arange(self.width) - shifts) % self.width).to(part.device)
+            padded = part.new_zeros(len(part), turns * self.width)
+            for columns in range(NONZEROS):
+                padded[:, :count] = part * signs[columns]
+                table = padded.view(len(part), turns, self.width)
+                projected[:, columns] += table.gather(2, origin[columns].expand_as(table)).sum(1)
         return projected.flatten(1) / math.sqrt(NONZEROS)
-
-    def _add(self, block: int, part: Tensor, projected: Tensor) -> None:
-        count = part.shape[1]
-        turns = -(-count // self.width)
-        signs = torch.from_numpy(self._signs(block, NONZEROS * count)).to(part.device).view(NONZEROS, count)
-        shifts = generator(self.seed, "shifts", self.size, self.dimension, block).integers(
-            self.width, size=(NONZEROS, turns, 1)
-        )
-        origin = torch.from_numpy((np.arange(self.width) - shifts) % self.width).to(part.device)
-        padded = part.new_zeros(len(part), turns * self.width)
-        for stretch in range(NONZEROS):
-            padded[:, :count] = part * signs[stretch]
-            table = padded.view(len(part), turns, self.width)
-            projected[:, stretch] += table.gather(2, origin[stretch].expand_as(table)).sum(1)
 
 
 def check_projection(kind: str, dimension: int) -> None:
-    """Raises UserError for an unknown name or a dimension that no projection can have."""
+    """Raise UserError for an unknown name or a dimension that no projection can have."""
     if kind not in KINDS:
-        raise UserError(f"projection={kind!r}: {nearest(kind, KINDS)}")
+        raise UserError(f"projection is {kind!r}; expected one of {', '.join(KINDS)}: {nearest(kind, KINDS)}")
     if dimension < NONZEROS or dimension % NONZEROS:
-        raise UserError(f"dimension={dimension}: expected a multiple of {NONZEROS}, e.g. 4096")
+        raise UserError(f"dimension is {dimension}; set it to a multiple of {NONZEROS}, such as 4096.")
 
 
 def projection(kind: str, size: int, dimension: int, seed: int) -> Projection:
-    """The projection of that name from `size` to `dimension` numbers. Raises UserError as `check_projection` does."""
+    """Return the projection of that name from `size` to `dimension` numbers; check it as `check_projection`."""
     check_projection(kind, dimension)
-    made: dict[str, type[Projection]] = {"sparse": Sparse, "rademacher": Rademacher, "none": Unprojected}
-    return made[kind](size, dimension, seed)
+    kinds: dict[str, type[Projection]] = {"sparse": Sparse, "rademacher": Rademacher, "none": Unprojected}
+    return kinds[kind](size, dimension, seed)

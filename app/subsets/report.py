@@ -1,4 +1,4 @@
-"""What a selection leaves beside its prompt file: the table of scores and a config for `dots fit`."""
+"""The output of a selection next to its prompt file: scores, picture, and a config for `dots fit`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from app.subsets.measurements import write_whole
 def write_scores(
     path: Path, ids: Sequence[str], measured: Mapping[str, np.ndarray], score: np.ndarray, chosen: np.ndarray
 ) -> None:
-    """A parquet table with one row per prompt of the pool, in its order.
+    """Write a parquet table with one row per prompt of the pool, in the pool's order.
 
     Args:
-        path: of the file.
-        ids: `Q`.
-        measured: what the method measured; columns with several numbers per prompt are left out.
+        path: the file.
+        ids: `Q` prompt ids.
+        measured: the method's measurements; columns with several numbers per prompt are left out.
         score: float64 `[Q]`.
-        chosen: int64 `[N]`: positions of the kept prompts, the best first.
+        chosen: int64 `[N]`, positions of the kept prompts, best first.
     """
     rank = np.full(len(ids), -1, dtype=np.int64)
     rank[chosen] = np.arange(len(chosen))
@@ -39,27 +39,25 @@ def write_scores(
 
 
 def write_picture(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
 
 
 def write_config(path: Path, data_class: type, train: dict[str, Any], val: dict[str, Any] | None) -> None:
-    """An overlay for `dots fit --config BASE --config THIS`: the subset as training prompts.
+    """Write an overlay for `dots fit --config BASE --config PATH` that trains on the subset.
 
     Args:
-        path: of the file.
-        data_class: of the DataModule.
-        train: arguments of the `PromptFile` of the subset.
-        val: those of the validation prompts, where they had been held out of the pool.
+        path: the file.
+        data_class: class of the DataModule.
+        train: arguments of the subset's `PromptFile`.
+        val: arguments of the validation prompts' `PromptFile`, if they were held out of the pool.
     """
-    options: dict[str, Any] = {"train": _source(train)}
+    prompt_file = "datamodules.prompts.PromptFile"
+    options: dict[str, Any] = {"train": {"class_path": prompt_file, "init_args": train}}
     if val is not None:
-        options |= {"val": _source(val), "val_size": 0}
+        options |= {"val": {"class_path": prompt_file, "init_args": val}, "val_size": 0}
     overlay = {"data": {"class_path": f"{data_class.__module__}.{data_class.__qualname__}", "init_args": options}}
     head = f"# The subset of `dots select`: dots fit --config BASE.yaml --config {path}\n"
     write_whole(path, head + yaml.safe_dump(overlay, sort_keys=False, allow_unicode=True, width=120))
-
-
-def _source(options: dict[str, Any]) -> dict[str, Any]:
-    return {"class_path": "datamodules.prompts.PromptFile", "init_args": options}

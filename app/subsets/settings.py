@@ -1,4 +1,4 @@
-"""What the measurements of a selection depend on, as plain values: another value means another selection."""
+"""The settings that the measurements of a selection depend on, as plain values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
 
 _SAMPLED = 64
-"""Prompts whose tokens are looked at, to notice another template."""
+"""Prompts whose tokens are hashed, to notice another template."""
 
 
 def settings_of(
     module: GRPOModule, datamodule: OnlinePromptDataModule, method: str, options: Any, checkpoint: Path | None
 ) -> dict[str, Any]:
-    """By name; values that JSON can hold. `options` is the method's dataclass."""
-    pool = datamodule.pools["train"]
+    """Return the settings by name, as values for JSON; `options` is the method's dataclass."""
+    pool, file_hash = datamodule.pools["train"], None
+    if checkpoint is not None:
+        with checkpoint.open("rb") as file:
+            file_hash = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     settings = {
         "method": method,
         method: asdict(options),
@@ -31,20 +34,21 @@ def settings_of(
         "prompts": _token_hash(pool),
         "seed": run_seed(),
         "policy": asdict(module.policy),
-        "checkpoint": None if checkpoint is None else _file_hash(checkpoint),
+        "checkpoint": file_hash,
         "sampling": asdict(module.sampling),
     }
-    if method == "ufo":  # it asks for no reward and computes no loss
+    if method == "ufo":  # UFO-RL computes neither rewards nor a loss
         return settings
+    learner = module.options
     return settings | {
         "rewards": [{type(reward).__qualname__: _plain(vars(reward))} for reward in module.scorer.rewards],
-        "surrogate": asdict(module.surrogate),
+        "surrogate": asdict(learner.surrogate),
         "advantages": [
-            module.advantage_scale,
-            module.advantage_baseline,
-            module.multi_objective_aggregation,
-            module.aggregation,
-            module.mask_truncated_completions,
+            learner.advantage_scale,
+            learner.advantage_baseline,
+            learner.multi_objective_aggregation,
+            learner.aggregation,
+            learner.mask_truncated_completions,
         ],
         "optimization": asdict(module.optimization),
         "batches": [datamodule.prompts_per_step, module.mini_batches, module.max_tokens_per_microbatch],
@@ -52,7 +56,7 @@ def settings_of(
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings among an object's attributes."""
+    """Return the plain settings among an object's attributes, nested objects included."""
     simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
     nested = {
         name: _plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else vars(value))
@@ -68,8 +72,3 @@ def _token_hash(pool: PromptPool) -> str:
     for place in places:
         digest.update(repr(pool[int(place)].token_ids).encode())
     return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

@@ -1,8 +1,8 @@
-"""UFO-RL: prompts that the policy is neither sure nor at a loss about (arXiv 2505.12457).
+"""UFO-RL: select prompts on which the policy has medium confidence (arXiv 2505.12457).
 
-The confidence in a prompt is the mean log-probability of the tokens of **one completion**, drawn from the policy with
-the training's sampling (end token included, prompt excluded), under one teacher-forced forward pass of the policy at
-temperature 1. No reward is asked for. The prompts nearest the middle of the pool's confidences are kept.
+The confidence in a prompt is the mean log-probability of the tokens of **one completion**, sampled from the policy as
+in training (end token included, prompt excluded), under one teacher-forced forward pass of the policy at temperature 1.
+No reward is computed. The prompts nearest the middle of the pool's confidences are kept.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
-from app.policy.scoring import score as score_tokens
+from app.policy.scoring import completion_logprobs
 from app.subsets.base import Column, Measured, OfflineMethod
-from app.subsets.bench import Bench
+from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.pictures import ufo_figure
 from datamodules.types import Completion, Prompt
 
@@ -28,30 +28,30 @@ class UfoOptions:
     """UFO-RL's settings.
 
     Args:
-        middle: what the middle of the confidences is: their "median" or their "mean".
+        middle: the middle of the confidences: their "median" or their "mean".
     """
 
     middle: Literal["median", "mean"] = "median"
 
 
 class Ufo(OfflineMethod):
-    """See the top of this file."""
+    """UFO-RL, as described at the top of this file."""
 
     def __init__(self, options: UfoOptions) -> None:
         self.options = options
 
-    def prepare(self, bench: Bench) -> dict[str, Column]:
+    def prepare(self, policy: FrozenPolicy) -> dict[str, Column]:
         return {"confidence": Column("float64"), "tokens": Column("int64")}
 
-    def measure(self, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-        completions = bench.complete(prompts)
+    def measure(self, policy: FrozenPolicy, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        completions = policy.complete(prompts)
         return {
-            "confidence": mean_logprobs(bench, prompts, completions),
+            "confidence": mean_logprobs(policy, prompts, completions),
             "tokens": np.array([len(one.token_ids) for one in completions], dtype=np.int64),
         }
 
     def score(self, measured: Measured) -> np.ndarray:
-        """Minus the distance from the middle."""
+        """Return minus the distance from the middle."""
         confidence = measured["confidence"]
         known = confidence[np.isfinite(confidence)]
         middle = np.median(known) if self.options.middle == "median" else np.mean(known)
@@ -62,20 +62,20 @@ class Ufo(OfflineMethod):
 
 
 @torch.no_grad()
-def mean_logprobs(bench: Bench, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> np.ndarray:
-    """Mean log-probability per token of every completion, float64 `[B]`, in nats; NaN for one without tokens."""
-    module = bench.module
+def mean_logprobs(policy: FrozenPolicy, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> np.ndarray:
+    """Return each completion's mean log-probability per token, float64 `[B]`, in nats; NaN for one without tokens."""
+    module = policy.module
     means = np.full(len(completions), np.nan)
-    there = [row for row, completion in enumerate(completions) if len(completion.token_ids)]
+    written = [row for row, completion in enumerate(completions) if len(completion.token_ids)]
     sequences = [
         ScoredSequence(prompts[row].token_ids, completions[row].token_ids, completions[row].logprobs, 0.0, 0.0)
-        for row in there
+        for row in written
     ]
     for rows in plan_microbatches([len(sequence) for sequence in sequences], module.max_tokens_per_microbatch):
         packed = collate([sequences[row] for row in rows], module.tokenizer.pad_token_id, module.device)
-        with bench.precision():
-            logprobs, _ = score_tokens(module.policy_model, packed, temperature=1.0, with_entropy=False)
+        with policy.precision():
+            logprobs, _ = completion_logprobs(module.policy_model, packed, temperature=1.0, with_entropy=False)
         sizes = [len(sequences[row].completion_ids) for row in rows]
         for row, values in zip(rows, logprobs.double().cpu().split(sizes), strict=True):
-            means[there[row]] = float(values.mean())
+            means[written[row]] = float(values.mean())
     return means

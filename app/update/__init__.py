@@ -1,1 +1,1 @@
-"""The optimizer steps of a batch: mini-batches, micro-batches, loss, gradients, statistics."""
+"""The optimizer steps of a batch: loss, gradients, updates, and their metrics."""

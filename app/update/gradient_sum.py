@@ -1,8 +1,8 @@
-"""Gradients of all ranks added up, once per optimizer step.
+"""The sum of gradients over ranks, once per optimizer step.
 
-DDP's own reduction belongs to single backward passes. Here a step has several micro-batches, and the ranks have
-different numbers of them, some of them none: one explicit sum after the last one is right for all of these. It is a
-sum, not a mean, because a token's weight is already that of the global mini-batch.
+DDP reduces gradients in each backward pass. A step here has several micro-batches, and ranks may have different numbers
+of them or none; one explicit sum after the last one is correct for all of these. It is a sum and not a mean, because
+a token's weight is already that of the global mini-batch.
 """
 
 from __future__ import annotations
@@ -13,38 +13,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.ranks import Ranks, talking
+from app.ranks import Ranks, collective
 
 _BUCKET = 1 << 24
-"""Elements that are reduced together: 64 MiB, what the sum needs beside the gradients."""
+"""Elements that are reduced together: 64 MiB, the memory that the sum needs in addition to the gradients."""
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> None:
-    """Makes every parameter's gradient the sum over ranks, in float32 or better; one that has it on no rank keeps None.
+    """Replace every gradient by its sum over ranks, computed in float32 or wider. Collective.
+
+    A parameter without a gradient on any rank keeps None.
 
     Args:
-        parameters: the trained ones; the same on all ranks, in the same order.
+        parameters: the trained parameters, in the same order on all ranks.
         ranks: the processes.
     """
     if ranks.size == 1:
         return
-    ranks.meet("update")
+    ranks.barrier("update")
     reached = ranks.max(torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8))
     chosen = [parameter for parameter, used in zip(parameters, reached.tolist(), strict=True) if used]
     for parameter in chosen:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([parameter.grad for parameter in chosen if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1).to(_sum_dtype(gradient)) for gradient in bucket])
-        with talking("update"):
+        flat = torch.cat([grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32)) for grad in bucket])
+        with collective("update"):
             dist.all_reduce(flat)
         for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(summed.view_as(gradient))
-
-
-def _sum_dtype(gradient: Tensor) -> torch.dtype:
-    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,18 +1,26 @@
-"""What a training step logs: TRL's names where the meaning is TRL's."""
+"""Metrics of a training step, under TRL's names where the meaning is TRL's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from app.update.minibatch import MiniBatch
-from app.update.steps import Update
+from app.update.records import Update
 from datamodules.types import RolloutGroup
+
+_REPLAY = {
+    "sampling/importance_sampling_ratio/mean": "replay/importance_ratio_mean",
+    "sampling/importance_sampling_ratio/max": "replay/importance_ratio_max",
+    "sampling/effective_sample_fraction": "replay/effective_sample_fraction",
+    "clip_ratio/region_mean": "replay/clip_ratio",
+}
+"""Names of the statistics that are logged for replayed tokens too."""
 
 
 def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Rewards and lengths of the groups that are trained on, and the share that teaches."""
+    """Return metrics of rewards and lengths of the trained groups, and their informative fraction."""
     groups = [group for group in groups if group.completions]
     if not groups:
         return {}
@@ -29,14 +37,10 @@ def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         if not np.isnan(values).all():
             metrics[f"rewards/{name}/mean"] = float(np.nanmean(values))
             metrics[f"rewards/{name}/std"] = float(np.nanstd(values))
-    return metrics | _lengths(groups)
-
-
-def _lengths(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     ended = np.array([completion.finish_reason == "stop" for completion in completions])
-    metrics = {
+    metrics |= {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -48,7 +52,7 @@ def _lengths(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dict[str, float]:
-    """Loss, gradient norm and ratios of a batch's optimizer steps."""
+    """Return metrics of a batch's optimizer steps: loss, gradient norm, tokens and ratios."""
     seen = [update.seen for update in updates]
     merged, replayed = seen[0].all, seen[0].replayed
     for one in seen[1:]:
@@ -67,14 +71,5 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
     if positions:
         metrics["updates/padding_fraction"] = 1 - sum(one.read.tokens for one in seen) / positions
         metrics["updates/positions_per_token"] = positions / whole
-    return metrics | merged.metrics() | _replay_metrics(replayed.metrics())
-
-
-def _replay_metrics(found: Mapping[str, float]) -> dict[str, float]:
-    names = {
-        "sampling/importance_sampling_ratio/mean": "replay/importance_ratio_mean",
-        "sampling/importance_sampling_ratio/max": "replay/importance_ratio_max",
-        "sampling/effective_sample_fraction": "replay/effective_sample_fraction",
-        "clip_ratio/region_mean": "replay/clip_ratio",
-    }
-    return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    on_replay = replayed.metrics()
+    return metrics | merged.metrics() | {ours: on_replay[name] for name, ours in _REPLAY.items() if name in on_replay}

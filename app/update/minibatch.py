@@ -1,4 +1,4 @@
-"""From the groups of a batch to the sequences of its mini-batches."""
+"""The conversion of a batch's groups into the sequences of its mini-batches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from app.objective.advantages import Baseline, Scale, decoupled_advantages, group_advantages
 from app.objective.packing import ScoredSequence
-from app.objective.weights import Aggregation, token_weights
+from app.objective.ratios import Aggregation, token_weights
 from app.ranks import deal, imbalance
 from datamodules.types import Completion, RolloutGroup
 
-_PATIENCE = 0.1
-"""Share of the mean work that ranks may wait for the one with most."""
+_MAX_IMBALANCE = 0.1
+"""Share of the mean work that ranks may wait for the busiest one before a prompt's completions are split."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionId:
-    """Which completion: the prompt's id and the position in its group, as in `completions/*.parquet`."""
+    """A completion by its prompt's id and its position in the group, as in `completions/*.parquet`."""
 
     prompt_id: str
     sample: int
@@ -32,13 +32,13 @@ class CompletionId:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MiniBatch:
-    """What one optimizer step works on.
+    """The input of one optimizer step.
 
     Attributes:
-        sequences: those that get a forward and a backward pass.
-        ids: of the same completions, in the same order.
-        tokens: completion tokens of the mini-batch, those of left-out sequences included.
-        skipped_tokens: completion tokens whose gradient is exactly 0, left out.
+        sequences: the sequences that get a forward and a backward pass.
+        ids: the ids of the same completions, in the same order.
+        tokens: completion tokens of the mini-batch, including those of left-out sequences.
+        skipped_tokens: completion tokens left out because their gradient is exactly 0.
     """
 
     sequences: list[ScoredSequence]
@@ -51,27 +51,32 @@ def advantages_of(
     groups: Sequence[RolloutGroup],
     scale: Scale,
     baseline: Baseline = "mean",
-    apart: Mapping[str, float] | None = None,
+    decoupled: Mapping[str, float] | None = None,
 ) -> list[np.ndarray]:
-    """float32 `[G]` per group.
+    """Return the advantages of each group's completions, float32 `[G]` per group.
 
     Args:
-        groups: of one batch.
-        scale: `objective.advantages.group_advantages`.
-        baseline: likewise.
-        apart: weights by reward name, to normalise each reward by itself (`decoupled_advantages`); None takes the
+        groups: the groups of one batch.
+        scale: see `objective.advantages.group_advantages`.
+        baseline: see there.
+        decoupled: weights by reward name, to normalise each reward on its own (`decoupled_advantages`); None uses the
             groups' weighted sums.
     """
     if not groups:
         return []
     sizes = [len(group.rewards) for group in groups]
     members = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
-    if apart is None:
-        flat = group_advantages(_joined([group.rewards for group in groups]), members, scale, baseline)
+    if decoupled is None:
+        flat = group_advantages(_concatenate([group.rewards for group in groups]), members, scale, baseline)
     else:
-        components = torch.stack([_joined([group.components[name] for group in groups]) for name in apart], dim=1)
-        flat = decoupled_advantages(components, torch.tensor(list(apart.values())), members, scale, baseline)
+        columns = [_concatenate([group.components[name] for group in groups]) for name in decoupled]
+        weights = torch.tensor(list(decoupled.values()))
+        flat = decoupled_advantages(torch.stack(columns, dim=1), weights, members, scale, baseline)
     return np.split(flat.numpy(), np.cumsum(sizes)[:-1])
+
+
+def _concatenate(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
 def minibatches(
@@ -86,18 +91,32 @@ def minibatches(
     mask_truncated: bool = False,
     step: int | None = None,
 ) -> list[MiniBatch]:
-    """Deals whole groups into `parts` mini-batches (shuffled when there are several) and weighs their tokens.
+    """Split whole groups into mini-batches, shuffled if there are several, and weight their tokens.
 
-    A completion with advantage 0 contributes nothing to the gradient unless the loss has a KL or entropy term
-    (`keep_zero_advantage`): it is left out, and stays in the denominators. With `mask_truncated` a completion that was
-    cut at the length limit counts nothing: neither in the loss nor in a denominator (overlong filtering, DAPO, arXiv
-    2503.14476, section 3.4); its reward still counts in its group's baseline. A group born before `step` counts as
-    replayed, whatever its source: another policy than that of `step` has made it.
+    Args:
+        groups: the groups of one batch.
+        advantages: float32 `[G]` per group.
+        parts: number of mini-batches.
+        generator: source of the shuffle.
+        aggregation: see `objective.ratios.token_weights`.
+        max_completion_length: completion limit in tokens.
+        keep_zero_advantage: the loss has a KL or entropy term, so that completions with advantage 0 have a gradient.
+            Otherwise they are left out, and count in the denominators only.
+        mask_truncated: leave completions that were cut at the length limit out of loss and denominators (overlong
+            filtering, DAPO, arXiv 2503.14476, section 3.4); their rewards still count in their groups' baselines.
+        step: groups born before it count as replayed, from any source: another policy generated them.
     """
     order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
     return [
         _minibatch(
-            _rows([groups[index] for index in chosen], [advantages[index] for index in chosen], mask_truncated),
+            [
+                (groups[index], completion, CompletionId(groups[index].prompt.id, sample), float(advantage))
+                for index in chosen
+                for sample, (completion, advantage) in enumerate(
+                    zip(groups[index].completions, advantages[index], strict=True)
+                )
+                if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
+            ],
             aggregation,
             max_completion_length,
             keep_zero_advantage,
@@ -107,21 +126,8 @@ def minibatches(
     ]
 
 
-_Row = tuple[RolloutGroup, Completion, CompletionId, float]
-
-
-def _rows(groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], mask_truncated: bool) -> list[_Row]:
-    """Every completion that counts, with its advantage."""
-    return [
-        (group, completion, CompletionId(group.prompt.id, sample), float(advantage))
-        for group, values in zip(groups, advantages, strict=True)
-        for sample, (completion, advantage) in enumerate(zip(group.completions, values, strict=True))
-        if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
-    ]
-
-
 def _minibatch(
-    rows: Sequence[_Row],
+    rows: Sequence[tuple[RolloutGroup, Completion, CompletionId, float]],
     aggregation: Aggregation,
     max_completion_length: int,
     keep_zero_advantage: bool,
@@ -148,10 +154,10 @@ def _minibatch(
 
 
 def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
-    """A mini-batch dealt to ranks so that their tokens balance; its tokens and weights stay those of the whole.
+    """Split a mini-batch into one share per rank, balanced by tokens; totals and weights stay the whole's.
 
-    The completions of a prompt stay together, so that it is read once, unless a rank would then wait more than
-    `_PATIENCE` for another.
+    A prompt's completions stay together, so that it is read once, unless ranks would then wait more than
+    `_MAX_IMBALANCE`.
     """
     sizes = [len(sequence) for sequence in part.sequences]
     prompts: dict[str, list[int]] = {}
@@ -160,7 +166,7 @@ def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
     together = list(prompts.values())
     pieces = deal([sum(sizes[row] for row in rows) for rows in together], ranks)
     dealt = [sorted(row for piece in share for row in together[piece]) for share in pieces]
-    if imbalance(sizes, dealt) > _PATIENCE:
+    if imbalance(sizes, dealt) > _MAX_IMBALANCE:
         dealt = deal(sizes, ranks)
     return [
         dataclasses.replace(part, sequences=[part.sequences[row] for row in rows], ids=[part.ids[row] for row in rows])
@@ -169,11 +175,6 @@ def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
 
 
 def token_imbalance(dealt: Sequence[Sequence[MiniBatch]]) -> float:
-    """By what share of the mean the rank with most tokens exceeds it, in the worst of a batch's dealt mini-batches."""
+    """Return the excess of the busiest rank's tokens over the mean, in the worst of a batch's mini-batches."""
     loads = [[sum(map(len, share.sequences)) for share in part] for part in dealt]
     return max(imbalance(load, [[rank] for rank in range(len(load))]) for load in loads)
-
-
-def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    """float32 `[N]`, group after group."""
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32))

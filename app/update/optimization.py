@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from datamodules.errors import UserError, nearest
@@ -16,13 +16,13 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 @dataclass
 class Optimization:
-    """How gradients become updates.
+    """Options of the optimizer (AdamW) and the learning-rate schedule.
 
     Args:
-        learning_rate: the peak, when the schedule varies it.
-        weight_decay: of AdamW, on matrices only (not on biases and norms).
-        betas: of AdamW.
-        clip_norm: gradients of a larger norm are scaled down to it; 0 turns clipping off.
+        learning_rate: the peak learning rate of the schedule.
+        weight_decay: applied to matrices only (not to biases and norms).
+        betas: AdamW's decay rates.
+        clip_norm: gradients with a larger norm are scaled down to it; 0 turns clipping off.
         schedule: "constant", "constant_with_warmup", "linear" or "cosine", over `trainer.max_steps`.
         warmup_steps: optimizer steps over which the rate rises to its peak.
     """
@@ -36,19 +36,20 @@ class Optimization:
 
     def __post_init__(self) -> None:
         checks = [
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip_norm", self.clip_norm >= 0, "0 (off) or more"),
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
         ]
         for name, fine, expected in checks:
             if not fine:
-                raise UserError(f"optimization.{name}={getattr(self, name)}: expected {expected}")
+                raise UserError(f"optimization.{name} is {getattr(self, name)}; set it to {expected}.")
         if self.schedule not in SCHEDULES:
-            raise UserError(f"optimization.schedule={self.schedule!r}: {nearest(self.schedule, SCHEDULES)}")
+            expected = f"expected one of {', '.join(SCHEDULES)}: {nearest(self.schedule, SCHEDULES)}"
+            raise UserError(f"optimization.schedule is {self.schedule!r}; {expected}")
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        """AdamW over the trainable parameters."""
+        """Return AdamW over the trainable parameters."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [one for one in trained if one.ndim >= 2], "weight_decay": self.weight_decay},
@@ -59,11 +60,11 @@ class Optimization:
         )
 
     def clip(self, model: torch.nn.Module) -> torch.Tensor:
-        """Scales gradients of a larger norm down to the clip norm; their norm before."""
+        """Scale gradients with a larger norm down to the clip norm; return the norm before clipping."""
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm or float("inf"))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-        """The learning-rate schedule, one step of it per optimizer step."""
+    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+        """Return the learning-rate schedule, to be advanced once per optimizer step."""
         return get_scheduler(self.schedule, optimizer, self.warmup_steps, max(total_steps, 1))

@@ -1,1 +1,1 @@
-"""Callbacks that are the algorithm: what is rolled out, replayed and trained on."""
+"""Callbacks that make up the algorithm: rollouts, filters, replay, weight transfer."""

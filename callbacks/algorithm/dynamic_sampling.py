@@ -1,9 +1,8 @@
-"""Dynamic sampling: drop the groups that teach nothing and roll out others until the batch is full."""
+"""Dynamic sampling: drop groups without a learning signal and roll out others until the batch is full."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,53 +13,57 @@ from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollouts import roll_fresh
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
-from datamodules.types import REWARD_TOLERANCE, Prompt, RolloutGroup, TrainBatch
+from datamodules.online import OnlinePromptDataModule
+from datamodules.types import REWARD_TOLERANCE, RolloutGroup, TrainBatch
 
 
 class DynamicSampling(StepCallback):
-    """Drops groups with equal correctness rewards and refills the batch, whatever the selector.
+    """Drops groups with equal correctness rewards and refills the batch, with any selector.
 
     DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2) keeps sampling until the batch holds only prompts with
-    0 < success rate < 1. Here the rule is that of `RolloutGroup.informative`: the correctness rewards (not their
-    shaped sum) differ within the whole group. `low` and `high` narrow it to a band of success rates.
+    0 < success rate < 1. Here a group passes if it is informative (`RolloutGroup.informative`): its correctness
+    rewards, not their shaped sum, differ. `low` and `high` restrict this to a band of success rates.
 
     The fresh part of a batch is as large as the selector's first choice of the step. Refills are chosen by the
-    selector, which has seen everything rolled out so far, and hold no prompt that the step has rolled out already.
-    The first groups that pass, in the order of generation, are trained on. Groups that pass beyond the need go to the
-    replay buffer when the run has one, and are counted as wasted otherwise; groups that do not pass are dropped and
-    counted as discarded.
+    selector, which has observed everything rolled out so far, and contain no prompt that the step has already rolled
+    out. The first groups that pass, in the order of generation, are trained on. Groups that pass beyond what is needed
+    go to the replay buffer if the run has one, and are counted as wasted otherwise; groups that do not pass are dropped
+    and counted as discarded.
 
-    When `max_refills` rounds do not fill the batch, or the pool has no prompt left, the step trains on what passed,
-    completed with replayed groups when the run has a buffer (`sampling/missing` counts the gap). When nothing passed
-    and nothing can be replayed, the step trains on as many dropped groups as were needed, those nearest to the rule:
-    what it would have done without this callback.
+    When `max_refills` rounds do not fill the batch, or the pool has no prompt left, the step trains on the groups that
+    passed, completed by replayed groups if the run has a buffer (`sampling/missing` counts the gap). When nothing
+    passed and nothing can be replayed, the step trains on as many dropped groups as were needed, preferring those
+    nearest to the middle of the band.
 
     Args:
-        low: lowest success rate that passes, null for no bound; the border itself passes.
-        high: highest success rate that passes, null for no bound; the border itself passes.
-        max_refills: refill rounds in a step, at most; 0 only drops.
+        low: lowest success rate that passes, inclusive; null for no bound.
+        high: highest success rate that passes, inclusive; null for no bound.
+        max_refills: largest number of refill rounds in a step; 0 only drops.
     """
 
     stage = Stage.FILTER
 
     def __init__(self, low: float | None = None, high: float | None = None, max_refills: int = 10) -> None:
+        name = type(self).__name__
         if low is not None and high is not None and not low <= high:
-            raise UserError(f"{type(self).__name__}(low={low}, high={high}): expected low <= high, e.g. 0.3 and 0.7")
+            raise UserError(
+                f"{name} has low={low} and high={high}, expected low <= high. Set, for example, 0.3 and 0.7."
+            )
         if max_refills < 0:
-            raise UserError(f"{type(self).__name__}(max_refills={max_refills}): expected 0 (only drop) or more")
+            raise UserError(f"{name}.max_refills is {max_refills}, expected at least 0. Set 0 to drop without refills.")
         self.low = low
         self.high = high
         self.max_refills = max_refills
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._data = OnlinePromptDataModule.of(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         self._replay = next((one for one in callbacks if isinstance(one, RolloutReplay)), None)
         self._reuses_references = any(isinstance(one, ReferenceRollouts) and one.reuse == "train" for one in callbacks)
 
     def passes(self, group: RolloutGroup) -> bool:
-        """Whether a group is informative and its success rate lies in the band."""
+        """Return whether a group is informative and its success rate lies in the band."""
         rate = group.success_rate
         return (
             group.informative
@@ -70,28 +73,33 @@ class DynamicSampling(StepCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         needed = len(batch.prompts)
-        measured = list(batch.groups)
         refills = 0
-        while refills < self.max_refills and (size := self._refill_size(measured, needed)):
-            prompts = self._datamodule.add_prompts(batch, size)
+        while refills < self.max_refills and (size := self._refill_size(batch.groups, needed)):
+            prompts = self._data.add_prompts(batch, size)
             if not prompts:
                 break
-            measured += self._roll(pl_module, batch, prompts)
+            # A reference group of this step's policy is used as it is.
+            added = {prompt.id for prompt in prompts}
+            offered = [group for group in batch.of("surplus") if self._reuses_references and group.prompt.id in added]
+            batch.move(offered, "trained")
+            known = {group.prompt.id for group in offered}
+            roll_fresh(self._data.selector, pl_module, batch, [one for one in prompts if one.id not in known])
             refills += 1
+        measured = batch.groups
         passed = [group for group in measured if self.passes(group)]
-        batch.groups, surplus = passed[:needed], passed[needed:]
-        batch.dropped = [group for group in measured if not self.passes(group)]
-        batch.surplus += surplus
+        surplus, dropped = passed[needed:], [group for group in measured if not self.passes(group)]
+        batch.move(surplus, "surplus")
+        batch.move(dropped, "dropped")
         batch.metrics |= {
             "sampling/refills": float(refills),
-            "sampling/dropped_fraction": len(batch.dropped) / max(1, len(measured)),
+            "sampling/dropped_fraction": len(dropped) / max(1, len(measured)),
             "sampling/groups_per_passed": len(measured) / max(1, len(passed)),
             "sampling/surplus": float(len(surplus)),
             "sampling/missing": float(needed - len(batch.groups)),
         }
-        if measured and not batch.groups and not self._can_replay:
-            self._take_back(batch, needed)
-        _count(batch, "discarded", batch.dropped)
+        if measured and not passed and not (self._replay is not None and len(self._replay.buffer)):
+            self._train_on_dropped(batch, needed, refills)
+        _count(batch, "discarded", batch.of("dropped"))
         if self._replay is None:
             _count(batch, "wasted", surplus)
 
@@ -99,46 +107,41 @@ class DynamicSampling(StepCallback):
         passed = sum(map(self.passes, measured))
         if passed >= needed:
             return 0
-        selector = self._datamodule.selector
-        return max(1, selector.refill_size(needed - passed, needed, passed / max(1, len(measured))))
+        return max(1, self._data.selector.refill_size(needed - passed, needed, passed / max(1, len(measured))))
 
-    def _roll(self, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        """Groups of the prompts; a reference group that this step's policy has just made is taken as it is."""
-        wanted = {prompt.id for prompt in prompts}
-        offered = [group for group in batch.surplus if group.prompt.id in wanted] if self._reuses_references else []
-        batch.surplus = [group for group in batch.surplus if group not in offered]
-        known = {group.prompt.id for group in offered}
-        fresh = roll_fresh(
-            self._datamodule.selector, pl_module, batch, [prompt for prompt in prompts if prompt.id not in known]
-        )
-        return offered + fresh
-
-    @property
-    def _can_replay(self) -> bool:
-        return self._replay is not None and len(self._replay.buffer) > 0
-
-    def _take_back(self, batch: TrainBatch, needed: int) -> None:
-        """Trains on dropped groups after all: informative ones first, then those nearest to the band's middle."""
+    def _train_on_dropped(self, batch: TrainBatch, needed: int, refills: int) -> None:
         low, high = (0.0 if self.low is None else self.low), (1.0 if self.high is None else self.high)
 
         def distance(group: RolloutGroup) -> tuple[bool, bool, float]:
             return not group.completions, not group.informative, abs(group.success_rate - (low + high) / 2)
 
-        nearest = sorted(batch.dropped, key=distance)
-        batch.groups = nearest[:needed]
-        batch.dropped = [group for group in batch.dropped if group not in batch.groups]
+        nearest = sorted(batch.of("dropped"), key=distance)
+        batch.move(nearest[:needed], "trained")
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"step {batch.step}: none of {len(nearest)} groups passed {type(self).__name__} after "
-                f"{int(batch.metrics['sampling/refills'])} refills, so dropped groups are trained on: the prompts are "
-                "too easy or too hard for the policy; add prompts of other difficulty, widen the band, or raise "
-                "max_refills or model.sampling.num_generations (said once; sampling/missing counts every step)"
+                f"Step {batch.step}: none of {len(nearest)} groups passed {type(self).__name__} after {refills} "
+                "refills, so dropped groups are trained on: the prompts are too easy or too hard for the policy. Add "
+                "prompts of other difficulty, widen the band, or raise max_refills or model.sampling.num_generations. "
+                "This warning is shown once; sampling/missing counts every step."
             )
 
 
+class Balanced(DynamicSampling):
+    """Dynamic sampling that keeps groups of medium difficulty only (Bae et al. 2025, arXiv 2504.03380).
+
+    Args:
+        low: lowest success rate that passes, inclusive.
+        high: highest success rate that passes, inclusive.
+        max_refills: largest number of refill rounds in a step; 0 only drops.
+    """
+
+    def __init__(self, low: float = 0.3, high: float = 0.7, max_refills: int = 10) -> None:
+        super().__init__(low=low, high=high, max_refills=max_refills)
+
+
 def _count(batch: TrainBatch, name: str, groups: Sequence[RolloutGroup]) -> None:
-    """Adds to the ledger what groups cost; reference groups are left out, since they have an account of their own."""
+    """Add the cost of groups to the ledger, without reference groups, which are counted separately."""
     fresh = [group for group in groups if group.source == "fresh"]
     batch.ledger.count(f"{name}/prompts", len(fresh))
     batch.ledger.count(f"{name}/completions", sum(len(group.completions) for group in fresh))

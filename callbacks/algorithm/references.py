@@ -1,4 +1,4 @@
-"""Rolls out a uniform reference set now and then, from which the difficulty of all other prompts is predicted."""
+"""Periodic rollouts of a uniform reference set, from which the difficulty of all other prompts is predicted."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.group_codec import pack_groups, unpack_groups
 from datamodules.ledger import Ledger
+from datamodules.online import OnlinePromptDataModule
 from datamodules.types import Outcomes, RolloutGroup, TrainBatch
 
 
 class ReferenceRollouts(StepCallback):
-    """Every `every` steps, rolls out `size` prompts with the new policy and hands their success to the selector.
+    """Rolls out `size` prompts with the new policy every `every` steps, and shows the selector their success rates.
 
-    DOTS (arXiv 2506.05316, section 3) discards these rollouts. They are exact on-policy groups, so here, by default,
-    a reference prompt that the selector chooses for the very next step is trained on without rolling it out again,
-    and the other informative ones are offered to the replay buffer. A group used so was also what its prompt was
-    chosen by: the estimate is then conditioned on its own outcome, as it is in any dynamic sampling.
+    DOTS (arXiv 2506.05316, section 3) discards these rollouts. Because they are on policy, by default a reference
+    prompt that the selector chooses for the very next step is trained on without another rollout, and the other
+    informative groups are offered to the replay buffer. The selector has chosen such a prompt by the outcome of the
+    same group, so its estimate is conditioned on that outcome, as in any dynamic sampling.
 
     Args:
-        size: reference prompts, `K`.
+        size: number of reference prompts, `K`.
         every: steps between two reference sets, `mu`.
-        reuse: "train" as above; "buffer" offers them to the replay buffer only; "discard" as in the paper.
+        reuse: "train" as above; "buffer" only offers the groups to the replay buffer; "discard" as in the paper.
     """
 
     stage = Stage.ROLL_OUT_REFERENCES
 
     def __init__(self, size: int = 256, every: int = 2, reuse: Literal["train", "buffer", "discard"] = "train") -> None:
         if size < 2 or every < 1:
-            raise UserError(f"ReferenceRollouts(size={size}, every={every}): expected size >= 2 and every >= 1")
+            raise UserError(
+                f"ReferenceRollouts has size={size} and every={every}, expected size >= 2 and every >= 1. Raise them."
+            )
         self.size = size
         self.every = every
         self.reuse = reuse
@@ -46,7 +49,7 @@ class ReferenceRollouts(StepCallback):
         self._forecast: np.ndarray | None = None
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._data = OnlinePromptDataModule.of(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self._restored:
@@ -60,32 +63,37 @@ class ReferenceRollouts(StepCallback):
         offered, self._groups = self._groups, []
         if self.reuse == "discard":
             return
-        # A prompt that was rolled out ahead of the step has its group.
+        # A prompt that was rolled out ahead of the step already has its group.
         chosen = {prompt.id for prompt in batch.prompts} - {group.prompt.id for group in batch.groups}
-        chosen = chosen if self.reuse == "train" else set()
         for group in offered:
-            (batch.groups if group.prompt.id in chosen else batch.surplus).append(group)
+            batch.add([group], "trained" if self.reuse == "train" and group.prompt.id in chosen else "surplus")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
         if step % self.every == 0 and trainer.global_step < trainer.max_steps:
             self._measure(pl_module, batch.ledger, step)
 
     def _measure(self, pl_module: GRPOModule, ledger: Ledger, step: int) -> None:
-        selector, pool = self._datamodule.selector, self._datamodule.pools["train"]
+        selector, pool = self._data.selector, self._data.pools["train"]
         prompts = [pool[position] for position in pool.positions(selector.choose_references(self.size))]
         self._groups = pl_module.pipeline.roll(
             prompts, pl_module.sampling, ledger, purpose="reference", step=step, source="reference"
         )
         outcomes = Outcomes.of(self._groups, step, "reference")
         with ledger.phase("reference"):
+            # A uniform draw, so these are unbiased estimates for the whole pool.
+            self._metrics = {
+                "difficulty/reference_success": float(np.mean(outcomes.success_rate)),
+                "difficulty/reference_informative_fraction": float(np.mean(outcomes.reward_std > 0)),
+            }
             forecast = selector.forecast()
             if forecast is not None:
                 expected = forecast[pool.positions(outcomes.prompt_ids)]
                 self._forecast = np.stack([expected, outcomes.success_rate], axis=1)
-            self._metrics = _reference_metrics(outcomes, self._forecast)
+                self._metrics["difficulty/reference_pearson"] = pearson(*self._forecast.T)
+                self._metrics["difficulty/reference_brier"] = brier(*self._forecast.T)
             selector.observe(outcomes)
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,23 +101,8 @@ class ReferenceRollouts(StepCallback):
         return {"groups": pack_groups(self._groups), "metrics": dict(self._metrics), "forecast": forecast}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._groups = unpack_groups(state_dict["groups"], self._datamodule.pools["train"])
+        self._groups = unpack_groups(state_dict["groups"], self._data.pools["train"])
         self._metrics = state_dict["metrics"]
         forecast = state_dict["forecast"]
         self._forecast = None if forecast is None else forecast.numpy()
         self._restored = True
-
-
-def _reference_metrics(outcomes: Outcomes, forecast: np.ndarray | None) -> dict[str, float]:
-    """What the references showed, and how well the forecast made before (`[K, 2]`, with what was measured) met it.
-
-    A uniform draw, so an unbiased view of the pool.
-    """
-    found = {
-        "difficulty/reference_success": float(np.mean(outcomes.success_rate)),
-        "difficulty/reference_informative_fraction": float(np.mean(outcomes.reward_std > 0)),
-    }
-    if forecast is not None:
-        found["difficulty/reference_pearson"] = pearson(*forecast.T)
-        found["difficulty/reference_brier"] = brier(*forecast.T)
-    return found

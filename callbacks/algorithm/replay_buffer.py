@@ -1,4 +1,4 @@
-"""A first-in, first-out store of rollout groups with one entry per prompt."""
+"""First-in, first-out buffer of rollout groups with one entry per prompt."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Draw = Literal["uniform", "advantage"]
 
 
 def draw_weight(rewards: np.ndarray) -> float:
-    """How often a group with these rewards `[G]` is drawn by `draw: advantage`, relative to others.
+    """Return the relative probability with which `draw: advantage` draws a group of these rewards `[G]`.
 
-    The mean squared advantage of its completions, `mean_g (r_g - mean r)^2`, before any division by a standard
-    deviation: p (1 - p) for rewards of 0 and 1, to which the expected squared gradient of a prompt is proportional
-    (DOTS, arXiv 2506.05316, theorem 1). As a replay priority in GRPO it is that of Fatemi (arXiv 2601.02648), after
-    prioritised experience replay (Schaul et al. 2016, arXiv 1511.05952, with exponent 1). Equal rewards weigh
-    exactly 0.
+    This is the mean squared advantage of its completions before any division by a standard deviation,
+    `mean_g (r_g - mean r)^2`: p (1 - p) for rewards of 0 and 1, to which the expected squared gradient of a prompt is
+    proportional (DOTS, arXiv 2506.05316, theorem 1). Fatemi (arXiv 2601.02648) uses it as a replay priority in GRPO,
+    after prioritized experience replay (Schaul et al. 2016, arXiv 1511.05952, with exponent 1). Equal rewards have a
+    weight of exactly 0.
     """
     if not len(rewards) or np.ptp(rewards) <= REWARD_TOLERANCE:
         return 0.0
@@ -31,14 +31,14 @@ def draw_weight(rewards: np.ndarray) -> float:
 
 
 class ReplayBuffer:
-    """Rollout replay's memory (arXiv 2506.05316, algorithm 1): the newest `capacity` groups, the newest per prompt.
+    """Buffer of rollout replay (arXiv 2506.05316, algorithm 1): the newest `capacity` groups, the newest per prompt.
 
     Args:
-        capacity: groups kept, `C`.
-        max_bytes: bytes of their arrays, at most; None for no bound. Prompts belong to the pool and do not count.
-        max_age: steps since its generation at which a group is drawn, at most; None for no bound.
+        capacity: number of groups kept, `C`.
+        max_bytes: limit in bytes of their arrays; None for no limit. Prompts belong to the pool and do not count.
+        max_age: age limit in steps since generation; None for no limit.
         draw_by: "uniform", or "advantage": in proportion to `draw_weight`.
-        logprob_dtype: what behaviour log-probs are kept in; see `group_codec.pack` for what float16 costs.
+        logprob_dtype: dtype of the stored behaviour log-probabilities; see `group_codec.pack` for the error of float16.
     """
 
     def __init__(
@@ -63,17 +63,20 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays kept."""
+        """Number of bytes of all stored arrays."""
         return self._nbytes
 
     @property
     def groups(self) -> list[RolloutGroup]:
-        """Oldest first."""
+        """The stored groups, oldest first."""
         return [unpack(entry) for entry in self._entries.values()]
 
     def insert(self, groups: Iterable[RolloutGroup]) -> list[RolloutGroup]:
-        """Takes groups in, one after the other: an older entry of its prompt goes, then the oldest entries beyond a
-        bound. Returns those that are larger than `max_bytes` by themselves: they are not kept."""
+        """Store groups one after the other, replacing entries of the same prompt and evicting the oldest entries.
+
+        Returns:
+            Groups that are not stored because each alone is larger than `max_bytes`.
+        """
         refused = []
         for group in groups:
             self.discard([group.prompt.id])
@@ -82,28 +85,29 @@ class ReplayBuffer:
                 refused.append(group)
                 continue
             self._add(entry)
-            while self._over:
+            while len(self) > self.capacity or (self.max_bytes is not None and self._nbytes > self.max_bytes):
                 self._remove(next(iter(self._entries)))
         return refused
 
     def discard(self, prompt_ids: Iterable[str]) -> int:
-        """Drops the entries of these prompts; returns how many there were."""
+        """Remove the entries of these prompts and return their number."""
         found = set(prompt_ids) & self._entries.keys()
         for name in found:
             self._remove(name)
         return len(found)
 
     def expire(self, step: int) -> int:
-        """Drops the entries that are older than `max_age` at a step; returns how many there were."""
+        """Remove the entries that are older than `max_age` in this step and return their number."""
         if self.max_age is None:
             return 0
         return self.discard([name for name, entry in self._entries.items() if step - entry.birth_step > self.max_age])
 
     def draw(self, n: int, generator: np.random.Generator, last: Collection[str] = ()) -> list[RolloutGroup]:
-        """`min(n, len(self))` different groups; they stay in the buffer.
+        """Draw `min(n, len(self))` different groups, which stay in the buffer.
 
-        Groups whose prompt's id is in `last` are drawn only when there are no others. By advantage, each next group
-        has a probability proportional to its weight among those left; groups of weight 0 come when no others are left.
+        Groups of the prompts in `last` are drawn only when there are no others. With `draw_by` "advantage", each next
+        group is drawn with a probability proportional to its weight among the remaining ones; groups of weight 0 are
+        drawn when no others remain.
         """
         stored = list(self._entries.values())
         picked = self._pick([entry for entry in stored if entry.prompt.id not in last], n, generator)
@@ -122,10 +126,6 @@ class ReplayBuffer:
                 positions = top_k(gumbel(np.log(weights), generator), size, generator)
         return [entries[position] for position in positions]
 
-    @property
-    def _over(self) -> bool:
-        return len(self) > self.capacity or (self.max_bytes is not None and self._nbytes > self.max_bytes)
-
     def _add(self, entry: PackedGroup) -> None:
         self._entries[entry.prompt.id] = entry
         self._nbytes += entry.nbytes
@@ -137,7 +137,7 @@ class ReplayBuffer:
         return join(list(self._entries.values()))
 
     def load_state_dict(self, state: dict[str, Any], pool: PromptPool) -> None:
-        """Takes the entries in as they were. Bounds that have become narrower since hold from the next insertion."""
+        """Restore all entries. Limits that are now lower take effect with the next insertion."""
         self._entries, self._nbytes = OrderedDict(), 0
         for entry in split(state, pool, self.logprob_dtype):
             self._add(entry)

@@ -1,8 +1,6 @@
-"""Gives the engine the policy that the optimizer has just made."""
+"""Transfer of the policy's weights to the rollout engine."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -15,8 +13,8 @@ from datamodules.types import TrainBatch
 class WeightSync(StepCallback):
     """Pushes the policy's weights to the engine after every step, and once before the first rollout.
 
-    The version pushed is the number of optimizer updates that the weights have seen; every completion carries it.
-    After the first push those of a policy with adapters hold what they change, and no other weights.
+    The version of the weights is the number of optimizer updates that they have seen; every completion carries it. For
+    a policy with adapters, pushes after the first contain only the weights that the adapters change.
     """
 
     stage = Stage.PUSH_WEIGHTS
@@ -29,7 +27,7 @@ class WeightSync(StepCallback):
         self._push(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         with batch.ledger.phase("rollout"):
             pl_module.pipeline.engine.settle()

@@ -82,7 +82,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
     def _save(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if self._due is None:
             return
-        pl_module.ranks.meet("checkpoint")
+        pl_module.ranks.barrier("checkpoint")
         started = time.perf_counter()
         path = self._folder(trainer) / f"step_{self._due:08d}.ckpt"
         self._due = None

@@ -11,11 +11,11 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.module import GRPOModule
 from app.ranks import LostRankError, Ranks
+from app.runs.lightning_internals import is_subprocess_launcher, mark_stop_received
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import validation_follows
 from datamodules.types import TrainBatch
@@ -59,8 +59,7 @@ class GracefulStop(StepCallback):
             return
         received = self._received is not None
         if ranks.any(received) if ranks.size > 1 else received:
-            # What Lightning's own handler would have set; it has no public setter.
-            trainer._signal_connector.received_sigterm = True
+            mark_stop_received(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
@@ -76,7 +75,7 @@ class GracefulStop(StepCallback):
                     flush=True,
                 )
         launcher = trainer.strategy.launcher
-        if isinstance(exception, LostRankError) and isinstance(launcher, _SubprocessScriptLauncher):
+        if isinstance(exception, LostRankError) and is_subprocess_launcher(launcher):
             # A process that hangs would outlive the run: Lightning ends its processes only when one of them has
             # failed. Not yet: it kills this one too, within seconds of a child's death, before the message is out.
             atexit.register(launcher.kill, signal.SIGKILL)

@@ -1,13 +1,11 @@
-"""The first page of a run in TensorBoard (Custom Scalars): what teaches, what costs, what comes out."""
+"""The overview page of a run in TensorBoard (Custom Scalars): learning signal, cost and outcome."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from datamodules.ledger import PHASES
-
-_NOT_OF_A_STEP = ("validate", "checkpoint")
+from datamodules.ledger import STEP_PHASES
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "What teaches": {
@@ -24,7 +22,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "Replay age in steps": ("replay/age_mean", "replay/age_max"),
     },
     "What costs": {
-        "Seconds of a step by phase": tuple(f"time/{phase}" for phase in PHASES if phase not in _NOT_OF_A_STEP),
+        "Seconds of a step by phase": tuple(f"time/{phase}" for phase in STEP_PHASES),
         "Completion tokens per second": ("tokens_per_second",),
         "Training clock in seconds": ("time/training",),
     },
@@ -34,13 +32,13 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "Completion length in tokens": ("completions/mean_length", "val/completions/mean_length"),
     },
 }
-"""Charts by category, three of which stand in a row. A chart shows the metrics whose names match one of its regular
-expressions as a whole."""
+"""Charts by category, three in a row. A chart shows the metrics whose whole names match one of its regular
+expressions."""
 
 
 def lay_out(trainer: Trainer) -> None:
-    """Writes the layout to the run's TensorBoard events; charts leave out what the run does not log."""
-    # TensorBoard matches from the beginning of a name only: "reward" would show "reward_std" too.
+    """Write the layout to the run's TensorBoard events; charts leave out metrics that the run does not log."""
+    # TensorBoard matches the beginning of names: "reward" alone would show "reward_std" too.
     layout = {
         category: {title: ["Multiline", [f"{name}$" for name in names]] for title, names in charts.items()}
         for category, charts in CHARTS.items()

@@ -1,4 +1,4 @@
-"""Completions to read: a few in TensorBoard, all of a step in a parquet file."""
+"""Logs of completions: a few in TensorBoard, all of a step in a parquet file."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ from app.module import GRPOModule
 from app.runs.folder import run_folder
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
-from datamodules.types import RolloutGroup, TrainBatch
+from datamodules.types import Messages, RolloutGroup, TrainBatch
 
 _SHOWN_CHARACTERS = 2000
 
 
 class CompletionsLog(StepCallback):
-    """Writes `completions/step_*.parquet` and the text of sampled completions with their rewards.
+    """Writes `completions/step_*.parquet`, and a few completions with their rewards to TensorBoard.
 
-    A file holds every completion that its step trained on, and those of groups that a filter dropped or the batch had
-    no place for: these have no `advantage`. They are as much a record of difficulty as the others.
+    A file contains all completions that its step trained on, and those of groups that a filter dropped or the batch
+    had no place for, whose `advantage` is empty: they too record the difficulty of their prompts.
 
     `dots predict` writes all its completions to `completions/predict.parquet`.
 
     Args:
         every: steps between two files.
-        samples: completions shown as text each time.
+        samples: number of completions shown as text each time.
     """
 
     stage = Stage.WATCH
 
     def __init__(self, every: int = 10, samples: int = 4) -> None:
         if every < 1 or samples < 0:
-            raise UserError(f"CompletionsLog(every={every}, samples={samples}): expected every >= 1 and samples >= 0")
+            raise UserError(
+                f"CompletionsLog has every={every} and samples={samples}, expected at least 1 and 0. Raise them."
+            )
         self.every = every
         self.samples = samples
         self._predicted: list[dict[str, Any]] = []
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         if batch.step % self.every == 0:
-            untrained = [*batch.dropped, *(group for group in batch.surplus if group.source == "fresh")]
+            untrained = [*batch.of("dropped"), *(group for group in batch.of("surplus") if group.source == "fresh")]
             rows = [*_rows(batch.groups, batch.advantages, batch.step), *_rows(untrained, [], batch.step)]
             _write(trainer, f"step_{batch.step:08d}", rows)
             self._show(trainer, "completions/train", batch.groups, batch.step)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         if batch_idx == 0:
             step = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if trainer.state.fn == "fit" else 0
             self._show(trainer, "completions/val", batch.groups, step)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         self._predicted.extend(_rows(batch.groups, [], 0))
 
@@ -104,12 +106,12 @@ def _write(trainer: Trainer, name: str, rows: list[dict[str, Any]]) -> None:
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
 
 
-def _text(prompt: Any) -> str:
+def _text(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def _markdown(group: RolloutGroup) -> str:
-    """The first completion of a group; indented, because TensorBoard shows indented text as it is."""
+    """Return the first completion of a group, indented because TensorBoard shows indented text verbatim."""
     completion = group.completions[0]
     head = (
         f"**{group.prompt.id}** · {group.source} · reward {group.rewards[0]:.3g} "

@@ -1,11 +1,10 @@
-"""The progress bar, and one line per validation for logs that show no bar."""
+"""The progress bar, and one line per validation for logs without a bar."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
@@ -20,7 +19,7 @@ _SHOWN = {
 
 
 class RunProgress(StepCallback, RichProgressBar):
-    """Steps done of all, with reward, informative fraction, tokens per second and the last validation accuracy."""
+    """Shows the steps done, reward, informative fraction, tokens per second and the last validation accuracy."""
 
     stage = Stage.SHOW_PROGRESS
 
@@ -30,13 +29,13 @@ class RunProgress(StepCallback, RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        steps = self.trainer.max_steps
+        steps, module = self.trainer.max_steps, self.trainer.lightning_module
         if steps < 0:
             return float("inf")
-        return -(-steps // getattr(self.trainer.lightning_module, "mini_batches", 1))
+        return -(-steps // (module.mini_batches if isinstance(module, GRPOModule) else 1))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: STEP_OUTPUT, batch: TrainBatch, batch_idx: int
     ) -> None:
         self._latest.update(batch.metrics)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -48,13 +47,10 @@ class RunProgress(StepCallback, RichProgressBar):
         line = "  ".join(f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items())
         print(f"step {trainer.global_step}/{trainer.max_steps}  {line}", flush=True)
 
-    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(self, trainer: Trainer, pl_module: GRPOModule) -> dict[str, int | str | float | dict[str, float]]:
         values = self._latest | {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return {label: _short(values[name]) for name, label in _SHOWN.items() if name in values}
+        shown = {label: values[name] for name, label in _SHOWN.items() if name in values}
+        return {label: f"{value:.0f}" if value >= 100 else f"{value:.3f}" for label, value in shown.items()}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"

@@ -1,40 +1,78 @@
-"""The account of a run: where its seconds and tokens went, and what it reached."""
+"""The account of a run: its metrics, its training clock, and the summary of its cost and outcome."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
 from app.reporting.curves import draw_curves
 from app.runs.folder import run_folder
+from app.runs.summary import SUMMARY, Evaluation, RolloutCounts, RunSummary
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import RunCheckpoint, is_over
 from callbacks.watching.cockpit import lay_out
-from callbacks.watching.training_clock import TrainingClock
-from datamodules.ledger import PHASES, Ledger
+from datamodules.errors import UserError
+from datamodules.ledger import PHASES, STEP_PHASES, Ledger
+from datamodules.online import OnlinePromptDataModule
 from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 
 
+class TrainingClock:
+    """Wall-clock seconds of training, by which runs are compared.
+
+    A step lasts from the end of the previous step to its own: selection, rollouts (references and dropped groups
+    included), scoring, update, weight transfer, and the callbacks in between. Validation, checkpoints, start-up, and
+    steps lost to a kill are not counted: a resumed run continues from the clock of its checkpoint.
+
+    Attributes:
+        seconds: up to the end of the last step.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self._owed = 0.0
+
+    def start(self) -> None:
+        """Measure the next step from now on."""
+        self._started = time.perf_counter()
+
+    def add(self, seconds: float) -> None:
+        """Add seconds outside of the step in progress to it, or subtract negative ones."""
+        self._owed += seconds
+
+    def lap(self) -> float:
+        """End the step, return its seconds, and begin the next one."""
+        now = time.perf_counter()
+        elapsed = max(0.0, now - self._started + self._owed)
+        self._started, self._owed = now, 0.0
+        self.seconds += elapsed
+        return elapsed
+
+
 class RunLedger(StepCallback):
     """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
 
-    Interrupted runs leave both as well, with `"completed": false`. Sums go on through a resume.
+    Interrupted runs get both files too, with `"completed": false`. A resumed run continues the sums.
 
-    Three of the metrics are sums since the beginning, by which runs are compared: `time/training` (seconds of the
-    `TrainingClock`), `num_completions` and `num_tokens` (completions, and tokens of completions, rolled out for
-    training: reference sets and what filters discarded are in them, validation is not).
+    Three of the metrics are sums since the start of the run, by which runs are compared: `time/training` (seconds of
+    the `TrainingClock`), `num_completions` and `num_tokens` (completions and completion tokens rolled out for training,
+    including reference sets and discarded groups, but not validation).
+
+    Metrics that reward functions log are averaged over the completions of a step and logged as
+    `rewards/<reward name>/<metric>`.
     """
 
     stage = Stage.ACCOUNT
@@ -43,44 +81,64 @@ class RunLedger(StepCallback):
         self.total = Ledger()
         self.steps = 0
         self.informative_sum = 0.0
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[Evaluation] = []
         self.clock = TrainingClock()
         self._before = 0.0
         self._started = time.perf_counter()
         self._checkpoint_seconds = 0.0
         self._written = False
+        self._clashes: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        self._pools: Mapping[str, PromptPool] = trainer.datamodule.pools  # type: ignore[attr-defined]
+        self._pools: Mapping[str, PromptPool] = OnlinePromptDataModule.of(trainer).pools
 
     def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._started = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if trainer.is_global_zero:
-            _reopen(run_folder(trainer) / "summary.json")
+            # A resumed run is not complete, and may be killed before it can write so.
+            path = run_folder(trainer) / SUMMARY
+            with contextlib.suppress(OSError, UserError):
+                dataclasses.replace(RunSummary.read(path), completed=False).write(path)
         lay_out(trainer)
         self.clock.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
-        # The very first reference set was rolled out before this clock began; later ones lie within their steps.
+        # The very first reference set was rolled out before this clock started; later ones lie within their steps.
         self.clock.add(batch.ledger.seconds["reference"])
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
-        # Written since the last step, so within the seconds that the clock has counted.
+        # Checkpoints since the last step were written within the seconds that the clock has counted.
         self.clock.add(-self._take_checkpoint_time(trainer))
         self.total.add(batch.ledger)
         self.steps = batch.step + 1
         groups = [group for group in batch.groups if group.completions]
         informative = sum(group.informative for group in groups)
         self.informative_sum += informative / max(1, len(groups))
-        batch.metrics |= self._metrics(batch)
-        _log(trainer, batch)
+        elapsed = self.clock.lap()
+        counts, seconds = batch.ledger.counts, batch.ledger.seconds
+        rolled = counts["train/tokens"] + counts["reference/tokens"]
+        batch.metrics |= {f"time/{phase}": seconds[phase] for phase in STEP_PHASES}
+        batch.metrics |= {
+            "time/training": self.clock.seconds,
+            "step_time": elapsed,
+            "num_completions": float(self._rolled_out("completions")),
+            "num_tokens": float(self._rolled_out("tokens")),
+            "tokens_per_second": rolled / elapsed if elapsed else 0.0,
+            "rewards/timed_out": counts["rewards/timed_out"],
+            "rewards/crashed": counts["rewards/crashed"],
+        }
+        self._add_reward_metrics(batch)
+        # Not `LightningModule.log`, which repeats a metric's last value at every later step that doesn't measure it.
+        measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step=batch.step)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         self.total.add(batch.ledger)
 
@@ -88,14 +146,20 @@ class RunLedger(StepCallback):
         # Validation is not part of the next step's time.
         self.clock.start()
         if trainer.state.fn == "fit" and "val/accuracy" in trainer.callback_metrics:
-            earlier = [one for one in self.evaluations if one["step"] < self.steps]
-            self.evaluations = [*earlier, self._evaluation(float(trainer.callback_metrics["val/accuracy"]))]
+            evaluation = Evaluation(
+                step=self.steps,
+                seconds=round(self.clock.seconds, 3),
+                completions=self._rolled_out("completions"),
+                completion_tokens=self._rolled_out("tokens"),
+                accuracy=float(trainer.callback_metrics["val/accuracy"]),
+            )
+            self.evaluations = [*(one for one in self.evaluations if one.step < self.steps), evaluation]
 
     def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._write(trainer, completed=is_over(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        # A run killed between its last checkpoint and its end resumes with no step to take, and no `on_train_end`.
+        # A run killed between its last checkpoint and its end resumes with no step to take, and without `on_train_end`.
         if self.steps and not self._written:
             self._write(trainer, completed=is_over(trainer))
 
@@ -103,37 +167,25 @@ class RunLedger(StepCallback):
         if trainer.state.fn == "fit" and self.steps:
             self._write(trainer, completed=False)
 
-    def _evaluation(self, accuracy: float) -> dict[str, float]:
-        """One validation, and what had been spent on training when it was made."""
-        return {
-            "step": self.steps,
-            "seconds": round(self.clock.seconds, 3),
-            "completions": self._rolled_out("completions"),
-            "completion_tokens": self._rolled_out("tokens"),
-            "accuracy": accuracy,
-        }
-
     def _rolled_out(self, name: str) -> int:
-        """So far, reference sets included."""
+        """Return the count of training rollouts so far, reference sets included."""
         return int(self.total.counts[f"train/{name}"] + self.total.counts[f"reference/{name}"])
 
-    def _metrics(self, batch: TrainBatch) -> dict[str, float]:
-        elapsed = self.clock.lap()
-        counts, seconds = batch.ledger.counts, batch.ledger.seconds
-        rolled = counts["train/tokens"] + counts["reference/tokens"]
-        metrics = {f"time/{phase}": seconds[phase] for phase in PHASES if phase not in ("validate", "checkpoint")}
-        metrics["time/training"] = self.clock.seconds
-        metrics["step_time"] = elapsed
-        metrics["num_completions"] = float(self._rolled_out("completions"))
-        metrics["num_tokens"] = float(self._rolled_out("tokens"))
-        metrics["tokens_per_second"] = rolled / elapsed if elapsed else 0.0
-        metrics["rewards/timed_out"] = counts["rewards/timed_out"]
-        metrics["rewards/crashed"] = counts["rewards/crashed"]
-        prefix = "reward_metric/"
-        return metrics | {name.removeprefix(prefix): counts[name] for name in counts if name.startswith(prefix)}
+    def _add_reward_metrics(self, batch: TrainBatch) -> None:
+        for name, mean in batch.ledger.reward_metrics.items():
+            full = f"rewards/{name}"
+            if full not in batch.metrics:
+                batch.metrics[full] = mean.value
+            elif full not in self._clashes:
+                self._clashes.add(full)
+                rank_zero_warn(
+                    f"A reward function logs {name.rpartition('/')[2]!r}, but {full} is a metric that every run logs. "
+                    "The value of the function is left out: give it another name in log_metric. This warning is shown "
+                    "once."
+                )
 
     def _take_checkpoint_time(self, trainer: Trainer) -> float:
-        """Accounts for the seconds of checkpoints since the last call, and returns them."""
+        """Record the seconds of checkpoints since the last call, and return them."""
         spent = sum(one.seconds for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
         new, self._checkpoint_seconds = spent - self._checkpoint_seconds, spent
         self.total.seconds["checkpoint"] += new
@@ -148,50 +200,47 @@ class RunLedger(StepCallback):
         folder.mkdir(parents=True, exist_ok=True)
         for logger in trainer.loggers:
             logger.save()
-        _write_text(folder / "summary.json", json.dumps(self.summary(folder, completed=completed), indent=2) + "\n")
+        self.summary(folder, completed=completed).write(folder / SUMMARY)
         draw_curves(folder, folder / "curves.png")
 
-    def summary(self, folder: Path, *, completed: bool) -> dict[str, Any]:
-        """What `summary.json` holds.
+    def summary(self, folder: Path, *, completed: bool) -> RunSummary:
+        """Return the account of the run so far.
 
-        `prompts_rolled_out`, `completions` and `completion_tokens` are of all training rollouts; of these, `discarded`
-        were refused by a filter and `wasted` passed it but were neither needed nor kept; `discarded_groups` is the sum
-        of both. `rollout_overlapped_seconds` of generation were covered by updates (`RolloutAhead`).
-        `training_seconds` is the `TrainingClock`; every evaluation says what had been spent when it was made: steps,
-        training seconds, and completions and their tokens, reference sets included. Two runs with the same
-        `validation_prompts` were evaluated on the same prompts.
+        Args:
+            folder: the run's folder, which contains its config.yaml.
+            completed: whether the run has ended as configured.
         """
-        counts = self.total.counts
+        counts, config = self.total.counts, folder / "config.yaml"
         seconds = {"total": self._before + time.perf_counter() - self._started}
         seconds |= {phase: self.total.seconds[phase] for phase in PHASES}
-        accuracy = [evaluation["accuracy"] for evaluation in self.evaluations]
+        accuracy = [evaluation.accuracy for evaluation in self.evaluations]
 
-        def account(purpose: str) -> dict[str, int]:
-            return {name: int(counts[f"{purpose}/{name}"]) for name in ("prompts", "completions", "tokens")}
+        def rollouts(purpose: str) -> RolloutCounts:
+            return RolloutCounts(*(int(counts[f"{purpose}/{name}"]) for name in ("prompts", "completions", "tokens")))
 
-        return {
-            "steps": self.steps,
-            "prompts_rolled_out": int(counts["train/prompts"]),
-            "completions": int(counts["train/completions"]),
-            "completion_tokens": int(counts["train/tokens"]),
-            "replayed_groups": int(counts["replayed_groups"]),
-            "informative_fraction": self.informative_sum / max(1, self.steps),
-            "reference": account("reference"),
-            "validation": account("validate"),
-            "discarded": account("discarded"),
-            "wasted": account("wasted"),
-            "discarded_groups": int(counts["discarded/prompts"] + counts["wasted/prompts"]),
-            "failed_rewards": int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
-            "val": {"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
-            "evaluations": self.evaluations,
-            "validation_prompts": self._pools["val"].fingerprint if "val" in self._pools else None,
-            "training_seconds": round(self.clock.seconds, 3),
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "rollout_overlapped_seconds": round(counts["overlapped_seconds"], 3),
-            "seed": run_seed(),
-            "config_sha256": _sha256(folder / "config.yaml"),
-            "completed": completed,
-        }
+        return RunSummary(
+            steps=self.steps,
+            prompts_rolled_out=int(counts["train/prompts"]),
+            completions=int(counts["train/completions"]),
+            completion_tokens=int(counts["train/tokens"]),
+            replayed_groups=int(counts["replayed_groups"]),
+            informative_fraction=self.informative_sum / max(1, self.steps),
+            reference=rollouts("reference"),
+            validation=rollouts("validate"),
+            discarded=rollouts("discarded"),
+            wasted=rollouts("wasted"),
+            discarded_groups=int(counts["discarded/prompts"] + counts["wasted/prompts"]),
+            failed_rewards=int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
+            val={"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
+            evaluations=tuple(self.evaluations),
+            validation_prompts=self._pools["val"].fingerprint if "val" in self._pools else None,
+            training_seconds=round(self.clock.seconds, 3),
+            seconds={name: round(value, 3) for name, value in seconds.items()},
+            rollout_overlapped_seconds=round(counts["overlapped_seconds"], 3),
+            seed=run_seed(),
+            config_sha256=hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
+            completed=completed,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -199,7 +248,7 @@ class RunLedger(StepCallback):
             "counts": dict(self.total.counts),
             "steps": self.steps,
             "informative_sum": self.informative_sum,
-            "evaluations": [dict(evaluation) for evaluation in self.evaluations],
+            "evaluations": [dataclasses.asdict(evaluation) for evaluation in self.evaluations],
             "training_seconds": self.clock.seconds,
             "before": self._before + time.perf_counter() - self._started,
         }
@@ -209,32 +258,6 @@ class RunLedger(StepCallback):
         self.total.counts.update(state_dict["counts"])
         self.steps = state_dict["steps"]
         self.informative_sum = state_dict["informative_sum"]
-        self.evaluations = [dict(evaluation) for evaluation in state_dict["evaluations"]]
+        self.evaluations = [Evaluation(**evaluation) for evaluation in state_dict["evaluations"]]
         self.clock.seconds = state_dict["training_seconds"]
         self._before = state_dict["before"]
-
-
-def _log(trainer: Trainer, batch: TrainBatch) -> None:
-    """Sends a step's metrics to the loggers, each only at steps that measured it.
-
-    `LightningModule.log` would repeat a metric's last value at every later step.
-    """
-    measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
-    for logger in trainer.loggers:
-        logger.log_metrics(measured, step=batch.step)
-
-
-def _reopen(summary: Path) -> None:
-    """A run that goes on is not complete, whatever it was before: it may be killed before it can say so."""
-    with contextlib.suppress(OSError, ValueError):
-        _write_text(summary, json.dumps({**json.loads(summary.read_text()), "completed": False}, indent=2) + "\n")
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -1,53 +1,134 @@
-"""Shows what the selector expected, what happened, and what it knows."""
+"""Comparison of the selector's forecasts with the outcomes of its choices."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
 
 from app.module import GRPOModule
 from app.reporting.forecast_quality import brier, informative_probability, pearson
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
 from callbacks.stages import Stage, StepCallback
-from callbacks.watching.uniform_share import UniformShare
-from callbacks.watching.uninformative import UninformativeSteps
 from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
 from datamodules.types import RolloutGroup, TrainBatch
 
 _MOST_PAIRS = 4096
-"""Forecasts in one picture, at most: the newest."""
+"""Largest number of forecasts in one picture; the newest are shown."""
 _NO_PAIRS = np.empty((0, 2))
+_FIRST_WARNING = 10
+"""Number of consecutive steps without an informative group before a warning; the next one comes after twice as many."""
+_NEARLY_ALL = 0.95
+
+
+class UniformShare:
+    """Exponentially decaying mean of the fraction of informative groups among uniformly drawn prompts.
+
+    A step without such groups leaves the mean unchanged. Older steps count less because the policy changes.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self) -> None:
+        self._informative = 0.0
+        self._groups = 0.0
+
+    @property
+    def share(self) -> float:
+        """The fraction in [0, 1], or NaN before any uniform rollout."""
+        return self._informative / self._groups if self._groups else math.nan
+
+    def step(self, informative: Sequence[bool]) -> None:
+        """Record whether each uniformly drawn group of a step was informative."""
+        self._informative = self.DECAY * self._informative + sum(informative)
+        self._groups = self.DECAY * self._groups + len(informative)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"informative": self._informative, "groups": self._groups}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._informative, self._groups = state["informative"], state["groups"]
+
+
+class UninformativeSteps:
+    """Warns about consecutive steps without an informative group, with advice from their outcomes."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = 0
+        self._next = _FIRST_WARNING
+        self._correct: list[float] = []
+        self._truncated: list[float] = []
+
+    def step(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """Record the groups that a step trains on, and warn when it is time."""
+        if any(group.informative for group in groups):
+            self._begin()
+            return
+        self._steps += 1
+        self._correct += [float(value) for group in groups for value in group.correctness]
+        self._truncated += [float(one.finish_reason == "length") for group in groups for one in group.completions]
+        if self._steps >= self._next:
+            rank_zero_warn(f"Step {step}: no group of the last {self._steps} steps was informative. {self._advice()}")
+            self._next *= 2
+
+    def _advice(self) -> str:
+        if not self._correct:
+            return "No completion was scored: see the warnings about the reward, and rewards/crashed and timed_out."
+        correct, truncated = float(np.mean(self._correct)), float(np.mean(self._truncated))
+        outcome = (
+            f"{correct:.0%} of their completions were correct, {truncated:.0%} were truncated at the length limit: "
+        )
+        if correct >= _NEARLY_ALL:
+            return outcome + "the prompts are too easy for the policy. Use harder ones."
+        if correct > 1 - _NEARLY_ALL:
+            return outcome + (
+                "every prompt is either solved or failed by all completions. Raise model.sampling.num_generations, or "
+                "choose prompts between the two (data.selector: datamodules.selectors.Dots)."
+            )
+        if truncated >= 0.5:
+            return outcome + "they end before their answer. Raise model.sampling.max_completion_length."
+        return outcome + (
+            "the prompts are too hard for the policy, or the reward does not find its answers. Compare "
+            "completions/*.parquet with the reference answers, then use easier prompts or fix the reward's options."
+        )
 
 
 class SelectionMonitor(StepCallback):
-    """Logs how the prompts chosen turned out, against the forecast made before they were rolled out.
+    """Logs the outcomes of the chosen prompts, and how well they were forecast before the rollouts.
 
-    All of these are about the prompts chosen in a step, those that a filter dropped afterwards included:
+    These metrics are about the prompts chosen in a step, including those that a filter dropped later:
 
-    - `selection/mean_success`, `selection/fresh_informative_fraction`: what their groups showed.
-    - `selection/forecast_mean`, `_brier`, `_pearson`: the forecast made before their rollouts, against these. Prompts
-      whose groups come from a reference set are left out, since the selector had seen them. A selector that picks
-      forecasts near 0.5 leaves little to correlate with; `difficulty/reference_pearson` is the view of the whole pool.
-    - `selection/uniform_informative_measured`: what a uniform choice would have given in place of
-      `fresh_informative_fraction`, estimated from uniform rollouts: reference sets and prompts drawn for exploration
-      (see `UniformShare`). Only in runs that have any.
-    - `selection/uniform_informative_forecast`: the same, from the forecast: the mean of 1 - p^G - (1 - p)^G over the
-      pool. Too high where the forecast is unsure, because p is then a mean over both extremes.
-    - `selection/explored_fraction`: share drawn uniformly for exploration.
-    - `selection/distinct_prompts`, `selection/distinct_fraction`: different prompts chosen so far, and their share of
-      the pool.
+    - `selection/mean_success`, `selection/fresh_informative_fraction`: outcomes of their groups.
+    - `selection/forecast_mean`, `_brier`, `_pearson`: the forecast made before their rollouts, against these outcomes.
+      Prompts whose groups come from a reference set are excluded, since the selector had observed them. A selector that
+      chooses prompts with forecasts near 0.5 leaves little to correlate; `difficulty/reference_pearson` covers the
+      whole pool.
+    - `selection/uniform_informative_measured`: `fresh_informative_fraction` that a uniform choice would have had,
+      estimated from uniform rollouts: reference sets and prompts drawn for exploration (see `UniformShare`). Only in
+      runs that have any.
+    - `selection/uniform_informative_forecast`: the same by the forecast: the mean of 1 - p^G - (1 - p)^G over the pool.
+      It is too high where the forecast is uncertain, because p is then a mean over both extremes.
+    - `selection/explored_fraction`: fraction drawn uniformly for exploration.
+    - `selection/distinct_prompts`, `selection/distinct_fraction`: number of different prompts chosen so far, and their
+      fraction of the pool.
 
-    Pictures: `selection/reliability` and `selection/forecast_scatter`, over the prompts since the last ones; reference
-    prompts, a uniform draw that shows the whole range, are drawn beside the chosen ones.
+    Pictures: `selection/reliability` and `selection/forecast_scatter` of the prompts since the last picture; reference
+    prompts, a uniform draw that covers the whole range, are drawn next to the chosen ones.
 
     Args:
-        histograms_every: steps between histograms of the forecast over the pool and of the success measured.
-        pictures_every: steps between pictures of the forecast against the outcome; 0 draws none.
+        histograms_every: steps between histograms of the forecast over the pool and of the measured success rates.
+        pictures_every: steps between pictures of forecasts and outcomes; 0 draws none.
     """
 
     stage = Stage.WATCH
@@ -55,8 +136,8 @@ class SelectionMonitor(StepCallback):
     def __init__(self, histograms_every: int = 10, pictures_every: int = 20) -> None:
         if histograms_every < 1 or pictures_every < 0:
             raise UserError(
-                f"SelectionMonitor(histograms_every={histograms_every}, pictures_every={pictures_every}): "
-                "expected histograms_every >= 1 and pictures_every >= 0 (0 draws none)"
+                f"SelectionMonitor has histograms_every={histograms_every} and pictures_every={pictures_every}, "
+                "expected histograms_every >= 1 and pictures_every >= 0. Raise them; pictures_every=0 draws none."
             )
         self.histograms_every = histograms_every
         self.pictures_every = pictures_every
@@ -66,68 +147,68 @@ class SelectionMonitor(StepCallback):
         self._uninformative = UninformativeSteps()
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        self._datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._data = OnlinePromptDataModule.of(trainer)
         if stage == "fit" and not len(self._chosen):
-            self._chosen = torch.zeros(len(self._datamodule.pools["train"]), dtype=torch.bool)
+            self._chosen = torch.zeros(len(self._data.pools["train"]), dtype=torch.bool)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         self._uninformative.step(batch.step, batch.groups)
         groups = chosen_groups(batch)
         pairs = forecast_pairs(batch, groups)
-        batch.metrics |= self._chosen_metrics(groups, batch.explored)
-        batch.metrics |= self._uniform_metrics(batch, groups, pl_module.sampling.num_generations)
-        batch.metrics |= _forecast_metrics(pairs)
-        batch.metrics |= self._datamodule.selector.metrics()
+        self._chosen[self._data.pools["train"].positions(group.prompt.id for group in groups)] = True
+        batch.metrics["selection/distinct_prompts"] = float(self._chosen.sum())
+        batch.metrics["selection/distinct_fraction"] = float(self._chosen.float().mean())
+        if groups:
+            explored = [group.prompt.id in batch.explored for group in groups]
+            batch.metrics |= {
+                "selection/mean_success": float(np.mean([group.success_rate for group in groups])),
+                "selection/fresh_informative_fraction": float(np.mean([group.informative for group in groups])),
+                "selection/explored_fraction": float(np.mean(explored)),
+            }
+        uniform = [group for group in groups if group.prompt.id in batch.explored and group.source == "fresh"]
+        uniform += [group for group, _ in batch.rollouts if group.source == "reference"]
+        self._uniform.step([group.informative for group in uniform if group.completions])
+        batch.metrics["selection/uniform_informative_measured"] = self._uniform.share
+        if batch.pool_forecast is not None:
+            chance = informative_probability(batch.pool_forecast, pl_module.sampling.num_generations)
+            batch.metrics["selection/uniform_informative_forecast"] = float(chance.mean())
+        if len(pairs):
+            expected, found = pairs.T
+            batch.metrics |= {
+                "selection/forecast_mean": float(expected.mean()),
+                "selection/forecast_brier": brier(expected, found),
+                "selection/forecast_pearson": pearson(expected, found),
+            }
+        batch.metrics |= self._data.selector.metrics()
         self._pairs = np.concatenate([self._pairs, pairs])[-_MOST_PAIRS:]
         if batch.reference_forecast is not None:
             self._reference_pairs = np.concatenate([self._reference_pairs, batch.reference_forecast])[-_MOST_PAIRS:]
+        due = self.pictures_every > 0 and (batch.step + 1) % self.pictures_every == 0
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                self._show(logger.experiment, batch, groups)
-        if self._pictures_due(batch.step):
+                self._add_histograms(logger.experiment, batch, groups)
+                if due:
+                    self._add_pictures(logger.experiment, batch.step)
+        if due:
             self._pairs, self._reference_pairs = _NO_PAIRS, _NO_PAIRS
 
-    def _chosen_metrics(self, groups: list[RolloutGroup], explored: frozenset[str]) -> dict[str, float]:
-        self._chosen[self._datamodule.pools["train"].positions(group.prompt.id for group in groups)] = True
-        metrics = {
-            "selection/distinct_prompts": float(self._chosen.sum()),
-            "selection/distinct_fraction": float(self._chosen.float().mean()),
-        }
-        if groups:
-            metrics["selection/mean_success"] = float(np.mean([group.success_rate for group in groups]))
-            metrics["selection/fresh_informative_fraction"] = float(np.mean([group.informative for group in groups]))
-            metrics["selection/explored_fraction"] = float(np.mean([group.prompt.id in explored for group in groups]))
-        return metrics
-
-    def _uniform_metrics(self, batch: TrainBatch, groups: list[RolloutGroup], samples: int) -> dict[str, float]:
-        drawn = [group for group in groups if group.prompt.id in batch.explored and group.source == "fresh"]
-        references = [group for group in (*batch.groups, *batch.dropped, *batch.surplus) if group.source == "reference"]
-        self._uniform.step([group.informative for group in (*drawn, *references) if group.completions])
-        metrics = {"selection/uniform_informative_measured": self._uniform.share}
-        if batch.pool_forecast is not None:
-            metrics["selection/uniform_informative_forecast"] = float(
-                informative_probability(batch.pool_forecast, samples).mean()
-            )
-        return metrics
-
-    def _show(self, writer: SummaryWriter, batch: TrainBatch, groups: list[RolloutGroup]) -> None:
+    def _add_histograms(self, writer: SummaryWriter, batch: TrainBatch, groups: list[RolloutGroup]) -> None:
         if batch.step % self.histograms_every == 0:
             if groups:
                 success = np.array([group.success_rate for group in groups])
                 writer.add_histogram("difficulty/measured_success", success, batch.step)
             if batch.pool_forecast is not None:
                 writer.add_histogram("difficulty/forecast_success", batch.pool_forecast, batch.step)
-        if self._pictures_due(batch.step) and len(self._pairs) + len(self._reference_pairs):
-            title = f"steps {batch.step + 1 - self.pictures_every} to {batch.step}"
+
+    def _add_pictures(self, writer: SummaryWriter, step: int) -> None:
+        if len(self._pairs) + len(self._reference_pairs):
+            title = f"steps {step + 1 - self.pictures_every} to {step}"
             expected, found = self._pairs.T
             for tag, draw in (("reliability", reliability_figure), ("forecast_scatter", scatter_figure)):
                 picture = pixels(draw(expected, found, title, uniform=self._reference_pairs))
-                writer.add_image(f"selection/{tag}", picture, batch.step, dataformats="HWC")
-
-    def _pictures_due(self, step: int) -> bool:
-        return self.pictures_every > 0 and (step + 1) % self.pictures_every == 0
+                writer.add_image(f"selection/{tag}", picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -145,17 +226,17 @@ class SelectionMonitor(StepCallback):
 
 
 def chosen_groups(batch: TrainBatch) -> list[RolloutGroup]:
-    """The groups of the prompts chosen in this step, whatever became of them; one that lost all scores is left out."""
+    """Return the groups of the prompts chosen in this step, whatever their fate, without those that lost all scores."""
     chosen = {prompt.id for prompt in batch.prompts}
     return [
         group
-        for group in (*batch.groups, *batch.dropped, *batch.surplus)
+        for group in batch.of("trained", "dropped", "surplus")
         if group.source != "replay" and group.prompt.id in chosen and group.completions
     ]
 
 
 def forecast_pairs(batch: TrainBatch, groups: list[RolloutGroup]) -> np.ndarray:
-    """float64 `[N, 2]`: forecast and measured success of the fresh groups that had a forecast, in order of choice."""
+    """Return forecast and measured success rate of the fresh groups with a forecast: float64 `[N, 2]`, as chosen."""
     if batch.forecast is None:
         return _NO_PAIRS
     measured = {group.prompt.id: group.success_rate for group in groups if group.source == "fresh"}
@@ -163,14 +244,3 @@ def forecast_pairs(batch: TrainBatch, groups: list[RolloutGroup]) -> np.ndarray:
     pairs = [(expected, measured[prompt.id]) for prompt, expected in asked if prompt.id in measured]
     found = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return found[~np.isnan(found[:, 0])]
-
-
-def _forecast_metrics(pairs: np.ndarray) -> dict[str, float]:
-    if not len(pairs):
-        return {}
-    expected, found = pairs.T
-    return {
-        "selection/forecast_mean": float(expected.mean()),
-        "selection/forecast_brier": brier(expected, found),
-        "selection/forecast_pearson": pearson(expected, found),
-    }

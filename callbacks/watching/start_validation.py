@@ -1,4 +1,4 @@
-"""Measures the policy before its first update, so that every curve has a beginning."""
+"""Validation before the first update, so that every curve has a starting point."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from callbacks.stages import Stage, StepCallback
 
 
 class StartValidation(StepCallback):
-    """Runs the validation loop once before the first step of a new run (a resumed one has done it).
+    """Runs the validation loop once before the first step of a new run; a resumed run has already done so.
 
     Args:
         enabled: false leaves it out.
@@ -23,7 +23,7 @@ class StartValidation(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self.enabled or trainer.global_step or not trainer.enable_validation:
             return
-        # As Lightning's training loop does around a validation run in mid-epoch; there is no public call for it.
+        # As Lightning's training loop does around validation within an epoch; there is no public method for it.
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True

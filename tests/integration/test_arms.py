@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.studies.compare.differences import differences
 from app.studies.compare.request import Arm, Budget, Request
-from app.studies.compare.settings import resolve
+from app.studies.compare.settings import differences, resolve
 from datamodules.errors import UserError
 from tests.support.command import QUICK, ROOT, dots
 
@@ -58,11 +57,11 @@ def test_the_table_names_every_file() -> None:
 @pytest.mark.parametrize(
     ("change", "rule", "every", "message"),
     [
-        ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are no multiple"),
-        ({"trainer": {"max_steps": 10}}, "steps", 10, "evaluated every 10 of 5 steps"),
-        ({"trainer": {"max_steps": -1}}, "steps", 10, "trainer.max_steps=-1"),
+        ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are not"),
+        ({"trainer": {"max_steps": 10}}, "steps", 10, "trainer.val_check_interval is 10 in a run of 5 steps"),
+        ({"trainer": {"max_steps": -1}}, "steps", 10, "trainer.max_steps is -1"),
         ({"model": {"class_path": "app.module.GRPOModule", "init_args": {"optimization": {"schedule": "linear"}}}},
-         "baseline", 10, "schedule=linear goes by trainer.max_steps"),
+         "baseline", 10, "schedule is linear, which depends on trainer.max_steps"),
     ],
 )  # fmt: skip
 def test_arms_that_cannot_be_compared_are_refused(

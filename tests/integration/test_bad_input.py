@@ -60,7 +60,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "devices": ((*FIT, "--trainer.devices=0"), "`Trainer(devices='0')` value is not a valid input"),
     "clipping by the trainer": ((*FIT, "--trainer.gradient_clip_val=1"), "gradient_clip_val"),
     "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
-    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps=-1: prompts never run out; expected optimi"),
+    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps is -1, and prompts never run out. Set it"),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
     "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder. Expected a"),
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
@@ -75,7 +75,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "select nothing": (
         ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "0", "--out", "s.jsonl"),
-        "--keep 0",
+        "--keep is 0",
     ),
     "select to another kind of file": (
         ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "2", "--out", "s.csv"),
@@ -118,10 +118,10 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
     "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
-    "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate=-1"),
+    "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate is -1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),
-        "model.sampling.num_generations=1: expected at least 2",
+        "model.sampling.num_generations is 1, but an advantage compares",
     ),
     "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length is 0 but"),
     "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling truncates the distribut"),
@@ -129,13 +129,16 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["sampling"].update(top_p=1.5),
         "sampling.top_p is 1.5 but must be greater than 0 and",
     ),
-    "no prompts per step": (lambda c: data(c).update(prompts_per_step=0), "data.prompts_per_step=0: expected at least"),
-    "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches=0: expected at least 1"),
-    "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k=0: expected at least 1"),
+    "no prompts per step": (
+        lambda c: data(c).update(prompts_per_step=0),
+        "data.prompts_per_step is 0, expected at least",
+    ),
+    "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
+    "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k is 0; set it to 1 or more"),
     "checkpoint interval": (lambda c: callback(c, "RunCheckpoint").update(every=0), "RunCheckpoint(every=0, keep=2)"),
     "replay share": (
         lambda c: callback(c, "RolloutReplay").update(fresh_fraction=0),
-        "RolloutReplay(fresh_fraction=0",
+        "RolloutReplay.fresh_fraction is 0",
     ),
     "target of DOTS": (
         lambda c: data(c)["selector"].update(class_path="datamodules.selectors.Dots", init_args={"alpha": 1.5}),
@@ -144,7 +147,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     "clip range": (lambda c: model(c).update(surrogate={"epsilon_low": -1}), "epsilon"),
     "options in conflict": (
         lambda c: model(c).update(multi_objective_aggregation="normalize_then_sum", advantage_scale="none"),
-        "model.advantage_scale=none with multi_objective_aggregation=normalize_then_sum: nothing would be normalised",
+        "model.advantage_scale is none with multi_objective_aggregation=normalize_then_sum, which would",
     ),
     "options of a reward in conflict": (
         lambda c: model(c)["rewards"][0].update(init_args={"after": "=", "pattern": "x"}),
@@ -154,12 +157,12 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         lambda c: model(c)["rewards"][0].update(init_args={"pattern": "("}),
         "pattern='(' is not a valid regular expression",
     ),
-    "no rewards": (lambda c: model(c).update(rewards=[]), "rewards=[]: expected at least one reward"),
+    "no rewards": (lambda c: model(c).update(rewards=[]), "rewards is an empty list, expected at least one reward"),
     "two correctness rewards": (
         lambda c: model(c).update(
             rewards=[{"class_path": "app.rewards.Numeric", "init_args": {"correctness": True}}] * 2
         ),
-        "correctness: true on 2 rewards",
+        "correctness is true for 2 rewards",
     ),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
@@ -281,8 +284,11 @@ DATA: dict[str, tuple[Callable[[Place], Change], str]] = {
     "limit": (_rows(limit=0), "PromptFile limit is 0. Set at least 1, or null for no limit"),
     "template without question": (_rows(template="Q:"), "template 'Q:' has no field {question}"),
     "field of a template": (_rows(template="{question}{q}"), "field 'q' is unknown, expected one of "),
-    "one prompt": (_rows(GOOD), "2 prompts per step asked of a pool of 1: lower data.prompts_per_step or add prompts"),
-    "all repeated": (_rows(GOOD, GOOD, GOOD), "2 prompts per step asked of a pool of 1"),
+    "one prompt": (
+        _rows(GOOD),
+        "data.prompts_per_step is 2 but the pool has only 1 prompts. Lower data.prompts_per_step",
+    ),
+    "all repeated": (_rows(GOOD, GOOD, GOOD), "data.prompts_per_step is 2 but the pool has only 1 prompts"),
     "split": (_folder_with_another_split, "cannot be read as a data set: "),
     "saved folder": (_saved_folder_without_its_data, "Folder 'saved' cannot be read as a data set: "),
     "validation split": (
@@ -385,7 +391,7 @@ AROUND_THE_MODEL: dict[str, tuple[Change, str]] = {
     "layer of an encoder": (_selector(encoder=f"{TINY}@99"), "layer 99 of encoder"),
     "tokenizer of the data": (
         lambda c: data(c).update(tokenizer="./absent"),
-        "data.tokenizer=./absent: cannot be load",
+        "data.tokenizer is ./absent, which cannot be load",
     ),
     "attention": (lambda c: model(c)["policy"].update(attn_implementation="quick"), "cannot be loaded by"),
     "LoRA of rank 0": (lambda c: model(c)["policy"].update(lora={"rank": 0}), "lora"),

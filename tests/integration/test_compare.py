@@ -1,4 +1,4 @@
-"""`dots compare` as it is typed: two arms, two seeds, killed in the middle, gone on with, and asked for otherwise."""
+"""`dots compare` as it is typed: two arms, two seeds, killed in the middle, continued, and with other settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def arm(folder: Path, name: str) -> str:
 
 
 def kill_only_the_comparison(sign: Path, arguments: list[str]) -> None:
-    """SIGKILL of `dots compare` alone, as soon as a file is there; its run is left to end by itself."""
+    """SIGKILL `dots compare` alone as soon as a file is there; its run is left to end on its own."""
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
     try:
@@ -58,7 +58,7 @@ def kill_only_the_comparison(sign: Path, arguments: list[str]) -> None:
 Accounts = dict[tuple[str, int], dict[str, Any]]
 
 
-def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
+def test_a_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(MICRO))
     out = tmp_path / "out"
     arguments = [
@@ -77,7 +77,7 @@ def test_a_comparison_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert first.stat().st_mtime_ns == finished_at
     assert "grpo seed 0:" not in done.stderr and "rr seed 1:" in done.stderr
-    # The killed run went on in its own folder, from what it had saved when it was asked to end.
+    # The killed run resumed in its own folder, from what it saved when it was asked to end.
     assert [path.name for path in killed.glob("version_*")] == ["version_0"]
     assert "stopped by SIGTERM" in (killed / "log.txt").read_text(errors="replace")
 

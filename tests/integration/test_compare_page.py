@@ -26,22 +26,18 @@ def test_the_page_draws_its_curves_and_asks_for_nothing(tmp_path: Path) -> None:
         assert (tmp_path / "page.png").stat().st_size > 20_000
 
         # The goal is drawn where the baseline's last point is, and the faster arm is there earlier.
-        line, grpo, fast = window.run(
+        line, left, right, grpo, fast = window.run(
             """
             const box = e => e.getBoundingClientRect();
-            const pane = document.querySelector('#accuracy-0 ~ .pane');
-            const level = box(pane.querySelector('.level line')).top;
-            const ends = ['.arm-0.seed', '.arm-1.seed'].map(name => {
-                const dots = [...pane.querySelector(name).querySelectorAll('circle')].map(box);
+            const level = box(document.querySelector('#level-accuracy-0 path')).top;
+            const plane = box(document.querySelector('#plane-accuracy-0 path'));
+            const ends = ['#arm-0-seed-0-accuracy-0', '#arm-1-seed-0-accuracy-0'].map(name => {
+                const dots = [...document.querySelectorAll(name + ' use')].map(box);
                 const there = dots.find(dot => dot.top + dot.height / 2 <= level + 1);
                 return there.left + there.width / 2;
             });
-            return [level, ...ends];
+            return [level, plane.left, plane.right, ...ends];
             """
-        )
-        left, right = window.run(
-            "const b = document.querySelector('#accuracy-0 ~ .pane .grid').getBoundingClientRect();"
-            "return [b.left, b.right]"
         )
         assert line > 0
         assert grpo == pytest.approx(right, abs=1)
@@ -53,8 +49,11 @@ def test_the_page_draws_its_curves_and_asks_for_nothing(tmp_path: Path) -> None:
         assert window.run(SHOWN.format("accuracy-0")) == ["none", "none", "none", "block"]
 
         # An arm that is unticked disappears from every chart; the other stays.
-        visible = "return getComputedStyle(document.querySelector('g.arm-{0}')).display"
+        visible = """
+            const curves = [...document.querySelectorAll('g[id^="arm-{0}-"]')];
+            return [...new Set(curves.map(e => getComputedStyle(e).display))];
+        """
         window.run("document.querySelector('#arm-1').click()")
-        assert window.run(visible.format(1)) == "none"
-        assert window.run(visible.format(0)) != "none"
+        assert window.run(visible.replace("{0}", "1")) == ["none"]
+        assert window.run(visible.replace("{0}", "0")) == ["inline"]
         assert window.errors() == []

@@ -16,7 +16,7 @@ from app.module import GRPOModule
 from app.objective.packing import ScoredSequence
 from app.policy.compilation import compile_layers
 from app.policy.model import Lora, Policy
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.reporting.curves import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Prompt
@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def fit(folder: Path, *more: str) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """What three batches of two updates each logged, and the checkpoint's weights."""
+    """Return the scalars of three batches of two updates each, and the checkpoint's weights."""
     main(["fit", *FEW, f"--trainer.logger.save_dir={folder}", *more])
     run = folder / "quickstart" / "version_0"
     found = {
@@ -106,8 +106,8 @@ def sequences(rng: np.random.Generator, prompts: int) -> list[ScoredSequence]:
 
 def gradient_of(module: GRPOModule, batch: list[ScoredSequence]) -> torch.Tensor:
     module.policy_model.zero_grad(set_to_none=True)
-    for packed in module.microbatches_of(batch):
-        logprobs, entropy = score(module.policy_model, packed, 1.0, with_entropy=True)
+    for packed in module.learner.microbatches.of(batch):
+        logprobs, entropy = completion_logprobs(module.policy_model, packed, 1.0, with_entropy=True)
         assert entropy is not None
         (logprobs * packed.advantages * packed.weights + 0.01 * entropy).sum().backward()
     return flat_gradient(module.policy_model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.command import dots
 
 
@@ -21,6 +23,14 @@ def test_the_published_setting_prints_its_table():
     assert rows["completions per step"] == ["512", "4,096"]
     assert rows["completion tokens generated, at most"] == [f"{256 * 3072:,}", f"{2048 * 3072:,}"]
     assert rows["reference completions, every 2"] == ["256", "2,048"]
+    # Worked by hand: float32 weights and gradients, two moments as wide as both.
+    size = 4 * (151936 * 1536 + 28 * layer + 1536) / 2**30
+    assert rows["parameters"] == rows["gradients"] == [f"{size:.2f} GiB", "always"]
+    assert rows["optimizer state"] == [f"{2 * size:.2f} GiB", "always"]
+    held = {name: cells for name, cells in rows.items() if cells[0].endswith("GiB")}
+    total, phase = held.pop("estimated memory, prompts of 1,024 tokens")
+    parts = [float(cells[0].removesuffix(" GiB")) for cells in held.values() if cells[1] in ("always", phase)]
+    assert float(total.removesuffix(" GiB")) == pytest.approx(sum(parts), abs=0.005 * len(parts))
 
 
 def _cells(line: str) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from app.cli.dots import main
-from app.studies.difficulty import SEEN
+from app.studies.difficulty.command import SEEN
 from datamodules.difficulty.attention import AttentionPredictor
 from datamodules.pool import PromptPool
 from datamodules.seeding import generator

@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_refused(place: Place) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     place.config(lambda c: model(c)["policy"].update(path=str(folder)))
     line = place.refused(*FIT, touches=True)
-    assert "step 0: the policy's logits are NaN or infinite" in line and "give a policy with finite weights" in line
+    assert "Step 0: the policy's logits are NaN or infinite" in line and "Give a policy with finite weights" in line
 
 
 @pytest.mark.long

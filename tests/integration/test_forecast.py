@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from app.cli.dots import main
-from app.studies.forecast_options import forecast_parser, labels, read_options
+from app.studies.forecast.command import forecast_parser, labels, read_options
 
 WORDS = ("triangle", "prime", "matrix", "coin", "ladder", "train")
 
@@ -129,21 +129,21 @@ def test_labels_name_what_differs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--selector", "Unifrm"], "--selector Unifrm: no such selector, did you mean 'Uniform'?"),
-        (["--selector", "--seeds", "3"], "--selector has no name behind it"),
+        (["--selector", "Unifrm"], "--selector Unifrm is not a selector, did you mean 'Uniform'?"),
+        (["--selector", "--seeds", "3"], "--selector is given without a name: choose one of"),
         (["--selector", "Dots", "--selector.alpho", "1", "--selector", "Uniform"], "Did you mean 'alpha'?"),
         (["--selector", "Dots", "--selector.alpha", "3"], "alpha is 3.0, expected a success rate in [0, 1]"),
-        (["--selector", "Uniform", "--selector", "Uniform"], "two selectors are both 'Uniform'"),
-        (["--selectors.oracle", "Uniform"], "'oracle' is the name of the ceiling's row"),
+        (["--selector", "Uniform", "--selector", "Uniform"], "Two selectors are labelled 'Uniform'"),
+        (["--selectors.oracle", "Uniform"], "'oracle' is the label of the ceiling's row"),
         (
             ["--selector", "Composed", "--selector.ranker", "Mops"],
             "ranker=Mops: no class of this name is known. Did you mean 'Mopps'?",
         ),
         (["--selector", "Composed"], "selector.ranker is missing: datamodules.selectors.composed.Composed needs it"),
-        ([], "no selector was given"),
-        (["--selector", "Uniform", "--batch", "31"], "--batch asks for 31 prompts of a pool of 30"),
-        (["--selector", "Uniform", "--from", "8"], "the shortest trace has 9 visits"),
-        (["--selector", "Uniform", "--seeds", "0"], "--seeds is 0, expected a number of at least 1"),
+        ([], "No selector was given"),
+        (["--selector", "Uniform", "--batch", "31"], "--batch is 31, but the pool has 30 prompts"),
+        (["--selector", "Uniform", "--from", "8"], "--from is 8, but the shortest trace has 9 visits"),
+        (["--selector", "Uniform", "--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["--selector", "Uniform", "--references", "1"], "--references is 1, expected 0 (none) or at least 2"),
         (["--selector", "Uniform", "--sead", "0"], "sead is not an option. Did you mean 'seeds'?"),
     ],
@@ -159,7 +159,7 @@ def test_wrong_options_are_one_line_errors(traces, tmp_path, capsys, options, me
 
 def test_a_selector_that_cannot_start_is_named_before_any_is_replayed(traces, tmp_path, capsys, monkeypatch):
     replayed = []
-    monkeypatch.setattr("app.studies.forecast.replay", lambda *asked, **more: replayed.append(asked))
+    monkeypatch.setattr("app.studies.forecast.command.replay", lambda *asked, **more: replayed.append(asked))
     with pytest.raises(SystemExit) as caught:
         study(traces, tmp_path / "study", "--selector", "Uniform", "--selector", "Dots")
     assert caught.value.code == 2

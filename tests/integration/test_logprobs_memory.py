@@ -42,7 +42,7 @@ def run(path: str) -> tuple[float, float, float]:
 
 
 def available() -> int:
-    """Bytes that can be had without swapping, as Linux tells it."""
+    """Return the bytes available without swapping, according to Linux."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 

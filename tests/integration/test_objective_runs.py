@@ -33,11 +33,11 @@ class Poison(Callback):
         self.steps = steps
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch.step in self.steps:
-            place = next(i for i, group in enumerate(batch.groups) if group.informative)
-            group = batch.groups[place]
+            group = next(group for group in batch.groups if group.informative)
+            place = batch.rollouts.index((group, "trained"))
             completions = list(group.completions)
             completions[3] = dataclasses.replace(completions[3], logprobs=np.full_like(completions[3].logprobs, np.nan))
-            batch.groups[place] = dataclasses.replace(group, completions=tuple(completions))
+            batch.rollouts[place] = (dataclasses.replace(group, completions=tuple(completions)), "trained")
             print("poisoned", f"{group.prompt.id}[3]", flush=True)
 '''
 
@@ -84,7 +84,7 @@ def test_one_update_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> 
     done, run = fit(tmp_path, "--trainer.max_steps=3", poison([1]))
     assert done.returncode == 0, done.stderr[-2000:]
     name = done.stdout.split("poisoned ")[1].split()[0]
-    assert f"step 1: update left out, not finite: loss nan, gradient norm nan, from {name}\n" in done.stderr
+    assert f"step 1: update skipped, not finite: loss nan, gradient norm nan, from {name}\n" in done.stderr
     assert scalars(run, "updates/skipped") == [0.0, 1.0, 0.0]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
@@ -96,7 +96,7 @@ def test_three_in_a_row_end_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Pa
     done, run = fit(tmp_path, "--trainer.max_steps=6", "--trainer.val_check_interval=4", poison([1, 2, 3]))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dots: error:")]
-    assert "stopped at step 3: 3 updates in a row were not finite" in line and "Traceback" not in done.stderr
+    assert "Stopped at step 3: 3 updates in a row were not finite" in line and "Traceback" not in done.stderr
     assert (run / "checkpoints" / "step_00000004.ckpt").is_file()
     assert json.loads((run / "summary.json").read_text())["completed"] is False
     before = weights(run)
@@ -114,10 +114,10 @@ def test_a_batch_without_advantages_changes_nothing_and_says_so(tmp_path: Path) 
         tmp_path, "--trainer.max_steps=3", f"--model.rewards={always}", "--model.optimization.schedule=linear"
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("no completion of a batch had an advantage") == 1
+    assert done.stderr.count("No completion of a batch had an advantage") == 1
     assert scalars(run, "updates/empty") == [1.0, 1.0, 1.0]
     assert scalars(run, "loss") == scalars(run, "grad_norm") == [0.0, 0.0, 0.0]
-    # The optimizer's count and the schedule go on together: linear from 3e-4 to 0 over three steps.
+    # The optimizer's count and the schedule advance together: linear from 3e-4 to 0 over three steps.
     assert scalars(run, "learning_rate") == pytest.approx([2e-4, 1e-4, 0.0], abs=1e-9)
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     initial = load_file(ROOT / "configs" / "tiny_policy" / "model.safetensors")

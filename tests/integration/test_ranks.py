@@ -318,7 +318,7 @@ def test_a_hanging_rank_is_named(tmp_path: Path):
     done = dots(*arguments(tmp_path, 2, limit, change), path=tmp_path, timeout=200, fresh=True)
     # The one that hung is gone too: the command ended.
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "lost rank 1 (no word within the time limit)" in done.stderr
+    assert "lost rank 1 (no message within the time limit)" in done.stderr
 
 
 def test_sizes_and_strategies_are_checked_first(tmp_path: Path):

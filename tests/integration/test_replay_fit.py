@@ -1,4 +1,4 @@
-"""Replay with every bound set, in real runs on the embedded policy: checked against what the run wrote, and resumed."""
+"""Replay with all limits in real runs on the embedded policy: checked against the run's files, and resumed."""
 
 from __future__ import annotations
 

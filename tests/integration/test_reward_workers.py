@@ -242,7 +242,7 @@ def test_journal_and_trainer_state():
     with scoring(Function("dots_functions.journal"), chunk_size=2) as scorer:
         result = score(scorer, batch, step=4, state=TrainerState(global_step=4, max_steps=10))
     assert [group.rewards.tolist() for group in result.groups] == [[14.25, 14.25], [14.5, 14.5]]
-    assert dict(result.metrics) == {"length": 7 / 4}
+    assert {name: mean.value for name, mean in result.logged.items()} == {"journal/length": 7 / 4}
     assert dict(result.extras) == {"size": [1, 3, 2, 1]}
 
 

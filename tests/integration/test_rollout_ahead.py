@@ -114,5 +114,5 @@ def test_a_killed_run_trains_on_the_very_groups_that_its_checkpoint_holds(finish
 def test_an_engine_in_the_trainers_process_cannot(tmp_path: Path):
     done = dots(*arguments(tmp_path, engine=()), timeout=200)
     assert done.returncode == 2
-    assert "callbacks.RolloutAhead with engines.Transformers" in done.stderr
+    assert "callbacks.RolloutAhead is used with engines.Transformers" in done.stderr
     assert "Traceback" not in done.stderr

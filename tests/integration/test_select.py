@@ -1,4 +1,4 @@
-"""`dots select` end to end: killed and gone on, read back, trained on."""
+"""`dots select` end to end: killed and resumed, read back, trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a selection that nobody disturbed."""
+    """The prompt file of an uninterrupted selection."""
     out = tmp_path_factory.mktemp("selected") / "subset.jsonl"
     done = dots("select", *BASE, *LEARNALIGN, "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -69,7 +69,7 @@ def test_the_best_prompts_are_kept_and_read_back(selected: Path):
 
 
 @pytest.mark.long
-def test_a_selection_killed_twice_goes_on_as_if_never_stopped(selected: Path, tmp_path: Path):
+def test_a_selection_killed_twice_resumes_as_if_never_stopped(selected: Path, tmp_path: Path):
     """Once in its warm-up, once while it measures."""
     out = tmp_path / "subset.jsonl"
     arguments = ["select", *BASE, "--config", str(overlay(tmp_path, EVERY_STEP)), *LEARNALIGN, "--out", str(out)]
@@ -137,16 +137,16 @@ def test_ufo_keeps_the_middle(tmp_path: Path):
     ("options", "message"),
     [
         (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "Did you mean 'learnalign'"),
-        (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep 500: the training pool has 60 prompts"),
+        (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep is 500, but the training pool has 60 prompts"),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.parameters=lm_heat"],
-            "parameters='lm_heat' names no trainable parameter",
+            "parameters is 'lm_heat', which matches no trainable parameter",
         ),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.dimension=1001"],
-            "dimension=1001: expected a multiple of 4",
+            "dimension is 1001; set it to a multiple of 4",
         ),
-        (["--method=ufo", "--keep=5", "--out=x.csv"], "expected a name that ends in .jsonl"),
+        (["--method=ufo", "--keep=5", "--out=x.csv"], "choose a name that ends in .jsonl"),
         (["--method=ufo", "--keep=5", "--out=x.jsonl", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
     ],
 )

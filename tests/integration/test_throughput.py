@@ -1,4 +1,4 @@
-"""`dots throughput` with the real trainers, each in its process."""
+"""The throughput benchmark with the real trainers, each in its process."""
 
 import json
 import os
@@ -13,13 +13,13 @@ WORK = ["--prompts=4", "--num_generations=4", "--completion_length=8", "--thread
 
 
 def throughput(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app", "throughput", "--against=trl", f"--out={out}", *WORK, *options]
+    command = [sys.executable, "-m", "tests.benchmarks.throughput", "--against=trl", f"--out={out}", *WORK, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
 def test_both_do_the_same_work_in_turn(tmp_path: Path) -> None:
-    done = throughput(tmp_path, "--cases=[half_informative]")
+    done = throughput(tmp_path, "--cases=half_informative")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "throughput.json").read_text())
     assert [pair["case"] for pair in found["pairs"]] == ["half_informative"] * 2

@@ -50,6 +50,12 @@ def seeds(batch: Sequence[Prompt], step: int = 0, samples: int = G) -> np.ndarra
 LONG = prompts([2 * BLOCK + 6, 3 * BLOCK, 2 * BLOCK + 1, 4 * BLOCK + 17])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c() -> None:
+    """Undo that a shell makes its background jobs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module")
 def started() -> Iterator[Vllm]:
     engine = Vllm(cpu_cache_gib=0.25)

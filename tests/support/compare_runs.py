@@ -1,4 +1,4 @@
-"""Finished runs of a comparison as files, written here instead of trained: accounts, metrics and what was asked."""
+"""Finished runs of a comparison, written as files instead of trained: summaries, metrics and settings."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from app.studies.compare.request import Arm, Budget, Request, run_folder_of
-from app.studies.compare.state import note_asked
+from app.studies.compare.request import Arm, Budget, Request
+from app.studies.compare.run_folder import RunFolder
 from datamodules.ledger import PHASES
 
 SECONDS_APART, COMPLETIONS, TOKENS = 10.0, 256, 4096
-"""Of one step: seconds, completions and their tokens, in a run of pace 1."""
+"""Seconds, completions and completion tokens of a step in a run of pace 1."""
 
 
-def asked_of(selector: str) -> dict[str, Any]:
-    settings = {
+def settings_of(selector: str) -> dict[str, Any]:
+    return {
         "seed_everything": 0,
         "trainer": {"max_steps": 40, "callbacks": [{"class_path": "callbacks.Rollouts"}]},
         "model": {"class_path": "app.module.GRPOModule"},
         "data": {"init_args": {"selector": {"class_path": f"datamodules.selectors.{selector}"}}},
     }
-    return {"settings": settings}
 
 
 def finished_run(
@@ -39,10 +38,10 @@ def finished_run(
     forecast: bool = False,
     rollout_share: float | None = None,
 ) -> Path:
-    """A run evaluated every 10 steps with these results, each step costing `pace` times the usual."""
-    folder = run_folder_of(out, arm, seed)
-    note_asked(folder, asked_of("Dots" if forecast else "Uniform"))
-    version = folder / "version_0"
+    """Write a run that was evaluated every 10 steps with these results, each step at `pace` times the usual cost."""
+    folder = RunFolder.of(out, arm, seed)
+    folder.prepare(request(), Arm(arm, ()), settings_of("Dots" if forecast else "Uniform"))
+    version = folder.version
     evaluations = [_evaluation(10 * place, pace, one) for place, one in enumerate(accuracy)]
     steps = 10 * (len(accuracy) - 1)
     seconds = dict.fromkeys(PHASES, pace * steps) | {"total": 100.0}
@@ -87,7 +86,7 @@ def request(names: str = "grpo fast", seeds: tuple[int, ...] = (0, 1), window: i
 
 
 def comparison_of_two(out: Path) -> Request:
-    """Plain GRPO reaches 0.8 in 40 steps; `fast` does in 20 and in 10 steps, each step at half the cost."""
+    """Write a comparison: GRPO reaches 0.8 in 40 steps, `fast` in 20 and 10 steps, each step at half the cost."""
     out.mkdir(parents=True, exist_ok=True)
     for seed in (0, 1):
         finished_run(out, "grpo", seed, [0.4, 0.5, 0.6, 0.7, 0.8])

@@ -1,4 +1,4 @@
-"""A module on a tiny float64 policy, without trainer, engine or reward workers: what a gradient needs and no more."""
+"""A module on a tiny float64 policy, without trainer, engine or reward workers: just enough for a gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.module import GRPOModule
 from app.policy.model import Policy
 from app.policy.reference import ReferencePolicy
 from app.rewards import Format
-from datamodules.types import Completion, Prompt, RolloutGroup, Source, TrainBatch
+from datamodules.types import Completion, Prompt, RolloutGroup, Source
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny_policy"
 """Its tokenizer is used; its weights are not."""
@@ -48,20 +48,18 @@ def group_of(
 
 
 def gradient(module: GRPOModule, groups: list[RolloutGroup]) -> Tensor:
-    """Of the loss of a batch, flat; summed over its mini-batches, without an update in between."""
-    batch = TrainBatch(0, [])
-    batch.groups = groups
-    batch.advantages = module.advantages_of(batch)
+    """Return the gradient of a batch's loss, flat; summed over its mini-batches, without an update in between."""
+    learner = module.learner
     module.policy_model.zero_grad(set_to_none=True)
-    for part in module.minibatches_of(batch):
+    for part in learner.minibatches_of(groups, learner.advantages_of(groups), step=0):
         if module.mini_batches > 1:
-            part = module.microbatches.with_old_logprobs(part)  # what the training step does before its first update
-        for packed in module.microbatches_of(part.sequences):
-            module.loss_of(packed).loss.backward()
+            part = learner.with_old_logprobs(part)  # as the training step does before its first update
+        for packed in learner.microbatches.of(part.sequences):
+            learner.loss_of(packed).loss.backward()
     return flat_gradient(module.policy_model)
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:
-    """`[P]`, 0 where a parameter has none."""
+    """Return all gradients concatenated, `[P]`; 0 for a parameter without one."""
     parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in model.parameters()]
     return torch.cat([part.flatten() for part in parts])

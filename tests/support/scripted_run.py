@@ -1,6 +1,6 @@
 """Real short trainings whose rewards are written in the data: real policy, engine, workers, callbacks and trainer.
 
-Every row of the data says what its completions score, so that what a step keeps can be worked out by hand.
+Every row of the data contains the scores of its completions, so the groups that a step keeps are known in advance.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,13 +38,20 @@ def _scripted(prompts, values):
 
 def correct(prompts, pattern, **rest): return list(_scripted(prompts, pattern))
 def shape(prompts, shape, **rest): return list(_scripted(prompts, shape))
+
+def noted(prompts, pattern, log_metric, **rest):
+    scores = list(_scripted(prompts, pattern))
+    log_metric("right", sum(scores) / len(scores))
+    for name in ("reward", "loss", "mean"):
+        log_metric(name, 1234.5)
+    return scores
 """
 RIGHT, WRONG, HALF, QUARTER = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0), (0, 0, 0, 1)
 
 
 @dataclass
 class Step:
-    """What a batch held at the end of its step."""
+    """Content of a batch at the end of its step."""
 
     prompts: list[str]
     forecast: np.ndarray | None
@@ -67,8 +74,9 @@ class Recorder(StepCallback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch: TrainBatch, batch_idx) -> None:
         ids = [prompt.id for prompt in batch.prompts]
-        parts = (list(part) for part in (batch.groups, batch.dropped, batch.surplus))
-        self.steps.append(Step(ids, batch.forecast, *parts, dict(batch.metrics), dict(batch.ledger.counts)))
+        # Not copies of metrics and counts: the ledger may add to them later in the step.
+        parts = batch.groups, batch.of("dropped"), batch.of("surplus"), batch.metrics, batch.ledger.counts
+        self.steps.append(Step(ids, batch.forecast, *parts))
 
 
 @dataclass
@@ -89,8 +97,11 @@ def scripted_run(
     steps: int = 2,
     prompts_per_step: int = 4,
     shapes: Sequence[Sequence[float]] | None = None,
+    function: str = "correct",
+    val_size: int = 0,
+    **options: Any,
 ) -> Run:
-    """Trains on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
+    """Train on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
     (folder / "dots_scripted_rewards.py").write_text(_REWARDS)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
@@ -100,7 +111,7 @@ def scripted_run(
         for i, pattern in enumerate(patterns)
     ]
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rewards = [Function("dots_scripted_rewards.correct", correctness=True)]
+    rewards = [Function(f"dots_scripted_rewards.{function}", correctness=True)]
     if shapes:
         rewards.append(Function("dots_scripted_rewards.shape"))
     module = GRPOModule(
@@ -108,14 +119,16 @@ def scripted_run(
         rewards,
         sampling=Sampling(num_generations=len(patterns[0]), max_completion_length=3),
         reward_workers=WorkerOptions(num_workers=1),
+        **options,
     )
     source = PromptFile(str(folder / "pool.jsonl"), template="{question}\n", id_column="id")
-    data = OnlinePromptDataModule(source, selector=selector, prompts_per_step=prompts_per_step)
+    data = OnlinePromptDataModule(source, selector=selector, prompts_per_step=prompts_per_step, val_size=val_size)
     recorder = Recorder()
     trainer = DotsTrainer(
         accelerator="cpu",
         max_steps=steps,
         check_val_every_n_epoch=None,
+        val_check_interval=1 if val_size else None,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),

@@ -65,7 +65,7 @@ def test_integer_rewards() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(UserError, match=r"scale='grup': expected one of group, batch, none; did you mean 'group'\?"):
+    with pytest.raises(UserError, match=r"scale is 'grup'; expected one of group, batch, none: did you mean 'group'\?"):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "grup")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
@@ -84,7 +84,7 @@ def test_leave_one_out_by_hand() -> None:
 
 def test_rewards_normalised_apart_by_hand() -> None:
     # Two groups of two. Correctness differs in the first only, brevity (a hundredth as large) in the second only; a
-    # pair's deviations over its unbiased spread are +-1/sqrt(2) whatever its size.
+    # pair's deviations over its unbiased spread are +-1/sqrt(2) for any size.
     components = torch.tensor([[1.0, 0.02], [0.0, 0.02], [0.0, 0.01], [0.0, 0.02]], dtype=torch.float64)
     groups = torch.tensor([0, 0, 1, 1])
     weights = torch.tensor([1.0, 0.5])
@@ -120,14 +120,14 @@ def test_equal_components_are_exactly_zero() -> None:
 
 def test_wrong_components_are_refused() -> None:
     zeros, groups = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(UserError, match=r"advantage_scale='none'.*nothing would be normalised"):
+    with pytest.raises(UserError, match=r"advantage_scale is 'none'.*would normalise nothing"):
         decoupled_advantages(zeros, torch.ones(2), groups, "none")
     shapes = r"components \(2, 2\), reward_weights \(3,\), groups \(2,\): expected \[N, R\], \[R\] and \[N\]"
     with pytest.raises(ValueError, match=shapes):
         decoupled_advantages(zeros, torch.ones(3), groups)
-    with pytest.raises(UserError, match=r"^scale='grup'.*did you mean 'group'\?"):
+    with pytest.raises(UserError, match=r"^scale is 'grup'.*did you mean 'group'\?"):
         decoupled_advantages(zeros, torch.ones(2), groups, "grup")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"baseline='leave-one-out'.*did you mean 'leave_one_out'\?"):
+    with pytest.raises(UserError, match=r"baseline is 'leave-one-out'.*did you mean 'leave_one_out'\?"):
         group_advantages(torch.zeros(2), groups, "none", "leave-one-out")  # type: ignore[arg-type]
 
 

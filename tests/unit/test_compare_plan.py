@@ -1,4 +1,4 @@
-"""`dots compare`: order of the runs, their ends, time left, and options that cannot be used."""
+"""`dots compare`: order of the runs, their ends, their progress, and options that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from app.cli.dots import main
-from app.studies.compare.differences import differences
-from app.studies.compare.meter import clock, seconds_left, share_done
-from app.studies.compare.request import Arm, Budget, Request, run_folder_of
-from app.studies.compare.runner import overlay
+from app.studies.compare.request import Arm, Budget, Request
+from app.studies.compare.run_folder import RunFolder
+from app.studies.compare.runner import RunProgress, overlay
+from app.studies.compare.settings import differences
 from datamodules.errors import UserError
 
 SETTINGS = {"trainer": {"max_steps": 100, "val_check_interval": 5}}
@@ -39,58 +40,55 @@ def test_a_baseline_that_sets_the_clock_comes_first() -> None:
 
 def test_a_seed_stands_in_the_name_of_a_config() -> None:
     arm = Arm("subset", ("grpo.yaml", "subsets/ufo_{seed}.yaml"))
-    assert arm.files(7) == ["grpo.yaml", "subsets/ufo_7.yaml"]
+    assert arm.files(7) == ("grpo.yaml", "subsets/ufo_7.yaml")
 
 
 def test_a_saved_request_is_read_back(tmp_path: Path) -> None:
     asked = request("12.5")
     asked.save(tmp_path)
     assert Request.load(tmp_path) == asked
-    with pytest.raises(UserError, match=r"no request.json there"):
+    with pytest.raises(UserError, match=r"has no request.json"):
         Request.load(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("given", ["0", "-3", "nan", "inf", "half"])
 def test_a_budget_is_a_rule_or_a_number_of_seconds(given: str) -> None:
-    with pytest.raises(UserError, match=f"--budget {given}: expected"):
+    with pytest.raises(UserError, match=f"--budget is {given}. Give baseline"):
         Budget.parse(given, 4.0)
 
 
 def test_a_clocked_run_gets_its_clock_and_more_steps(tmp_path: Path) -> None:
     asked = request("baseline")
-    folder = run_folder_of(tmp_path, "b", 1)
-    timed = overlay(asked, asked.arms[1], 1, folder, SETTINGS, 61.5)
+    folder = RunFolder.of(tmp_path, "b", 1)
+    timed = overlay(asked, 1, folder, SETTINGS, 61.5)
     assert timed["seed_everything"] == 1
     assert timed["trainer"]["max_steps"] == 400
     assert timed["trainer"]["callbacks+"] == [{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": 61.5}}]
     assert timed["trainer"]["logger"]["init_args"]["save_dir"] == str(tmp_path / "runs" / "b")
-    counted = overlay(asked, asked.arms[0], 1, folder, SETTINGS, None)
+    assert timed["trainer"]["logger"]["init_args"]["name"] == "seed_1"
+    counted = overlay(asked, 1, folder, SETTINGS, None)
     assert "max_steps" not in counted["trainer"]
     assert counted["trainer"]["val_check_interval"] == 5
 
 
-def test_time_left_goes_by_the_runs_of_the_same_arm() -> None:
-    finished = {"a": [10.0, 20.0], "b": [60.0]}
-    # 15 - 5 of this one, 60 for b, and 30, the mean of all, for c.
-    assert seconds_left(finished, ["b", "c"], "a", 5.0, 0.0) == pytest.approx(10 + 60 + 30)
-    # A run that is slower than the others does not make the rest negative.
-    assert seconds_left(finished, ["a"], "a", 100.0, 0.5) == pytest.approx(15)
+def log(version: Path, start: int, end: int) -> None:
+    """Steps `start` to `end` of a run, each two seconds of the training clock."""
+    with SummaryWriter(str(version), filename_suffix=f".{start}") as writer:
+        for step in range(start, end):
+            writer.add_scalar("time/training", 2.0 * (step + 1), step)
 
 
-def test_time_left_of_the_first_run_goes_by_its_steps() -> None:
-    assert seconds_left({}, ["b"], "a", 10.0, 0.25) == pytest.approx(30 + 40)
-    assert seconds_left({}, ["b"], "a", 10.0, 0.0) is None
-    assert [clock(None), clock(59.6), clock(3723)] == ["?", "0:01:00", "1:02:03"]
-
-
-def test_progress_is_read_from_behind_what_an_earlier_life_wrote(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    assert share_done(log, 0) == 0.0
-    log.write_text("step 90/100  reward 0.5\n")
-    behind = log.stat().st_size
-    assert share_done(log, behind) == 0.0
-    log.write_text(log.read_text() + "step 20/80  reward 0.5\nstep 40/80  reward 0.5\nmore\n")
-    assert share_done(log, behind) == 0.5
+def test_progress_is_read_from_the_events_of_a_run(tmp_path: Path) -> None:
+    version = tmp_path / "version_0"
+    by_steps, by_clock = RunProgress(version, 80, None), RunProgress(version, 80, 100.0)
+    assert by_steps.read() == by_clock.read() == 0.0
+    log(version, 0, 20)
+    assert (by_steps.read(), by_clock.read()) == (20 / 80, 40 / 100)
+    # A run that is resumed repeats the steps after its last checkpoint in a second file.
+    log(version, 15, 40)
+    assert (by_steps.read(), by_clock.read()) == (40 / 80, 80 / 100)
+    log(version, 40, 90)
+    assert (by_steps.read(), by_clock.read()) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +103,9 @@ def test_progress_is_read_from_behind_what_an_earlier_life_wrote(tmp_path: Path)
         (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one_{seed}.yaml"], "--arms b: no such file one_0.yaml"),
         (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--seeds", "1", "1"], "--seeds names 1 more"),
         (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--baseline", "c"], "expected one of a, b"),
-        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--budget", "long"], "--budget long: expected"),
+        (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--budget", "long"], "--budget is long. Give"),
         (["--base", "one.yaml", "--arms", "a=one.yaml", "b=one.yaml", "--smooth", "0"], "--smooth is 0"),
-        (["--report", "nowhere"], "--report nowhere: no request.json there"),
+        (["--report", "nowhere"], "--report nowhere: the folder has no request.json"),
     ],
 )
 def test_wrong_options_are_one_line_errors(

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from app.studies.compare.process import only_one, run_fit
+from app.studies.compare.process import fit, only_one
+from app.studies.compare.runner import run_all
 from datamodules.errors import UserError
+from tests.support.compare_runs import request
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -22,7 +25,7 @@ def stop(number, frame):
     sys.exit(128 + number)
 
 signal.signal(signal.SIGTERM, stop)
-print("began with", *sys.argv[1:], flush=True)
+print("began with", *sys.argv[1:4], flush=True)
 pathlib.Path("began").touch()
 time.sleep(float(sys.argv[2]))
 sys.exit(int(sys.argv[3]))
@@ -30,9 +33,9 @@ sys.exit(int(sys.argv[3]))
 COMPARISON = """
 import pathlib, sys
 sys.path.insert(0, {root!r})
-from app.studies.compare.process import only_one, run_fit
+from app.studies.compare.process import fit, only_one
 with only_one(pathlib.Path(".")) as lock:
-    run_fit(["fit", "600", "0"], pathlib.Path("log.txt"), lock, lambda: None)
+    fit(["600", "0"], pathlib.Path("log.txt"), lock, lambda: None)
 """
 
 
@@ -54,9 +57,22 @@ def await_that(condition: Callable[[], bool], timeout: float = 60) -> None:
 
 def test_a_run_ends_with_its_exit_status_and_its_words(folder: Path) -> None:
     with only_one(folder) as lock:
-        assert run_fit(["fit", "0", "3"], folder / "log.txt", lock, lambda: None) == 3
-        assert run_fit(["fit", "0", "0"], folder / "log.txt", lock, lambda: None) == 0
+        assert fit(["0", "3"], folder / "log.txt", lock, lambda: None) == 3
+        assert fit(["0", "0"], folder / "log.txt", lock, lambda: None) == 0
     assert (folder / "log.txt").read_text() == "began with fit 0 3\nbegan with fit 0 0\n"
+
+
+def test_a_run_that_fails_is_named_with_its_last_lines(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "app" / "__main__.py").write_text("print('first')\nprint('out of memory')\nraise SystemExit(3)\n")
+    settings = {"trainer": {"max_steps": 4, "val_check_interval": 2}, "model": {"init_args": {}}}
+    asked = replace(request("grpo fast", seeds=(0,)), base=())
+    with pytest.raises(
+        UserError, match=r"arm grpo with seed 0 ended with exit status 3 .*: out of memory \(all output"
+    ):
+        run_all(asked, folder, {(arm.name, seed): settings for arm, seed in asked.runs()})
+    assert "first\nout of memory\n" in capfd.readouterr().err
+    assert (folder / "runs" / "grpo" / "seed_0" / "log.txt").read_text() == "first\nout of memory\n"
+    assert not (folder / "runs" / "fast").exists()
 
 
 def test_a_comparison_that_is_stopped_lets_its_run_save(folder: Path) -> None:
@@ -65,7 +81,7 @@ def test_a_comparison_that_is_stopped_lets_its_run_save(folder: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), only_one(folder) as lock:
-        run_fit(["fit", "600", "0"], folder / "log.txt", lock, stop_when_begun)
+        fit(["600", "0"], folder / "log.txt", lock, stop_when_begun)
     assert (folder / "log.txt").read_text() == "began with fit 600 0\nsaved\n"
 
 

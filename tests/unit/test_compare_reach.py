@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.studies.compare.reach import (
-    Course,
-    Ratio,
-    cost_to_reach,
-    goal_accuracy,
-    ratio,
-    share_of_run,
-    smooth,
-    summarise_ratios,
-)
+from app.studies.compare.figures import ratio_figures
+from app.studies.compare.reach import Course, Ratio, cost_to_reach, goal_accuracy, ratio, smooth
 
 
 def course(accuracy: list[float], seconds_apart: float, steps_apart: float = 10.0) -> Course:
@@ -52,7 +44,7 @@ def test_between_evaluations_cost_grows_in_proportion() -> None:
     assert cost_to_reach(arm, "time", 0.7, 1) == pytest.approx(75.0)
     assert ratio(arm, BASELINE, "time", "final", 1).value == pytest.approx(0.25)
     assert ratio(arm, BASELINE, "steps", "final", 1).value == pytest.approx(15 / 30)
-    assert share_of_run(arm, BASELINE, "time", "final", 1).value == pytest.approx(75 / 400)
+    assert ratio(arm, BASELINE, "time", "final", 1, whole_run=True).value == pytest.approx(75 / 400)
 
 
 def test_one_lucky_evaluation_is_not_enough() -> None:
@@ -65,7 +57,7 @@ def test_one_lucky_evaluation_is_not_enough() -> None:
 def test_a_run_that_never_gets_there_is_a_lower_bound() -> None:
     slow = course([0.4, 0.45, 0.5], 100.0)
     assert ratio(slow, BASELINE, "time", "final", 1) == Ratio(200 / 300, False)
-    assert share_of_run(slow, BASELINE, "time", "final", 1) == Ratio(200 / 400, False)
+    assert ratio(slow, BASELINE, "time", "final", 1, whole_run=True) == Ratio(200 / 400, False)
 
 
 def test_the_baseline_beside_itself_is_one() -> None:
@@ -76,25 +68,25 @@ def test_the_baseline_beside_itself_is_one() -> None:
 def test_a_baseline_that_ends_where_it_began_has_no_goal() -> None:
     flat = course([0.5, 0.6, 0.5], 100.0)
     assert ratio(BASELINE, flat, "time", "final", 1) == Ratio(None, False)
-    assert share_of_run(BASELINE, flat, "time", "final", 1) == Ratio(None, False)
+    assert ratio(BASELINE, flat, "time", "final", 1, whole_run=True) == Ratio(None, False)
     # Its best is above its beginning, so that one can be reached.
     assert ratio(BASELINE, flat, "time", "best", 1).value == pytest.approx(200 / 100)
 
 
 def test_ratios_of_seeds_are_averaged_as_ratios() -> None:
-    found = summarise_ratios([Ratio(0.5, True), Ratio(2.0, True)])
-    assert found.interval.mean == pytest.approx(1.0)
-    assert (found.reached, found.censored, found.undefined, found.at_least) == (2, 0, 0, False)
+    found = ratio_figures({0: Ratio(0.5, True), 1: Ratio(2.0, True)})
+    assert found["mean"] == pytest.approx(1.0)
+    assert (found["reached"], found["censored"], found["undefined"], found["at_least"]) == (2, 0, 0, False)
 
 
 def test_a_censored_seed_bounds_the_mean_and_takes_the_interval_away() -> None:
-    found = summarise_ratios([Ratio(0.5, True), Ratio(2.0, False), Ratio(None, False)])
-    assert found.interval.mean == pytest.approx(1.0)
-    assert found.interval.low is None
-    assert (found.reached, found.censored, found.undefined, found.at_least) == (1, 1, 1, True)
+    found = ratio_figures({0: Ratio(0.5, True), 1: Ratio(2.0, False), 2: Ratio(None, False)})
+    assert found["mean"] == pytest.approx(1.0) and found["ci95"] is None
+    assert (found["reached"], found["censored"], found["undefined"], found["at_least"]) == (1, 1, 1, True)
+    assert found["per_seed"]["1"] == {"ratio": 2.0, "reached": False}
 
 
-def test_nothing_to_average_is_said() -> None:
-    found = summarise_ratios([Ratio(None, False)])
-    assert found.interval.mean is None
-    assert (found.reached, found.censored, found.undefined) == (0, 0, 1)
+def test_a_seed_without_a_goal_has_no_mean() -> None:
+    found = ratio_figures({0: Ratio(None, False)})
+    assert found["mean"] is None and found["ci95"] is None
+    assert (found["reached"], found["censored"], found["undefined"]) == (0, 0, 1)

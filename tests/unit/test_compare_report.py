@@ -15,12 +15,13 @@ import pytest
 
 from app.cli.dots import main
 from app.studies.compare.command import report
-from app.studies.compare.records import read_comparison
-from app.studies.compare.state import account_of, check_unchanged, clear_unsaved, note_asked
-from app.studies.compare.summary import summarise
-from app.studies.compare.wording import ratio_text
+from app.studies.compare.figures import summarise
+from app.studies.compare.records import read_comparison, read_summary
+from app.studies.compare.request import Arm
+from app.studies.compare.run_folder import RunFolder
+from app.studies.compare.tables import ratio_text
 from datamodules.errors import UserError
-from tests.support.compare_runs import asked_of, comparison_of_two, finished_run, request
+from tests.support.compare_runs import comparison_of_two, finished_run, request, settings_of
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_what_perfect_choice_would_take_by_hand(tmp_path: Path) -> None:
     asked = comparison_of_two(tmp_path)
     report(asked, tmp_path)
     assert json.loads((tmp_path / "compare.json").read_text())["perfect_choice"]["time_ratio"]["mean"] is None
-    assert "could save" not in (tmp_path / "compare.md").read_text() + (tmp_path / "compare.html").read_text()
+    assert "Perfect choice" not in (tmp_path / "compare.md").read_text() + (tmp_path / "compare.html").read_text()
     for seed in (0, 1):
         # 40 steps of 10 s each, of which the rollout takes 4.
         version = finished_run(tmp_path, "grpo", seed, [0.4, 0.5, 0.6, 0.7, 0.8], rollout_share=0.4)
@@ -89,7 +90,7 @@ def test_what_perfect_choice_would_take_by_hand(tmp_path: Path) -> None:
     assert "would take 0.77 [" in (tmp_path / "compare.md").read_text()
     assert "would take 0.77 [" in (tmp_path / "compare.html").read_text()
     (version / "completions" / "step_000007.parquet").write_bytes(b"cut short")
-    with pytest.raises(UserError, match=r"step_000007\.parquet' cannot be read"):
+    with pytest.raises(UserError, match=r"step_000007\.parquet' is unreadable"):
         report(asked, tmp_path)
 
 
@@ -108,25 +109,24 @@ def test_the_page_in_words(tmp_path: Path, figures: dict) -> None:
 
 
 class Tags(HTMLParser):
-    """Counts elements by name and class, and notes every address that a browser would fetch."""
+    """Collects the ids of elements and every address that a browser would fetch."""
 
     VOID = ("meta", "input", "br")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, str]] = []
+        self.ids: list[str] = []
         self.addresses: list[str] = []
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        named = dict(attributes)
-        self.found.append((tag, named.get("class") or ""))
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        self.handle_startendtag(tag, attributes)
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attributes).get("class") or ""))
+        self.ids += [value or "" for name, value in attributes if name == "id"]
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -137,27 +137,36 @@ def test_the_html_is_whole_and_asks_for_nothing(tmp_path: Path, figures: dict) -
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
-    assert tags.addresses == []
-    assert not re.search(r"https?://|@import|url\(|<script", text)
+    # Charts refer to their own markers, nothing else is referred to.
+    assert all(address.startswith("#") for address in tags.addresses)
+    namespaces = r' xmlns(:xlink)?="http://www.w3.org/(2000/svg|1999/xlink)"'
+    assert not re.search(r"https?://|@import|url\((?!#)|<script", re.sub(namespaces, "", text))
+    assert len(tags.ids) == len(set(tags.ids))
+    assert {address[1:] for address in tags.addresses} <= set(tags.ids)
     # Four axes of accuracy with two runs of two arms each, and their means.
-    seeds = [name for tag, name in tags.found if tag == "g" and name.endswith(" seed")]
-    assert len(seeds) == 4 * 4
-    means = [name for tag, name in tags.found if tag == "g" and name == "arm-1 mean"]
+    assert len([one for one in tags.ids if re.fullmatch(r"arm-[01]-seed-[01]-accuracy-[0-3]", one)]) == 4 * 4
     # Accuracy four times, the informative fraction twice, the one forecast that was logged.
-    assert len(means) == 4 + 2 + 1
-    assert text.count("No run measured this.") == 2
+    assert len([one for one in tags.ids if one.startswith("arm-1-mean-")]) == 4 + 2 + 1
+    assert text.count("No run logged this metric.") == 2
+    assert "<title>fast seed 1</title>" in text and "<title>fast: rollout 0.50 s</title>" in text
 
 
 def test_a_curve_goes_through_its_points(tmp_path: Path, figures: dict) -> None:
     text = (tmp_path / "compare.html").read_text()
-    drawn = re.search(r'<g class="arm-0 seed"><polyline points="([^"]+)"', text)
-    assert drawn
-    points = [tuple(map(float, pair.split(","))) for pair in drawn[1].split()]
-    across, heights = zip(*points, strict=True)
+    drawn = re.search(r'<g id="arm-0-seed-0-accuracy-0">.*?<path d="([^"]+)"', text, re.DOTALL)
+    plane = re.search(r'<g id="plane-accuracy-0">.*?<path d="([^"]+)"', text, re.DOTALL)
+    assert drawn and plane
+    across, heights = zip(*points(drawn[1]), strict=True)
+    left, right = (function(x for x, _ in points(plane[1])) for function in (min, max))
     # Equal distances in time and in accuracy, from the left border to the right one; upwards is smaller.
-    assert across == pytest.approx([56, 198.5, 341, 483.5, 626], abs=0.1)
+    assert across == pytest.approx([left + (right - left) * quarter / 4 for quarter in range(5)], abs=0.1)
     falls = [before - after for before, after in itertools.pairwise(heights)]
     assert falls == pytest.approx([falls[0]] * 4, abs=0.11) and falls[0] > 0
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    """Corners of an SVG path of straight lines."""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
 
 
 def test_an_arm_that_never_gets_there_is_shown(tmp_path: Path) -> None:
@@ -209,21 +218,25 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
         read_comparison(request(), tmp_path)
 
 
-def test_a_run_that_was_asked_for_otherwise_is_refused(tmp_path: Path) -> None:
-    note_asked(tmp_path, asked_of("Uniform"))
-    check_unchanged(tmp_path, asked_of("Uniform"))
-    with pytest.raises(UserError, match=r"asked for otherwise: .*Uniform -> datamodules.selectors.Dots; give another"):
-        check_unchanged(tmp_path, asked_of("Dots"))
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    folder, arm = RunFolder(tmp_path), Arm("fast", ())
+    folder.check(request(), arm, settings_of("Uniform"))
+    folder.prepare(request(), arm, settings_of("Uniform"))
+    folder.check(request(), arm, settings_of("Uniform"))
+    with pytest.raises(UserError, match=r"other settings: .*Uniform -> datamodules.selectors.Dots. Give another --out"):
+        folder.check(request(), arm, settings_of("Dots"))
+    with pytest.raises(UserError, match=r"other settings: is_baseline: False -> True"):
+        folder.check(request(), Arm("grpo", ()), settings_of("Uniform"))
 
 
-def test_only_what_nothing_can_go_on_from_is_cleared(tmp_path: Path) -> None:
+def test_only_a_run_without_checkpoints_is_cleared(tmp_path: Path) -> None:
     version = finished_run(tmp_path, "grpo", 0, [0.4, 0.8], completed=False)
-    folder = version.parent
-    assert account_of(folder) is None
+    folder, arm = RunFolder.of(tmp_path, "grpo", 0), Arm("grpo", ())
+    assert version == folder.version and read_summary(version) is None
     (version / "checkpoints").mkdir()
     (version / "checkpoints" / "step_00000003.ckpt").write_bytes(b"")
-    clear_unsaved(folder)
+    folder.prepare(request(), arm, settings_of("Uniform"))
     assert version.exists()
     (version / "checkpoints" / "step_00000003.ckpt").unlink()
-    clear_unsaved(folder)
+    folder.prepare(request(), arm, settings_of("Uniform"))
     assert not version.exists()

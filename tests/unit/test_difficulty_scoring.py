@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from app.reporting.forecast_quality import spearman
-from app.reporting.reliability import reliability
-from app.studies.difficulty_scoring import score
+from app.reporting.forecast_quality import reliability, spearman
+from app.studies.difficulty.forecasters import score
 from datamodules.difficulty.encoders import STATISTICS_WIDTH, block_widths, embed_with, encoder_parts, statistics
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.reporting.forecast_quality import pearson
-from app.studies.difficulty_forecasters import Material, kernel, linear_ridge, trained
+from app.studies.difficulty.forecasters import Material, kernel, linear_ridge, trained
 from datamodules.difficulty import training
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
 from datamodules.difficulty.calibration import HEADS

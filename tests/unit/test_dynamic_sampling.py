@@ -40,11 +40,11 @@ def uniform_order(size: int) -> list[str]:
         ([0, 0, 0, 1], True, False),
         ([1, 1, 1, 0], True, False),
         ([1, 0, 1, 0], True, True),
-        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], True, True),  # 3 of 10: the border itself passes
+        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], True, True),  # 3 of 10: the border is inclusive
         ([1, 1, 1, 1, 1, 1, 1, 0, 0, 0], True, True),  # 7 of 10
         ([1, 1, 0, 0, 0, 0, 0, 0, 0, 0], True, False),
         ([1, 1, 1, 1, 1, 1, 1, 1, 0, 0], True, False),
-        ([1], False, False),  # what is left of a group whose other scores failed
+        ([1], False, False),  # the rest of a group whose other scores failed
         ([], False, False),
     ],
 )
@@ -62,7 +62,8 @@ def test_one_border_may_be_left_open():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"), [({"low": 0.7, "high": 0.3}, "low <= high"), ({"max_refills": -1}, "0 .only drop. or more")]
+    ("options", "told"),
+    [({"low": 0.7, "high": 0.3}, "low <= high"), ({"max_refills": -1}, "max_refills is -1, expected at least 0")],
 )
 def test_impossible_options_are_refused_in_one_line(options, told):
     with pytest.raises(UserError, match=told) as error:
@@ -70,7 +71,7 @@ def test_impossible_options_are_refused_in_one_line(options, told):
     assert "\n" not in str(error.value)
 
 
-def test_forecasts_of_added_prompts_stay_beside_their_prompts():
+def test_forecasts_of_added_prompts_stay_aligned_with_their_prompts():
     batch = TrainBatch(0, ())
     batch.add_prompts([prompt(0), prompt(1)], None)
     assert batch.forecast is None
@@ -127,7 +128,7 @@ def test_what_passes_beyond_the_need_is_kept_for_replay_or_counted_as_wasted(tmp
         assert all(one.informative for one in step.groups)
         assert len(step.groups) == 8
         assert len(fresh) + len(step.dropped) + len(step.surplus) == step.counts["train/prompts"]
-        # Kept in the order of generation, the surplus behind.
+        # Kept in the order of generation, followed by the surplus.
         passed = [name for name in step.prompts if int(name[1:]) % 4]
         assert names(fresh) + names(step.surplus) == passed
         surplus += len(step.surplus)

@@ -1,12 +1,13 @@
-"""Phases and counts."""
+"""Phases, counts and reward metrics."""
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
 
-from datamodules.ledger import Ledger
+from datamodules.ledger import Ledger, WeightedMean
 
 
 def test_an_inner_phase_is_not_counted_twice():
@@ -35,6 +36,17 @@ def test_sums_add_up():
     other.count("prompts")
     one.add(other)
     assert dict(one.counts) == {"tokens": 7, "prompts": 1}
+
+
+def test_reward_metrics_are_averaged_by_weight():
+    one, other = Ledger(), Ledger()
+    one.average("exact/length", WeightedMean(2.0 * 3, 3))
+    other.average("exact/length", WeightedMean(8.0, 1))
+    other.average("exact/other", WeightedMean())
+    one.add(other)
+    assert one.reward_metrics["exact/length"].value == (2 * 3 + 8) / 4
+    assert math.isnan(one.reward_metrics["exact/other"].value)
+    assert other.reward_metrics["exact/length"] == WeightedMean(8.0, 1)
 
 
 def test_an_unknown_phase_is_refused():

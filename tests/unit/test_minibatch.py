@@ -91,5 +91,5 @@ def test_rewards_apart_use_the_weights_by_name():
     one = dataclasses.replace(
         one, components={"a": np.float32([0, 1, 2]), "b": np.float32([1, 1, 1]), "unused": np.float32([9, 0, 0])}
     )
-    (found,) = advantages_of([one], "group", apart={"b": 3.0, "a": 2.0})
+    (found,) = advantages_of([one], "group", decoupled={"b": 3.0, "a": 2.0})
     np.testing.assert_allclose(found, [-2, 0, 2], rtol=1e-5)

@@ -45,13 +45,13 @@ def test_three_in_a_row_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
         for step in range(3, 6):
             assert not guard.exhausted
             guard.skipped(step, ONE, NAN, [CompletionId("q/1", index) for index in range(10)])
-    assert "step 5: update left out, not finite: loss 1, gradient norm nan, from q/1[0], q/1[1]," in caplog.text
+    assert "step 5: update skipped, not finite: loss 1, gradient norm nan, from q/1[0], q/1[1]," in caplog.text
     assert "q/1[7] and 2 more" in caplog.text and "q/1[8]" not in caplog.text
-    with pytest.raises(UserError, match="stopped at step 5: 3 updates in a row were not finite") as error:
+    with pytest.raises(UserError, match="Stopped at step 5: 3 updates in a row were not finite") as error:
         guard.check(5)
     assert "\n" not in str(error.value)
 
 
 def test_a_sum_that_overflows_by_itself_is_said_so(caplog: pytest.LogCaptureFixture) -> None:
     NonFiniteGuard().skipped(0, NAN, NAN, [])
-    assert "each completion finite by itself" in caplog.text
+    assert "each completion alone is finite" in caplog.text

@@ -1,6 +1,6 @@
 """The expected gradient of the loss equals the exact policy gradient, by enumerating every completion.
 
-The toy policy has two tokens, of which 1 ends a completion, and at most three steps: the completions are 1, 01, 001,
+The toy policy has two tokens, where 1 ends a completion, and at most three steps: the completions are 1, 01, 001,
 000, of different lengths. Its logits depend on the whole prefix, so three prefixes ("", "0", "00") make six numbers.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from app.objective.advantages import group_advantages
 from app.objective.logprobs import token_logprobs
+from app.objective.ratios import token_weights
 from app.objective.surrogate import SurrogateOptions, policy_loss
-from app.objective.weights import token_weights
 
 F64 = torch.float64
 COMPLETIONS = [(1,), (0, 1), (0, 0, 1), (0, 0, 0)]
@@ -31,7 +31,7 @@ NO_LIMITS: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": float("inf"), "
 
 
 def probabilities(table: Tensor) -> Tensor:
-    """Of each completion, by multiplying softmax probabilities along it."""
+    """Return each completion's probability as the product of its softmax probabilities."""
     p = table.softmax(-1)
     return torch.stack([torch.stack([p[t, token] for t, token in enumerate(c)]).prod() for c in COMPLETIONS])
 
@@ -106,7 +106,7 @@ def test_replayed_completions_with_token_importance(center: str) -> None:
 
 
 def test_one_token_completions_are_unbiased_token_by_token() -> None:
-    """With rewards that the first token decides, its row of the gradient is exact under per-token ratios."""
+    """If the first token decides the reward, its row of the gradient is exact under per-token ratios."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=F64)
     chance = probabilities(BEHAVIOUR)
     options = SurrogateOptions(**NO_LIMITS)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.objective.forms import capped_tokens, clipped_tokens
-from app.objective.kl import kl_estimate
-from app.objective.surrogate import SurrogateOptions, policy_loss
+from app.objective.ratios import kl_estimate
+from app.objective.surrogate import SurrogateOptions, capped_tokens, clipped_tokens, policy_loss
 from datamodules.errors import UserError
 
 F64 = torch.float64
@@ -122,21 +121,24 @@ def test_kl_values_are_unbiased() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "clipp"}, r"form='clipp'.*did you mean 'clip'\?"),
-        ({"dual_clip": 1.1}, r"dual_clip=1.1: expected null, or above 1 \+ epsilon_high"),
-        ({"dual_clip": 1.25, "epsilon_high": 0.25}, r"dual_clip=1.25: expected null, or above 1 \+ epsilon_high"),
-        ({"epsilon_low": 1.01}, r"epsilon_low=1.01: expected in \[0, 1\]"),
-        ({"epsilon_high": -0.1}, r"epsilon_high=-0.1: expected 0 or more"),
-        ({"cispo_cap": 0}, "cispo_cap=0: expected above 0"),
-        ({"sapo_tau_positive": 0}, "sapo_tau_positive=0: expected above 0"),
-        ({"sapo_tau_negative": 0}, "sapo_tau_negative=0: expected above 0"),
-        ({"sapo_tau_negative": -1}, "sapo_tau_negative=-1: expected above 0"),
-        ({"importance_cap": 0}, "importance_cap=0: expected above 0"),
-        ({"beta": -0.1}, r"beta=-0.1: expected 0 \(no reference\) or more"),
-        ({"dual_clip": 3.0, "form": "sapo"}, r"dual_clip=3.0 with form='sapo'.*set dual_clip: null"),
-        ({"clip_center": "behaviour", "importance_level": "sequence"}, "clip_center='behaviour' with importance_level"),
-        ({"clip_center": "behaviour", "importance_mode": "mask"}, "has no importance weight.*set clip_center: old"),
-        ({"kl_corrected": True}, "kl_corrected=True with beta=0"),
+        ({"form": "clipp"}, r"surrogate.form is 'clipp'; expected one of clip, cispo, sapo: .*'clip'"),
+        ({"dual_clip": 1.1}, r"dual_clip is 1.1; set it to null or a number above 1 \+ epsilon_high"),
+        (
+            {"dual_clip": 1.25, "epsilon_high": 0.25},
+            r"dual_clip is 1.25; set it to null or a number above 1 \+ epsilon",
+        ),
+        ({"epsilon_low": 1.01}, r"epsilon_low is 1.01; set it to a number in \[0, 1\]"),
+        ({"epsilon_high": -0.1}, r"epsilon_high is -0.1; set it to 0 or more"),
+        ({"cispo_cap": 0}, "cispo_cap is 0; set it to a number above 0"),
+        ({"sapo_tau_positive": 0}, "sapo_tau_positive is 0; set it to a number above 0"),
+        ({"sapo_tau_negative": 0}, "sapo_tau_negative is 0; set it to a number above 0"),
+        ({"sapo_tau_negative": -1}, "sapo_tau_negative is -1; set it to a number above 0"),
+        ({"importance_cap": 0}, "importance_cap is 0; set it to a number above 0"),
+        ({"beta": -0.1}, r"beta is -0.1; set it to 0 \(no reference\) or more"),
+        ({"dual_clip": 3.0, "form": "sapo"}, r"dual_clip is 3.0 with form='sapo'.*Set dual_clip to null"),
+        ({"clip_center": "behaviour", "importance_level": "sequence"}, "'behaviour' with importance_level='sequence'"),
+        ({"clip_center": "behaviour", "importance_mode": "mask"}, "no importance weight.*set clip_center to old"),
+        ({"kl_corrected": True}, "kl_corrected is true with beta=0"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -58,11 +59,11 @@ def in_microbatches(module: GRPOModule, count: int) -> Tensor:
     sequences = minibatches(
         batch_groups, advantages_of(batch_groups, "group"), parts=module.mini_batches,
         generator=generator(0, "minibatches", 0), aggregation="token", max_completion_length=19,
-        keep_zero_advantage=bool(module.surrogate.beta),
+        keep_zero_advantage=bool(module.options.surrogate.beta),
     )[0].sequences  # fmt: skip
     for budget in range(1300, 10, -1):
-        module.max_tokens_per_microbatch = budget
-        if len(module.microbatches_of(sequences)) >= count:
+        module.options = dataclasses.replace(module.options, max_tokens_per_microbatch=budget)
+        if len(module.learner.microbatches.of(sequences)) >= count:
             return gradient(module, batch_groups)
     raise AssertionError(f"no budget makes {count} micro-batches or more")
 
@@ -72,7 +73,8 @@ def test_any_number_of_microbatches(name: str) -> None:
     module = module_on(tiny_model(VOCABULARY, seed=3), tiny_model(VOCABULARY, seed=4), **VARIANTS[name])
     whole = in_microbatches(module, 1)
     assert whole.norm() > 1e-3
-    for module.share_prompts in (True, False):
+    for share_prompts in (True, False):
+        module.options = dataclasses.replace(module.options, share_prompts=share_prompts)
         for count in (1, 2, 3, 7):
             assert (in_microbatches(module, count) - whole).norm() <= TOLERANCE * whole.norm()
 
@@ -88,8 +90,9 @@ def test_completions_without_advantage_left_out_or_kept(aggregation: Any) -> Non
         aggregation=aggregation, max_completion_length=module.sampling.max_completion_length, keep_zero_advantage=True,
     )  # fmt: skip
     assert len(part.sequences) == 12 * SIZE
-    for packed in module.microbatches_of(part.sequences):
-        module.loss_of(packed).loss.backward()
+    learner = module.learner
+    for packed in learner.microbatches.of(part.sequences):
+        learner.loss_of(packed).loss.backward()
     kept = flat_gradient(model)
     assert (left_out - kept).norm() <= TOLERANCE * kept.norm()
 

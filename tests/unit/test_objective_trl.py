@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from app.objective import advantages as ours
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from app.objective.ratios import Aggregation, token_weights
 from app.objective.surrogate import SurrogateOptions, policy_loss
-from app.objective.weights import Aggregation, token_weights
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.rewards import SoftOverlong
 from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
@@ -54,7 +54,7 @@ def model(tokenizer: Any) -> Qwen2ForCausalLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What both sides are given. Padded `[N, L]`, with advantages `[N]`."""
+    """The input of both implementations: padded `[N, L]`, with advantages `[N]`."""
 
     prompt_ids: Tensor
     completion_ids: Tensor
@@ -165,7 +165,7 @@ def mine(
     assert len(plan) > 1
     for rows in plan:
         packed = collate([sequences[row] for row in rows])
-        logprobs, entropy = score(policy, packed, 1.0, with_entropy=True)
+        logprobs, entropy = completion_logprobs(policy, packed, 1.0, with_entropy=True)
         reference = torch.cat([tokens.reference[row, : LENGTHS[row]] for row in rows])
         loss = policy_loss(
             logprobs, packed.behaviour_logprobs, packed.advantages, packed.weights, options,
@@ -246,7 +246,7 @@ def test_importance_correction(
 
 
 def test_entropy_bonus(model: Any, tokenizer: Any, tokens: Tokens, tmp_path: Path) -> None:
-    """On purpose: TRL's bonus is the mean over tokens whatever the loss; ours is aggregated as the loss is.
+    """On purpose: TRL's bonus is the mean over tokens for every loss; ours is aggregated like the loss.
 
     So they are equal with the token mean, and otherwise differ by the difference of the two means of the entropy.
     """
@@ -325,7 +325,7 @@ def same_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("same_epsilon")
 def test_advantages(model: Any, tokenizer: Any, tmp_path: Path, aggregation: str, scale: Any) -> None:
-    """12 completions in 3 groups of 4, three rewards with weights, one of which does not always apply."""
+    """12 completions in 3 groups of 4, three weighted rewards; one does not always apply."""
     rewards, weights = [by_length, by_first_token, sometimes], [1.0, 0.5, 2.0]
     trainer = trainer_of(
         copy.deepcopy(model).float(), tokenizer, tmp_path, rewards, reward_weights=weights, scale_rewards=scale,
@@ -338,7 +338,7 @@ def test_advantages(model: Any, tokenizer: Any, tmp_path: Path, aggregation: str
     ids = [row[:length] for row, length in zip(made["completion_ids"].tolist(), lengths, strict=True)]
     groups = [group_of(first // 4, ids[first : first + 4], rewards, weights) for first in (0, 4, 8)]
     apart = dict(zip(groups[0].components, weights, strict=True)) if aggregation == "normalize_then_sum" else None
-    found = np.concatenate(advantages_of(groups, scale, apart=apart))
+    found = np.concatenate(advantages_of(groups, scale, decoupled=apart))
     expected = made["advantages"].numpy()
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

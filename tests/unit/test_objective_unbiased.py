@@ -1,6 +1,6 @@
 """The module's gradient, from drawn completions, is the exact policy gradient within its Monte Carlo error.
 
-A real transformer over four tokens, of which 1 ends a completion, and three steps at most: 40 completions, enumerated.
+A real transformer over four tokens, where 1 ends a completion, and three steps at most: 40 completions, enumerated.
 Groups are drawn from the policy itself, or from an older one and taken through the replay buffer. Stated error: the
 standard error over 20 batches of 400 groups, at most 3.5% of the exact gradient along its own direction; an estimate
 passes within 4 standard errors along that direction and along 20 random ones.
@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engines import Sampling
 from app.objective.surrogate import SurrogateOptions
 from callbacks.algorithm.replay_buffer import ReplayBuffer
 from datamodules.types import Prompt, RolloutGroup
@@ -33,7 +34,7 @@ NO_LIMITS: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": float("inf"), "
 
 
 def token_logprobs(model: Any) -> list[Tensor]:
-    """Of every completion `[T]`, by the plain softmax of the model's logits."""
+    """Return log-probabilities `[T]` of every completion, by the plain softmax of the model's logits."""
     found = []
     for completion in COMPLETIONS:
         logits = model(torch.tensor([START + completion])).logits[0, len(START) - 1 : -1]
@@ -84,12 +85,11 @@ def draw(chances: np.ndarray, logprobs: list[np.ndarray], seed: int) -> list[Rol
 def estimates(
     policy: Any, behaviour: Any, replayed: bool, mini_batches: int, claimed: Any = None, **options: Any
 ) -> Tensor:
-    """`[BATCHES, P]` estimates of the gradient of the expected reward."""
+    """Return estimates of the gradient of the expected reward, `[BATCHES, P]`."""
     module = module_on(
         policy, surrogate=SurrogateOptions(**options), advantage_scale="none", advantage_baseline="leave_one_out",
-        aggregation="constant", mini_batches=mini_batches,
+        aggregation="constant", mini_batches=mini_batches, sampling=Sampling(max_completion_length=LIMIT),
     )  # fmt: skip
-    module.sampling = dataclasses.replace(module.sampling, max_completion_length=LIMIT)
     with torch.no_grad():
         chances = np.exp([float(values.sum()) for values in token_logprobs(behaviour)])
         logprobs = [values.numpy() for values in token_logprobs(claimed or behaviour)]

@@ -15,7 +15,7 @@ SIZE, WIDTH = 700, 32
 
 
 def matrix(kind, seed: int = 3) -> torch.Tensor:
-    """`R [P, d]`: the projection of every unit vector."""
+    """Return `R [P, d]`, the projection of every unit vector."""
     return kind(SIZE, WIDTH, seed)(torch.eye(SIZE))
 
 
@@ -73,7 +73,7 @@ def test_inner_products_err_as_johnson_and_lindenstrauss_say(kind):
     assert 0.82 - (WIDTH / NONZEROS / SIZE if kind is Sparse else 0) < products.var() / variance < 1.18
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_projections_are_refused():
     with pytest.raises(UserError, match="did you mean 'sparse'"):
         projection("sparce", 10, 8, 0)
     with pytest.raises(UserError, match="multiple of 4"):

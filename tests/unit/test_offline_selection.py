@@ -15,7 +15,7 @@ from app.module import GRPOModule
 from app.policy.model import Lora, Policy
 from app.rewards import ReasoningGym
 from app.subsets.base import Column, best
-from app.subsets.bench import Bench
+from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.gradients import PromptGradients, chosen_parameters
 from app.subsets.learnalign import LearnAlign, LearnAlignOptions, alignment_scores, learnability
 from app.subsets.measurements import Workspace
@@ -28,7 +28,7 @@ POLICY = str(Path(__file__).parents[2] / "configs" / "tiny_policy")
 LAST_LAYER = r"layers\.3\."
 
 
-def make_bench(lora: Lora | None = None) -> Bench:
+def make_policy(lora: Lora | None = None) -> FrozenPolicy:
     module = GRPOModule(
         Policy(POLICY, lora=lora),
         [ReasoningGym(after="#### ")],
@@ -38,32 +38,32 @@ def make_bench(lora: Lora | None = None) -> Bench:
     )
     module.configure_model()
     trainer = DotsTrainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    return Bench(module, trainer)
+    return FrozenPolicy(module, trainer)
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
+def policy() -> Iterator[FrozenPolicy]:
     torch.set_num_threads(1)
-    made = make_bench()
+    made = make_policy()
     yield made
     made.module.teardown("test")
 
 
 @pytest.fixture(scope="module")
-def prompts(bench: Bench) -> list[Prompt]:
+def prompts(policy: FrozenPolicy) -> list[Prompt]:
     settings = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
     source = Procedural([ProceduralTask("chain_sum", 40, settings)], template="{question}\n")
-    return list(source.load(bench.module.tokenizer, 0))[:24]
+    return list(source.load(policy.module.tokenizer, 0))[:24]
 
 
 @pytest.fixture(scope="module")
-def groups(bench: Bench, prompts: list[Prompt]) -> list[RolloutGroup]:
-    return bench.roll(prompts)
+def groups(policy: FrozenPolicy, prompts: list[Prompt]) -> list[RolloutGroup]:
+    return policy.roll(prompts)
 
 
-def plain_gradient(bench: Bench, group: RolloutGroup, pattern: str) -> np.ndarray:
+def plain_gradient(policy: FrozenPolicy, group: RolloutGroup, pattern: str) -> np.ndarray:
     """Autograd through the model's own logits: GRPO's loss of one group, completion by completion, float64 `[P]`."""
-    model = bench.module.policy_model
+    model = policy.module.policy_model
     chosen = [one for name, one in model.named_parameters() if pattern in name]
     rewards = torch.from_numpy(group.rewards)
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
@@ -91,37 +91,41 @@ def explicit_scores(groups: list[RolloutGroup], gradients: np.ndarray) -> np.nda
 
 
 @pytest.fixture(scope="module")
-def exact(bench: Bench, groups: list[RolloutGroup]) -> np.ndarray:
-    size = sum(one.numel() for name, one in bench.module.policy_model.named_parameters() if "layers.3." in name)
-    gradients = [plain_gradient(bench, group, "layers.3.") if group.informative else np.zeros(size) for group in groups]
+def exact(policy: FrozenPolicy, groups: list[RolloutGroup]) -> np.ndarray:
+    size = sum(one.numel() for name, one in policy.module.policy_model.named_parameters() if "layers.3." in name)
+    gradients = [
+        plain_gradient(policy, group, "layers.3.") if group.informative else np.zeros(size) for group in groups
+    ]
     return explicit_scores(groups, np.stack(gradients))
 
 
-def scores_of(bench: Bench, prompts: list[Prompt], **options: object) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def scores_of(
+    policy: FrozenPolicy, prompts: list[Prompt], **options: object
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     method = LearnAlign(LearnAlignOptions(parameters=LAST_LAYER, **options))  # type: ignore[arg-type]
-    method.prepare(bench)
-    measured = method.measure(bench, prompts)
+    method.prepare(policy)
+    measured = method.measure(policy, prompts)
     return method.score(measured), measured
 
 
-def test_a_prompts_gradient_is_that_of_the_written_out_loss(bench: Bench, groups: list[RolloutGroup]) -> None:
+def test_a_prompts_gradient_is_that_of_the_written_out_loss(policy: FrozenPolicy, groups: list[RolloutGroup]) -> None:
     """Micro-batches of a few sequences, two mini-batches and left-out completions change nothing."""
     informative = [group for group in groups if group.informative][:3]
     assert informative
-    parameters = chosen_parameters(bench.module.policy_model, LAST_LAYER, 1)
-    gradients = PromptGradients(bench, parameters)
+    parameters = chosen_parameters(policy.module.policy_model, LAST_LAYER, 1)
+    gradients = PromptGradients(policy, parameters)
     for group in informative:
         flat = torch.zeros(gradients.size)
         gradients.add(group, flat)
-        expected = plain_gradient(bench, group, "layers.3.")
+        expected = plain_gradient(policy, group, "layers.3.")
         np.testing.assert_allclose(flat.numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert all(one.requires_grad and one.grad is None for one in bench.module.policy_model.parameters())
+    assert all(one.requires_grad and one.grad is None for one in policy.module.policy_model.parameters())
 
 
 def test_scores_equal_the_matrix_of_whole_gradients(
-    bench: Bench, prompts: list[Prompt], groups: list[RolloutGroup], exact: np.ndarray
+    policy: FrozenPolicy, prompts: list[Prompt], groups: list[RolloutGroup], exact: np.ndarray
 ) -> None:
-    scores, measured = scores_of(bench, prompts, projection="none")
+    scores, measured = scores_of(policy, prompts, projection="none")
     np.testing.assert_allclose(measured["success_rate"], [group.success_rate for group in groups])
     np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=1e-5 * np.abs(exact).max())
     certain = [not group.informative for group in groups]
@@ -131,10 +135,10 @@ def test_scores_equal_the_matrix_of_whole_gradients(
 
 @pytest.mark.parametrize(("kind", "dimension"), [("sparse", 4096), ("rademacher", 1024)])
 def test_projected_scores_rank_alike(
-    bench: Bench, prompts: list[Prompt], exact: np.ndarray, kind: str, dimension: int
+    policy: FrozenPolicy, prompts: list[Prompt], exact: np.ndarray, kind: str, dimension: int
 ) -> None:
     """A cosine errs by `1 / sqrt(d)` and a mean over the pool, whose errors are independent, by less."""
-    scores, _ = scores_of(bench, prompts, projection=kind, dimension=dimension)
+    scores, _ = scores_of(policy, prompts, projection=kind, dimension=dimension)
     teaching = exact != 0
     assert np.corrcoef(scores[teaching], exact[teaching])[0, 1] > 0.97
     assert len(set(best(scores, 6)) & set(best(exact, 6))) >= 5
@@ -143,9 +147,9 @@ def test_projected_scores_rank_alike(
     assert 0 < np.sqrt(np.mean((scores - exact) ** 2)) < expected_error
 
 
-def test_measurements_do_not_depend_on_the_batch(bench: Bench, prompts: list[Prompt]) -> None:
-    _, whole = scores_of(bench, prompts[:6])
-    parts = [scores_of(bench, prompts[first : first + 2])[1] for first in (0, 2, 4)]
+def test_measurements_do_not_depend_on_the_batch(policy: FrozenPolicy, prompts: list[Prompt]) -> None:
+    _, whole = scores_of(policy, prompts[:6])
+    parts = [scores_of(policy, prompts[first : first + 2])[1] for first in (0, 2, 4)]
     joined = np.concatenate([part["feature"] for part in parts])
     np.testing.assert_allclose(joined, whole["feature"], rtol=1e-4, atol=1e-5 * np.abs(whole["feature"]).max())
 
@@ -159,19 +163,19 @@ def test_scores_by_hand() -> None:
     assert best(np.array([0.0, 2.0, 0.0, 3.0]), 3).tolist() == [3, 1, 0]
 
 
-def test_which_parameters_are_meant(bench: Bench) -> None:
-    model = bench.module.policy_model
+def test_which_parameters_are_meant(policy: FrozenPolicy) -> None:
+    model = policy.module.policy_model
     assert {name.split(".")[2] for name in chosen_parameters(model, "", 2)} == {"2", "3"}
     assert list(chosen_parameters(model, r"^model\.norm", 2)) == ["model.norm.weight"]
-    with pytest.raises(UserError, match="names no trainable parameter"):
+    with pytest.raises(UserError, match="matches no trainable parameter"):
         chosen_parameters(model, "layers.99", 2)
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         chosen_parameters(model, "(", 2)
 
 
 def test_adapters_are_meant_where_there_are_any(prompts: list[Prompt]) -> None:
     torch.manual_seed(0)
-    adapted = make_bench(Lora(rank=2))
+    adapted = make_policy(Lora(rank=2))
     try:
         chosen = chosen_parameters(adapted.module.policy_model, "", 1)
         trainable = {name for name, one in adapted.module.policy_model.named_parameters() if one.requires_grad}
@@ -188,16 +192,16 @@ def test_adapters_are_meant_where_there_are_any(prompts: list[Prompt]) -> None:
         adapted.module.teardown("test")
 
 
-def test_confidence_is_the_mean_logprob_of_one_completion(bench: Bench, prompts: list[Prompt]) -> None:
-    completions = bench.complete(prompts)
-    found = mean_logprobs(bench, prompts, completions)
+def test_confidence_is_the_mean_logprob_of_one_completion(policy: FrozenPolicy, prompts: list[Prompt]) -> None:
+    completions = policy.complete(prompts)
+    found = mean_logprobs(policy, prompts, completions)
     for value, prompt, completion in zip(found, prompts, completions, strict=True):
         ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
         with torch.no_grad():
-            logprobs = bench.module.policy_model(ids).logits[0, :-1].double().log_softmax(-1)
+            logprobs = policy.module.policy_model(ids).logits[0, :-1].double().log_softmax(-1)
         taken = logprobs.gather(1, ids[0, 1:, None])[-len(completion.token_ids) :]
         assert value == pytest.approx(float(taken.mean()), rel=1e-4)
-    measured = Ufo(UfoOptions()).measure(bench, prompts)
+    measured = Ufo(UfoOptions()).measure(policy, prompts)
     np.testing.assert_allclose(measured["confidence"], found)
 
 
@@ -221,9 +225,9 @@ def test_a_folder_belongs_to_one_selection(tmp_path: Path) -> None:
     again.append({"rate": np.array([0.25, 0.0, 0.5]), "feature": np.zeros((3, 3))})
     assert again.arrays["rate"].tolist() == [0.5, 1.0, 0.25, 0.0, 0.5]
     assert np.load(tmp_path / "w" / "feature.npy").tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 3
-    with pytest.raises(UserError, match="made with another seed:"):
+    with pytest.raises(UserError, match=r"made with another seed\."):
         Workspace(tmp_path / "w", {"seed": 2, "betas": (0.9, 0.999)})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="no folder of `dots select`"):
+    with pytest.raises(UserError, match="was not written by `dots select`"):
         Workspace(tmp_path / "other", {})

@@ -11,8 +11,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from app.objective.logprobs import token_logprobs
 from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches
+from app.objective.ratios import token_weights
 from app.objective.surrogate import SurrogateOptions, policy_loss
-from app.objective.weights import token_weights
 
 
 def test_plan_by_hand() -> None:

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from app.reporting.pass_at_k import PassAtK
+from app.reporting.validation import PassAtK
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 0, 2), (4, 1, 2), (5, 3, 2), (6, 2, 4), (6, 5, 4), (3, 3, 3)])

@@ -186,7 +186,7 @@ def test_draws_follow_the_chance_of_being_informative(embeddings, context, tempe
     """Prompt i is drawn first with probability ~ P(informative)_i^(1 / temperature)."""
     selector = ready(Posterior(temperature=temperature, learn_constants=False), context)
     selector.observe(outcomes(np.arange(30), np.repeat([0.0, 0.5, 1.0], 10), "reference"))
-    chance = selector.acquisition.greedy(selector._tabulated(), selector._placed()) ** (1 / temperature)
+    chance = selector._placed().read(selector._tabulated().informative) ** (1 / temperature)
     chance /= chance.sum()
     rng, draws = np.random.default_rng(0), 20_000
     first = np.bincount([int(selector.priorities(1, rng).argmax()) for _ in range(draws)], minlength=SIZE)

@@ -1,4 +1,4 @@
-"""What ranks say to each other and how work is dealt to them; the collectives run in processes of their own."""
+"""Communication between ranks and the split of work; the collectives run in separate processes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from app.rollouts.exchange import Rolled, exchange
 from app.update.gradient_sum import sum_gradients
 from app.update.minibatch import CompletionId, MiniBatch, shares, token_imbalance
 from datamodules.errors import UserError
+from datamodules.ledger import WeightedMean
 from datamodules.types import Completion, Prompt, RolloutGroup
 
 
@@ -57,7 +58,7 @@ def test_shares_keep_prompts_together_while_they_balance():
     assert (first.tokens, first.skipped_tokens) == (even.tokens, even.skipped_tokens)
 
 
-def test_shares_part_a_prompt_that_nobody_should_wait_for():
+def test_shares_split_a_prompt_rather_than_wait():
     uneven = _minibatch({"a": [10] * 6, "b": [10] * 2})
     dealt = shares(uneven, 2)
     assert [len(share.sequences) for share in dealt] == [4, 4]
@@ -69,7 +70,7 @@ def test_shares_part_a_prompt_that_nobody_should_wait_for():
             assert sequence is uneven.sequences[uneven.ids.index(name)]
 
 
-def test_one_process_talks_to_nobody():
+def test_one_process_needs_no_communication():
     ranks = Ranks.of_run()
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ranks.gather(b"word", "test") == [b"word"]
@@ -89,15 +90,15 @@ def test_rollouts_reach_every_rank_unchanged_and_in_order(tmp_path: Path):
     _on_ranks(2, _rollouts, tmp_path)
 
 
-def test_ranks_that_chose_different_prompts_are_told(tmp_path: Path):
+def test_ranks_that_chose_different_prompts_raise(tmp_path: Path):
     _on_ranks(2, _different_choices, tmp_path)
 
 
-def test_what_rank_0_does_and_what_it_fails_at_reaches_all(tmp_path: Path):
+def test_results_and_errors_of_rank_0_reach_all(tmp_path: Path):
     _on_ranks(3, _first_for_all, tmp_path)
 
 
-def test_a_loss_that_one_rank_meets_with_is_everybodys(tmp_path: Path):
+def test_a_lost_server_of_one_rank_is_lost_for_all(tmp_path: Path):
     _on_ranks(3, _losses, tmp_path)
 
 
@@ -131,10 +132,10 @@ def _rollouts(ranks: Ranks) -> None:
     # A group that lost all its completions, and texts that are no valid UTF-8, are passed on too.
     dealt = [[0, 3], [1, 2]]
     mine = [groups[position] for position in dealt[ranks.rank]]
-    rolled = Rolled(mine, {"train/prompts": 2}, {"length": [float(ranks.rank), 0.5]})
+    rolled = Rolled(mine, {"train/prompts": 2}, {"exact/length": WeightedMean(2.0 * ranks.rank, 3 - ranks.rank)})
     whole = exchange(ranks, [group.prompt for group in groups], dealt, rolled)
     assert whole.counts == {"train/prompts": 4}
-    assert sorted(whole.logged["length"]) == [0.0, 0.5, 0.5, 1.0]
+    assert whole.logged == {"exact/length": WeightedMean(2.0, 5)}
     for found, expected in zip(whole.groups, groups, strict=True):
         assert found.prompt is expected.prompt
         assert (found.source, found.birth_step) == (expected.source, expected.birth_step)
@@ -180,15 +181,15 @@ def _losses(ranks: Ranks) -> None:
 
 
 def _one_leaves(ranks: Ranks) -> None:
-    ranks.meet("start")
+    ranks.barrier("start")
     if ranks.rank == 2:
         return
     with pytest.raises(LostRankError, match=r"lost rank 2 \(its process has ended\)" if ranks.rank == 0 else "rank 0"):
-        ranks.meet("test")
+        ranks.barrier("test")
 
 
 def _group(name: str, size: int) -> RolloutGroup:
-    """With `size` completions, the first of them with a lone surrogate in its text."""
+    """Return a group with `size` completions, the first with a lone surrogate in its text."""
     random = np.random.default_rng(size)
     completions = tuple(
         Completion(
@@ -217,8 +218,8 @@ def _minibatch(lengths: dict[str, list[int]]) -> MiniBatch:
 
 
 def _on_ranks(count: int, check: Callable[[Ranks], None], folder: Path) -> None:
-    """Runs `check` in `count` processes that find each other through a file; fails where one of them does."""
-    # Forked: what is imported here need not be imported again.
+    """Run `check` in `count` processes that meet through a file; fail if one of them fails."""
+    # Forked, so that imports are not repeated.
     arguments = (count, check, str(folder / "meeting"))
     multiprocessing.start_processes(_rank, arguments, nprocs=count, start_method="fork")
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.studies.oracle import Oracle
-from app.studies.recorded_run import Budget, replay, revealed
-from app.studies.traces import Traces, read_traces
+from app.studies.forecast.oracle import Oracle
+from app.studies.forecast.recorded_run import Budget, Traces, read_traces, replay, revealed
 from datamodules.errors import UserError
 from datamodules.selectors import SelectionContext, Selector, Uniform
 
@@ -202,9 +201,9 @@ def test_oracle_is_the_decayed_past_of_all():
 @pytest.mark.parametrize(
     ("script", "guess", "message"),
     [
-        ([[0, 0], [0, 1]], None, "gave 2 prompts, 1 of them distinct: expected 2"),
-        ([[0], [0]], None, "gave 1 prompts"),
-        ([[0, 1], [0, 1]], [0.5, 0.5], r"forecast\(\) gave shape \(2,\)"),
+        ([[0, 0], [0, 1]], None, "returned 2 prompts, 1 of them distinct, expected 2"),
+        ([[0], [0]], None, "returned 1 prompts"),
+        ([[0, 1], [0, 1]], [0.5, 0.5], r"forecast\(\) returned shape \(2,\)"),
         ([[0, 1], [0, 1]], [0.5, 0.5, np.nan], "not finite"),
     ],
 )
@@ -214,7 +213,7 @@ def test_selector_that_breaks_its_contract(script, guess, message):
 
 
 def test_batch_larger_than_the_pool():
-    with pytest.raises(UserError, match="--batch asks for 4 prompts of a pool of 3"):
+    with pytest.raises(UserError, match="--batch is 4, but the pool has 3 prompts"):
         play(Uniform(), traces_of([[0.5, 0.5]] * 3), Budget(4))
 
 
@@ -282,7 +281,7 @@ def test_traces_too_short(tmp_path):
     for first, visits in ((1, None), (0, 3), (2, None), (0, 1), (-1, None)):
         with pytest.raises(UserError, match="the shortest trace has 2 visits"):
             traces.cut(first, visits)
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="not a file"):
         read_traces(tmp_path / "missing.jsonl")
 
 

@@ -18,7 +18,7 @@ def test_logprobs_are_those_of_the_initial_policy(lora: Lora | None) -> None:
     policy = Policy(str(TINY), lora=lora)
     trained, reference = policy.load(), ReferencePolicy.of(policy)
     sequences = [ScoredSequence([5, 6, 7], np.arange(8, 20), np.zeros(12), 1.0, 1.0)]
-    packed = MicroBatches(trained, 0.7, 64, True, 0, torch.device("cpu")).one(sequences)
+    packed = MicroBatches(trained, 64, True, 0, torch.device("cpu")).one(sequences)
     with torch.no_grad():
         logits = Policy(str(TINY)).load().eval()(torch.tensor([[5, 6, 7, *range(8, 20)]])).logits[0, 2:-1] / 0.7
         for parameter in trained.parameters():

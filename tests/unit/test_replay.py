@@ -1,4 +1,4 @@
-"""The replay callback over many steps, against a plain account of what should be in the buffer and in the batch."""
+"""The replay callback over many steps, against a plain account of the expected buffer and batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_STEP = 6
 
 
 def on_data(replay: RolloutReplay, prompts: int) -> tuple[RolloutReplay, OnlinePromptDataModule]:
-    """The callback set up on a data module whose pool is in memory."""
+    """Set up the callback on a data module whose pool is in memory."""
     data = OnlinePromptDataModule(PromptFile("unread.jsonl"), prompts_per_step=PER_STEP, seed=0)
     data.pools["train"] = pool(prompts)
     replay.setup(SimpleNamespace(datamodule=data), None, "fit")  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def on_data(replay: RolloutReplay, prompts: int) -> tuple[RolloutReplay, OnlineP
 
 
 def begin(replay: RolloutReplay, batch: TrainBatch) -> list[RolloutGroup]:
-    """What the callback adds to a batch."""
+    """Return the groups that the callback adds to a batch."""
     before = len(batch.groups)
     replay.on_train_batch_start(None, None, batch, batch.step)  # type: ignore[arg-type]
     return batch.groups[before:]
@@ -43,13 +43,14 @@ def end(replay: RolloutReplay, batch: TrainBatch) -> None:
 
 def batch_of(step: int, groups: list[RolloutGroup], **others: list[RolloutGroup]) -> TrainBatch:
     batch = TrainBatch(step, ())
-    batch.groups = list(groups)
-    batch.surplus, batch.dropped = others.get("surplus", []), others.get("dropped", [])
+    batch.add(groups)
+    for fate, given in others.items():
+        batch.add(given, fate)
     return batch
 
 
 def outcome(rng: np.random.Generator, index: int, step: int) -> RolloutGroup:
-    """A fresh group: all wrong, all right, mixed, or without any score."""
+    """Return a fresh group: all wrong, all right, mixed, or without any score."""
     rewards = [[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1], []][rng.integers(6)]
     return group(prompt(index), rewards, birth=step, source="reference" if rng.random() < 0.2 else "fresh")
 
@@ -76,7 +77,7 @@ def resumed(replay: RolloutReplay, data: OnlinePromptDataModule, **options: Any)
     ],
 )
 def test_random_steps(options: dict[str, Any], seed: int):
-    """Nine prompts and six a step: most prompts are measured anew while they are stored."""
+    """Nine prompts and six a step: most prompts are rolled out again while they are stored."""
     rng = np.random.default_rng(seed)
     replay, data = on_data(RolloutReplay(**options), 9)
     kept: dict[str, int] = {}  # prompt -> birth step, oldest entry first
@@ -126,7 +127,7 @@ def test_random_steps(options: dict[str, Any], seed: int):
 
 @pytest.mark.parametrize("place", ["groups", "surplus", "dropped"])
 @pytest.mark.parametrize("rewards", [[0, 0], [1, 1], [0, 1], []])
-def test_a_prompt_measured_anew_loses_its_stored_group(place: str, rewards: list[float]):
+def test_a_prompt_rolled_out_again_loses_its_stored_group(place: str, rewards: list[float]):
     replay, _ = on_data(RolloutReplay(), 9)
     end(replay, batch_of(0, [group(prompt(index), [0, 1]) for index in range(6)]))
     new = [group(prompt(0), rewards, birth=1)]
@@ -142,7 +143,7 @@ def test_a_prompt_measured_anew_loses_its_stored_group(place: str, rewards: list
     assert {name for name, birth in found.items() if birth == 0} - {"p0"} == {"p1", "p2", "p3", "p4", "p5"}
 
 
-def test_memory_stays_within_its_bound_and_a_group_that_is_too_large_is_told_once():
+def test_memory_stays_within_its_bound_and_a_group_that_is_too_large_is_reported_once():
     one = group(prompt(0), [0, 1])
     # By hand: 3 tokens of 8 bytes, 2 completions of 8 + 1 + 8 + 12 bytes, 2 texts of 2 bytes.
     size = 3 * 8 + 2 * 29 + 4
@@ -164,14 +165,14 @@ def test_memory_stays_within_its_bound_and_a_group_that_is_too_large_is_told_onc
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"fresh_fraction": 0.0}, r"fresh_fraction in \(0, 1\]"),
-        ({"fresh_fraction": float("nan")}, r"fresh_fraction in \(0, 1\]"),
-        ({"capacity": 0}, "capacity >= 1"),
-        ({"max_bytes": 0}, r"max_bytes=0\): expected at least 1, or null"),
-        ({"max_age": 0}, r"max_age=0\): expected at least 1, or null"),
-        ({"draw": "advantages"}, r"draw='advantages'\): did you mean 'advantage'"),
-        ({"logprob_dtype": "bfloat16"}, r"logprob_dtype='bfloat16'\): did you mean 'float16'"),
-        ({"admit": "some"}, r"admit='some'\): "),
+        ({"fresh_fraction": 0.0}, r"fresh_fraction is 0.0, expected a number in \(0, 1\]"),
+        ({"fresh_fraction": float("nan")}, r"fresh_fraction is nan, expected a number in \(0, 1\]"),
+        ({"capacity": 0}, "capacity is 0, expected at least 1"),
+        ({"max_bytes": 0}, "max_bytes is 0, expected at least 1. Raise it, or set null"),
+        ({"max_age": 0}, "max_age is 0, expected at least 1. Raise it, or set null"),
+        ({"draw": "advantages"}, "draw is 'advantages'; did you mean 'advantage'"),
+        ({"logprob_dtype": "bfloat16"}, "logprob_dtype is 'bfloat16'; did you mean 'float16'"),
+        ({"admit": "some"}, "admit is 'some'; "),
     ],
 )
 def test_impossible_options_are_refused_in_one_line(options: dict[str, Any], told: str):

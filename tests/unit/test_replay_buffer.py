@@ -1,4 +1,4 @@
-"""The replay buffer against a plain list, its draws against exact probabilities, and what its entries cost."""
+"""The replay buffer against a plain list, its draws against exact probabilities, and the memory of its entries."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_equal(found: RolloutGroup, expected: RolloutGroup, half: bool = False
 
 
 def restored(buffer: ReplayBuffer, like: ReplayBuffer) -> ReplayBuffer:
-    """`like`, an empty buffer, filled from what a checkpoint of `buffer` gives back."""
+    """Fill `like`, an empty buffer, from a checkpoint of `buffer`, and return it."""
     written = io.BytesIO()
     torch.save(buffer.state_dict(), written)
     written.seek(0)
@@ -177,7 +177,7 @@ def test_it_does_what_a_plain_list_does(capacity, max_bytes, max_age, draw_by, h
 
 
 def assert_drawn(drawn: list[RolloutGroup], plain: PlainList, n: int, last: set[str], draw_by: str) -> None:
-    """As many as there are, no prompt twice, those of `last` behind all others, weightless ones behind the others."""
+    """All there are, no prompt twice: those of `last` after all others, weightless ones after the rest."""
     stored = {one.prompt.id: one for one in plain.kept}
     names = [one.prompt.id for one in drawn]
     assert len(names) == len(set(names)) == min(n, len(stored))

@@ -1,4 +1,4 @@
-"""The numbers and pictures that set a forecast against what was measured."""
+"""Metrics and pictures that compare forecasts with outcomes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from app.reporting.forecast_quality import informative_probability
+from app.reporting.forecast_quality import informative_probability, reliability
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
-from app.reporting.reliability import reliability
-from callbacks.watching.selection_monitor import chosen_groups, forecast_pairs
-from callbacks.watching.uniform_share import UniformShare
+from callbacks.watching.selection_monitor import UniformShare, chosen_groups, forecast_pairs
 from datamodules.types import TrainBatch
 from tests.support.builders import group, prompt
 
@@ -46,15 +44,12 @@ def test_a_perfect_forecast_has_no_calibration_error():
     assert math.isnan(reliability(np.empty(0), np.empty(0)).error)
 
 
-def test_only_prompts_that_were_rolled_out_for_the_step_meet_their_forecast():
+def test_only_prompts_rolled_out_for_the_step_are_compared_with_their_forecast():
     batch = TrainBatch(4, [prompt(i) for i in range(6)], np.array([0.1, 0.2, 0.3, np.nan, 0.5, 0.6]))
-    batch.groups = [
-        group(prompt(0), [0, 1]),
-        group(prompt(2), [1, 1], source="reference"),
-        group(prompt(4), [0, 1], source="replay"),
-    ]
-    batch.dropped = [group(prompt(1), [0, 0]), group(prompt(5), [])]
-    batch.surplus = [group(prompt(3), [0, 1]), group(prompt(9), [0, 1], source="reference")]
+    batch.add([group(prompt(1), [0, 0]), group(prompt(5), [])], "dropped")
+    batch.add([group(prompt(3), [0, 1]), group(prompt(9), [0, 1], source="reference")], "surplus")
+    trained = [(0, [0, 1], "fresh"), (2, [1, 1], "reference"), (4, [0, 1], "replay")]
+    batch.add(group(prompt(index), rewards, source=source) for index, rewards, source in trained)
     groups = chosen_groups(batch)
     # Not the replayed one, not the one without scores, not the reference that was not chosen.
     assert [one.prompt.id for one in groups] == ["p0", "p2", "p1", "p3"]
@@ -63,7 +58,7 @@ def test_only_prompts_that_were_rolled_out_for_the_step_meet_their_forecast():
     assert forecast_pairs(TrainBatch(0, [prompt(0)]), [group(prompt(0), [0, 1])]).shape == (0, 2)
 
 
-def test_the_uniform_share_forgets_slowly_and_goes_on_after_a_resume():
+def test_the_uniform_share_forgets_slowly_and_survives_a_resume():
     share = UniformShare()
     assert math.isnan(share.share)
     share.step([True, False, False, False])
@@ -78,7 +73,7 @@ def test_the_uniform_share_forgets_slowly_and_goes_on_after_a_resume():
         assert one.share == pytest.approx(2.81 / 5.24)
 
 
-def test_dots_stand_where_forecast_and_outcome_meet():
+def test_dots_lie_at_forecast_and_outcome():
     blank = pixels(scatter_figure(np.array([2.0]), np.array([2.0]), "t")).astype(int)
     for forecast, measured in ((0.25, 0.75), (0.5, 0.5), (1.0, 0.0)):
         figure = scatter_figure(np.array([forecast]), np.array([measured]), "t")
@@ -107,7 +102,7 @@ def test_the_reliability_picture_draws_the_table():
     np.testing.assert_array_equal(heights, table.count)
 
 
-def test_uniform_references_are_drawn_beside_the_chosen_prompts():
+def test_uniform_references_are_drawn_next_to_the_chosen_prompts():
     chosen, uniform = np.array([0.5, 0.5]), np.array([[0.1, 0.0], [0.9, 1.0], [0.5, 0.2]])
     figure = scatter_figure(chosen, np.array([0.0, 1.0]), "t", uniform)
     labels = figure.axes[0].get_legend_handles_labels()[1]

@@ -54,7 +54,7 @@ def test_a_weight_of_zero_comes_last_and_never_fails():
 
 
 def test_wrong_arguments_are_one_line_errors():
-    with pytest.raises(UserError, match=r"hard_up_to=0\.8, normal_up_to=0\.75"):
+    with pytest.raises(UserError, match=r"hard_up_to=0\.8 and normal_up_to=0\.75"):
         Pools(hard_up_to=0.8)
     with pytest.raises(UserError, match="at least one above 0"):
         Pools(hard=0, normal=0, easy=0, unseen=0)

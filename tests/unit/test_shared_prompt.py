@@ -1,4 +1,4 @@
-"""One row in which every prompt stands once, against each sequence run alone."""
+"""One row with every prompt once, compared with each sequence run alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from app.objective.packing import PackedBatch, ScoredSequence, collate, owners, pack, plan_packs
 from app.objective.shared_prompt import Blocks, SharedPrompts, plan_shared, shared_prompt_attention
-from app.policy.scoring import can_share_prompts, score
+from app.policy.scoring import can_share_prompts, completion_logprobs
 
 SIZES = {
     "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,7 +86,7 @@ def test_logprobs_and_gradients_equal_those_of_sequences_alone(make: object, seq
 
     def run(batches: list) -> tuple[Tensor, Tensor]:
         model.zero_grad()
-        outputs = [score(model, batch, 0.7, with_entropy=True) for batch in batches]
+        outputs = [completion_logprobs(model, batch, 0.7, with_entropy=True) for batch in batches]
         logprobs, entropies = (torch.cat(values) for values in zip(*outputs, strict=True))
         weights = torch.linspace(-1, 1, len(logprobs), dtype=torch.float64)
         (weights * logprobs + 0.1 * entropies).sum().backward()
@@ -97,7 +97,7 @@ def test_logprobs_and_gradients_equal_those_of_sequences_alone(make: object, seq
     actual = run([pack(sequences)])
     assert expected[1].norm() > 1
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-9)
-    # Qwen2 and Llama compute their norms in float32 whatever the weights are.
+    # Qwen2 and Llama compute their norms in float32 for weights of any type.
     assert (actual[1] - expected[1]).norm() <= 1e-7 * expected[1].norm()
     assert model.config._attn_implementation == "sdpa"
 
@@ -163,8 +163,8 @@ def test_completions_of_one_token_add_nothing_to_the_prompts() -> None:
     assert batch.layout.completions.shape == (3, 0)
     model = qwen()
     with torch.no_grad():
-        together, _ = score(model, batch, 1.0, with_entropy=False)
-        apart = torch.cat([score(model, collate([one]), 1.0, with_entropy=False)[0] for one in made])
+        together, _ = completion_logprobs(model, batch, 1.0, with_entropy=False)
+        apart = torch.cat([completion_logprobs(model, collate([one]), 1.0, with_entropy=False)[0] for one in made])
     torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
 
 

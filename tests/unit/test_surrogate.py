@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.objective.kl import kl_estimate
+from app.objective.ratios import kl_estimate, token_weights
 from app.objective.statistics import Statistics
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
-from app.objective.weights import token_weights
 from datamodules.errors import UserError
 
 F64 = torch.float64
@@ -239,11 +238,11 @@ def test_token_weights_of_little_and_of_nothing() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(UserError, match=r"clip_center='new'.*old, behaviour"):
+    with pytest.raises(UserError, match=r"clip_center is 'new'.*old, behaviour"):
         SurrogateOptions(clip_center="new")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"epsilon_low=-0\.1: expected in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"epsilon_low is -0\.1; set it to a number in \[0, 1\]"):
         SurrogateOptions(epsilon_low=-0.1)
-    choice = "aggregation='tokens': expected one of token, sequence, constant; did you mean 'token'"
+    choice = "aggregation is 'tokens'; expected one of token, sequence, constant: did you mean 'token'"
     with pytest.raises(UserError, match=choice):
         token_weights(torch.ones(1), "tokens")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^aggregation 'constant' needs max_completion_length"):
@@ -257,7 +256,9 @@ def test_wrong_input_is_refused() -> None:
         loss(SurrogateOptions(beta=0.1))
     with pytest.raises(ValueError, match=r"^entropy_coef=0\.1 needs entropy"):
         loss(SurrogateOptions(entropy_coef=0.1))
-    levels = "^ratio_level 'token', importance_level 'sequence': 'sequence' needs the sequence index of every token"
+    levels = (
+        "^The loss with ratio_level 'token' and importance_level 'sequence' needs the sequence index of every token"
+    )
     with pytest.raises(ValueError, match=levels):
         loss(SurrogateOptions(importance_level="sequence"))
     with pytest.raises(ValueError, match=r"^shapes \[.*\(2,\).*\]: expected all to be \[T\]"):

@@ -1,12 +1,11 @@
-"""`dots throughput`: its arithmetic and the reward that both trainers get."""
+"""The throughput benchmark: its arithmetic and the reward of both trainers."""
 
 from __future__ import annotations
 
 import pytest
 
-from app.studies.throughput import report
-from app.studies.throughput_case import scripted
-from app.studies.throughput_turns import Step
+from tests.benchmarks.throughput import report
+from tests.benchmarks.turns import Step, scripted
 
 
 def test_ratio_is_the_median_of_the_pairs() -> None:

@@ -1,4 +1,4 @@
-"""`dots throughput`: two processes take turns."""
+"""The throughput benchmark: two processes take turns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.studies.throughput_turns import Clock, Side
 from datamodules.errors import UserError
+from tests.benchmarks.turns import Clock, Side
 
 
 def write_steps(path: Path, name: str, steps: int, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""What the clock of a run counts, and the budget that goes by it."""
+"""The seconds that a run's clock counts, and the budget that uses it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from callbacks import ClockBudget, ReferenceRollouts, Rollouts, RunCheckpoint, RunLedger, WeightSync
-from callbacks.watching import training_clock as module
-from callbacks.watching.training_clock import TrainingClock
+from callbacks.watching.run_ledger import TrainingClock
 from datamodules.errors import UserError
 from datamodules.selectors import Uniform
 from tests.support.scripted_run import HALF, scripted_run
@@ -20,7 +19,7 @@ PATTERNS = [HALF] * 12
 
 def test_steps_are_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = TrainingClock()
     clock.start()
     now[0] = 103.0
@@ -49,7 +48,7 @@ def test_a_budget_ends_a_run_that_is_then_complete(tmp_path: Path, monkeypatch: 
     assert found["completed"] is True
     assert found["steps"] == 1
     assert found["training_seconds"] == pytest.approx(ledger.clock.seconds, abs=1e-3)
-    # The end is saved, though no checkpoint was due.
+    # The end is saved although no checkpoint was due.
     assert (tmp_path / "checkpoints" / "step_00000001.ckpt").exists()
 
 
@@ -75,18 +74,18 @@ def test_the_first_reference_set_is_counted_and_checkpoints_are_not(
     ledger = RunLedger()
     callbacks = [WeightSync(), ReferenceRollouts(size=4, every=1), Rollouts(), ledger, RunCheckpoint(every=1)]
     run = scripted_run(tmp_path, monkeypatch, PATTERNS, callbacks, selector=Uniform(), steps=3)
-    # Three sets: before the first step, and behind the first and the second.
+    # Three sets: before the first step, and after the first and the second.
     seconds = [step.metrics["step_time"] for step in run.steps]
     phases = [
         sum(value for name, value in step.metrics.items() if name.startswith("time/") and name != "time/training")
         for step in run.steps
     ]
     assert [round(step.metrics["time/reference"] // 0.4) for step in run.steps] == [2, 1, 0]
-    # Whatever the phases took, nothing of a checkpoint's 0.6 seconds is beside them.
+    # The 0.6 seconds of a checkpoint are not among the seconds outside the phases.
     assert all(0 <= whole - phase < 0.5 for phase, whole in zip(phases, seconds, strict=True))
     clocks = [step.metrics["time/training"] for step in run.steps]
     assert clocks == pytest.approx([sum(seconds[: n + 1]) for n in range(3)])
-    # 4 prompts of 4 completions a step, and reference sets of 4: what was in a set and chosen next is not rolled again.
+    # 4 prompts of 4 completions a step, and reference sets of 4: one chosen from a set is not rolled out again.
     counts = [step.metrics["num_completions"] for step in run.steps]
     fresh = [sum(group.source == "fresh" for group in step.groups) for step in run.steps]
     assert counts == [16 * 2 + 4 * fresh[0], 16 * 3 + 4 * sum(fresh[:2]), 16 * 3 + 4 * sum(fresh)]

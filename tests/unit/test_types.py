@@ -1,4 +1,4 @@
-"""Groups and seeds."""
+"""Groups, batches and seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datamodules.seeding import derive_seed, sample_seeds
-from datamodules.types import Outcomes
+from datamodules.types import Outcomes, TrainBatch
 from tests.support.builders import group, prompt
 
 
@@ -29,6 +29,19 @@ def test_an_empty_group_has_no_success_rate_and_no_outcome():
     assert outcomes.samples.tolist() == [4]
     # Population standard deviation of 0, 1, 1, 1: sqrt(3/16).
     assert outcomes.reward_std.tolist() == pytest.approx([math.sqrt(3 / 16)])
+
+
+def test_a_batch_keeps_the_order_of_its_groups_within_every_fate():
+    batch, groups = TrainBatch(0, ()), [group(prompt(index), [0, 1]) for index in range(6)]
+    batch.add(groups[:4])
+    batch.add(groups[4:], "surplus")
+    batch.move([groups[2], groups[0]], "dropped")
+    batch.move([groups[5]], "trained")
+    batch.move([groups[0]], "surplus")
+    assert batch.groups == [groups[1], groups[3], groups[5]]
+    assert batch.of("dropped", "surplus") == [groups[2], groups[4], groups[0]]
+    batch.groups.clear()
+    assert len(batch.rollouts) == 6
 
 
 def test_seeds_differ_by_every_part_of_their_context():

@@ -96,7 +96,7 @@ class ServedPolicyWeights(PolicyWeights):
         self._dots_load_chunk(read_chunk(path, from_json(specs)))
 
     def dots_join(self, address: str, port: str, first_rank: str, size: str) -> None:
-        """Join the trainer's process group; `first_rank` is the rank in it of this server's first worker."""
+        """Join the trainer's process group; `first_rank` is the rank of this server's first worker."""
         self._dots_group = None
         store = join(address, int(port), int(size))
         self._dots_group = WeightGroup(store, int(first_rank) + self.rank, int(size), torch.device(self.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -223,7 +223,8 @@ class RewardWorkers:
             for item, error in errors.items():
                 self._warn(job.request, item, "crashed", error)
             failures: dict[int, FailureKind] = dict.fromkeys(errors, "crashed")
-            metrics = [(name, value) for name, value in reply.metrics]
+            calls = Counter(name for name, _ in reply.metrics)
+            metrics = [(name, value, len(job.request) / calls[name]) for name, value in reply.metrics]
             return job, CallResult(reply.scores, failures, metrics, reply.extras)
         return None
 

@@ -122,13 +122,13 @@ class CallResult:
     Attributes:
         scores: `N` scores; None where the reward does not apply or failed.
         failures: kind of failure by position.
-        metrics: (name, value) pairs that the function logged.
+        metrics: (name, value, weight) as the function logged them; the weights of a name sum to the completions.
         extras: `N` values by column name that the function logged.
     """
 
     scores: Scores
     failures: dict[int, FailureKind] = field(default_factory=dict)
-    metrics: list[tuple[str, float]] = field(default_factory=list)
+    metrics: list[tuple[str, float, float]] = field(default_factory=list)
     extras: dict[str, list[Loggable]] = field(default_factory=dict)
 
     @classmethod

@@ -1,1 +1,1 @@
-"""`dots compare`: what each method needs to match plain GRPO, measured side by side on one machine."""
+"""`dots compare`: measure side by side what each method needs to match plain GRPO."""

@@ -1,15 +1,13 @@
-"""What choice alone could save: the time of a run without the groups that taught it nothing."""
+"""The savings that perfect choice could bring: the time of a run without its uninformative groups."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from app.studies.compare.records import Summary
 from datamodules.errors import UserError
 from datamodules.types import REWARD_TOLERANCE
 
@@ -17,21 +15,27 @@ _COLUMNS = ["step", "prompt_id", "source", "correctness", "completion_tokens"]
 
 
 def informative_token_share(version: Path) -> float | None:
-    """Of the tokens that a run rolled out, the share in groups whose correctness rewards differ.
+    """Return the share of rolled-out tokens that were in groups with differing correctness rewards.
 
-    Counted over the steps whose completions it wrote (`callbacks.CompletionsLog`); replayed groups are left out.
+    Only steps whose completions were written (`callbacks.CompletionsLog`) count; replayed groups are left out.
 
     Args:
         version: folder of the run.
 
     Returns:
-        None where no completions were written.
+        The share, or None when no completions were written.
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError for an unreadable file.
     """
     tokens, informative = 0.0, 0.0
     for file in sorted((version / "completions").glob("step_*.parquet")):
-        table = _read(file)
+        try:
+            table = pq.read_table(file, columns=_COLUMNS).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{str(file)!r} is unreadable ({str(error).splitlines()[0]}), expected completions with "
+                f"{', '.join(_COLUMNS)}. Remove it to rebuild the report without it."
+            ) from None
         groups = table[table["source"] != "replay"].groupby(["step", "prompt_id"])
         spread = groups["correctness"].max() - groups["correctness"].min()
         sums = groups["completion_tokens"].sum()
@@ -40,24 +44,14 @@ def informative_token_share(version: Path) -> float | None:
     return informative / tokens if tokens else None
 
 
-def _read(file: Path) -> pd.DataFrame:
-    try:
-        return pq.read_table(file, columns=_COLUMNS).to_pandas()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{str(file)!r} cannot be read ({str(error).splitlines()[0]}), expected completions with "
-            f"{', '.join(_COLUMNS)}: remove it to leave what choice could save untold"
-        ) from None
+def perfect_choice(summary: Summary, share: float) -> float:
+    """Return the time of a run that rolls out only its informative groups, relative to its own time.
 
-
-def perfect_choice(account: Mapping[str, Any], share: float) -> float:
-    """Time of a run with the same informative groups and none besides, over its own time.
-
-    Choosing costs nothing, a token costs the same in every rollout, and a group teaches the same whatever stands
-    beside it: a method that chooses other informative groups may do better, and none by leaving out waste alone.
+    It assumes that choosing is free, that a token costs the same in every rollout, and that a group teaches the same
+    in any batch. A method that finds other informative groups may do better; leaving out waste alone cannot.
 
     Args:
-        account: the run's `summary.json`.
+        summary: the run.
         share: its `informative_token_share`.
     """
-    return 1.0 - account["seconds"]["rollout"] / account["training_seconds"] * (1.0 - share)
+    return 1.0 - summary.seconds["rollout"] / summary.training_seconds * (1.0 - share)

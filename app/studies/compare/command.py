@@ -1,86 +1,151 @@
-"""`dots compare`: runs of several methods on one machine, and what each needs to match the baseline."""
+"""The command `dots compare`: options, runs, report."""
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from jsonargparse import Namespace
 
-from app.studies.compare.markdown import markdown
-from app.studies.compare.options import compare_parser, read_request
+from app.cli.commands import command_parser
+from app.cli.parsing import DotsArgumentParser
+from app.studies.compare.figures import summarise, write_json
 from app.studies.compare.page import page
 from app.studies.compare.records import read_comparison
-from app.studies.compare.request import Request
+from app.studies.compare.request import SEED, Arm, Budget, Request
 from app.studies.compare.runner import run_all
 from app.studies.compare.settings import Settings, resolve
-from app.studies.compare.summary import Figures, summarise, write_json
-from app.studies.compare.wording import Row, short_table
+from app.studies.compare.tables import markdown, short_table
 from datamodules.errors import UserError
 
-_WIDTH = 148
+_DESCRIPTION = (
+    "Train every arm with every seed on this machine, in turn, and report what each needs to reach the accuracy of the "
+    "baseline. Repeat the same command to continue a comparison that was stopped. For example: dots compare --base "
+    "configs/quickstart.yaml --arms grpo=configs/arms/grpo.yaml dots_rr=configs/arms/dots_rr.yaml --seeds 0 1 2 "
+    "--evaluate_every 2 --out DIR"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STOPPED = 130
 
 
 def main(args: list[str]) -> None:
-    """Runs `dots compare` with the arguments that follow it."""
-    options = compare_parser().parse_args(args)
+    """Run `dots compare` with the arguments that follow it."""
+    options = _parser().parse_args(args)
     if options.report is not None:
         out = Path(options.report).expanduser()
         report(Request.load(out), out)
         return
-    request = read_request(options)
-    out = Path(options.out).expanduser()
-    settings = _resolved(request)
+    request, out = read_request(options), Path(options.out).expanduser()
+    # All settings are checked before the first run begins. Seeds that share their configs differ in the seed alone.
+    resolved: dict[tuple[str, ...], Settings] = {}
+    settings: dict[tuple[str, int], Settings] = {}
+    for arm, seed in request.runs():
+        files = arm.files(seed)
+        if (arm.name, *files) not in resolved:
+            resolved[arm.name, *files] = resolve(request, arm, seed)
+        settings[arm.name, seed] = resolved[arm.name, *files] | {"seed_everything": seed}
+    # SIGTERM stops the comparison as Ctrl-C does, so that the current run saves a checkpoint.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         out.mkdir(parents=True, exist_ok=True)
         run_all(request, out, settings)
     except KeyboardInterrupt:
-        print("dots: the comparison is stopped; the same command goes on", file=sys.stderr, flush=True)
+        print("dots: comparison stopped; repeat the same command to continue", file=sys.stderr, flush=True)
         raise SystemExit(_STOPPED) from None
     except FileExistsError as error:
-        raise UserError(f"--out {out}: expected a folder, or nothing yet; give another name") from error
+        raise UserError(f"--out {out} is a file. Give a folder, which is created if needed.") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     report(request, out)
 
 
 def report(request: Request, out: Path) -> None:
-    """Writes `compare.json`, `compare.md` and `compare.html` from the finished runs, and prints their tables."""
+    """Write `compare.json`, `compare.md` and `compare.html` from the finished runs, and print the cost table."""
     comparison = read_comparison(request, out)
     figures = summarise(comparison)
     write_json(out / "compare.json", figures)
     (out / "compare.md").write_text(markdown(figures), encoding="utf-8")
     (out / "compare.html").write_text(page(comparison, figures), encoding="utf-8")
-    _print(figures, out)
+    print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
+    print(short_table(figures["arms"]).to_string())
+    for missing in comparison.missing:
+        print(f"not finished: {missing}")
+    print(f"report: {out / 'compare.html'}")
 
 
-def _resolved(request: Request) -> dict[tuple[str, int], Settings]:
-    """The settings of every run: all of them are checked before the first begins."""
-    found: dict[tuple[str, int], Settings] = {}
-    for arm in request.arms:
-        known: dict[tuple[str, ...], Settings] = {}
-        for seed in request.seeds:
-            files = tuple(arm.files(seed))
-            if files not in known:
-                known[files] = resolve(request, arm, seed)
-            found[arm.name, seed] = known[files] | {"seed_everything": seed}
-    return found
+def read_request(options: Namespace) -> Request:
+    """Turn the options into a request. Raises UserError for values that cannot be used."""
+    if not options.base:
+        raise UserError("--base is missing. Give the configs that all arms share, e.g. configs/quickstart.yaml.")
+    if options.out is None:
+        raise UserError("--out is missing. Give a folder for the runs and the report.")
+    arms = []
+    for text in options.arms:
+        name, _, files = text.partition("=")
+        if not files or not _NAME.fullmatch(name):
+            raise UserError(
+                f"--arms {text}: expected NAME=CONFIG with a name of letters, digits, _ . and -. Give e.g. "
+                "grpo=configs/arms/grpo.yaml."
+            )
+        arms.append(Arm(name, tuple(files.split(","))))
+    names, seeds = [arm.name for arm in arms], tuple(options.seeds)
+    _check_unique(names, "--arms")
+    if len(arms) < 2:
+        raise UserError(f"--arms names {len(arms)} arm(s), expected at least 2. Give a baseline and another arm.")
+    _check_unique(map(str, seeds), "--seeds")
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds is {' '.join(map(str, seeds))}. Give at least one seed, each 0 or more.")
+    for option in ("smooth", "evaluate_every", "step_limit"):
+        value = options[option]
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}, expected at least 1. Give a larger number.")
+    baseline = options.baseline or ("grpo" if "grpo" in names else names[0])
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline} names no arm, expected one of {', '.join(names)}. Give one of those.")
+    wanted = [("--base", file) for file in options.base]
+    wanted += [(f"--arms {arm.name}", file) for arm in arms for seed in seeds for file in arm.files(seed)]
+    for option, file in wanted:
+        if not Path(file).is_file():
+            raise UserError(f"{option}: no such file {file}. Give a YAML config; {SEED} stands for the seed of a run.")
+    budget = Budget.parse(options.budget, options.step_limit)
+    return Request(tuple(options.base), tuple(arms), seeds, baseline, budget, options.evaluate_every, options.smooth)
 
 
-def _print(figures: Figures, out: Path) -> None:
-    console = Console(width=max(_WIDTH, Console().width))
-    arms, baseline = figures["arms"], figures["setting"]["baseline"]
-    console.print(_table(f"cost of the final accuracy of {baseline}, over its own", *short_table(arms)))
-    for missing in figures["setting"]["missing"]:
-        console.print(f"not finished: {missing}", highlight=False)
-    console.print(f"report: {out / 'compare.html'}", highlight=False, soft_wrap=True)
+def _check_unique(names: Iterable[str], option: str) -> None:
+    name, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
+    if times > 1:
+        raise UserError(f"{option} names {name} more than once. Give each of them once.")
 
 
-def _table(title: str, head: Row, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for place, name in enumerate(head):
-        table.add_column(name, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _parser() -> DotsArgumentParser:
+    parser = command_parser("compare", _DESCRIPTION)
+    add = parser.add_argument
+    add("--base", type=str, nargs="+", default=[], help="configs that all arms share, in order")
+    add(
+        "--arms",
+        type=str,
+        nargs="+",
+        default=[],
+        help="arms as NAME=CONFIG or NAME=CONFIG,CONFIG,...: overlays over the base; {seed} in a file name is replaced "
+        "by the seed of the run",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; every arm runs once with each")
+    add("--out", type=str, default=None, help="folder for the runs, compare.json, compare.md and compare.html")
+    add("--baseline", type=str, default=None, help="arm to match; null: the one named grpo, else the first")
+    add(
+        "--budget",
+        type=str,
+        default="baseline",
+        help="when a run ends. baseline: the baseline runs its trainer.max_steps, every other arm until its training "
+        "clock passes that of the baseline with the same seed; steps: every arm runs its trainer.max_steps; a number: "
+        "every arm runs this many seconds of the training clock",
+    )
+    add("--step_limit", type=float, default=4.0, help="limit of steps under a clock, in multiples of trainer.max_steps")
+    add("--evaluate_every", type=int | None, default=None, help="steps between evaluations; null: as in the base")
+    add("--smooth", type=int, default=3, help="evaluations in the trailing mean that has to reach the accuracy")
+    add("--report", type=str, default=None, help="folder of a comparison: only rebuild its report from finished runs")
+    return parser

@@ -1,98 +1,213 @@
-"""A comparison as one HTML file that needs nothing else: no script, no network."""
+"""A comparison as one HTML file that needs neither scripts nor a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from io import StringIO
+from pathlib import Path
 
-from app.studies.compare.charts import FORECAST, INFORMATIVE, PHASES, accuracy_charts, metric_charts, phase_charts
+import matplotlib
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from app.studies.compare.figures import Figures
+from app.studies.compare.reach import COSTS, smooth
 from app.studies.compare.records import Comparison
-from app.studies.compare.style import STYLE, arm_style, part_style
-from app.studies.compare.wording import (
-    Row,
-    ceiling_lines,
-    cost_table,
-    result_table,
-    seconds_table,
-    seed_table,
-    setting_lines,
-)
+from app.studies.compare.tables import ceiling_line, sections, setting_lines
+
+_AXES = {
+    "time": "training clock, s",
+    "completions": "completions rolled out",
+    "tokens": "completion tokens rolled out",
+    "steps": "training steps",
+}
+_INFORMATIVE = {
+    "rolled out": "selection/fresh_informative_fraction",
+    "trained on (replayed groups included)": "selection/informative_fraction",
+}
+_FORECAST = {
+    "Brier score of the choice": "selection/forecast_brier",
+    "Pearson of the choice": "selection/forecast_pearson",
+    "Pearson, uniform references": "difficulty/reference_pearson",
+}
+_PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
+_POINTS = 81
+"""Points of a mean curve."""
+_WINDOWS = 25
+"""Windows per run over which a metric of single steps is averaged."""
+# The palette of Okabe and Ito, distinct for colour-blind readers too, and three more; beyond these lines are dashed.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5af0", "#8c510a", "#b2182b")
+_GREY = "#6b7280"
+_PHASE_COLORS = (_GREY, "#0072b2", "#56b4e9", "#cc79a7", "#d55e00", "#e69f00", "#c9ced6")
+Curve = tuple[np.ndarray, np.ndarray]
 
 
-def page(comparison: Comparison, figures: dict[str, Any]) -> str:
-    """The whole file."""
-    arms = [arm.name for arm in comparison.request.arms]
+@dataclass(frozen=True, slots=True)
+class _ArmStyle:
+    name: str
+    color: str
+    dash: str
+
+
+def page(comparison: Comparison, figures: Figures) -> str:
+    """Return the whole file."""
     baseline = comparison.request.baseline
-    title = f"What it takes to match {escape(baseline)}"
-    styles = STYLE + arm_style(arms, baseline) + part_style(len(PHASES) + 1)
-    body = "\n".join(_body(comparison, figures))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>\n{styles}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    others = [arm.name for arm in comparison.request.arms if arm.name != baseline]
+    styles = []
+    for arm in comparison.request.arms:
+        rank = others.index(arm.name) if arm.name in others else 0
+        color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
+        styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
+    style = matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text, which the page's style colours
+            "font.size": 9,
+            "axes.edgecolor": "#9aa3ae",
+            "xtick.color": "#9aa3ae",
+            "ytick.color": "#9aa3ae",
+            "grid.color": "#9aa3ae",
+            "grid.alpha": 0.25,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    with style:
+        # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
+        panels = [
+            ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
+            ("phases", "Seconds by phase", "", _phase_charts(figures["arms"])),
+            ("informative", "Informative groups", "of those", _metric_charts(comparison, styles, "informative")),
+            ("forecast", "Forecast quality", "", _metric_charts(comparison, styles, "forecast")),
+        ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        baseline=baseline,
+        setting=setting_lines(figures["setting"]),
+        sections=[(title, note, table.to_html(border=0)) for title, note, table in sections(figures)],
+        ceiling=ceiling_line(figures),
+        arms=styles,
+        panels=panels,
+        differences=comparison.differences,
     )
 
 
-def _body(comparison: Comparison, figures: dict[str, Any]) -> Iterator[str]:
-    setting, arms = figures["setting"], figures["arms"]
-    baseline = setting["baseline"]
-    goal = arms[baseline]["final_accuracy"]["mean"] if baseline in arms else None
-    yield "".join(f'<p class="setting">{escape(line)}</p>' for line in setting_lines(setting))
-    yield f"<h2>Cost of the final accuracy of {escape(baseline)}, over its own</h2>"
-    yield _table(*cost_table(arms, None))
-    yield "".join(f"<p>{escape(line)}</p>" for line in ceiling_lines(figures["perfect_choice"], baseline))
-    yield _legend([arm.name for arm in comparison.request.arms])
-    yield '<div class="charts">'
-    yield _chart("accuracy", "Accuracy", "against", accuracy_charts(comparison, goal))
-    yield _chart("phases", "Seconds by phase", "", phase_charts(arms), _phase_names())
-    informative = metric_charts(comparison, INFORMATIVE, "informative fraction")
-    yield _chart("informative", "Groups that teach", "of those", informative)
-    yield _chart("forecast", "Forecast quality", "", metric_charts(comparison, FORECAST))
-    yield "</div>"
-    yield "<h2>What came out</h2>" + _table(*result_table(arms))
-    yield f"<h2>Cost of the best accuracy of {escape(baseline)}, over its own</h2>" + _table(
-        *cost_table(arms, "to_best")
-    )
-    yield f"<h2>Cost of the final accuracy, over the whole run of {escape(baseline)}</h2>"
-    yield "<p>The form in which the paper of DOTS + RR reports (arXiv 2506.05316).</p>"
-    yield _table(*cost_table(arms, "share_of_baseline_run"))
-    yield "<h2>Seed by seed</h2><p>Time ratio (&gt;: never reached, at least so much), final accuracy.</p>"
-    yield _table(*seed_table(arms, baseline))
-    yield "<h2>Seconds of a run</h2><p>validate and checkpoint are outside of the training clock.</p>"
-    yield _table(*seconds_table(arms))
-    yield f"<h2>In what the arms differ from {escape(baseline)}</h2>"
-    for name, lines in setting["differences"].items():
-        items = "".join(f"<li><code>{escape(line)}</code></li>" for line in lines)
-        yield f"<details><summary>{escape(name)}</summary><ul>{items}</ul></details>"
+def mean_curve(curves: list[Curve]) -> Curve:
+    """Return the mean of curves over the range that all of them cover, linear between their points."""
+    curves = [curve for curve in curves if len(curve[0])]
+    low = max((float(x[0]) for x, _ in curves), default=1.0)
+    high = min((float(x[-1]) for x, _ in curves), default=0.0)
+    if high < low:
+        return np.empty(0), np.empty(0)
+    grid = np.linspace(low, high, _POINTS)
+    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 
-def _legend(arms: Sequence[str]) -> str:
-    """A box per arm that shows and hides its curves."""
-    boxes = "".join(
-        f'<label class="arm-{place}"><input type="checkbox" id="arm-{place}" checked><i></i>{escape(name)}</label>'
-        for place, name in enumerate(arms)
-    )
-    return f'<div class="legend">{boxes}</div>'
+def _accuracy_charts(comparison: Comparison, figures: Figures, styles: list[_ArmStyle]) -> dict[str, str]:
+    """Accuracy against each cost: faint, every evaluation of every seed; bold, the smoothed mean over seeds."""
+    found, baseline = {}, comparison.request.baseline
+    for place, cost in enumerate(COSTS):
+        axes, key = _axes(_AXES[cost], "accuracy on held-out prompts"), f"accuracy-{place}"
+        for number, arm in enumerate(styles):
+            smoothed = []
+            for record in comparison.of(arm.name):
+                course = record.summary.course
+                smoothed.append((course.costs[cost], smooth(course.accuracy, comparison.request.window)))
+                axes.plot(
+                    course.costs[cost], course.accuracy, arm.dash, color=arm.color, alpha=0.35, linewidth=0.8,
+                    marker="o", markersize=2.5, gid=f"arm-{number}-seed-{record.seed}-{key}",
+                    label=f"{arm.name} seed {record.seed}",
+                )  # fmt: skip
+            _draw_mean(axes, number, arm, smoothed, key)
+        if baseline in figures["arms"]:
+            goal = figures["arms"][baseline]["final_accuracy"]["mean"]
+            label = f"final accuracy of {baseline}"
+            axes.axhline(goal, color=_GREY, linestyle="--", linewidth=0.9, gid=f"level-{key}", label=label)
+            axes.annotate(label, (1, goal), (-4, 3), ("axes fraction", "data"), "offset points", ha="right")
+        found[cost] = _svg(axes, key)
+    return found
 
 
-def _phase_names() -> str:
-    names = "".join(f'<span><i class="part-{place}"></i>{name}</span>' for place, name in enumerate((*PHASES, "other")))
-    return f'<p class="parts">{names}</p>'
+def _metric_charts(comparison: Comparison, styles: list[_ArmStyle], panel: str) -> dict[str, str]:
+    """Metrics of single steps against the steps, averaged over windows of the run and over seeds."""
+    found = {}
+    metrics = _INFORMATIVE if panel == "informative" else _FORECAST
+    for place, (label, metric) in enumerate(metrics.items()):
+        axes = _axes(_AXES["steps"], "informative fraction" if panel == "informative" else label)
+        for number, arm in enumerate(styles):
+            curves = []
+            for record in comparison.of(arm.name):
+                steps, values = (np.array(part, dtype=float) for part in record.curves.get(metric, ([], [])))
+                curves.append((steps, smooth(values, -(-len(values) // _WINDOWS))))
+            _draw_mean(axes, number, arm, curves, f"{panel}-{place}")
+        found[label] = _svg(axes, f"{panel}-{place}")
+    return found
 
 
-def _chart(key: str, title: str, before: str, charts: Mapping[str, str], below: str = "") -> str:
-    """One chart of several, chosen by radio buttons."""
-    buttons = "".join(
-        f'<input type="radio" name="{key}" id="{key}-{place}"{" checked" if place == 0 else ""}>'
-        f'<label for="{key}-{place}">{escape(label)}</label>'
-        for place, label in enumerate(charts)
-    )
-    panes = "".join(f'<div class="pane">{chart}</div>' for chart in charts.values())
-    return f'<section><h3>{title}</h3><div class="tabs"><em>{before}</em>{buttons}{panes}</div>{below}</section>'
+def _phase_charts(arms: Figures) -> dict[str, str]:
+    """Seconds by phase, of a step and of a whole run; "other" is the rest of the training clock."""
+    seconds = pd.DataFrame({name: arm["seconds"] for name, arm in arms.items()}).T
+    run = seconds[list(_PHASES)]
+    run = run.assign(other=(seconds["training"] - run.sum(axis=1)).clip(lower=0))
+    steps = pd.Series({name: max(1.0, arm["totals"]["steps"]) for name, arm in arms.items()})
+    found = {}
+    for place, (label, table) in enumerate({"of a step": run.div(steps, axis=0), "of a run": run}.items()):
+        axes = Figure(figsize=(6.4, 0.9 + 0.34 * len(arms)), layout="constrained").subplots()
+        bars = []
+        ends = table.cumsum(axis=1)
+        for number, phase in enumerate(table):
+            left = ends[phase] - table[phase]
+            bars.append(axes.barh(table.index, table[phase], left=left, color=_PHASE_COLORS[number], label=phase))
+            for row, (bar, name) in enumerate(zip(bars[-1], table.index, strict=True)):
+                bar.set_gid(f"part-{number}-{row}-phases-{place}")
+                bar.set_label(f"{name}: {phase} {table[phase].iloc[row]:.2f} s")
+        axes.bar_label(bars[-1], [f"{one:.3g} s" for one in ends["other"]], padding=4)
+        axes.invert_yaxis()
+        axes.figure.legend(handles=bars, loc="outside lower left", ncols=len(bars), frameon=False, handlelength=1)
+        found[label] = _svg(axes, f"phases-{place}")
+    return found
 
 
-def _table(head: Row, rows: Sequence[Row]) -> str:
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+def _axes(x_label: str, y_label: str) -> Axes:
+    axes = Figure(figsize=(6.4, 3.4), layout="constrained").subplots()
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y")
+    return axes
+
+
+def _draw_mean(axes: Axes, number: int, arm: _ArmStyle, curves: list[Curve], key: str) -> None:
+    x, y = mean_curve(curves)
+    if len(x):
+        gid = f"arm-{number}-mean-{key}"
+        axes.plot(x, y, arm.dash, color=arm.color, linewidth=2, gid=gid, label=arm.name)
+
+
+def _svg(axes: Axes, key: str) -> str:
+    """Save a chart as an `<svg>` element in which every artist with a gid shows its label when pointed at."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    artists = [one for one in (*axes.lines, *axes.patches) if one.get_gid()]
+    if not artists:
+        return ""
+    if axes.lines:
+        axes.set_xlim(0, max(float(np.max(line.get_xdata())) for line in axes.lines) or 1.0)
+    axes.patch.set_gid(f"plane-{key}")
+    buffer = StringIO()
+    # Ids of markers and clip paths are hashes: one salt per chart, so that no chart refers to one that is hidden.
+    with matplotlib.rc_context({"svg.hashsalt": key}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    # Ids that matplotlib numbers would repeat from chart to chart.
+    svg = re.sub(r'<g id="[A-Za-z0-9.]+_\d+"', "<g", svg[svg.index("<svg") :])
+    for artist in artists:
+        tag = f'<g id="{artist.get_gid()}">'
+        svg = svg.replace(tag, f"{tag}<title>{escape(str(artist.get_label()))}</title>")
+    return svg

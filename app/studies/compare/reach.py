@@ -1,18 +1,16 @@
-"""When a run reached an accuracy, and what that cost beside another run."""
+"""The cost at which a run reached an accuracy, and its ratio to the cost of another run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from app.studies.intervals import Interval, geometric_interval
-
 COSTS = ("time", "completions", "tokens", "steps")
-"""What reaching an accuracy is counted in: seconds of the training clock; completions and their tokens rolled out for
-training, reference sets and discarded groups included; training steps (batches)."""
+"""Seconds of the training clock; completions and their tokens rolled out for training, reference sets and discarded
+groups included; training steps."""
 
 Goal = Literal["final", "best"]
 _EQUAL = 1e-9
@@ -24,7 +22,7 @@ class Course:
 
     Attributes:
         accuracy: float64 `[E]` on the held-out prompts.
-        costs: float64 `[E]` by name of `COSTS`: what training had cost by then.
+        costs: float64 `[E]` by name of `COSTS`: cost of the training before each evaluation.
     """
 
     accuracy: np.ndarray
@@ -33,66 +31,43 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """What an arm needed to reach the goal over what the baseline needed, one seed.
+    """Cost of an arm to the goal divided by a cost of the baseline, for one seed.
 
     Attributes:
-        value: the ratio; where the arm never reached the goal, what its whole run cost over what the baseline needed,
-            so that the true one is larger; None where the baseline itself had nothing to reach.
-        reached: whether the arm reached it.
+        value: the ratio. An arm that never reached the goal enters with the cost of its whole run, a lower bound. None
+            when the baseline began at the goal.
+        reached: whether the arm reached the goal.
     """
 
     value: float | None
     reached: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RatioSummary:
-    """Ratios of several seeds.
-
-    Attributes:
-        interval: geometric mean and 95% interval (Student's t on the logarithms). With a seed that never reached the
-            goal the mean is too low, since that seed enters by its lower bound, and there is no interval.
-        reached: seeds that reached the goal.
-        censored: seeds that did not.
-        undefined: seeds whose baseline had nothing to reach; they enter nothing else.
-    """
-
-    interval: Interval
-    reached: int
-    censored: int
-    undefined: int
-
-    @property
-    def at_least(self) -> bool:
-        """Whether the mean is a lower bound."""
-        return self.censored > 0
-
-
 def smooth(accuracy: np.ndarray, window: int) -> np.ndarray:
-    """float64 `[E]`: mean of each evaluation and the `window - 1` before it, of those there are at the beginning.
+    """Return float64 `[E]`: the trailing mean over `window` evaluations, over fewer at the beginning.
 
-    It looks back only: a run has reached an accuracy when the evaluations show it, not when later ones do.
+    It only looks back: a run has reached an accuracy when its evaluations show it, not when later ones do.
     """
     ends = range(1, len(accuracy) + 1)
     return np.array([accuracy[max(0, end - window) : end].mean() for end in ends], dtype=float)
 
 
 def goal_accuracy(course: Course, goal: Goal, window: int) -> float:
-    """The smoothed accuracy that the baseline ended with ("final") or its highest ("best")."""
+    """Return the last ("final") or the highest ("best") smoothed accuracy."""
     smoothed = smooth(course.accuracy, window)
     return float(smoothed[-1] if goal == "final" else smoothed.max())
 
 
-def cost_to_reach(course: Course, name: str, target: float, window: int) -> float | None:
-    """What a run had cost when its smoothed accuracy first was at the target; None when it never was.
+def cost_to_reach(course: Course, cost: str, target: float, window: int) -> float | None:
+    """Return the cost at which the smoothed accuracy first reached the target; None if it never did.
 
-    Between two evaluations cost and smoothed accuracy are taken to grow in proportion.
+    Cost and smoothed accuracy are interpolated linearly between two evaluations.
     """
-    smoothed, costs = smooth(course.accuracy, window), course.costs[name]
-    there = np.flatnonzero(smoothed >= target - _EQUAL)
-    if not len(there):
+    smoothed, costs = smooth(course.accuracy, window), course.costs[cost]
+    reached = np.flatnonzero(smoothed >= target - _EQUAL)
+    if not len(reached):
         return None
-    first = int(there[0])
+    first = int(reached[0])
     if first == 0:
         return float(costs[0])
     before, after = smoothed[first - 1], smoothed[first]
@@ -100,33 +75,22 @@ def cost_to_reach(course: Course, name: str, target: float, window: int) -> floa
     return float(costs[first - 1] + share * (costs[first] - costs[first - 1]))
 
 
-def ratio(arm: Course, baseline: Course, name: str, goal: Goal, window: int) -> Ratio:
-    """The cost of an arm over that of the baseline, both counted to the baseline's goal by the same rule."""
-    target = goal_accuracy(baseline, goal, window)
-    theirs, mine = (cost_to_reach(course, name, target, window) for course in (baseline, arm))
-    if not theirs or mine == 0:  # they began there
-        return Ratio(None, False)
-    return Ratio(float(arm.costs[name][-1]) / theirs, False) if mine is None else Ratio(mine / theirs, True)
+def ratio(arm: Course, baseline: Course, cost: str, goal: Goal, window: int, *, whole_run: bool = False) -> Ratio:
+    """Return the cost of an arm to the baseline's goal, relative to the baseline.
 
-
-def share_of_run(arm: Course, baseline: Course, name: str, goal: Goal, window: int) -> Ratio:
-    """The cost of an arm to the baseline's goal over the cost of the baseline's whole run.
-
-    The form in which DOTS + RR reports its savings (arXiv 2506.05316, table 1). It flatters an arm beside a baseline
-    that had reached its final accuracy long before its end.
+    Args:
+        arm: evaluations of the arm.
+        baseline: evaluations of the baseline.
+        cost: name of `COSTS`.
+        goal: the baseline's accuracy to reach.
+        window: evaluations in the trailing mean.
+        whole_run: divide by the cost of the baseline's whole run instead of its cost to the goal. DOTS + RR reports
+            this form (arXiv 2506.05316, table 1); it favours the arm when the baseline reached its final accuracy long
+            before its end.
     """
     target = goal_accuracy(baseline, goal, window)
-    theirs, mine = (cost_to_reach(course, name, target, window) for course in (baseline, arm))
-    if not theirs or mine == 0:
+    theirs, mine = (cost_to_reach(course, cost, target, window) for course in (baseline, arm))
+    if not theirs or mine == 0:  # it began at the goal
         return Ratio(None, False)
-    whole = float(baseline.costs[name][-1])
-    return Ratio((float(arm.costs[name][-1]) if mine is None else mine) / whole, mine is not None)
-
-
-def summarise_ratios(ratios: Sequence[Ratio]) -> RatioSummary:
-    """Over seeds; nothing is left out without being counted."""
-    values = [one.value for one in ratios if one.value is not None]
-    censored = sum(not one.reached for one in ratios if one.value is not None)
-    found = geometric_interval(values)
-    interval = Interval(found.mean) if censored else found
-    return RatioSummary(interval, len(values) - censored, censored, len(ratios) - len(values))
+    spent = float(arm.costs[cost][-1]) if mine is None else mine
+    return Ratio(spent / (float(baseline.costs[cost][-1]) if whole_run else theirs), mine is not None)

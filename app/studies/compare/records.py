@@ -1,71 +1,85 @@
-"""What a finished run has to say in a comparison, read from its own account and metrics."""
+"""Results of finished runs, read from their summaries and metrics."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from app.reporting.curves import Curve, read_scalars
-from app.studies.compare.differences import differences
 from app.studies.compare.reach import Course
-from app.studies.compare.request import Request, run_folder_of
-from app.studies.compare.state import account_of, asked_of, machine_of, version_of
+from app.studies.compare.request import Request
+from app.studies.compare.run_folder import RunFolder
+from app.studies.compare.settings import Settings, differences
 from datamodules.errors import UserError
 
 CLOCK = "time/training"
-MEASURED = (
-    CLOCK,
-    "num_completions",
-    "num_tokens",
-    "selection/informative_fraction",
-    "selection/fresh_informative_fraction",
-    "selection/forecast_pearson",
-    "selection/forecast_brier",
-    "difficulty/reference_pearson",
-    "tokens_per_second",
-)
-"""The metrics that are kept of a run, by name."""
+_COSTS = {"time": "seconds", "completions": "completions", "tokens": "completion_tokens", "steps": "step"}
+"""Fields of an evaluation in `summary.json` by the name of the cost."""
 
-_EVALUATION = {"time": "seconds", "completions": "completions", "tokens": "completion_tokens", "steps": "step"}
-"""Where the account of a run holds the costs of an evaluation."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summary:
+    """Content of the `summary.json` of a completed run: seconds by phase, counts, and the course of evaluations."""
+
+    steps: int
+    training_seconds: float
+    seconds: Mapping[str, float]
+    informative_fraction: float
+    reference_completions: int
+    discarded_completions: int
+    replayed_groups: int
+    validation_prompts: str | None
+    course: Course
+
+
+def read_summary(version: Path) -> Summary | None:
+    """Read the `summary.json` of a run; None unless it says that the run is complete."""
+    try:
+        saved = json.loads((version / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(saved, dict) or saved.get("completed") is not True:
+        return None
+    evaluations = saved["evaluations"]
+    costs = {cost: np.array([one[field] for one in evaluations], dtype=float) for cost, field in _COSTS.items()}
+    return Summary(
+        steps=saved["steps"],
+        training_seconds=saved["training_seconds"],
+        seconds=saved["seconds"],
+        informative_fraction=saved["informative_fraction"],
+        reference_completions=saved["reference"]["completions"],
+        discarded_completions=saved["discarded"]["completions"],
+        replayed_groups=saved["replayed_groups"],
+        validation_prompts=saved["validation_prompts"],
+        course=Course(np.array([one["accuracy"] for one in evaluations], dtype=float), costs),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A finished run.
-
-    Attributes:
-        arm: its name.
-        seed: of the run.
-        course: its evaluations.
-        account: its `summary.json`.
-        curves: steps and values of `MEASURED`, where it logged them.
-        machine: what it was made on.
-        folder: where its account, metrics and completions lie.
-    """
+    """A finished run; `curves` are steps and values of every metric, `version` is the folder they were read from."""
 
     arm: str
     seed: int
-    course: Course
-    account: Mapping[str, Any]
+    summary: Summary
     curves: Mapping[str, Curve]
     machine: Mapping[str, str]
-    folder: Path
+    version: Path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """All that is finished of a comparison.
+    """The finished runs of a comparison.
 
     Attributes:
-        request: what was asked for.
-        records: in the order of arms and seeds.
+        request: arms, seeds and budget.
+        records: finished runs in the order of arms and seeds.
         missing: "ARM seed SEED" of the runs that are not finished.
-        differences: by arm: in what its settings differ from the baseline's.
+        differences: settings in which an arm differs from the baseline, by arm.
     """
 
     request: Request
@@ -74,71 +88,42 @@ class Comparison:
     differences: Mapping[str, Sequence[str]]
 
     def of(self, arm: str) -> list[Record]:
-        """The runs of an arm, by seed."""
+        """Return the runs of an arm by seed."""
         return [record for record in self.records if record.arm == arm]
-
-    def baseline_of(self, record: Record) -> Record | None:
-        """The baseline's run with the same seed."""
-        return next((one for one in self.of(self.request.baseline) if one.seed == record.seed), None)
 
 
 def read_comparison(request: Request, out: Path) -> Comparison:
-    """Reads what is finished.
+    """Read the finished runs.
 
-    Raises UserError when nothing is, or when two runs of a seed were evaluated on different prompts.
+    Raises UserError when there are none, or when two runs with the same seed were evaluated on different prompts.
     """
-    found, missing = [], []
+    records: list[Record] = []
+    missing: list[str] = []
+    first: dict[int, Record] = {}
+    settings: dict[str, Settings] = {}
     for arm in request.arms:
         for seed in request.seeds:
-            record = _read(arm.name, seed, run_folder_of(out, arm.name, seed))
-            if record is None:
+            folder = RunFolder.of(out, arm.name, seed)
+            started_with = folder.started_with()
+            if "asked" in started_with:
+                settings.setdefault(arm.name, started_with["asked"]["settings"])
+            summary = read_summary(folder.version)
+            if summary is None:
                 missing.append(f"{arm.name} seed {seed}")
-            else:
-                found.append(record)
-    if not found:
-        raise UserError(f"{out}: none of its {len(missing)} runs is finished; run the comparison first")
-    check_same_prompts(found)
-    return Comparison(request, found, missing, _differences(request, out))
-
-
-def course_of(account: Mapping[str, Any]) -> Course:
-    """The evaluations in a run's `summary.json`."""
-    evaluations = account["evaluations"]
-    costs = {name: np.array([one[key] for one in evaluations], dtype=float) for name, key in _EVALUATION.items()}
-    return Course(np.array([one["accuracy"] for one in evaluations], dtype=float), costs)
-
-
-def check_same_prompts(records: Sequence[Record]) -> None:
-    """Raises UserError unless all runs of a seed were evaluated on the same prompts."""
-    first: dict[int, Record] = {}
-    for record in records:
-        other = first.setdefault(record.seed, record)
-        if record.account["validation_prompts"] != other.account["validation_prompts"]:
-            raise UserError(
-                f"{other.arm} and {record.arm} were evaluated on different prompts with seed {record.seed}, so their "
-                "accuracies cannot be compared: give both the same data.val, or a subset made with that very seed"
-            )
-
-
-def _read(arm: str, seed: int, folder: Path) -> Record | None:
-    account, version = account_of(folder), version_of(folder)
-    if account is None or version is None:
-        return None
-    if not account.get("evaluations"):
-        raise UserError(f"{version}: its summary.json holds no evaluations; expected a run of this version with any")
-    scalars = read_scalars(version)
-    curves = {name: scalars[name] for name in MEASURED if name in scalars}
-    return Record(arm, seed, course_of(account), account, curves, machine_of(folder), version)
-
-
-def _differences(request: Request, out: Path) -> dict[str, Sequence[str]]:
-    def settings(arm: str) -> Mapping[str, Any] | None:
-        folders = (run_folder_of(out, arm, seed) for seed in request.seeds)
-        found = (asked_of(folder).get("settings") for folder in folders)
-        return next((one for one in found if one), None)
-
-    baseline = settings(request.baseline)
-    named = {arm.name: settings(arm.name) for arm in request.arms}
-    return {
-        name: differences(own, baseline) for name, own in named.items() if own and baseline and name != request.baseline
-    }
+                continue
+            if not len(summary.course.accuracy):
+                raise UserError(f"{folder.version}: summary.json has no evaluations. Run it again with evaluations.")
+            machine = started_with.get("machine", {})
+            record = Record(arm.name, seed, summary, read_scalars(folder.version), machine, folder.version)
+            other = first.setdefault(seed, record)
+            if summary.validation_prompts != other.summary.validation_prompts:
+                raise UserError(
+                    f"{other.arm} and {arm.name} were evaluated on different prompts with seed {seed}, so their "
+                    "accuracies cannot be compared. Give both the same data.val, or a subset made with that seed."
+                )
+            records.append(record)
+    if not records:
+        raise UserError(f"{out}: none of its {len(missing)} runs is finished. Run the comparison first.")
+    baseline = settings.pop(request.baseline, None)
+    named = {name: differences(own, baseline) for name, own in settings.items()} if baseline else {}
+    return Comparison(request, records, missing, named)

@@ -1,47 +1,45 @@
-"""What a comparison was asked for."""
+"""Arms, seeds and budget of a comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from datamodules.errors import UserError
 
 SEED = "{seed}"
-"""Stands for a run's seed in the name of a config file."""
-FILE = "request.json"
+"""Placeholder for a run's seed in the name of a config file."""
+_FILE = "request.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A method.
+    """A method to compare.
 
     Attributes:
-        name: in the report and in the names of folders.
-        configs: overlays over the base, in order; `{seed}` in a name stands for the seed of the run.
+        name: its name in the report and in folder names.
+        configs: overlays over the base, in order; `{seed}` in a name is replaced by the seed of the run.
     """
 
     name: str
     configs: tuple[str, ...]
 
-    def files(self, seed: int) -> list[str]:
-        """The overlays of one run."""
-        return [config.replace(SEED, str(seed)) for config in self.configs]
+    def files(self, seed: int) -> tuple[str, ...]:
+        """Return the overlays of one run."""
+        return tuple(config.replace(SEED, str(seed)) for config in self.configs)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When an arm's run ends.
+    """The rule that ends a run.
 
     Attributes:
         rule: "baseline": the baseline runs its `trainer.max_steps`, every other arm until its training clock passes
-            that of the baseline's run with the same seed; "seconds": all until their clock passes so many; "steps": all
-            run their `trainer.max_steps`.
-        seconds: of the rule "seconds".
-        step_limit: under a clock no run takes more than so many times its `trainer.max_steps`.
+            that of the baseline's run with the same seed; "seconds": every arm until its clock passes `seconds`;
+            "steps": every arm runs its `trainer.max_steps`.
+        seconds: clock of the rule "seconds".
+        step_limit: a run under a clock takes at most this many times its `trainer.max_steps`.
     """
 
     rule: str
@@ -50,7 +48,7 @@ class Budget:
 
     @classmethod
     def parse(cls, given: str, step_limit: float) -> Budget:
-        """From the option's value. Raises UserError for what is none."""
+        """Read the value of `--budget`. Raises UserError for an unknown rule or a number of seconds not above 0."""
         if given in ("baseline", "steps"):
             return cls(given, None, step_limit)
         try:
@@ -59,13 +57,13 @@ class Budget:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
             raise UserError(
-                f"--budget {given}: expected baseline (the clock of the baseline's run), steps (trainer.max_steps) or "
-                "a number of seconds above 0"
+                f"--budget is {given}. Give baseline (the clock of the baseline's run), steps (trainer.max_steps) or a "
+                "number of seconds above 0."
             )
         return cls("seconds", seconds, step_limit)
 
     def clocked(self, is_baseline: bool) -> bool:
-        """Whether a run ends by its clock."""
+        """Return whether the training clock ends a run."""
         return self.rule == "seconds" or (self.rule == "baseline" and not is_baseline)
 
     def __str__(self) -> str:
@@ -80,13 +78,13 @@ class Request:
     """A comparison.
 
     Attributes:
-        base: configs of the setting that all arms share, in order.
+        base: configs that all arms share, in order.
         arms: the methods, in the order of the report.
-        seeds: of the runs of every arm.
-        baseline: name of the arm that the others are set against.
+        seeds: every arm runs once with each.
+        baseline: name of the arm that the others are measured against.
         budget: when runs end.
-        evaluate_every: steps between two evaluations; None leaves the base's `trainer.val_check_interval`.
-        window: evaluations in the trailing mean by which accuracy is said to be reached.
+        evaluate_every: steps between evaluations; None keeps the base's `trainer.val_check_interval`.
+        window: evaluations in the trailing mean that has to reach an accuracy.
     """
 
     base: tuple[str, ...]
@@ -98,46 +96,36 @@ class Request:
     window: int
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """All runs in the order in which they are made.
+        """Return all runs in the order in which they are trained.
 
-        Seed by seed, so that a machine that grows slower does so for all arms alike; from seed to seed the arms change
-        places. A baseline whose clock is the others' budget keeps the first one.
+        Runs are interleaved by seed, so that a machine that slows down does so for all arms alike, and the order of
+        the arms rotates from seed to seed. A baseline whose clock is the others' budget always comes first.
         """
         first = [arm for arm in self.arms if self.budget.rule == "baseline" and arm.name == self.baseline]
         others = [arm for arm in self.arms if arm not in first]
-        return [(arm, seed) for turn, seed in enumerate(self.seeds) for arm in (*first, *_rotated(others, turn))]
+        order = []
+        for turn, seed in enumerate(self.seeds):
+            start = turn % max(1, len(others))
+            order += [(arm, seed) for arm in (*first, *others[start:], *others[:start])]
+        return order
 
     def save(self, folder: Path) -> None:
-        """Writes it, for a report that is made later."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write the request, so that `--report` can rebuild the report later."""
+        (folder / _FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Request:
-        """Reads it back. Raises UserError where none was saved."""
+        """Read a saved request. Raises UserError when there is none or it is unreadable."""
         try:
-            saved: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            return cls(
-                base=tuple(saved["base"]),
-                arms=tuple(Arm(arm["name"], tuple(arm["configs"])) for arm in saved["arms"]),
-                seeds=tuple(saved["seeds"]),
-                baseline=saved["baseline"],
-                budget=Budget(**saved["budget"]),
-                evaluate_every=saved["evaluate_every"],
-                window=saved["window"],
-            )
+            saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+            saved["arms"] = tuple(Arm(arm["name"], tuple(arm["configs"])) for arm in saved["arms"])
+            saved["budget"] = Budget(**saved["budget"])
+            return cls(**saved | {name: tuple(saved[name]) for name in ("base", "seeds")})
         except FileNotFoundError as error:
-            raise UserError(f"--report {folder}: no {FILE} there; expected the --out of a `dots compare`") from error
+            raise UserError(
+                f"--report {folder}: the folder has no {_FILE}. Give the --out folder of a `dots compare`."
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--report {folder}: its {FILE} cannot be read ({error}); run the comparison again"
+                f"--report {folder}: {_FILE} is unreadable ({error}). Run the comparison again to write it."
             ) from error
-
-
-def run_folder_of(out: Path, arm: str, seed: int) -> Path:
-    """Where a run stands below the folder of its comparison."""
-    return out / "runs" / arm / f"seed_{seed}"
-
-
-def _rotated(arms: list[Arm], turn: int) -> Iterator[Arm]:
-    for place in range(len(arms)):
-        yield arms[(place + turn) % len(arms)]

@@ -1,65 +1,103 @@
-"""Makes the runs of a comparison, one after the other."""
+"""Training of the runs, one `dots fit` process after the other."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from app.studies.compare.meter import Meter
-from app.studies.compare.process import only_one, run_fit
-from app.studies.compare.request import Arm, Request, run_folder_of
-from app.studies.compare.settings import Settings, asked, max_steps
-from app.studies.compare.state import account_of, check_unchanged, clear_unsaved, note_asked
+from app.studies.compare.process import fit, only_one
+from app.studies.compare.records import CLOCK, read_summary
+from app.studies.compare.request import Request
+from app.studies.compare.run_folder import RunFolder
+from app.studies.compare.settings import Settings, max_steps, updates_per_step
 from datamodules.errors import UserError
 
-LOG, OVERLAY = "log.txt", "run.yaml"
-_SHOWN = 300
+_LINES_SHOWN = 10
 
 
 def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Settings]) -> None:
-    """Makes every run that is not finished; a run that was stopped goes on from its last checkpoint.
-
-    Raises UserError, before anything runs, when a run that has begun was asked for otherwise; and when a run fails.
-    """
-    runs = request.runs()
-    with only_one(out) as lock, _terminable(), Meter(len(runs)) as meter:
-        for arm, seed in runs:
-            check_unchanged(run_folder_of(out, arm.name, seed), asked(request, arm, settings[arm.name, seed]))
-        request.save(out)
-        accounts = {(arm.name, seed): account_of(run_folder_of(out, arm.name, seed)) for arm, seed in runs}
-        for (name, _), account in accounts.items():
-            if account is not None:
-                meter.known(name, account["seconds"]["total"])
-        open_runs = [(arm, seed) for arm, seed in runs if accounts[arm.name, seed] is None]
-        for place, (arm, seed) in enumerate(open_runs):
-            folder = run_folder_of(out, arm.name, seed)
-            note_asked(folder, asked(request, arm, settings[arm.name, seed]))
-            arguments = _prepare(request, arm, seed, out, settings[arm.name, seed])
-            meter.begin(arm.name, seed, [later.name for later, _ in open_runs[place + 1 :]], folder / LOG)
-            code = run_fit(arguments, folder / LOG, lock, meter.tick)
-            meter.end(_outcome(folder, arm, seed, code))
-
-
-def overlay(request: Request, arm: Arm, seed: int, folder: Path, settings: Settings, clock_s: float | None) -> Any:
-    """The last config of a run: its place, its seed, when it is evaluated and when it ends.
+    """Train every run that is not finished; a run that was stopped resumes from its last checkpoint.
 
     Args:
         request: the comparison.
-        arm: of the run.
-        seed: of the run.
-        folder: of the run.
-        settings: those of the arm.
-        clock_s: seconds of the training clock at which it ends; None for `trainer.max_steps`.
+        out: its folder.
+        settings: resolved settings by arm and seed.
+
+    Raises UserError before anything runs when a run was started with other settings, and when a run fails.
     """
-    logger = {"save_dir": str(folder.parent), "name": folder.name, "default_hp_metric": False}
-    trainer: dict[str, Any] = {
+    runs = request.runs()
+    console = Console(stderr=True)
+    # The estimate of the time left looks back over hours: some arms are slower than others.
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e5)
+    with only_one(out) as lock, bar:
+        for arm, seed in runs:
+            RunFolder.of(out, arm.name, seed).check(request, arm, settings[arm.name, seed])
+        request.save(out)
+        waiting = [(a, s) for a, s in runs if read_summary(RunFolder.of(out, a.name, s).version) is None]
+        task = bar.add_task("", total=len(runs), completed=len(runs) - len(waiting))
+        for done, (arm, seed) in enumerate(waiting, len(runs) - len(waiting)):
+            label, own, folder = f"{arm.name} seed {seed}", settings[arm.name, seed], RunFolder.of(out, arm.name, seed)
+            folder.prepare(request, arm, own)
+            clock_s = None
+            if request.budget.clocked(arm.name == request.baseline):
+                clock_s = request.budget.seconds
+                if clock_s is None:
+                    baseline = read_summary(RunFolder.of(out, request.baseline, seed).version)
+                    assert baseline is not None  # the baseline comes first for every seed
+                    clock_s = baseline.training_seconds
+            last_config = folder.path / "run.yaml"
+            last_config.write_text(yaml.safe_dump(overlay(request, seed, folder, own, clock_s), sort_keys=False))
+            share = RunProgress(folder.version, max_steps(own) // updates_per_step(own), clock_s)
+
+            def show(label: str = label, done: int = done, share: RunProgress = share) -> None:
+                part = share.read()
+                bar.update(task, description=f"{label} {part:.0%}", completed=done + part)
+
+            configs = (*request.base, *arm.files(seed), str(last_config))
+            started = time.monotonic()
+            code = fit([part for config in configs for part in ("--config", config)], folder.log, lock, show)
+            summary = read_summary(folder.version)
+            if code or summary is None:
+                lines = [line for line in folder.log.read_text(errors="replace").splitlines() if line.strip()]
+                console.print(*lines[-_LINES_SHOWN:], sep="\n", markup=False, highlight=False, soft_wrap=True)
+                raise UserError(
+                    f"The run of arm {arm.name} with seed {seed} ended with exit status {code} before it was complete: "
+                    f"{(lines or ['no output'])[-1].strip()} (all output: {folder.log}). Fix the cause and repeat the "
+                    "same command to continue."
+                )
+            bar.update(task, completed=done + 1)
+            left = bar.tasks[task].time_remaining
+            console.print(
+                f"{label}: {summary.steps} steps, {summary.training_seconds:.0f} s of training, accuracy "
+                f"{summary.course.accuracy[-1] if len(summary.course.accuracy) else math.nan:.3f}, "
+                f"{timedelta(seconds=round(time.monotonic() - started))}"
+                + ("" if left is None else f"; about {timedelta(seconds=round(left))} left"),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, clock_s: float | None) -> Settings:
+    """Return the last config of a run: its folder, its seed, when it is evaluated and when it ends.
+
+    Args:
+        request: the comparison.
+        seed: seed of the run.
+        folder: folder of the run.
+        settings: settings of the arm.
+        clock_s: seconds of the training clock after which the run ends; None for `trainer.max_steps`.
+    """
+    logger = {"save_dir": str(folder.path.parent), "name": folder.path.name, "version": 0, "default_hp_metric": False}
+    trainer: Settings = {
         "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
         "val_check_interval": settings["trainer"]["val_check_interval"],
     }
@@ -69,57 +107,26 @@ def overlay(request: Request, arm: Arm, seed: int, folder: Path, settings: Setti
     return {"seed_everything": seed, "trainer": trainer}
 
 
-def _prepare(request: Request, arm: Arm, seed: int, out: Path, settings: Settings) -> list[str]:
-    """Writes the overlay of a run and gives the arguments of `dots` that make it or go on with it."""
-    folder = run_folder_of(out, arm.name, seed)
-    clear_unsaved(folder)
-    content = overlay(request, arm, seed, folder, settings, _clock(request, arm, seed, out))
-    (folder / OVERLAY).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    configs = (*request.base, *arm.files(seed), str(folder / OVERLAY))
-    return ["fit", *(part for config in configs for part in ("--config", config)), "--ckpt_path", "last"]
+class RunProgress:
+    """Progress of a run, read from its TensorBoard events while they are written.
 
+    Args:
+        version: folder of the run; it need not exist yet.
+        steps: training steps of the run without a clock.
+        clock_s: seconds of the training clock after which it ends; None for `steps` alone.
+    """
 
-def _clock(request: Request, arm: Arm, seed: int, out: Path) -> float | None:
-    if not request.budget.clocked(arm.name == request.baseline):
-        return None
-    if request.budget.rule == "seconds":
-        return request.budget.seconds
-    account = account_of(run_folder_of(out, request.baseline, seed))
-    assert account is not None, "the baseline's run stands first in its seed"
-    return float(account["training_seconds"])
+    def __init__(self, version: Path, steps: int, clock_s: float | None) -> None:
+        self._version, self._steps, self._clock_s = version, steps, clock_s
+        self._events = EventAccumulator(str(version), size_guidance={"scalars": 1}, purge_orphaned_data=False)
 
-
-def _outcome(folder: Path, arm: Arm, seed: int, code: int) -> str:
-    """What a run ended with, in words. Raises UserError when it did not end as it was meant to."""
-    account = account_of(folder)
-    if code or account is None:
-        raise UserError(
-            f"the run of arm {arm.name} with seed {seed} ended with exit status {code}: {_last_line(folder / LOG)} "
-            f"(all of it: {folder / LOG}); mend that, and the same command goes on"
-        )
-    last = account["evaluations"][-1]["accuracy"] if account["evaluations"] else float("nan")
-    return f"{account['steps']} steps, {account['training_seconds']:.0f} s of training, accuracy {last:.3f}"
-
-
-def _last_line(log: Path) -> str:
-    """What a run said last; of its own error lines the last one."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("dots: error: ")]
-    return (errors or lines or ["it said nothing"])[-1][:_SHOWN]
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the comparison as Ctrl-C does: the run at work saves first."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def read(self) -> float:
+        """Return the share of the run that is done, in [0, 1]."""
+        if not self._version.exists():
+            return 0.0
+        self._events.Reload()
+        if CLOCK not in self._events.Tags()["scalars"]:
+            return 0.0
+        last = self._events.Scalars(CLOCK)[-1]
+        share = (last.step + 1) / self._steps if self._clock_s is None else last.value / self._clock_s
+        return min(1.0, float(share))

@@ -1,12 +1,9 @@
-"""What a run of a comparison is made of: its resolved config."""
+"""Resolved settings of a run: checks before it starts, and the differences between arms."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -16,90 +13,115 @@ from app.studies.compare.request import Arm, Request
 from datamodules.errors import UserError
 
 Settings = dict[str, Any]
+"""The config of a run as plain values, defaults included."""
+
 _NOT_COMPARED = ("logger", "default_root_dir", "enable_progress_bar")
-"""Of the trainer: where a run stands and what it shows."""
+"""Options of the trainer that say where a run is stored and what it shows."""
+_NOT_OF_A_METHOD = ("seed_everything", "ckpt_path", "weights_only")
+_CLASS, _ARGUMENTS = "class_path", "init_args"
 
 
-class _Resolved(DotsCLI):
-    """`dots fit` up to the point where classes would be made."""
+class _ParsedFit(DotsCLI):
+    """`dots fit` that parses its configs and then stops."""
+
+    settings: Settings
 
     def instantiate_classes(self) -> None:
-        pass
+        self.settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        self.subcommand = None  # LightningCLI runs nothing without one
 
     def after_instantiate_classes(self) -> None:
         pass
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-    @property
-    def settings(self) -> Settings:
-        config = self.config[self.subcommand]
-        found: Settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-        return found
-
 
 def resolve(request: Request, arm: Arm, seed: int) -> Settings:
-    """All settings of a run, defaults included, but where it stands. Ends with one line where they are wrong."""
-    args = ["fit"]
-    for config in (*request.base, *arm.files(seed)):
-        args += ["--config", config]
+    """Return all settings of a run except where it is stored.
+
+    Raises UserError for settings that cannot be compared; errors in the configs exit with one line as in `dots fit`.
+    """
+    args = ["fit", *(part for config in (*request.base, *arm.files(seed)) for part in ("--config", config))]
     args += ["--seed_everything", str(seed)]
     if request.evaluate_every is not None:
         args += ["--trainer.val_check_interval", str(request.evaluate_every)]
     with warnings.catch_warnings():
-        # Lightning warns of arguments given in Python while there are some on the command line.
+        # Lightning warns about arguments given in Python while sys.argv has some.
         warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-        settings = _Resolved(args).settings
+        settings = _ParsedFit(args).settings
     for name in _NOT_COMPARED:
         settings["trainer"].pop(name, None)
     _check(request, arm, settings)
     return settings
 
 
-def asked(request: Request, arm: Arm, settings: Settings) -> dict[str, Any]:
-    """All that decides what a run will do, as plain values."""
-    return {"settings": settings, "budget": asdict(request.budget), "is_baseline": arm.name == request.baseline}
-
-
-def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def max_steps(settings: Settings) -> int:
-    """Optimizer steps that a run is configured for."""
+    """Return the optimizer steps that a run is configured for."""
     return int(settings["trainer"]["max_steps"])
 
 
+def updates_per_step(settings: Settings) -> int:
+    """Return the optimizer steps in a training step."""
+    return int(settings["model"][_ARGUMENTS].get("mini_batches", 1))
+
+
 def _check(request: Request, arm: Arm, settings: Settings) -> None:
-    trainer = settings["trainer"]
     if max_steps(settings) < 1:
-        raise UserError(f"arm {arm.name}: trainer.max_steps={max_steps(settings)}, expected the steps of a run")
-    names = [callback["class_path"].rpartition(".")[2] for callback in trainer.get("callbacks") or []]
-    if missing := [name for name in ("RunLedger", "RunCheckpoint") if name not in names]:
+        raise UserError(f"arm {arm.name}: trainer.max_steps is {max_steps(settings)}. Give the steps of a run.")
+    interval = settings["trainer"]["val_check_interval"]
+    steps = max_steps(settings) // updates_per_step(settings)
+    if not isinstance(interval, int) or steps < interval:
         raise UserError(
-            f"arm {arm.name}: trainer.callbacks holds no callbacks.{missing[0]}: add it, a comparison reads its files"
+            f"arm {arm.name}: trainer.val_check_interval is {interval} in a run of {steps} steps, expected a number of "
+            f"steps up to {steps}. Give --evaluate_every."
         )
-    interval, batches = trainer["val_check_interval"], max_steps(settings) // _updates(settings)
-    if not isinstance(interval, int) or batches < interval:
+    if steps % interval and not request.budget.clocked(arm.name == request.baseline):
         raise UserError(
-            f"arm {arm.name}: evaluated every {interval} of {batches} steps (trainer.val_check_interval), expected a "
-            f"number of steps up to {batches}: give --evaluate_every"
+            f"arm {arm.name}: {steps} steps (trainer.max_steps / mini_batches) are not a multiple of the {interval} "
+            "between evaluations, so the end would not be evaluated. Change --evaluate_every."
         )
-    if batches % interval and not request.budget.clocked(arm.name == request.baseline):
-        raise UserError(
-            f"arm {arm.name}: {batches} steps (trainer.max_steps / mini_batches) are no multiple of the {interval} "
-            "between evaluations, so its end would not be evaluated: change --evaluate_every"
-        )
-    schedule = (settings["model"]["init_args"].get("optimization") or {}).get("schedule", "constant")
+    schedule = (settings["model"][_ARGUMENTS].get("optimization") or {}).get("schedule", "constant")
     if request.budget.rule != "steps" and schedule not in ("constant", "constant_with_warmup"):
         raise UserError(
-            f"arm {arm.name}: model.optimization.schedule={schedule} goes by trainer.max_steps, which a run under a "
-            "clock does not know: give --budget steps, or a constant schedule"
+            f"arm {arm.name}: model.optimization.schedule is {schedule}, which depends on trainer.max_steps, but the "
+            "clock decides when a run ends. Give --budget steps or a constant schedule."
         )
 
 
-def _updates(settings: Settings) -> int:
-    """Optimizer steps in a training step."""
-    return int(settings["model"]["init_args"].get("mini_batches", 1))
+def differences(arm: Settings, baseline: Settings) -> list[str]:
+    """Return `name: baseline's value -> arm's value` for every setting that differs.
+
+    A class that is replaced, added or removed is one line with its arguments, except those that are null. Callbacks are
+    matched by class, so that an additional one does not shift the others.
+    """
+    return list(_differences("", _by_name(baseline), _by_name(arm)))
+
+
+def _by_name(settings: Settings) -> Settings:
+    trainer = dict(settings["trainer"])
+    callbacks = trainer.pop("callbacks", None) or []
+    rest = {name: value for name, value in settings.items() if name not in ("trainer", *_NOT_OF_A_METHOD)}
+    return {**rest, "trainer": trainer, "callbacks": {_short(one[_CLASS]): one for one in callbacks}}
+
+
+def _differences(path: str, before: Any, now: Any) -> Iterator[str]:
+    if before == now:
+        return
+    both = isinstance(before, Mapping) and isinstance(now, Mapping)
+    if both and before.get(_CLASS) == now.get(_CLASS):
+        if _CLASS in before:
+            before, now = before.get(_ARGUMENTS) or {}, now.get(_ARGUMENTS) or {}
+        for name in {**before, **now}:
+            yield from _differences(f"{path}.{name}" if path else name, before.get(name), now.get(name))
+    else:
+        yield f"{path}: {_shown(before)} -> {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and _CLASS in value:
+        given = (value.get(_ARGUMENTS) or {}).items()
+        arguments = ", ".join(f"{name}={_shown(each)}" for name, each in given if each is not None)
+        return f"{_short(value[_CLASS])}({arguments})"
+    return "none" if value is None else str(value)
+
+
+def _short(class_path: str) -> str:
+    return class_path.rpartition(".")[2]

@@ -1,0 +1,119 @@
+"""The account of a run in `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from datamodules.errors import UserError
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutCounts:
+    """Number of rollouts of one kind."""
+
+    prompts: int
+    completions: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A validation, and the cost of the training before it.
+
+    Attributes:
+        step: number of steps.
+        seconds: seconds of training (`TrainingClock`).
+        completions: number of completions rolled out for training, reference sets included.
+        completion_tokens: their tokens.
+        accuracy: accuracy on the validation prompts.
+    """
+
+    step: int
+    seconds: float
+    completions: int
+    completion_tokens: int
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """Content of `summary.json`.
+
+    Attributes:
+        steps: number of steps.
+        prompts_rolled_out: number of prompts rolled out for training, without reference sets.
+        completions: their completions.
+        completion_tokens: their completion tokens.
+        replayed_groups: number of groups that came from the replay buffer.
+        informative_fraction: fraction of informative groups in a batch, averaged over steps.
+        reference: rollouts of reference sets.
+        validation: rollouts of validation.
+        discarded: training rollouts that a filter rejected.
+        wasted: training rollouts that passed the filter but were neither needed nor kept.
+        discarded_groups: number of groups that were discarded or wasted.
+        failed_rewards: number of scores that timed out or crashed.
+        val: "first", "best" and "last" validation accuracy; empty without validation.
+        evaluations: all validations.
+        validation_prompts: fingerprint of the validation prompts: equal in runs that were evaluated on the same ones;
+            None without validation prompts.
+        training_seconds: seconds of training (`TrainingClock`).
+        seconds: seconds by phase, and in total since the start of the run.
+        rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`).
+        seed: of the run.
+        config_sha256: hash of the run's config.yaml, or None if it has none.
+        completed: whether the run ended as configured.
+    """
+
+    steps: int
+    prompts_rolled_out: int
+    completions: int
+    completion_tokens: int
+    replayed_groups: int
+    informative_fraction: float
+    reference: RolloutCounts
+    validation: RolloutCounts
+    discarded: RolloutCounts
+    wasted: RolloutCounts
+    discarded_groups: int
+    failed_rewards: int
+    val: Mapping[str, float]
+    evaluations: tuple[Evaluation, ...]
+    validation_prompts: str | None
+    training_seconds: float
+    seconds: Mapping[str, float]
+    rollout_overlapped_seconds: float
+    seed: int
+    config_sha256: str | None
+    completed: bool
+
+    @classmethod
+    def read(cls, path: Path) -> RunSummary:
+        """Read a `summary.json`.
+
+        Raises:
+            OSError: the file cannot be read.
+            UserError: it is not the summary of a run of this version.
+        """
+        try:
+            content = json.loads(path.read_text())
+            for name in ("reference", "validation", "discarded", "wasted"):
+                content[name] = RolloutCounts(**content[name])
+            content["evaluations"] = tuple(Evaluation(**one) for one in content["evaluations"])
+            return cls(**content)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} is not the summary of a run of this version ({str(error).splitlines()[0]}), expected one "
+                "that `dots fit` wrote. Repeat the run or give another."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write a `summary.json`, replacing an older one as a whole."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(temporary, path)

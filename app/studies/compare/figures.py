@@ -1,0 +1,140 @@
+"""The figures of a comparison, as `compare.json` holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.studies.compare.ceiling import informative_token_share, perfect_choice
+from app.studies.compare.reach import Goal, Ratio, goal_accuracy, ratio, smooth
+from app.studies.compare.records import Comparison, Record
+from app.studies.intervals import Interval, geometric_interval, mean_interval
+from datamodules.ledger import PHASES
+
+RATIOS = {"time": "time_ratio", "completions": "completion_ratio", "tokens": "token_ratio", "steps": "step_ratio"}
+"""Names of the ratios in `compare.json` by cost."""
+
+_METHOD = (
+    "An arm reaches the goal where {accuracy} first equals it, with cost and accuracy interpolated linearly between "
+    "two evaluations; the same rule applies to the baseline, seed by seed. Means of ratios are geometric; 95% "
+    "intervals are Student's t over seeds, on logarithms for ratios. A seed that never reaches the goal enters with "
+    "the cost of its whole run, which makes the mean a lower bound (>=) without an interval. Time is the training "
+    "clock: selection, rollouts (reference sets and discarded groups included), scoring and updates, without "
+    "validation, checkpoints and start-up."
+)
+
+Figures = dict[str, Any]
+
+
+def summarise(comparison: Comparison) -> Figures:
+    """Return all figures: `{"setting": ..., "arms": {NAME: {"time_ratio": {"mean", "ci95"}, ...}}}`."""
+    request = comparison.request
+    last = f"the mean of its last {request.window} evaluations (fewer at the beginning)"
+    machines = [dict(record.machine) for record in comparison.records]
+    baseline = comparison.of(request.baseline)
+    shares = {record.seed: informative_token_share(record.version) for record in baseline}
+    known = {seed: share for seed, share in shares.items() if share is not None}
+    times = {one.seed: perfect_choice(one.summary, known[one.seed]) for one in baseline if one.seed in known}
+    return {
+        "setting": {
+            "base": list(request.base),
+            "arms": {arm.name: list(arm.configs) for arm in request.arms},
+            "differences": {name: list(lines) for name, lines in comparison.differences.items()},
+            "seeds": list(request.seeds),
+            "baseline": request.baseline,
+            "budget": str(request.budget),
+            "smoothing_window": request.window,
+            "method": _METHOD.format(accuracy="its accuracy" if request.window == 1 else last),
+            "machines": [one for place, one in enumerate(machines) if one not in machines[:place]],
+            "missing": list(comparison.missing),
+        },
+        "perfect_choice": {"informative_tokens": _over_seeds(known), "time_ratio": _over_seeds(times)},
+        "arms": {arm.name: _arm(comparison, records) for arm in request.arms if (records := comparison.of(arm.name))},
+    }
+
+
+def write_json(path: Path, figures: Figures) -> None:
+    """Write the figures."""
+    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
+    window = comparison.request.window
+    bases = {base.seed: base for base in comparison.of(comparison.request.baseline)}
+    pairs = [(record, bases[record.seed]) for record in records if record.seed in bases]
+    smoothed = {record.seed: smooth(record.summary.course.accuracy, window) for record in records}
+    goals = {r.seed: goal_accuracy(base.summary.course, "final", window) for r, base in pairs}
+
+    def ratios(goal: Goal, whole_run: bool = False) -> Figures:
+        def of(cost: str) -> dict[int, Ratio]:
+            both = ((r.seed, r.summary.course, base.summary.course) for r, base in pairs)
+            return {seed: ratio(own, base, cost, goal, window, whole_run=whole_run) for seed, own, base in both}
+
+        return {name: ratio_figures(of(cost)) for cost, name in RATIOS.items()}
+
+    def over_steps(name: str) -> Figures:
+        return _over_seeds({r.seed: float(np.mean(r.curves[name][1])) for r in records if name in r.curves})
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values))
+
+    summaries = [record.summary for record in records]
+    return {
+        "runs": len(records),
+        **ratios("final"),
+        "to_best": ratios("best"),
+        "share_of_baseline_run": ratios("final", whole_run=True),
+        "goal": _over_seeds(goals),
+        "final_accuracy": _over_seeds({seed: float(accuracy[-1]) for seed, accuracy in smoothed.items()}),
+        "best_accuracy": _over_seeds({seed: float(accuracy.max()) for seed, accuracy in smoothed.items()}),
+        "accuracy_gain": _over_seeds({seed: float(smoothed[seed][-1]) - goal for seed, goal in goals.items()}),
+        "informative_fraction": _over_seeds({r.seed: float(r.summary.informative_fraction) for r in records}),
+        "fresh_informative_fraction": over_steps("selection/fresh_informative_fraction"),
+        "forecast_pearson": over_steps("selection/forecast_pearson"),
+        "forecast_brier": over_steps("selection/forecast_brier"),
+        "seconds": {"training": mean([one.training_seconds for one in summaries])}
+        | {phase: mean([one.seconds[phase] for one in summaries]) for phase in PHASES},
+        "totals": {
+            "steps": mean([one.steps for one in summaries]),
+            "completions": mean([one.course.costs["completions"][-1] for one in summaries]),
+            "completion_tokens": mean([one.course.costs["tokens"][-1] for one in summaries]),
+            "reference_completions": mean([one.reference_completions for one in summaries]),
+            "discarded_completions": mean([one.discarded_completions for one in summaries]),
+            "replayed_groups": mean([one.replayed_groups for one in summaries]),
+        },
+    }
+
+
+def ratio_figures(ratios: Mapping[int, Ratio]) -> Figures:
+    """Average ratios over seeds.
+
+    Returns:
+        `mean` and `ci95`: geometric mean and 95% interval (Student's t on the logarithms). With a seed that never
+        reached the goal the mean is a lower bound (`at_least`) and has no interval.
+        `reached`, `censored`, `undefined`: seeds that reached the goal, that did not, and whose baseline began at the
+        goal; the last are left out of the mean.
+        `per_seed`: ratio and whether the goal was reached.
+    """
+    values = [one.value for one in ratios.values() if one.value is not None]
+    reached = sum(one.reached for one in ratios.values())
+    interval = geometric_interval(values)
+    return _interval(Interval(interval.mean) if reached < len(values) else interval) | {
+        "at_least": reached < len(values),
+        "reached": reached,
+        "censored": len(values) - reached,
+        "undefined": len(ratios) - len(values),
+        "per_seed": {str(seed): {"ratio": one.value, "reached": one.reached} for seed, one in ratios.items()},
+    }
+
+
+def _over_seeds(values: Mapping[int, float]) -> Figures:
+    per_seed = {str(seed): value for seed, value in values.items()}
+    return _interval(mean_interval(list(values.values()))) | {"per_seed": per_seed}
+
+
+def _interval(interval: Interval) -> Figures:
+    return {"mean": interval.mean, "ci95": None if interval.low is None else [interval.low, interval.high]}

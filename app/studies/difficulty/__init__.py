@@ -1,0 +1,1 @@
+"""Train and evaluate difficulty predictors: `dots difficulty`."""

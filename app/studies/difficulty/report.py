@@ -1,0 +1,96 @@
+"""Report the scores of difficulty forecasts: table, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from app.reporting.pictures import pixels, reliability_figure
+from app.studies.difficulty.forecasters import Scored
+
+Results = Mapping[str, Sequence[Scored]]
+"""The scores of every method, fold by fold."""
+
+_COLUMNS = {"pearson": ("Pearson", 3), "spearman": ("Spearman", 3), "brier": ("Brier", 4), "ece": ("ECE", 3)}
+_PICTURES_PER_ROW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Figures of one fit of the learning curve: `method`, number of questions learnt from, and figures by name."""
+
+    method: str
+    questions: int
+    figures: Mapping[str, float]
+
+
+def summarise(results: Results) -> dict[str, dict[str, dict[str, float]]]:
+    """Return `{method: {figure: {"mean", "deviation"}}}` over folds, without undefined figures."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for method, folds in results.items():
+        figures = pd.DataFrame([scored.figures for scored in folds])
+        found[method] = {
+            name: {"mean": float(values.mean()), "deviation": float(values.std(ddof=0))}
+            for name, values in figures.items()
+            if np.isfinite(values).all()
+        }
+    return found
+
+
+def write_results(path: Path, results: Results, settings: Mapping[str, Any]) -> None:
+    """Write `{"settings": ..., "methods": summarise(results)}`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"settings": dict(settings), "methods": summarise(results)}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def print_results(title: str, results: Results) -> None:
+    """Print a row per method: the mean over folds of each figure, and its deviation where there are several."""
+    rows = {}
+    for method, figures in summarise(results).items():
+        rows[method] = {heading: "-" for heading, _ in _COLUMNS.values()}
+        for name, figure in figures.items():
+            heading, decimals = _COLUMNS[name]
+            spread = f" ± {figure['deviation']:.{decimals}f}" if figure["deviation"] else ""
+            rows[method][heading] = f"{figure['mean']:.{decimals}f}{spread}"
+    print(f"{title}\n\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}")
+
+
+def draw_reliability(path: Path, results: Results) -> None:
+    """Draw one reliability picture per method over all folds and visits, side by side."""
+    drawn = []
+    for method, folds in results.items():
+        forecast = np.concatenate([scored.forecast for scored in folds])
+        if len(forecast):
+            measured = np.concatenate([scored.measured for scored in folds])
+            drawn.append(pixels(reliability_figure(forecast, measured, method)))
+    blank = np.full_like(drawn[0], 255)
+    columns = min(_PICTURES_PER_ROW, len(drawn))
+    drawn += [blank] * (-len(drawn) % columns)
+    rows = [np.concatenate(drawn[start : start + columns], axis=1) for start in range(0, len(drawn), columns)]
+    matplotlib.image.imsave(path, np.concatenate(rows))
+
+
+def draw_curve(folder: Path, points: Sequence[CurvePoint]) -> None:
+    """Write `learning_curve.json` (every fit) and `learning_curve.png` (mean and deviation of Pearson over folds)."""
+    content = [{"method": point.method, "questions": point.questions, **point.figures} for point in points]
+    (folder / "learning_curve.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for method, rows in pd.DataFrame(content).groupby("method", sort=False):
+            sizes = rows.groupby("questions")["pearson"]
+            mean, deviation = sizes.mean(), sizes.std(ddof=0)
+            axes.errorbar(mean.index, mean, yerr=deviation, fmt="o-", capsize=2, label=method)
+        axes.set(xscale="log", xlabel="questions learnt from", ylabel="Pearson on questions never seen")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(folder / "learning_curve.png", dpi=110)

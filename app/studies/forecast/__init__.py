@@ -1,0 +1,1 @@
+"""Compare selectors on a recorded run: `dots forecast`."""

@@ -1,0 +1,179 @@
+"""The loss of a batch: advantages, mini-batches, micro-batches, and the loss of each micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from app.objective.advantages import Baseline, Scale
+from app.objective.packing import PackedBatch
+from app.objective.ratios import Aggregation
+from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.policy.reference import ReferencePolicy
+from app.policy.scoring import completion_logprobs
+from app.ranks import Ranks
+from app.update.microbatches import MicroBatches
+from app.update.minibatch import MiniBatch, advantages_of, minibatches
+from datamodules.errors import UserError
+from datamodules.seeding import generator, run_seed
+from datamodules.types import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerOptions:
+    """The options of `GRPOModule` that decide how groups become a loss.
+
+    Attributes:
+        surrogate: the loss.
+        temperature: the sampling temperature of the completions.
+        max_completion_length: completion limit in tokens.
+        advantage_scale: see `objective.advantages.group_advantages`.
+        advantage_baseline: see there.
+        multi_objective_aggregation: add the weighted rewards before or after normalising them within groups.
+        mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
+        aggregation: see `objective.ratios.token_weights`.
+        mini_batches: optimizer steps per batch.
+        max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
+        share_prompts: read a prompt once for all its completions, if the policy allows it.
+
+    Raises:
+        UserError: an option, or a combination, that no run can have.
+    """
+
+    surrogate: SurrogateOptions
+    temperature: float
+    max_completion_length: int
+    advantage_scale: Scale
+    advantage_baseline: Baseline
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    mask_truncated_completions: bool
+    aggregation: Aggregation
+    mini_batches: int
+    max_tokens_per_microbatch: int
+    share_prompts: bool
+
+    def __post_init__(self) -> None:
+        counts = {"mini_batches": self.mini_batches, "max_tokens_per_microbatch": self.max_tokens_per_microbatch}
+        for name, given in counts.items():
+            if given < 1:
+                raise UserError(f"model.{name} is {given}; set it to 1 or more.")
+        if (self.multi_objective_aggregation, self.advantage_scale) == ("normalize_then_sum", "none"):
+            raise UserError(
+                "model.advantage_scale is none with multi_objective_aggregation=normalize_then_sum, which would "
+                "normalise nothing. Set advantage_scale to batch (GDPO) or group."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learner:
+    """The policy and its loss on scored groups. It computes gradients but takes no optimizer step.
+
+    Attributes:
+        policy: the trained model.
+        options: how groups become a loss.
+        reward_weights: weights by reward name.
+        reference: the reference policy of the KL term, if there is one.
+        ranks: the processes of the run.
+        sharded: the policy is sharded over the ranks, so that every pass is a collective.
+        pad_token_id: any valid id.
+        device: the device of the policy's inputs.
+    """
+
+    policy: torch.nn.Module
+    options: LearnerOptions
+    reward_weights: Mapping[str, float]
+    reference: ReferencePolicy | None
+    ranks: Ranks
+    sharded: bool
+    pad_token_id: int
+    device: torch.device
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    @property
+    def microbatches(self) -> MicroBatches:
+        """The layout of sequences for the policy."""
+        return MicroBatches(
+            self.policy, self.options.max_tokens_per_microbatch, self.options.share_prompts, self.pad_token_id,
+            self.device, self.ranks if self.sharded else None,
+        )  # fmt: skip
+
+    def advantages_of(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
+        """Return the advantages of a batch's completions, float32 `[G]` per group."""
+        decoupled = self.options.multi_objective_aggregation == "normalize_then_sum"
+        return advantages_of(
+            groups,
+            self.options.advantage_scale,
+            self.options.advantage_baseline,
+            self.reward_weights if decoupled else None,
+        )
+
+    def minibatches_of(
+        self, groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], step: int
+    ) -> list[MiniBatch]:
+        """Split a batch's groups into the mini-batches of its optimizer steps.
+
+        Args:
+            groups: the groups of the batch.
+            advantages: from `advantages_of`.
+            step: the batch's step; groups born before it count as replayed.
+        """
+        options = self.options
+        return minibatches(
+            groups,
+            advantages,
+            parts=options.mini_batches,
+            generator=generator(run_seed(), "minibatches", step),
+            aggregation=options.aggregation,
+            max_completion_length=options.max_completion_length,
+            keep_zero_advantage=bool(options.surrogate.beta or options.surrogate.entropy_coef),
+            mask_truncated=options.mask_truncated_completions,
+            step=step,
+        )
+
+    @torch.no_grad()
+    def with_old_logprobs(self, part: MiniBatch) -> MiniBatch:
+        """Add log pi_old to replayed sequences. Collective if the policy is sharded.
+
+        A fresh sequence needs none: its behaviour policy is the policy before the update.
+        """
+        sequences = list(part.sequences)
+        replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
+        temperature, micro = self.options.temperature, self.microbatches
+        plan = micro.plan([sequences[index] for index in replayed])
+        idle = micro.idle(len(plan))
+        for rows in plan:
+            chosen = [replayed[row] for row in rows]
+            packed = micro.one([sequences[index] for index in chosen])
+            logprobs, _ = completion_logprobs(self.policy, packed, temperature, with_entropy=False)
+            sizes = [len(sequences[index].completion_ids) for index in chosen]
+            for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
+                sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())
+        for packed in idle:
+            completion_logprobs(self.policy, packed, temperature, with_entropy=False)
+        return dataclasses.replace(part, sequences=sequences)
+
+    def loss_of(self, packed: PackedBatch) -> PolicyLoss:
+        """Compute the loss of one micro-batch, with gradient; the losses of a mini-batch's micro-batches add up."""
+        options, temperature = self.options, self.options.temperature
+        logprobs, entropy = completion_logprobs(self.policy, packed, temperature, with_entropy=True)
+        reference = None if self.reference is None else self.reference.logprobs(self.policy, packed, temperature)
+        return policy_loss(
+            logprobs,
+            packed.behaviour_logprobs,
+            packed.advantages,
+            packed.weights,
+            options.surrogate,
+            old_logprobs=packed.old_logprobs if options.mini_batches > 1 else None,
+            sequences=packed.sequences,
+            entropy=entropy,
+            reference_logprobs=reference,
+        )

@@ -1,0 +1,173 @@
+"""Print what a run will do, in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from app.engines import Transformers
+from app.engines.transformers.shared_cache import SLACK
+from app.module import GRPOModule
+from app.policy.model import causal_lm
+from app.policy.scoring import can_share_prompts
+from app.policy.weights import count_parameters
+from app.reporting.memory import Precision, StepSizes, memory_parts
+from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.references import ReferenceRollouts
+from callbacks.algorithm.replay import RolloutReplay
+from callbacks.stages import Stage, StepCallback
+from callbacks.upkeep.sharded_policy import ShardedPolicy
+from datamodules.online import OnlinePromptDataModule
+from datamodules.procedural import Procedural
+from datamodules.prompts import PromptFile
+
+_PROMPT_LENGTH = 512  # assumed where the data set no limit
+
+Row = tuple[str, str, str]
+
+
+class RunTable(StepCallback):
+    """Prints the table of the run before the first step."""
+
+    stage = Stage.WATCH
+
+    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if trainer.is_global_zero:
+            datamodule: OnlinePromptDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+            print_run_table(trainer, pl_module, datamodule, pl_module.policy_model, trainer.world_size)
+
+
+def print_run_table(
+    trainer: Trainer,
+    module: GRPOModule,
+    datamodule: OnlinePromptDataModule,
+    policy: nn.Module,
+    world_size: int,
+    *,
+    with_memory: bool = False,
+) -> None:
+    """Print the prompts, completions, tokens and steps of a run, and on request its estimated memory.
+
+    Args:
+        trainer: of the run; it need not have started.
+        module: of the run.
+        datamodule: of the run.
+        policy: the model, on the meta device or not.
+        world_size: processes that share the work.
+        with_memory: whether to estimate the memory of a process (`app.reporting.memory`).
+    """
+    table = Table(title=f"{module.policy_path} with {type(datamodule.selector).__name__}", title_justify="left")
+    table.add_column("")
+    table.add_column(f"per rank ({world_size})", justify="right")
+    table.add_column("in all", justify="right")
+    parameters, trained = count_parameters(policy)
+    table.add_row("policy parameters", "", f"{parameters:,}")
+    table.add_row("  trained", "", f"{trained:,}")
+    for name, pool in datamodule.pools.items():
+        table.add_row(f"{name} prompts", "", f"{len(pool):,}")
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for row in run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+        table.add_row(*row)
+    if with_memory:
+        table.add_section()
+        for row in _memory_rows(trainer, module, datamodule, policy, world_size):
+            table.add_row(*row)
+    Console().print(table)
+    for name, pool in datamodule.pools.items():
+        if pool.report is not None:
+            Console().print(f"{name}: {pool.report}", highlight=False)
+
+
+def run_rows(
+    module: GRPOModule,
+    datamodule: OnlinePromptDataModule,
+    callbacks: list[Callback],
+    world_size: int,
+    max_steps: int,
+) -> list[Row]:
+    """Return rows (quantity, per rank, in all): prompts, completions and tokens of a step, and the run's steps."""
+
+    def shared(name: str, total: int) -> Row:
+        return name, f"{-(-total // world_size):,}", f"{total:,}"
+
+    prompts, generations = datamodule.prompts_per_step, module.sampling.num_generations
+    fresh = prompts - _replayed(callbacks, prompts)
+    rows = [
+        shared("prompts per step", prompts),
+        shared("  rolled out", fresh),
+        shared("  replayed (buffer full)", prompts - fresh),
+        shared("completions per step", prompts * generations),
+        shared("  generated", fresh * generations),
+        shared("completion tokens generated, at most", fresh * generations * module.sampling.max_completion_length),
+        ("mini-batches per step", "", str(module.mini_batches)),
+        shared("completions per mini-batch", prompts * generations // module.mini_batches),
+        ("tokens per micro-batch, at most", f"{module.max_tokens_per_microbatch:,}", ""),
+    ]
+    for one in callbacks:
+        if isinstance(one, ReferenceRollouts):
+            rows.append(shared(f"reference completions, every {one.every}", one.size * generations))
+        elif isinstance(one, DynamicSampling):
+            rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))
+    if max_steps > 0:
+        rows.append(("steps", "", f"{-(-max_steps // module.mini_batches):,}"))
+        rows.append(("optimizer steps (trainer.max_steps)", "", f"{max_steps:,}"))
+    return rows
+
+
+def _replayed(callbacks: list[Callback], prompts: int) -> int:
+    """Return the prompts of a step that a full buffer replays."""
+    return max((one.replayed_per_step(prompts) for one in callbacks if isinstance(one, RolloutReplay)), default=0)
+
+
+def _memory_rows(
+    trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, policy: nn.Module, world_size: int
+) -> list[Row]:
+    """Return rows (part, bytes per rank, phase that holds it), the largest sum of parts held together first."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    sharded = next((one for one in callbacks if isinstance(one, ShardedPolicy)), None)
+    references = max((one.size for one in callbacks if isinstance(one, ReferenceRollouts)), default=0)
+    train, prompts, engine = datamodule.sources["train"], datamodule.prompts_per_step, module.engine
+    limit = train.max_prompt_length if isinstance(train, PromptFile | Procedural) else None
+    stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
+    precision = Precision(
+        weights=2 if trainer.precision.endswith("16-true") else stored,
+        compute=2 if half or (sharded is not None and sharded.compute_dtype is not None) else stored,
+        # FSDP2 casts weights as it gathers them, so nothing is autocast.
+        autocast=trainer.precision.endswith("mixed") and sharded is None and stored == 4,
+    )
+    sizes = StepSizes(
+        processes=world_size,
+        shards=1 if sharded is None else sharded.shard_size or world_size,
+        device=trainer.strategy.root_device.type,
+        prompts=-(-prompts // module.mini_batches),
+        rolled_out=max(prompts - _replayed(callbacks, prompts), references),
+        generations=module.sampling.num_generations,
+        prompt_length=limit or _PROMPT_LENGTH,
+        completion_length=module.sampling.max_completion_length,
+        max_tokens=module.max_tokens_per_microbatch,
+        shared=module.share_prompts and can_share_prompts(policy),
+        has_reference=module.surrogate.beta > 0,
+    )
+    if isinstance(engine, Transformers):
+        sizes = replace(
+            sizes, max_rows=engine.max_rows, max_cache_tokens=engine.max_cache_tokens,
+            prefill_tokens=engine.prefill_tokens, spare_columns=SLACK,
+        )  # fmt: skip
+    try:
+        parts = memory_parts(policy, precision, sizes)
+    except ValueError as error:
+        return [(f"memory is not estimated: {error}", "", "")]
+    held: Counter[str] = Counter()
+    for part in parts:
+        held[part.phase] += part.bytes
+    always = held.pop("always")
+    phase, most = held.most_common(1)[0]
+    unit, name = (2**30, "GiB") if always + most >= 2**30 else (2**20, "MiB")
+    rows = [(f"estimated memory, prompts of {sizes.prompt_length:,} tokens", always + most, phase)]
+    rows += [(f"  {part.name}", part.bytes, part.phase) for part in parts]
+    return [(text, f"{size / unit:,.2f} {name}", when) for text, size, when in rows]

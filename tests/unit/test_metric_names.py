@@ -1,0 +1,88 @@
+"""Every logged scalar has a name, a unit and a meaning, and no entry is dead."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from lightning.pytorch import Callback
+
+from app.objective.surrogate import SurrogateOptions
+from callbacks import (
+    DynamicSampling,
+    ReferenceRollouts,
+    RolloutReplay,
+    Rollouts,
+    RunLedger,
+    SelectionMonitor,
+    WeightSync,
+)
+from callbacks.watching.cockpit import CHARTS
+from datamodules.metric_names import METRIC_NAMES, markdown_table, metric_name
+from datamodules.selectors import Composed, Posterior, SelectionContext
+from tests.support.scripted_run import HALF, WRONG, scripted_run
+from tests.support.selector_builders import PLAIN, outcomes, pool_of, random_embeddings
+
+ELSEWHERE = {
+    "completions/mean_terminated_length",
+    "epoch",
+    "ranks/update_token_imbalance",
+    "test/*",
+    "time/rollout_overlapped",
+    "train/loss",
+    "val/accuracy_*",
+    "val/informative_fraction",
+}
+"""Entries of runs whose completions end before the limit, with several ranks, a server, a test, or pretraining."""
+
+
+class Validated(Callback):
+    """Collects the names of all validation metrics."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.names |= trainer.callback_metrics.keys()
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of all scalars of short runs and of every selector."""
+    with pytest.MonkeyPatch.context() as patch:
+        random_embeddings(patch, 24, 4)
+        tags: set[str] = set()
+        for selector in (*(make() for make in PLAIN.values()), Posterior(), Composed(PLAIN["Dots"](), explore=0.5)):
+            selector.setup(pool_of([str(i) for i in range(24)]), SelectionContext(7, "encoder"))
+            selector.observe(outcomes(range(8), [0.0, 0.25, 0.5, 1.0] * 2, "reference"))
+            selector.choose(6)
+            tags |= selector.metrics().keys()
+        validated = Validated()
+        sampling = (WeightSync(), ReferenceRollouts(size=8, every=1), Rollouts(), DynamicSampling())
+        watching = (RolloutReplay(), SelectionMonitor(), RunLedger(), validated)
+        run = scripted_run(
+            tmp_path_factory.mktemp("logged"), patch, [HALF, WRONG] * 12, [*sampling, *watching],
+            selector=PLAIN["Dots"](), steps=3, function="noted", val_size=2,
+            surrogate=SurrogateOptions(beta=0.01, dual_clip=3.0),
+        )  # fmt: skip
+        return tags | validated.names | {name for step in run.steps for name in step.metrics}
+
+
+def test_every_logged_scalar_is_listed(logged: set[str]) -> None:
+    assert not [tag for tag in sorted(logged) if metric_name(tag) is None]
+
+
+def test_no_entry_is_dead(logged: set[str]) -> None:
+    assert {entry.name for entry in METRIC_NAMES} - {metric_name(tag).name for tag in logged} == ELSEWHERE
+
+
+def test_charts_show_listed_scalars() -> None:
+    shown = [re.sub(r"\[.*", "4", name) for charts in CHARTS.values() for names in charts.values() for name in names]
+    assert all(metric_name(name) for name in shown)
+
+
+def test_the_table_has_a_row_per_entry() -> None:
+    rows = markdown_table().splitlines()[2:]
+    assert len(rows) == len(METRIC_NAMES) == len({entry.name for entry in METRIC_NAMES})
+    assert "| `step_time` | s | duration of the step |" in rows
+    assert all(row.count("|") == 4 for row in rows)
