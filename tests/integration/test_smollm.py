@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.pretraining.smollm import PACKAGE, convert, find_gguf
+from tests.support.smollm import PACKAGE, convert, find_gguf
 from datamodules.errors import UserError
 
 pytestmark = [

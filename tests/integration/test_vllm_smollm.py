@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from app.engines import RolloutEngine, Sampling, Transformers, Vllm
 from app.policy.model import Policy, causal_lm
 from app.policy.weights import plain_weights
-from app.pretraining.smollm import PACKAGE, convert
+from tests.support.smollm import PACKAGE, convert
 from datamodules.types import Completion, Prompt
 
 pytestmark = [
