@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.file import PromptSource, hold_out, split_pool
+from datamodules.prompts.file import PromptSource
+from datamodules.prompts.splits import hold_out, split_pool
 from datamodules.seeding import derive_seed, run_seed
 from datamodules.selectors import SelectionContext, Selector, Uniform
 from datamodules.types import Prompt, TrainBatch

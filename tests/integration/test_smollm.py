@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.smollm import PACKAGE, convert, find_gguf
 from datamodules.errors import UserError
+from tests.support.smollm import PACKAGE, convert, find_gguf
 
 pytestmark = [
     pytest.mark.slow,
