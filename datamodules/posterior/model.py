@@ -95,10 +95,6 @@ class History:
     Given g, the course z has mean g, stationary variance `own` and autocorrelation `exp(-gap / memory)`. Kalman's
     recursion is linear in g, so one pass keeps `z | g` for every g (`Conditional`). The information of an outcome about
     g is a Gaussian factor for the shared part (`Message`). Both are exact for Gaussian measurements.
-
-    Args:
-        size: prompts `Q`.
-        constants: constants of the model.
     """
 
     def __init__(self, size: int, constants: Constants) -> None:

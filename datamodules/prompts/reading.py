@@ -53,19 +53,15 @@ def read_pool(
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A row that becomes a prompt.
-
-    Attributes:
-        position: position in the table.
-        name: id given by the data, if any.
-        digests: hashes of the raw prompt, and of the raw prompt and answer.
-        key: hash of the rendered text and answer, equal for duplicates.
-    """
+    """A row that becomes a prompt."""
 
     position: int
     name: str | None
+    """Id given by the data, if any."""
     digests: tuple[bytes, bytes]
+    """Hashes of the raw prompt, and of the raw prompt and answer."""
     key: bytes
+    """Hash of the rendered text and answer, equal for duplicates."""
 
 
 @dataclass
