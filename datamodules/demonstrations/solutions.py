@@ -184,7 +184,7 @@ DEMONSTRATORS: dict[str, Callable[[Metadata, Slips], tuple[str, str]]] = {
 
 
 def demonstrate(task: str, metadata: Metadata, noise: float, rng: np.random.Generator) -> Solution:
-    """Solve an entry of a task (a key of `DEMONSTRATORS`); each step is independently wrong with probability `noise`."""
+    """Solve an entry of a task of `DEMONSTRATORS`; each step is independently wrong with probability `noise`."""
     slips = Slips(noise, rng)
     work, answer = DEMONSTRATORS[task](metadata, slips)
     return Solution(work, answer, slips.count)
