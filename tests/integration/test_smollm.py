@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.errors import UserError
+from tests.support.command import ROOT
 from tests.support.smollm import PACKAGE, convert, find_gguf
 
 pytestmark = [
