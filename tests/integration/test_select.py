@@ -12,7 +12,8 @@ import pytest
 from app.policy.model import Policy
 from app.subsets.learnalign import alignment_scores, learnability
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts.file import PromptFile, split_pool
+from datamodules.prompts.file import PromptFile
+from datamodules.prompts.splits import split_pool
 from tests.support.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
 
 CHAIN = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
