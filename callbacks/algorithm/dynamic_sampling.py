@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
@@ -58,9 +58,8 @@ class DynamicSampling(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        self._replay = next((one for one in callbacks if isinstance(one, RolloutReplay)), None)
-        self._reuses_references = any(isinstance(one, ReferenceRollouts) and one.reuse == "train" for one in callbacks)
+        self._replay = next(iter(RolloutReplay.all_of(trainer)), None)
+        self._reuses_references = any(one.reuse == "train" for one in ReferenceRollouts.all_of(trainer))
 
     def passes(self, group: RolloutGroup) -> bool:
         """Return whether a group is informative and its success rate lies in the band."""
