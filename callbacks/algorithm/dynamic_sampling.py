@@ -21,19 +21,16 @@ class DynamicSampling(StepCallback):
     """Drops groups with equal correctness rewards and refills the batch, with any selector.
 
     DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2) keeps sampling until the batch holds only prompts with
-    0 < success rate < 1. Here a group passes if it is informative (`RolloutGroup.informative`): its correctness
-    rewards, not their shaped sum, differ. `low` and `high` restrict this to a band of success rates.
+    0 < success rate < 1. Here a group passes if its correctness rewards, not their shaped sum, differ, and its success
+    rate lies between `low` and `high`.
 
-    The fresh part of a batch is as large as the selector's first choice of the step. Refills are chosen by the
-    selector, which has observed everything rolled out so far, and contain no prompt that the step has already rolled
-    out. The first groups that pass, in the order of generation, are trained on. Groups that pass beyond what is needed
-    go to the replay buffer if the run has one, and are counted as wasted otherwise; groups that do not pass are dropped
-    and counted as discarded.
+    Refills are chosen by the selector, which has observed everything rolled out so far, and contain no prompt that the
+    step has already rolled out. The first groups that pass, in the order of generation, are trained on. Further ones go
+    to the replay buffer if the run has one, and are counted as wasted otherwise.
 
     When `max_refills` rounds do not fill the batch, or the pool has no prompt left, the step trains on the groups that
-    passed, completed by replayed groups if the run has a buffer (`sampling/missing` counts the gap). When nothing
-    passed and nothing can be replayed, the step trains on as many dropped groups as were needed, preferring those
-    nearest to the middle of the band.
+    passed and on replayed ones. When there are neither, it trains on as many dropped groups as were needed, preferring
+    those nearest to the middle of the band.
 
     Args:
         low: lowest success rate that passes, inclusive; null for no bound.
