@@ -33,11 +33,7 @@ class Stage(IntEnum):
 
 
 class StepCallback(Callback):
-    """A callback with a fixed place within a step.
-
-    Attributes:
-        stage: when it acts. Callbacks of one stage keep the order in which they are listed.
-    """
+    """A callback with a fixed place within a step. Callbacks of one stage keep the order in which they are listed."""
 
     stage: ClassVar[Stage]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
@@ -75,8 +74,8 @@ class RolloutAhead(StepCallback):
             "step": coming.step,
             "prompts": [prompt.id for prompt in coming.prompts],
             "groups": pack_groups(coming.groups),
-            "forecast": _tensor(coming.forecast),
-            "pool_forecast": _tensor(coming.pool_forecast),
+            "forecast": None if coming.forecast is None else torch.from_numpy(coming.forecast.copy()),
+            "pool_forecast": None if coming.pool_forecast is None else torch.from_numpy(coming.pool_forecast.copy()),
             "explored": sorted(coming.explored),
             "seconds": dict(coming.ledger.seconds),
             "counts": dict(coming.ledger.counts),
@@ -88,20 +87,15 @@ class RolloutAhead(StepCallback):
             return
         pool = self._data.pools["train"]
         prompts = [pool[position] for position in pool.positions(state_dict["prompts"])]
-        coming = TrainBatch(state_dict["step"], prompts, _array(state_dict["forecast"]))
+        forecast, pool_forecast = (
+            None if state_dict[name] is None else state_dict[name].numpy() for name in ("forecast", "pool_forecast")
+        )
+        coming = TrainBatch(state_dict["step"], prompts, forecast)
+        coming.pool_forecast = pool_forecast
         coming.add(unpack_groups(state_dict["groups"], pool))
-        coming.pool_forecast = _array(state_dict["pool_forecast"])
         coming.explored = frozenset(state_dict["explored"])
         coming.ledger.seconds.update(state_dict["seconds"])
         coming.ledger.counts.update(state_dict["counts"])
         for name, mean in state_dict.get("reward_metrics", {}).items():
             coming.ledger.average(name, WeightedMean(*mean))
         self._data.prepared = coming
-
-
-def _tensor(array: np.ndarray | None) -> torch.Tensor | None:
-    return None if array is None else torch.from_numpy(array.copy())
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.numpy()

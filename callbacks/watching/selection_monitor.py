@@ -30,10 +30,7 @@ _NEARLY_ALL = 0.95
 
 
 class UniformShare:
-    """Exponentially decaying mean of the fraction of informative groups among uniformly drawn prompts.
-
-    A step without such groups leaves the mean unchanged. Older steps count less because the policy changes.
-    """
+    """Mean fraction of informative groups among uniform draws, decaying exponentially because the policy changes."""
 
     DECAY = 0.9
 
