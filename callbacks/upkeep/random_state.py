@@ -38,10 +38,11 @@ class RandomState(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         version, words, gauss = random.getstate()
-        _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        _, state, position, has_gauss, cached = np.random.get_state(legacy=True)
+        keys = torch.from_numpy(np.asarray(state).astype(np.int64))
         return {
             "python": [version, list(words), gauss],
-            "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            "numpy": [keys, int(position), int(has_gauss), float(cached)],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
