@@ -151,7 +151,9 @@ class RewardScorer:
         unscored = np.isnan(scores[self.correctness]) & ~failed[self.correctness]
         failed[self.correctness] |= unscored
         scores[failed] = 0.0
-        kept: np.ndarray = ~failed.any(axis=0) if self.on_failure == "drop" else np.ones(count, dtype=bool)
+        kept: np.ndarray = (
+            np.logical_not(failed.any(axis=0)) if self.on_failure == "drop" else np.ones(count, dtype=bool)
+        )
         kinds: list[FailureKind] = [kind for result in by_reward for kind in result.failures.values()]
         logged = Ledger()
         for name, result in zip(self.names, by_reward, strict=True):
