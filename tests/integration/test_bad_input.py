@@ -178,7 +178,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "folder of checkpoints": (
         lambda c: callback(c, "RunCheckpoint").update(dirpath="/proc/nowhere"),
-        "checkpoints cannot be written to /proc/nowhere (No such file or directory): make it writable, or name another",
+        "Checkpoints cannot be written to /proc/nowhere (No such file or directory), expected a writable folder",
     ),
     "folder of runs": (
         lambda c: c["trainer"]["logger"]["init_args"].update(save_dir="pool.jsonl/runs"),
