@@ -44,9 +44,8 @@ from datamodules.types import TrainBatch
 class GRPOModule(LightningModule):
     """Group relative policy optimization (Shao et al., arXiv 2402.03300) on fresh and replayed groups.
 
-    The module holds the policy and its rollout pipeline (engine, rewards, sampling); callbacks decide when to roll out
-    and put the groups into the batch. A step computes advantages, splits the groups into mini-batches and takes one
-    optimizer step for each, accumulating gradients over micro-batches of up to `max_tokens_per_microbatch` tokens.
+    Callbacks decide when to roll out and put the groups into the batch. A step computes advantages, splits the groups
+    into mini-batches and takes one optimizer step for each, accumulating gradients over micro-batches.
 
     Args:
         policy: the model to train.
@@ -59,14 +58,12 @@ class GRPOModule(LightningModule):
         surrogate: the loss: form, clipping, importance correction, KL and entropy terms.
         advantage_scale: "group" divides a group's centred rewards by their standard deviation, "batch" by that of the
             batch, "none" does not divide.
-        advantage_baseline: subtracted from each reward: the "mean" of the group, or "leave_one_out", the mean of the
-            group's other completions.
-        multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum"
-            normalises each reward within its group first (GDPO), and divides the sums by the batch's standard
-            deviation when `advantage_scale` is "batch".
+        advantage_baseline: subtracted from each reward: the group's "mean", or "leave_one_out", that of the others.
+        multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum" (GDPO)
+            normalises each within its group first, and with `advantage_scale: batch` the sums over the batch.
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
-        aggregation: "token" averages over all completion tokens of a mini-batch, "sequence" over tokens and then
-            sequences, "constant" divides by the completion limit times sequences.
+        aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
+            ("sequence"), or divide by the completion limit times sequences ("constant").
         mini_batches: optimizer steps per batch.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
@@ -108,9 +105,8 @@ class GRPOModule(LightningModule):
             )
         if sampling.truncates:
             raise UserError(
-                "model.sampling truncates the distribution (temperature 0, top_p < 1 or top_k > 0), which makes "
-                "importance ratios wrong. Set temperature > 0, top_p 1.0 and top_k 0 for training; val_sampling may "
-                "truncate."
+                "model.sampling truncates the distribution, which makes importance ratios wrong. Set temperature > 0, "
+                "top_p 1.0 and top_k 0 for training; val_sampling may truncate."
             )
         if pass_at_k < 1:
             raise UserError(f"model.pass_at_k is {pass_at_k}; set it to 1 or more.")
@@ -129,8 +125,7 @@ class GRPOModule(LightningModule):
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
         self._updates = Updates(optimization)
-        self.resumed: Mapping[str, Any] | None = None
-        """`RunIdentity` of the checkpoint that training resumes from."""
+        self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
 
     @property
@@ -144,18 +139,14 @@ class GRPOModule(LightningModule):
 
     @cached_property
     def ranks(self) -> Ranks:
-        """The processes of the run."""
         return Ranks.of_run()
 
     @cached_property
     def pipeline(self) -> RolloutPipeline:
         """The pipeline that rolls prompts out with the current policy and scores them."""
+        lm, folder = causal_lm(self.policy_model), run_folder(self.trainer)
         self.engine.setup(
-            causal_lm(self.policy_model),
-            self.tokenizer,
-            weights=lambda: plain_weights(self.policy_model),
-            folder=run_folder(self.trainer),
-            ranks=self.ranks,
+            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks
         )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
@@ -176,7 +167,7 @@ class GRPOModule(LightningModule):
 
     @property
     def learner(self) -> Learner:
-        """The policy and its loss. Built for each batch, because strategy and callbacks may wrap or move the policy."""
+        """The policy and its loss, built for each batch: strategy and callbacks may wrap or move the policy."""
         weights = dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
         return Learner(
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
@@ -188,26 +179,18 @@ class GRPOModule(LightningModule):
         """Whether this step is the last because updates are no longer finite."""
         return self._updates.guard.exhausted
 
-    @property
-    def _late(self) -> bool:
-        """Whether the policy can't be built before `setup`: several processes load it, or a callback shards it."""
-        return self.trainer.world_size > 1 or isinstance(self.trainer.strategy, ModelParallelStrategy)
-
     def prepare_data(self) -> None:
-        """Load the policy and check the run before the logger creates the run's folder.
+        """Load the policy before the logger creates the run's folder, so that a run that can't start leaves no files.
 
-        A run that can't start then leaves no files behind.
+        Not if several processes load it, or a callback shards it: then it is built after `setup`.
         """
-        if not self._late:
+        if self.trainer.world_size == 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             configure_model_early(self.trainer)
-            self._check_run()
+            self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
-        if self._late:
-            self._check_run()
-
-    def _check_run(self) -> None:
-        if self.trainer.state.fn != "fit":
+        """Check a training run."""
+        if stage != "fit":
             return
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if self.trainer.max_steps < 1 and not any(isinstance(one, Timer) for one in callbacks):

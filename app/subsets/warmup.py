@@ -31,11 +31,7 @@ class WarmupTrainer(Protocol):
 
 
 def warmed_up(
-    module: GRPOModule,
-    datamodule: OnlinePromptDataModule,
-    warmup_trainer: WarmupTrainer,
-    steps: int,
-    folder: Path,
+    module: GRPOModule, datamodule: OnlinePromptDataModule, warmup_trainer: WarmupTrainer, steps: int, folder: Path
 ) -> Path:
     """Return the checkpoint of the policy after `steps` batches of random prompts; train it unless it exists.
 

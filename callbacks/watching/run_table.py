@@ -51,15 +51,10 @@ def print_run_table(
     *,
     with_memory: bool = False,
 ) -> None:
-    """Print the prompts, completions, tokens and steps of a run, and on request its estimated memory.
+    """Print the prompts, completions, tokens and steps of a run of `world_size` processes.
 
-    Args:
-        trainer: of the run; it need not have started.
-        module: of the run.
-        datamodule: of the run.
-        policy: the model, on the meta device or not.
-        world_size: processes that share the work.
-        with_memory: whether to estimate the memory of a process (`app.reporting.memory`).
+    The run need not have started, and `policy` may be on the meta device. `with_memory` adds the estimated memory of a
+    process (`app.reporting.memory`).
     """
     table = Table(title=f"{module.policy_path} with {type(datamodule.selector).__name__}", title_justify="left")
     table.add_column("")
@@ -71,7 +66,7 @@ def print_run_table(
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for row in run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -83,12 +78,8 @@ def print_run_table(
             Console().print(f"{name}: {pool.report}", highlight=False)
 
 
-def run_rows(
-    module: GRPOModule,
-    datamodule: OnlinePromptDataModule,
-    callbacks: list[Callback],
-    world_size: int,
-    max_steps: int,
+def _run_rows(
+    module: GRPOModule, datamodule: OnlinePromptDataModule, callbacks: list[Callback], world_size: int, max_steps: int
 ) -> list[Row]:
     """Return rows (quantity, per rank, in all): prompts, completions and tokens of a step, and the run's steps."""
 
@@ -150,8 +141,8 @@ def _memory_rows(
         prompt_length=limit or _PROMPT_LENGTH,
         completion_length=module.sampling.max_completion_length,
         max_tokens=module.max_tokens_per_microbatch,
-        shared=module.share_prompts and can_share_prompts(policy),
-        has_reference=module.surrogate.beta > 0,
+        shared=module.options.share_prompts and can_share_prompts(policy),
+        has_reference=module.options.surrogate.beta > 0,
     )
     if isinstance(engine, Transformers):
         sizes = replace(
