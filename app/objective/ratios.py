@@ -16,6 +16,12 @@ Aggregation = Literal["token", "sequence", "constant"]
 AGGREGATIONS = ("token", "sequence", "constant")
 
 
+def check_choice(name: str, given: str, valid: tuple[str, ...]) -> None:
+    """Raise UserError if the option `name` has a value that is not among the valid ones."""
+    if given not in valid:
+        raise UserError(f"{name} is {given!r}; expected one of {', '.join(valid)}: {nearest(str(given), valid)}")
+
+
 def bounded_exp(log_ratio: Tensor) -> Tensor:
     """Return `exp` of log-ratios of any shape, clamped to `LOG_RATIO_BOUND`."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
@@ -48,9 +54,7 @@ def importance_weight(
     if sequences is not None:
         log_importance = _sequence_sum(log_importance, sequences)
     importance = bounded_exp(log_importance)
-    if mode == "mask":
-        return torch.where(importance <= cap, importance, 0.0)
-    return importance.clamp(max=cap)
+    return torch.where(importance <= cap, importance, 0.0) if mode == "mask" else importance.clamp(max=cap)
 
 
 def _sequence_sum(values: Tensor, sequences: Tensor) -> Tensor:
@@ -97,9 +101,7 @@ def token_weights(
         UserError: an unknown aggregation.
         ValueError: "constant" without `max_completion_length`.
     """
-    if aggregation not in AGGREGATIONS:
-        expected = f"expected one of {', '.join(AGGREGATIONS)}: {nearest(str(aggregation), AGGREGATIONS)}"
-        raise UserError(f"aggregation is {aggregation!r}; {expected}")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     sequences = max(float(len(lengths)), 1.0)
     if aggregation == "token":

@@ -26,11 +26,7 @@ _NOTHING_TO_LEARN = (
 
 
 class Updates:
-    """Takes optimizer steps, and stops the run after several that were not finite.
-
-    Args:
-        optimization: clipping of gradients.
-    """
+    """Takes optimizer steps, and stops the run after several that were not finite."""
 
     def __init__(self, optimization: Optimization) -> None:
         self.optimization = optimization
