@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -32,7 +32,6 @@ from app.runs.identity import RunIdentity
 from app.runs.lightning_internals import configure_model_early
 from app.update.learner import Learner, LearnerOptions
 from app.update.metrics import batch_metrics, update_metrics
-from app.update.minibatch import shares, token_imbalance
 from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
@@ -151,19 +150,8 @@ class GRPOModule(LightningModule):
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
             lambda: TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps),
-            self.ranks, self._whole_policy,
+            self.ranks, None if self.sharding is None else partial(self.sharding.whole, self.policy_model),
         )  # fmt: skip
-
-    @contextmanager
-    def _whole_policy(self) -> Iterator[None]:
-        """Gather a sharded policy for an engine that generates with it. Collective."""
-        if self.sharding is None:
-            yield
-            return
-        # Before the gather, so that a lost rank is named.
-        self.ranks.barrier("rollouts")
-        with self.sharding.whole(self.policy_model):
-            yield
 
     @property
     def learner(self) -> Learner:
@@ -235,17 +223,11 @@ class GRPOModule(LightningModule):
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
-            dealt = [shares(part, self.ranks.size) for part in parts]
-            mine = [share[self.ranks.rank] for share in dealt]
-            if self.mini_batches > 1:
-                mine = [learner.with_old_logprobs(share) for share in mine]
             updates = self._updates.take(
-                learner, parts, mine, batch.step,
+                learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward,
                 no_sync=strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext,
             )  # fmt: skip
-        if self.ranks.size > 1:
-            batch.metrics["ranks/update_token_imbalance"] = token_imbalance(dealt)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -109,7 +109,7 @@ class MicroBatch:
     @property
     def written(self) -> int:
         """Tokens of a completion that are read; shared prompts leave out the last one, which predicts nothing."""
-        return self.completion_length - 1 if self.shared else self.completion_length
+        return self.completion_length - self.shared
 
     @property
     def positions(self) -> int:
@@ -245,8 +245,7 @@ class StepSizes:
     spare_columns: int = 0  # of the key-value cache
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One kind of memory: bytes per process, and the phase of a step that holds them."""
 
     name: str

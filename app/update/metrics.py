@@ -70,5 +70,7 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
     if positions:
         metrics["updates/padding_fraction"] = 1 - sum(one.tokens for one in seen) / positions
         metrics["updates/positions_per_token"] = positions / sum(one.sequence_tokens for one in seen)
+    if found := [update.imbalance for update in updates if update.imbalance is not None]:
+        metrics["ranks/update_token_imbalance"] = max(found)
     on_replay = replayed.metrics()
     return metrics | merged.metrics() | {ours: on_replay[name] for name, ours in _REPLAY.items() if name in on_replay}

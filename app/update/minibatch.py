@@ -149,7 +149,7 @@ def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
     ]
 
 
-def token_imbalance(dealt: Sequence[Sequence[MiniBatch]]) -> float:
-    """Return the excess of the busiest rank's tokens over the mean, in the worst of a batch's mini-batches."""
-    loads = [[sum(map(len, share.sequences)) for share in part] for part in dealt]
-    return max(imbalance(load, [[rank] for rank in range(len(load))]) for load in loads)
+def token_imbalance(dealt: Sequence[MiniBatch]) -> float:
+    """Return the excess of the busiest rank's tokens over the mean, given the ranks' shares of a mini-batch."""
+    loads = [sum(map(len, share.sequences)) for share in dealt]
+    return imbalance(loads, [[rank] for rank in range(len(loads))])

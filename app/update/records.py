@@ -75,8 +75,10 @@ class Update:
         seen: totals of its forward passes, over all ranks.
         grad_norm: scalar, before clipping.
         skipped: the loss or the gradient was not finite, so the weights did not change.
+        imbalance: excess of the busiest rank's tokens over the mean; None in a run of one process.
     """
 
     seen: Seen
     grad_norm: Tensor
     skipped: bool
+    imbalance: float | None

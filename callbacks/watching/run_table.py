@@ -60,9 +60,8 @@ def print_run_table(
     table.add_column("")
     table.add_column(f"per rank ({world_size})", justify="right")
     table.add_column("in all", justify="right")
-    parameters, trained = count_parameters(policy)
-    table.add_row("policy parameters", "", f"{parameters:,}")
-    table.add_row("  trained", "", f"{trained:,}")
+    for name, count in zip(("policy parameters", "  trained"), count_parameters(policy), strict=True):
+        table.add_row(name, "", f"{count:,}")
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
