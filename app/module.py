@@ -55,8 +55,7 @@ class GRPOModule(LightningModule):
         pass_at_k: the k of `val/pass@k`, limited to `val_sampling.num_generations`.
         optimization: optimizer and learning-rate schedule.
         surrogate: the loss: form, clipping, importance correction, KL and entropy terms.
-        advantage_scale: "group" divides a group's centred rewards by their standard deviation, "batch" by that of the
-            batch, "none" does not divide.
+        advantage_scale: standard deviation that divides centred rewards: that of the "group" or "batch", or "none".
         advantage_baseline: subtracted from each reward: the group's "mean", or "leave_one_out", that of the others.
         multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum" (GDPO)
             normalises each within its group first, and with `advantage_scale: batch` the sums over the batch.
@@ -69,8 +68,7 @@ class GRPOModule(LightningModule):
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
         compile: torch.compile the decoder layers for updates, not for generation. The first update takes longer.
         reward_workers: the processes that score completions, and their time and memory limits.
-        on_reward_failure: a completion whose score timed out or crashed is left out of its group ("drop") or scored
-            0 ("zero").
+        on_reward_failure: "drop" a completion whose score timed out or crashed from its group, or score it "zero".
     """
 
     def __init__(
@@ -97,11 +95,9 @@ class GRPOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if sampling.num_generations < 2:
-            raise UserError(
-                f"model.sampling.num_generations is {sampling.num_generations}, but an advantage compares a completion "
-                "with others of its prompt. Set it to 2 or more."
-            )
+        if (group_size := sampling.num_generations) < 2:
+            told = f"model.sampling.num_generations is {group_size}, but an advantage compares completions of a prompt"
+            raise UserError(f"{told}. Set it to 2 or more.")
         if sampling.truncates:
             raise UserError(
                 "model.sampling truncates the distribution, which makes importance ratios wrong. Set temperature > 0, "
@@ -118,8 +114,7 @@ class GRPOModule(LightningModule):
         )  # fmt: skip
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
         self.policy, self.optimization, self._compiles = policy, optimization, compile
-        self.engine = engine or Transformers()
-        self.sampling, self.val_sampling = sampling, val_sampling or sampling
+        self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
@@ -168,24 +163,18 @@ class GRPOModule(LightningModule):
         return self._updates.guard.exhausted
 
     def prepare_data(self) -> None:
-        """Load the policy before the logger creates the run's folder, so that a run that can't start leaves no files.
-
-        Not if several processes load it, or a callback shards it: then it is built after `setup`.
-        """
+        """Load the policy before the logger creates the run's folder: a run that can't start leaves no files."""
+        # A policy that several processes load, or that a callback shards, is built after `setup`.
         if self.trainer.world_size == 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             configure_model_early(self.trainer)
             self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
-        """Check a training run."""
         if stage != "fit":
             return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if self.trainer.max_steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
-            raise UserError(
-                f"trainer.max_steps is {self.trainer.max_steps}, and prompts never run out. Set it to the number of "
-                "optimizer steps, or set trainer.max_time."
-            )
+        callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
+        if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
+            raise UserError(f"trainer.max_steps is {steps}, and prompts never run out. Set it or trainer.max_time.")
         if self.resumed is not None:
             self._identity.check(self.resumed)
 
