@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -38,7 +38,7 @@ class RunTable(StepCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if trainer.is_global_zero:
-            datamodule = OnlinePromptDataModule.of(trainer)
+            datamodule: OnlinePromptDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
             print_run_table(trainer, pl_module, datamodule, pl_module.policy_model, trainer.world_size)
 
 
@@ -51,26 +51,21 @@ def print_run_table(
     *,
     with_memory: bool = False,
 ) -> None:
-    """Print the prompts, completions, tokens and steps of a run, and on request its estimated memory.
+    """Print the prompts, completions, tokens and steps of a run of `world_size` processes.
 
-    Args:
-        trainer: the run's trainer, which need not have started.
-        module: the run's module.
-        datamodule: the run's data.
-        policy: the model, on the meta device or not.
-        world_size: number of ranks.
-        with_memory: whether to estimate the memory of a rank (`app.reporting.memory`).
+    The run need not have started, and `policy` may be on the meta device. `with_memory` adds the estimated memory of a
+    process (`app.reporting.memory`).
     """
     table = Table(title=f"{module.policy_path} with {type(datamodule.selector).__name__}", title_justify="left")
     table.add_column("")
     table.add_column(f"per rank ({world_size})", justify="right")
     table.add_column("in all", justify="right")
-    parameters, trained = count_parameters(policy)
-    table.add_row("policy parameters", "", f"{parameters:,}")
-    table.add_row("  trained", "", f"{trained:,}")
+    for name, count in zip(("policy parameters", "  trained"), count_parameters(policy), strict=True):
+        table.add_row(name, "", f"{count:,}")
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
-    for row in _step_rows(trainer, module, datamodule, world_size):
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -82,14 +77,16 @@ def print_run_table(
             Console().print(f"{name}: {pool.report}", highlight=False)
 
 
-def _step_rows(trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, world_size: int) -> list[Row]:
+def _run_rows(
+    module: GRPOModule, datamodule: OnlinePromptDataModule, callbacks: list[Callback], world_size: int, max_steps: int
+) -> list[Row]:
     """Return rows (quantity, per rank, in all): prompts, completions and tokens of a step, and the run's steps."""
 
     def shared(name: str, total: int) -> Row:
         return name, f"{-(-total // world_size):,}", f"{total:,}"
 
     prompts, generations = datamodule.prompts_per_step, module.sampling.num_generations
-    fresh = prompts - _replayed(trainer, prompts)
+    fresh = prompts - _replayed(callbacks, prompts)
     rows = [
         shared("prompts per step", prompts),
         shared("  rolled out", fresh),
@@ -101,27 +98,29 @@ def _step_rows(trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDat
         shared("completions per mini-batch", prompts * generations // module.mini_batches),
         ("tokens per micro-batch, at most", f"{module.max_tokens_per_microbatch:,}", ""),
     ]
-    for one in ReferenceRollouts.all_of(trainer):
-        rows.append(shared(f"reference completions, every {one.every}", one.size * generations))
-    for filtering in DynamicSampling.all_of(trainer):
-        rows.append(("refills of what a filter drops, at most", "", str(filtering.max_refills)))
-    if trainer.max_steps > 0:
-        rows.append(("steps", "", f"{-(-trainer.max_steps // module.mini_batches):,}"))
-        rows.append(("optimizer steps (trainer.max_steps)", "", f"{trainer.max_steps:,}"))
+    for one in callbacks:
+        if isinstance(one, ReferenceRollouts):
+            rows.append(shared(f"reference completions, every {one.every}", one.size * generations))
+        elif isinstance(one, DynamicSampling):
+            rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))
+    if max_steps > 0:
+        rows.append(("steps", "", f"{-(-max_steps // module.mini_batches):,}"))
+        rows.append(("optimizer steps (trainer.max_steps)", "", f"{max_steps:,}"))
     return rows
 
 
-def _replayed(trainer: Trainer, prompts: int) -> int:
-    """Return the number of groups in a step of this many prompts that a full buffer replays."""
-    return max((one.replayed_per_step(prompts) for one in RolloutReplay.all_of(trainer)), default=0)
+def _replayed(callbacks: list[Callback], prompts: int) -> int:
+    """Return the prompts of a step that a full buffer replays."""
+    return max((one.replayed_per_step(prompts) for one in callbacks if isinstance(one, RolloutReplay)), default=0)
 
 
 def _memory_rows(
     trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, policy: nn.Module, world_size: int
 ) -> list[Row]:
     """Return rows (part, bytes per rank, phase that holds it), the largest sum of parts held together first."""
-    sharded = next(iter(ShardedPolicy.all_of(trainer)), None)
-    references = max((one.size for one in ReferenceRollouts.all_of(trainer)), default=0)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    sharded = next((one for one in callbacks if isinstance(one, ShardedPolicy)), None)
+    references = max((one.size for one in callbacks if isinstance(one, ReferenceRollouts)), default=0)
     train, prompts, engine = datamodule.sources["train"], datamodule.prompts_per_step, module.engine
     limit = train.max_prompt_length if isinstance(train, PromptFile | Procedural) else None
     stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
@@ -136,7 +135,7 @@ def _memory_rows(
         shards=1 if sharded is None else sharded.shard_size or world_size,
         device=trainer.strategy.root_device.type,
         prompts=-(-prompts // module.mini_batches),
-        rolled_out=max(prompts - _replayed(trainer, prompts), references),
+        rolled_out=max(prompts - _replayed(callbacks, prompts), references),
         generations=module.sampling.num_generations,
         prompt_length=limit or _PROMPT_LENGTH,
         completion_length=module.sampling.max_completion_length,
