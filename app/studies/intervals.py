@@ -9,17 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its confidence interval.
-
-    Attributes:
-        mean: None where there are no values.
-        low, high: None with fewer than two values, which show no spread.
-    """
+    """A mean, None without values, and its confidence interval, None with fewer than two."""
 
     mean: float | None
     low: float | None = None
@@ -28,11 +21,8 @@ class Interval:
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Return the arithmetic mean with Student's t interval: mean +- t s / sqrt(n), `n - 1` degrees of freedom."""
-    count = len(values)
-    if not count:
-        return Interval(None)
-    mean = float(np.mean(values))
-    if count == 1:
+    count, mean = len(values), float(np.mean(values)) if values else None
+    if mean is None or count == 1:
         return Interval(mean)
     half = student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half)
@@ -47,6 +37,6 @@ def geometric_interval(values: Sequence[float]) -> Interval:
     return Interval(*(None if bound is None else math.exp(bound) for bound in (logs.mean, logs.low, logs.high)))
 
 
-def student_t(dof: int, confidence: float = CONFIDENCE) -> float:
+def student_t(dof: int, confidence: float = 0.95) -> float:
     """Return the t that bounds the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom."""
     return float(stdtrit(dof, (1 + confidence) / 2))

@@ -17,7 +17,6 @@ Settings = dict[str, Any]
 
 _NOT_COMPARED = ("logger", "default_root_dir", "enable_progress_bar")
 """Options of the trainer that say where a run is stored and what it shows."""
-_NOT_OF_A_METHOD = ("seed_everything", "ckpt_path", "weights_only")
 _CLASS, _ARGUMENTS = "class_path", "init_args"
 
 
@@ -96,10 +95,9 @@ def differences(arm: Settings, baseline: Settings) -> list[str]:
 
 
 def _by_name(settings: Settings) -> Settings:
-    trainer = dict(settings["trainer"])
-    callbacks = trainer.pop("callbacks", None) or []
-    rest = {name: value for name, value in settings.items() if name not in ("trainer", *_NOT_OF_A_METHOD)}
-    return {**rest, "trainer": trainer, "callbacks": {_short(one[_CLASS]): one for one in callbacks}}
+    callbacks = {_short(one[_CLASS]): one for one in settings["trainer"].get("callbacks") or []}
+    rest = {name: value for name, value in settings.items() if name not in ("trainer", "seed_everything")}
+    return rest | {"trainer": settings["trainer"] | {"callbacks": None}, "callbacks": callbacks}
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[str]:
