@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app.studies.compare.process import fit, only_one
 from app.studies.compare.request import Request
 from app.studies.compare.run_folder import RunFolder
-from app.studies.compare.settings import Settings, max_steps, updates_per_step
+from app.studies.compare.settings import Settings, training_steps
 from datamodules.errors import UserError
 
 _CLOCK = "time/training"
@@ -51,7 +51,7 @@ def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Sett
                     clock_s = baseline.training_seconds
             last_config = folder.path / "run.yaml"
             last_config.write_text(yaml.safe_dump(overlay(request, seed, folder, own, clock_s), sort_keys=False))
-            share = RunProgress(folder.version, max_steps(own) // updates_per_step(own), clock_s)
+            share = RunProgress(folder.version, training_steps(own), clock_s)
 
             def show(label: str = label, done: int = done, share: RunProgress = share) -> None:
                 part = share.read()
@@ -90,7 +90,7 @@ def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, 
         "val_check_interval": settings["trainer"]["val_check_interval"],
     }
     if clock_s is not None:
-        trainer["max_steps"] = math.ceil(request.budget.step_limit * max_steps(settings))
+        trainer["max_steps"] = math.ceil(request.budget.step_limit * settings["trainer"]["max_steps"])
         trainer["callbacks+"] = [{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": clock_s}}]
     return {"seed_everything": seed, "trainer": trainer}
 
@@ -98,10 +98,7 @@ def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, 
 class RunProgress:
     """Progress of a run, read from its TensorBoard events while they are written.
 
-    Args:
-        version: folder of the run; it need not exist yet.
-        steps: training steps of the run without a clock.
-        clock_s: seconds of the training clock after which it ends; None for `steps` alone.
+    The run ends after `clock_s` seconds of the training clock, or where that is None after `steps`.
     """
 
     def __init__(self, version: Path, steps: int, clock_s: float | None) -> None:

@@ -52,21 +52,16 @@ def resolve(request: Request, arm: Arm, seed: int) -> Settings:
     return settings
 
 
-def max_steps(settings: Settings) -> int:
-    """Return the optimizer steps that a run is configured for."""
-    return int(settings["trainer"]["max_steps"])
-
-
-def updates_per_step(settings: Settings) -> int:
-    """Return the optimizer steps in a training step."""
-    return int(settings["model"][_ARGUMENTS].get("mini_batches", 1))
+def training_steps(settings: Settings) -> int:
+    """Return the training steps that a run is configured for, of one or more optimizer steps each."""
+    return int(settings["trainer"]["max_steps"] // settings["model"][_ARGUMENTS].get("mini_batches", 1))
 
 
 def _check(request: Request, arm: Arm, settings: Settings) -> None:
-    if max_steps(settings) < 1:
-        raise UserError(f"arm {arm.name}: trainer.max_steps is {max_steps(settings)}. Give the steps of a run.")
-    interval = settings["trainer"]["val_check_interval"]
-    steps = max_steps(settings) // updates_per_step(settings)
+    interval, max_steps = settings["trainer"]["val_check_interval"], settings["trainer"]["max_steps"]
+    if max_steps < 1:
+        raise UserError(f"arm {arm.name}: trainer.max_steps is {max_steps}. Give the steps of a run.")
+    steps = training_steps(settings)
     if not isinstance(interval, int) or steps < interval:
         raise UserError(
             f"arm {arm.name}: trainer.val_check_interval is {interval} in a run of {steps} steps, expected a number of "
