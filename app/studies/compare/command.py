@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -103,10 +102,11 @@ def read_request(options: Namespace) -> Request:
             )
         arms.append(Arm(name, tuple(files.split(","))))
     names, seeds = [arm.name for arm in arms], tuple(options.seeds)
-    _check_unique(names, "--arms")
+    for option, given in (("--arms", names), ("--seeds", options.seeds)):
+        if twice := [one for one, times in Counter(given).items() if times > 1]:
+            raise UserError(f"{option} names {twice[0]} more than once. Give each of them once.")
     if len(arms) < 2:
         raise UserError(f"--arms names {len(arms)} arm(s), expected at least 2. Give a baseline and another arm.")
-    _check_unique(map(str, seeds), "--seeds")
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds is {' '.join(map(str, seeds))}. Give at least one seed, each 0 or more.")
     for option in ("smooth", "evaluate_every", "step_limit"):
@@ -123,12 +123,6 @@ def read_request(options: Namespace) -> Request:
             raise UserError(f"{option}: no such file {file}. Give a YAML config; {SEED} stands for the seed of a run.")
     budget = Budget.parse(options.budget, options.step_limit)
     return Request(tuple(options.base), tuple(arms), seeds, baseline, budget, options.evaluate_every, options.smooth)
-
-
-def _check_unique(names: Iterable[str], option: str) -> None:
-    name, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
-    if times > 1:
-        raise UserError(f"{option} names {name} more than once. Give each of them once.")
 
 
 def _parser() -> DotsArgumentParser:

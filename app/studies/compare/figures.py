@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import stdtrit
 
 from app.studies.compare.reach import Goal, Ratio, goal_accuracy, ratio, smooth
 from app.studies.compare.records import Comparison, Record
-from app.studies.intervals import Interval, geometric_interval, mean_interval
 from datamodules.errors import UserError
 from datamodules.ledger import PHASES
 from datamodules.types import REWARD_TOLERANCE
@@ -113,14 +115,10 @@ def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
 
 
 def ratio_figures(ratios: Mapping[int, Ratio]) -> Figures:
-    """Average ratios over seeds.
+    """Return the geometric mean of ratios over seeds with its 95% interval (Student's t on the logarithms).
 
-    Returns:
-        `mean` and `ci95`: geometric mean and 95% interval (Student's t on the logarithms). With a seed that never
-        reached the goal the mean is a lower bound (`at_least`) and has no interval.
-        `reached`, `censored`, `undefined`: seeds that reached the goal, that did not, and whose baseline began at the
-        goal; the last are left out of the mean.
-        `per_seed`: ratio and whether the goal was reached.
+    With a seed that never reached the goal (`censored`) the mean is a lower bound (`at_least`) and has no interval.
+    Seeds whose baseline began at the goal (`undefined`) are left out of it.
     """
     values = [one.value for one in ratios.values() if one.value is not None]
     reached = sum(one.reached for one in ratios.values())
@@ -164,3 +162,35 @@ def _over_seeds(values: Mapping[int, float]) -> Figures:
 
 def _interval(interval: Interval) -> Figures:
     return {"mean": interval.mean, "ci95": None if interval.low is None else [interval.low, interval.high]}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, None without values, and its confidence interval, None with fewer than two."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the arithmetic mean with Student's t interval: mean +- t s / sqrt(n), `n - 1` degrees of freedom."""
+    count, mean = len(values), float(np.mean(values)) if values else None
+    if mean is None or count == 1:
+        return Interval(mean)
+    half = student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def geometric_interval(values: Sequence[float]) -> Interval:
+    """Return the geometric mean of ratios above 0, with Student's t interval of their logarithms.
+
+    Ratios of 1/2 and 2 cancel out, and the interval of `a / b` is the inverse of that of `b / a`.
+    """
+    logs = mean_interval([math.log(value) for value in values])
+    return Interval(*(None if bound is None else math.exp(bound) for bound in (logs.mean, logs.low, logs.high)))
+
+
+def student_t(dof: int, confidence: float = 0.95) -> float:
+    """Return the t that bounds the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom."""
+    return float(stdtrit(dof, (1 + confidence) / 2))

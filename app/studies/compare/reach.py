@@ -41,10 +41,8 @@ class Course:
 class Ratio:
     """Cost of an arm to the goal divided by a cost of the baseline, for one seed.
 
-    Attributes:
-        value: the ratio. An arm that never reached the goal enters with the cost of its whole run, a lower bound. None
-            when the baseline began at the goal.
-        reached: whether the arm reached the goal.
+    An arm that never reached the goal enters with the cost of its whole run, a lower bound. The value is None when the
+    baseline began at the goal.
     """
 
     value: float | None

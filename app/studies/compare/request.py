@@ -28,14 +28,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The rule that ends a run.
+    """The rule that ends a run: "baseline", "seconds" or "steps" (see `dots compare --help`).
 
-    Attributes:
-        rule: "baseline": the baseline runs its `trainer.max_steps`, every other arm until its training clock passes
-            that of the baseline's run with the same seed; "seconds": every arm until its clock passes `seconds`;
-            "steps": every arm runs its `trainer.max_steps`.
-        seconds: clock of the rule "seconds".
-        step_limit: a run under a clock takes at most this many times its `trainer.max_steps`.
+    `seconds` is the clock of the rule "seconds". A run under a clock takes at most `step_limit` times its
+    `trainer.max_steps`.
     """
 
     rule: str
