@@ -150,8 +150,8 @@ def _memory_rows(
         prompt_length=limit or _PROMPT_LENGTH,
         completion_length=module.sampling.max_completion_length,
         max_tokens=module.max_tokens_per_microbatch,
-        shared=module.share_prompts and can_share_prompts(policy),
-        has_reference=module.surrogate.beta > 0,
+        shared=module.options.share_prompts and can_share_prompts(policy),
+        has_reference=module.options.surrogate.beta > 0,
     )
     if isinstance(engine, Transformers):
         sizes = replace(

@@ -441,7 +441,7 @@ def test_last_starts_a_run_that_is_new(place: Place) -> None:
     configured(place)
     code, said = place.run(*FIT, "--ckpt_path", "last")
     assert code == 0, said[-2000:]
-    assert "no run under runs/small yet, this is the first" in said
+    assert "no run under runs/small yet, starting a new one" in said
     shutil.rmtree(run_folder(place) / "checkpoints")
     line = place.refused(*FIT, "--ckpt_path", "last")
     assert "no checkpoint under runs/small/version_*/checkpoints. Expected a run of this name" in line

@@ -18,7 +18,7 @@ from app.engines import Sampling, Transformers
 from app.engines.transformers.shared_cache import SLACK
 from app.objective.logprobs import CPU_TILE_BYTES
 from app.policy.model import Policy
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision
 from datamodules.types import Prompt
@@ -48,7 +48,7 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.policy.sharding import Sharding
 from app.reporting.memory import MicroBatch
 from tests.support.allocations import peak_bytes
@@ -58,7 +58,7 @@ dtype = torch.bfloat16 if sys.argv[2] == "bfloat16" else None
 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.float32).train()
 Sharding(torch.device("cpu"), 2, MixedPrecisionPolicy(dtype, torch.float32)).shard(model)
 def update():
-    score(model, layout(MicroBatch(1, 2, 20, 30, True), 1000), 1.0, with_entropy=True)[0].sum().backward()
+    completion_logprobs(model, layout(MicroBatch(1, 2, 20, 30, True), 1000), 1.0, with_entropy=True)[0].sum().backward()
 update()
 peaks = []
 for _ in range(5):  # the processor is shared: where one rank falls behind, the other holds gradients until it comes
@@ -88,7 +88,7 @@ def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
     def update() -> None:
         packed = layout(batch, shape.vocabulary)
         with torch.autocast("cpu", torch.bfloat16) if mode == "mixed" else nullcontext():
-            logprobs, _ = score(model, packed, 1.0, with_entropy=True)
+            logprobs, _ = completion_logprobs(model, packed, 1.0, with_entropy=True)
             logprobs.sum().backward()
 
     update()  # from here on gradients are there

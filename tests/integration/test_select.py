@@ -136,7 +136,7 @@ def test_ufo_keeps_the_middle(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "did you mean 'learnalign'"),
+        (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "Did you mean 'learnalign'"),
         (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep is 500, but the training pool has 60 prompts"),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.parameters=lm_heat"],

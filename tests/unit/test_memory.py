@@ -18,7 +18,7 @@ from transformers import (
 from app.engines.transformers.shared_cache import SLACK, SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.model import Lora, Policy, add_lora, attending
-from app.policy.scoring import score
+from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision, StepSizes, memory_parts
 from app.update.optimization import Optimization
@@ -114,7 +114,7 @@ def test_kept_activations_are_what_autograd_saves(name: str, mode: str, shared: 
 
     casting = torch.autocast("cpu", torch.bfloat16, enabled=mode == "mixed")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), casting:
-        kept = score(model, packed, 1.0, with_entropy=True)
+        kept = completion_logprobs(model, packed, 1.0, with_entropy=True)
     inputs = 24 * batch.positions + 40 * batch.targets + batch.mask
     below, head = memory.kept_activations(shape, numbers, batch, False)
     predicted = below + head + memory.autocast_copies(shape, numbers) - inputs
