@@ -62,10 +62,19 @@ def page(comparison: Comparison, figures: Figures) -> str:
         rank = others.index(arm.name) if arm.name in others else 0
         color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
         styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
-    look = {"font.size": 9, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}
-    look |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), "#9aa3ae")
-    look["svg.fonttype"] = "none"  # text stays text, which the page's style colours
-    with matplotlib.rc_context(look):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text, which the page's style colours
+            "font.size": 9,
+            "axes.edgecolor": "#9aa3ae",
+            "xtick.color": "#9aa3ae",
+            "ytick.color": "#9aa3ae",
+            "grid.color": "#9aa3ae",
+            "grid.alpha": 0.25,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
         # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
         panels = [
             ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
