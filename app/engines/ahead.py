@@ -9,7 +9,8 @@ from concurrent.futures import wait as wait_for
 
 from datamodules.types import Completion
 
-Finish = Callable[[BaseException | None], list[tuple[Completion, ...]]]
+Groups = list[tuple[Completion, ...]]
+"""The `G` completions of each prompt, in order."""
 
 
 class Ahead:
@@ -20,7 +21,7 @@ class Ahead:
         finish: builds the completions, given the error that ended the generation, if any.
     """
 
-    def __init__(self, future: Future[float], finish: Finish) -> None:
+    def __init__(self, future: Future[float], finish: Callable[[BaseException | None], Groups]) -> None:
         self._future, self._finish = future, finish
         self._waited = 0.0
 
@@ -34,7 +35,7 @@ class Ahead:
             raise
         self._waited += time.perf_counter() - started
 
-    def result(self) -> list[tuple[Completion, ...]]:
+    def result(self) -> Groups:
         """Wait, then return the completions of every prompt like `RolloutEngine.generate`."""
         self.wait()
         return self._finish(self._future.exception())

@@ -11,13 +11,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.ahead import Ahead
+from app.engines.ahead import Ahead, Groups
 from app.ranks import Ranks
 from datamodules.errors import UserError
-from datamodules.types import Completion, Prompt
+from datamodules.types import Prompt
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Returns the policy's current tensors by name."""
+
+
+def check_options(where: str, *checks: tuple[str, float | None, bool, str]) -> None:
+    """Raise UserError for the first option whose (name, given value, is valid, expected) is not valid."""
+    for name, given, valid, expected in checks:
+        if not valid:
+            raise UserError(f"{where}.{name} is {given} but must be {expected}. Change {where}.{name}.")
+
+
+def check_counts(where: str, options: object, *names: str) -> None:
+    """Raise UserError for the first of the options that is neither None nor at least 1."""
+    counts = [(name, getattr(options, name)) for name in names]
+    check_options(where, *((name, given, given is None or given >= 1, "at least 1") for name, given in counts))
 
 
 @dataclass
@@ -41,16 +54,13 @@ class Sampling:
     stop: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        checks = [
-            ("num_generations", self.num_generations, self.num_generations >= 1, "at least 1"),
-            ("max_completion_length", self.max_completion_length, self.max_completion_length >= 1, "at least 1"),
+        check_counts("sampling", self, "num_generations", "max_completion_length")
+        check_options(
+            "sampling",
             ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or a positive number"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number"),
-        ]
-        for name, given, valid, expected in checks:
-            if not valid:
-                raise UserError(f"sampling.{name} is {given} but must be {expected}. Change sampling.{name}.")
+        )
 
     @property
     def truncates(self) -> bool:
@@ -89,11 +99,13 @@ class RolloutEngine(ABC):
         self.weights = weights or (lambda: model.state_dict().items())
         self.folder = folder
         self.ranks = ranks
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Check the policy and start what the engine needs. Called by `setup`."""
 
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
-    ) -> list[tuple[Completion, ...]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         """Return `G` completions of each prompt, in order.
 
         Args:
@@ -101,6 +113,11 @@ class RolloutEngine(ABC):
             sampling: `G` and the sampling distribution.
             seeds: int64 `[B, G]`. Completion (b, g) depends only on the policy, its prompt and `seeds[b, g]`, not on
                 the rest of the batch.
+
+        Raises:
+            UserError: a prompt has no tokens, or leaves no room for a completion within the engine's limit.
+            FloatingPointError: the policy's logits are NaN or infinite.
+            EngineError: vLLM has ended, or did not load the last push.
         """
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
@@ -136,16 +153,8 @@ def check_request(
 ) -> None:
     """Reject a batch that contains a prompt which cannot be completed, before any of it runs.
 
-    Args:
-        prompts: `B` prompts.
-        sampling: `G` and the completion limit.
-        seeds: int64 `[B, G]`.
-        limit: maximum number of tokens of a prompt and its completion together; None for no limit.
-        limit_name: the limit in messages, e.g. "the model's 512 positions".
-
-    Raises:
-        UserError: a prompt has no tokens, or leaves no room for a completion.
-        ValueError: `seeds` has another shape.
+    See `RolloutEngine.generate`. `limit` is the maximum number of tokens of a prompt and its completion together, or
+    None; messages call it `limit_name`. Raises ValueError if `seeds` has another shape than `[B, G]`.
     """
     if seeds.shape != (len(prompts), sampling.num_generations):
         raise ValueError(f"seeds of shape {seeds.shape}, expected {(len(prompts), sampling.num_generations)}")

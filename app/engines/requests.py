@@ -1,4 +1,4 @@
-"""What the vLLM engines share, without importing vLLM: requests from prompts and seeds, completions from answers."""
+"""What the vLLM engines share, without importing vLLM: options, requests, and completions from answers."""
 
 from __future__ import annotations
 
@@ -6,27 +6,90 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from app.engines.base import Sampling, nonfinite_policy
+from app.engines.ahead import Groups
+from app.engines.base import Sampling, check_counts, check_options, nonfinite_policy
 from datamodules.errors import UserError
 from datamodules.types import Completion, FinishReason
 
-LOGPROBS_MODE = "processed_logprobs"
-"""Log-probabilities after temperature, top-k and top-p; vLLM's default is those of the raw logits."""
-
-PREFIX_BLOCK = 32
+_PREFIX_BLOCK = 32
 """Tokens per block of the key-value cache: the unit of prefix caching, and a size that the CPU kernels support."""
 
 _MIN_TEMPERATURE = 0.01
-
 _FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class EngineError(UserError):
     """An engine failed and cannot continue, e.g. because its process died or a push failed."""
+
+
+@dataclass(eq=False)
+class VllmOptions:
+    """Options of vLLM, in the trainer's process or in a server.
+
+    Args:
+        max_model_len: maximum number of tokens of a prompt and its completion together; null for the model's own limit.
+        max_num_seqs: maximum number of completions decoded together.
+        max_num_batched_tokens: maximum number of tokens in one forward pass; null lets vLLM choose.
+        enable_prefix_caching: prefill a prompt's full blocks once for all its completions.
+        block_size: tokens per block of the key-value cache; null is 32 on a CPU, and vLLM's choice on CUDA.
+        cpu_cache_gib: memory of the key-value cache without a GPU.
+        enforce_eager: disable CUDA graphs, for a faster start and slower decoding; null is false on CUDA. CPUs always
+            run eagerly.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.4
+    cpu_cache_gib: float = 2.0
+    tensor_parallel_size: int = 1
+    enforce_eager: bool | None = None
+
+    option_prefix: ClassVar[str] = "engine"
+
+    def __post_init__(self) -> None:
+        counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size")
+        check_counts(self.option_prefix, self, *counts)
+        share = self.gpu_memory_utilization
+        check_options(
+            self.option_prefix,
+            ("gpu_memory_utilization", share, 0 < share <= 1, "greater than 0 and at most 1"),
+            ("cpu_cache_gib", self.cpu_cache_gib, self.cpu_cache_gib > 0, "greater than 0"),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype, or None for "auto"."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def vllm_arguments(self, dtype: torch.dtype, on_cpu: bool) -> dict[str, object]:
+        """Return vLLM's keyword arguments, under names that its server's flags share."""
+        arguments = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "enable_prefix_caching": self.enable_prefix_caching,
+            "block_size": self.block_size or (_PREFIX_BLOCK if on_cpu else None),
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
+            # On a CPU, vLLM 0.32 crashes on chunked prefill of a seeded request: CPU generators cannot be reset.
+            "enable_chunked_prefill": False if on_cpu else None,
+            # Log-probabilities after temperature, top-k and top-p; vLLM's default is those of the raw logits.
+            "logprobs_mode": "processed_logprobs",
+            # The policy's own defaults (e.g. a top_p) are not part of the configured sampling.
+            "generation_config": "vllm",
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
 
 
 def engine_environment(on_cpu: bool, cache_gib: float | None = None, workers: int = 1) -> dict[str, str]:
@@ -100,13 +163,7 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An engine's answer for one sample.
-
-    Attributes:
-        token_ids: `T` tokens, including the end token and those of a stop string.
-        logprobs: log-probabilities of the tokens under the distribution they were sampled from.
-        finish_reason: as reported by vLLM: "stop" or "length"; anything else means that the request failed.
-    """
+    """vLLM's answer for one sample: `T` tokens, with the end token and those of a stop string, and its finish reason."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
@@ -115,7 +172,7 @@ class Answer:
 
 def completions_of(
     answers: Sequence[Answer], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, version: int
-) -> list[tuple[Completion, ...]]:
+) -> Groups:
     """Build groups of `G` completions from `B * G` answers, which are ordered by prompt and then by sample.
 
     Raises:
@@ -143,13 +200,6 @@ def completions_of(
         if sampling.temperature == 0:
             # vLLM reports the full distribution's log-probability, but a greedy draw is certain.
             logprobs[:] = 0
-        completions.append(
-            Completion(
-                token_ids=np.array(answer.token_ids, dtype=np.int32),
-                logprobs=logprobs,
-                finish_reason=reason,
-                policy_version=version,
-                text=text,
-            )
-        )
+        token_ids = np.array(answer.token_ids, dtype=np.int32)
+        completions.append(Completion(token_ids, logprobs, reason, policy_version=version, text=text))
     return [tuple(completions[start : start + group]) for start in range(0, len(completions), group)]

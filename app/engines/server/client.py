@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
 
 from app.engines.requests import Answer, EngineError
+from app.engines.server.process import ServerProcess
 from datamodules.errors import UserError
 
 T = TypeVar("T")
@@ -18,6 +20,7 @@ T = TypeVar("T")
 _KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 10.0
 _PROBE_INTERVAL_S = 1.0
+_POLL_S = 0.25
 _FAILED_PROBES = 3
 """Consecutive failures after which a server counts as lost: a busy server may be late once."""
 
@@ -96,8 +99,7 @@ class ServerClient:
 
     async def max_model_len(self) -> int:
         """Return the maximum number of tokens of a prompt and its completion together."""
-        models = await self._request("GET", "/v1/models")
-        return int(models["data"][0]["max_model_len"])
+        return int((await self._request("GET", "/v1/models"))["data"][0]["max_model_len"])
 
     async def world_size(self) -> int:
         """Return the server's number of workers."""
@@ -168,6 +170,30 @@ class ServerClient:
         if status >= 500:
             raise _FailedRequestError(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server rejected the request ({status}): {said}")
+
+
+async def until_healthy(
+    clients: Sequence[ServerClient], process: ServerProcess | None, limit: float, advice: str
+) -> None:
+    """Wait until all servers are healthy.
+
+    Args:
+        clients: one per server.
+        process: the server, if it belongs to this process.
+        limit: maximum seconds to wait.
+        advice: what to do when they have passed, for the message.
+
+    Raises:
+        EngineError: the process has ended, or a server is not healthy in time.
+    """
+    deadline = time.monotonic() + limit
+    for client in clients:
+        while not await client.healthy():
+            if process is not None and not process.alive:
+                raise EngineError(f"The vLLM server did not start. {process.log_end()}")
+            if time.monotonic() > deadline:
+                raise EngineError(f"{client.url}: no healthy vLLM server within {limit:.0f} s. {advice}")
+            await asyncio.sleep(_POLL_S)
 
 
 async def gather_while_healthy(clients: Sequence[ServerClient], work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

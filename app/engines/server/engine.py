@@ -10,32 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from app.engines.ahead import Ahead, timed
+from app.engines.ahead import Ahead, Groups, timed
 from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
 from app.engines.requests import Answer, completions_of, request_fields
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
-from app.engines.server.fleet import FleetOptions, ServerFleet
-from app.engines.server.options import ServerOptions
+from app.engines.server.fleet import ServerFleet
+from app.engines.server.options import FleetOptions
 from app.engines.server.rank_zero import lost_server_of_any_rank
-from app.engines.wire.push import Transport
-from datamodules.errors import UserError
-from datamodules.types import Completion, Prompt
+from datamodules.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A request for one sample.
-
-    Attributes:
-        prompt: index of the prompt, which selects the server.
-        fields: body of the request.
-    """
+    """The body of a request for one sample, and the index of its prompt, which selects the server."""
 
     prompt: int
     fields: dict[str, object]
 
 
-class VllmServer(RolloutEngine):
+@dataclass(eq=False)
+class VllmServer(FleetOptions, RolloutEngine):
     """Generates with vLLM over HTTP, with token ids as input and output.
 
     Without `url` it starts a server at the beginning of the run (its output goes to `server.log` in the run's folder)
@@ -50,58 +44,12 @@ class VllmServer(RolloutEngine):
 
     In a single trainer process it can generate one step's rollouts while another step trains
     (`callbacks.RolloutAhead`).
-
-    Args:
-        url: URL of the server, or of several; null starts one.
-        server: options of the run's own server.
-        api_key_variable: environment variable that holds the key; without one, the run's own server gets a random key.
-        max_concurrency: maximum number of requests in flight per server, over all trainer processes.
-        request_timeout_s: maximum seconds per completion.
-        start_timeout_s: maximum seconds until the run's own server is healthy.
-        wait_s: maximum seconds to wait for a server given by `url`, also after it was lost.
-        max_restarts: number of lost servers within one step that the run tolerates.
-        transport: how weights are sent: "shared_memory" to servers on this machine, "process_group" (gloo, or NCCL
-            with CUDA) to others; "auto" decides by the URLs.
-        trainer_address: address of this machine as seen by the servers, for the process group.
-        chunk_mib: size of the chunks that weights are sent in, which bounds the memory of a push.
     """
 
     runs_ahead = True
 
-    def __init__(
-        self,
-        url: list[str] | str | None = None,
-        server: ServerOptions = ServerOptions(),  # noqa: B008  # jsonargparse shows the defaults of a dataclass only so
-        api_key_variable: str = "VLLM_API_KEY",
-        max_concurrency: int = 256,
-        request_timeout_s: float = 3600.0,
-        start_timeout_s: float = 300.0,
-        wait_s: float = 300.0,
-        max_restarts: int = 3,
-        transport: Transport = "auto",
-        trainer_address: str = "127.0.0.1",
-        chunk_mib: int = 256,
-    ) -> None:
-        for name, given in (("max_concurrency", max_concurrency), ("chunk_mib", chunk_mib)):
-            if given < 1:
-                raise UserError(f"engine.{name} is {given} but must be at least 1. Raise engine.{name}.")
-        urls = [url] if isinstance(url, str) else list(url or [])
-        for each in urls:
-            if not each.startswith(("http://", "https://")):
-                raise UserError(f"engine.url is {each} but must look like http://HOST:PORT. Add the scheme.")
-        self.options = FleetOptions(
-            tuple(urls),
-            server,
-            api_key_variable,
-            max_concurrency,
-            request_timeout_s,
-            start_timeout_s,
-            wait_s,
-            max_restarts,
-            transport,
-            trainer_address,
-            chunk_mib,
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.fleet: ServerFleet | None = None
         self._ahead: Ahead | None = None
 
@@ -121,16 +69,7 @@ class VllmServer(RolloutEngine):
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
-    ) -> list[tuple[Completion, ...]]:
-        """See `RolloutEngine.generate`.
-
-        Raises:
-            UserError: a prompt has no tokens, or leaves no room for a completion within the servers' limit.
-            EngineError: servers are lost repeatedly, or do not load the weights.
-            FloatingPointError: the policy's logits are NaN or infinite.
-        """
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
         requests, version = self._prepare(prompts, sampling, seeds)
@@ -164,7 +103,7 @@ class VllmServer(RolloutEngine):
         fleet.require(version, self.weights)
         answers: list[Answer | None] = [None] * len(requests)
 
-        def finish(failure: BaseException | None) -> list[tuple[Completion, ...]]:
+        def finish(failure: BaseException | None) -> Groups:
             if isinstance(failure, LostServerError):
                 return self.generate(prompts, sampling, seeds)
             if failure is not None:
@@ -190,7 +129,7 @@ class VllmServer(RolloutEngine):
         if self.fleet is None:
             atexit.register(self.close)
             path, dtype = str(self.model.name_or_path), self.model.dtype
-            self.fleet = ServerFleet(self.options, path, dtype, self.folder, self.ranks)
+            self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks)
         return self.fleet
 
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
@@ -213,10 +152,7 @@ class VllmServer(RolloutEngine):
 
 
 async def _request_missing(
-    clients: Sequence[ServerClient],
-    requests: Sequence[_Request],
-    missing: Sequence[int],
-    answers: list[Answer | None],
+    clients: Sequence[ServerClient], requests: Sequence[_Request], missing: Sequence[int], answers: list[Answer | None]
 ) -> None:
     """Fill in as many missing answers as possible, then raise the error that prevented the others, if any."""
 

@@ -9,43 +9,23 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from app.engines.base import Weights
 from app.engines.requests import EngineError
-from app.engines.server.client import LostServerError, ServerClient
+from app.engines.server.client import LostServerError, ServerClient, until_healthy
 from app.engines.server.loop_thread import LoopThread
-from app.engines.server.options import ServerOptions, full_environment
+from app.engines.server.options import FleetOptions, full_environment
 from app.engines.server.process import ServerProcess, free_port
 from app.engines.server.rank_zero import on_rank_zero
-from app.engines.wire.push import Transport, WeightPusher
+from app.engines.wire.push import WeightPusher
 from app.ranks import Ranks
 from datamodules.errors import UserError
 
-LOG = "server.log"
-_POLL_S = 0.25
 _SETTLE_S = 1.0
 """Delay before a lost server is probed again: its HTTP interface may outlive its engine for a moment."""
-
-
-@dataclass(frozen=True, slots=True)
-class FleetOptions:
-    """The options of `VllmServer`, where they are documented."""
-
-    urls: tuple[str, ...]
-    server: ServerOptions
-    api_key_variable: str
-    max_concurrency: int
-    request_timeout_s: float
-    start_timeout_s: float
-    wait_s: float
-    max_restarts: int
-    transport: Transport
-    trainer_address: str
-    chunk_mib: int
 
 
 class ServerFleet:
@@ -83,7 +63,7 @@ class ServerFleet:
         self.loop = LoopThread()
         self.clients: list[ServerClient] = []
         self._policy_path, self._policy_dtype = policy_path, policy_dtype
-        self._log = None if folder is None else folder / LOG
+        self._log = None if folder is None else folder / "server.log"
         self._ranks = ranks
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
@@ -181,7 +161,7 @@ class ServerFleet:
     def _count_loss(self, reason: str) -> None:
         self._losses += 1
         if self._losses > self.options.max_restarts:
-            log = f" Its log ends: {self.process.last_line()}" if self.process else ""
+            log = f" {self.process.log_end()}" if self.process else ""
             raise EngineError(
                 f"vLLM servers were lost {self._losses} times in a row ({reason}), but engine.max_restarts is "
                 f"{self.options.max_restarts}. Check the servers.{log}"
@@ -204,24 +184,21 @@ class ServerFleet:
             if self.process is not None:
                 self.process.close()
             self._start_own()
-            self._await_health(options.start_timeout_s)
-        elif lost is None:
-            self.clients = [self._client(url) for url in options.urls]
-            self._await_health(options.wait_s)
+            limit, advice = options.start_timeout_s, "Look into its log or raise engine.start_timeout_s."
         else:
-            self._report(f"a vLLM server is lost ({lost}): waiting up to {options.wait_s:.0f} s for it")
-            time.sleep(_SETTLE_S)
-            self._await_health(options.wait_s)
+            if lost is None:
+                self.clients = [self._client(url) for url in options.urls]
+            else:
+                self._report(f"a vLLM server is lost ({lost}): waiting up to {options.wait_s:.0f} s for it")
+                time.sleep(_SETTLE_S)
+            limit, advice = options.wait_s, "Start one with `dots serve`, or remove engine.url to start one in the run."
+        self.loop.run(until_healthy(self.clients, self.process, limit, advice))
+        dtype, chunk_bytes = options.server.torch_dtype, options.chunk_mib * 2**20
         self._pusher = WeightPusher(
-            self.loop,
-            self.clients,
-            options.transport,
-            options.trainer_address,
-            None if options.server.dtype == "auto" else getattr(torch, options.server.dtype),
-            options.chunk_mib * 2**20,
+            self.loop, self.clients, options.transport, options.trainer_address, dtype, chunk_bytes
         )
-        limit = min(self.loop.run(client.max_model_len()) for client in self.clients)
-        return [client.url for client in self.clients], self._key, limit
+        max_model_len = min(self.loop.run(client.max_model_len()) for client in self.clients)
+        return [client.url for client in self.clients], self._key, max_model_len
 
     def _start_own(self) -> None:
         server = self.options.server
@@ -237,20 +214,6 @@ class ServerFleet:
         options = self.options
         share = -(-options.max_concurrency // self._ranks.size)
         return ServerClient(url, self._key, options.api_key_variable, share, options.request_timeout_s)
-
-    def _await_health(self, limit: float) -> None:
-        """Wait until all servers are healthy, for at most `limit` seconds."""
-        deadline = time.monotonic() + limit
-        for client in self.clients:
-            while not self.loop.run(client.healthy()):
-                if self.process is not None and not self.process.alive:
-                    raise EngineError(f"The vLLM server did not start. Its log ends: {self.process.last_line()}")
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{client.url}: no healthy vLLM server within {limit:.0f} s. Start one with `dots serve`, "
-                        "or remove engine.url so that the run starts its own."
-                    )
-                time.sleep(_POLL_S)
 
     async def _disconnect(self) -> None:
         await asyncio.gather(*(client.close() for client in self.clients))

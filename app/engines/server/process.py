@@ -30,7 +30,7 @@ class ServerProcess:
         watched = [sys.executable, "-P", watch.__file__, str(read_end), *command]
         output = None if log is None else log.open("ab")
         try:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 watched,
                 pass_fds=[read_end],
                 stdin=subprocess.DEVNULL,
@@ -43,22 +43,18 @@ class ServerProcess:
             os.close(read_end)
             if output is not None:
                 output.close()
-
-    @property
-    def pid(self) -> int:
-        """Process ID of the group's leader."""
-        return self._process.pid
+        self._process, self.pid = process, process.pid
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def last_line(self) -> str:
-        """Return the last line of the log."""
+    def log_end(self) -> str:
+        """Return a sentence with the last line of the log."""
         if self.log is None or not self.log.exists():
-            return "see its output"
+            return "See its output."
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1].strip()[:300] if lines else "its log is empty"
+        return f"Its log ends: {lines[-1].strip()[:300]}" if lines else "Its log is empty."
 
     def close(self) -> None:
         """End the server. May be called twice."""

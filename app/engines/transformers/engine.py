@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from app.engines.base import RolloutEngine, Sampling, Weights, check_request, end_token_ids, nonfinite_policy
+from app.engines.ahead import Groups
+from app.engines.base import RolloutEngine, Sampling, check_counts, check_request, end_token_ids, nonfinite_policy
 from app.engines.transformers.kv_cache import GrowingCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache
 from app.policy.model import attending, causal_lm, plain_attention
-from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -47,33 +46,13 @@ class Transformers(RolloutEngine):
         prefill_tokens: int = 16_384,
         share_prompts: bool = True,
     ) -> None:
-        for name, given in (
-            ("max_rows", max_rows),
-            ("max_cache_tokens", max_cache_tokens),
-            ("prefill_tokens", prefill_tokens),
-        ):
-            if given < 1:
-                raise UserError(f"engine.{name} is {given} but must be at least 1. Raise engine.{name}.")
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
         self.share_prompts = share_prompts
+        check_counts("engine", self, "max_rows", "max_cache_tokens", "prefill_tokens")
         self.version = 0
 
-    def setup(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        weights: Weights | None = None,
-        folder: Path | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
-    ) -> None:
-        """See `RolloutEngine.setup`.
-
-        Raises:
-            UserError: the model's forward does not accept `past_key_values`.
-        """
-        super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
-        lm = causal_lm(model)
+    def prepare(self) -> None:
+        lm = causal_lm(self.model)
         accepted = inspect.signature(lm.forward).parameters
         if "past_key_values" not in accepted:
             raise UserError(
@@ -87,15 +66,7 @@ class Transformers(RolloutEngine):
         """Record the version; the weights are the policy's own."""
         self.version = version
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
-    ) -> list[tuple[Completion, ...]]:
-        """See `RolloutEngine.generate`.
-
-        Raises:
-            UserError: a prompt has no tokens, or leaves no room for a completion within the model's positions.
-            FloatingPointError: the policy's logits are NaN or infinite.
-        """
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0:
             return []
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -137,7 +108,7 @@ class _Generation:
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
         self.stopped = np.zeros(seeds.size, dtype=bool)
 
-    def run(self) -> list[tuple[Completion, ...]]:
+    def run(self) -> Groups:
         while self.waiting or len(self.rows):
             self._admit()
             if len(self.rows):
@@ -169,9 +140,8 @@ class _Generation:
         mask = self._to_device((positions >= 0).astype(np.int64)) if (lengths != lengths.max()).any() else None
         prefilled = DynamicCache(config=self.lm.config)
         position_ids = self._to_device(positions.clip(min=0))
-        logits = self.engine.forward(
-            self._to_device(padded), position_ids, attention_mask=mask, past_key_values=prefilled
-        )
+        tokens = self._to_device(padded)
+        logits = self.engine.forward(tokens, position_ids, attention_mask=mask, past_key_values=prefilled)
         source = np.repeat(np.arange(len(bucket)), [len(prompt.samples) for prompt in bucket])
         self.cache.admit(prefilled, source, lengths[source])
         self.rows.add(np.concatenate([prompt.samples for prompt in bucket]), lengths[source])
@@ -190,10 +160,8 @@ class _Generation:
         self.rows.advance(first, token)
         stopped = np.isin(token, self.ends)
         if self.stop_strings:
-            tails = [
-                self.tokens[s, max(0, a + 1 - self.stop_tail) : a + 1].tolist()
-                for s, a in zip(sample, age, strict=True)
-            ]
+            spans = zip(sample, age + 1, strict=True)
+            tails = [self.tokens[s, max(0, end - self.stop_tail) : end].tolist() for s, end in spans]
             texts = self.engine.tokenizer.batch_decode(tails)
             stopped |= np.array([any(string in text for string in self.stop_strings) for text in texts], dtype=bool)
         self.stopped[sample] = stopped
@@ -207,7 +175,7 @@ class _Generation:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _completions(self) -> list[tuple[Completion, ...]]:
+    def _completions(self) -> Groups:
         tokens = [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
         texts = self.engine.tokenizer.batch_decode([row.tolist() for row in tokens], skip_special_tokens=True)
         completions = [

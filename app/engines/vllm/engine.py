@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.engines.base import RolloutEngine, Sampling, Weights, check_request, end_token_ids
+from app.engines.ahead import Groups
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
 from app.engines.requests import (
-    LOGPROBS_MODE,
-    PREFIX_BLOCK,
     Answer,
     EngineError,
+    VllmOptions,
     completions_of,
     engine_environment,
     environment,
     request_fields,
 )
 from app.engines.vllm.process import plain_torch, process_restored
-from app.ranks import Ranks
 from datamodules.errors import UserError
-from datamodules.types import Completion, Prompt
-
-EXTENSION = "app.engines.worker.extension.PolicyWeights"
-"""Mixed into vLLM's worker (`worker_extension_cls`) to load the policy's weights. vLLM imports it by this name."""
+from datamodules.types import Prompt
 
 
-class Vllm(RolloutEngine):
+@dataclass(eq=False)
+class Vllm(VllmOptions, RolloutEngine):
     """Generates with vLLM in the trainer's process and on the trainer's device.
 
     vLLM keeps a second copy of the weights in its own layout. It is loaded from the policy's folder and overwritten by
@@ -43,86 +39,24 @@ class Vllm(RolloutEngine):
 
     Args:
         dtype: of the engine's weights and activations; "auto" is bfloat16 on CUDA and float32 on a CPU.
-        max_model_len: maximum number of tokens of a prompt and its completion together; null for the model's own limit.
-        max_num_seqs: maximum number of completions decoded together.
-        max_num_batched_tokens: maximum number of tokens in one forward pass; null lets vLLM choose.
-        enable_prefix_caching: prefill a prompt's full blocks once for all its completions.
-        block_size: tokens per block of the key-value cache; null is 32 on a CPU, and vLLM's choice on CUDA.
         gpu_memory_utilization: share of the GPU's memory for the engine's weights, cache and activations; the trainer
             needs the rest.
-        cpu_cache_gib: memory of the key-value cache without a GPU.
         tensor_parallel_size: number of GPUs that one copy of the policy is split over; above 1 vLLM starts a process
             for each, and weights are copied to them.
-        enforce_eager: disable CUDA graphs, for a faster start and slower decoding; null is false on CUDA. CPUs always
-            run eagerly.
         sleep_level: memory that the engine frees after every rollout (CUDA): 0 none; 1 its cache, with its weights
             moved to host memory; 2 cache and weights, so that all weights are pushed again when it wakes.
     """
 
-    def __init__(
-        self,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int | None = None,
-        enable_prefix_caching: bool = True,
-        block_size: int | None = None,
-        gpu_memory_utilization: float = 0.4,
-        cpu_cache_gib: float = 2.0,
-        tensor_parallel_size: int = 1,
-        enforce_eager: bool | None = None,
-        sleep_level: Literal[0, 1, 2] = 0,
-    ) -> None:
-        self.dtype = dtype
-        self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.enable_prefix_caching = enable_prefix_caching
-        self.block_size = block_size
-        self.gpu_memory_utilization = gpu_memory_utilization
-        self.cpu_cache_gib = cpu_cache_gib
-        self.tensor_parallel_size = tensor_parallel_size
-        self.enforce_eager = enforce_eager
-        self.sleep_level = sleep_level
-        counts = [
-            ("max_model_len", max_model_len),
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-            ("block_size", block_size),
-            ("tensor_parallel_size", tensor_parallel_size),
-        ]
-        for name, given in counts:
-            if given is not None and given < 1:
-                raise UserError(f"engine.{name} is {given} but must be at least 1. Raise engine.{name}.")
-        if not 0 < gpu_memory_utilization <= 1:
-            raise UserError(
-                f"engine.gpu_memory_utilization is {gpu_memory_utilization} but must be greater than 0 and at most 1. "
-                "Change engine.gpu_memory_utilization."
-            )
-        if cpu_cache_gib <= 0:
-            raise UserError(
-                f"engine.cpu_cache_gib is {cpu_cache_gib} but must be greater than 0. Raise engine.cpu_cache_gib."
-            )
+    sleep_level: Literal[0, 1, 2] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.version: int | None = None
         self._llm: Any = None
         self._asleep = self._failed = False
 
-    def setup(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        weights: Weights | None = None,
-        folder: Path | None = None,
-        ranks: Ranks = Ranks(),  # noqa: B008  # frozen
-    ) -> None:
-        """Start vLLM, or reuse the running engine for another policy from the same folder.
-
-        Raises:
-            UserError: vLLM is not installed, the trainer has several processes, or an option needs CUDA.
-            EngineError: vLLM rejects the model or an option.
-        """
-        super().setup(model, tokenizer, weights=weights, folder=folder, ranks=ranks)
+    def prepare(self) -> None:
+        """Start vLLM, or reuse the running engine for another policy from the same folder."""
         self.version = None
         self._failed = False
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -131,12 +65,12 @@ class Vllm(RolloutEngine):
                 f"engines.Vllm runs in one of {processes} trainer processes, whose process group it would join. "
                 "Use engines.VllmServer (configs/engines/vllm_server.yaml)."
             )
-        if self.sleep_level and model.device.type != "cuda":
+        if self.sleep_level and self.model.device.type != "cuda":
             raise UserError(
-                f"engine.sleep_level is {self.sleep_level} and the policy is on {model.device}, but only CUDA can free "
-                "memory. Set engine.sleep_level to 0."
+                f"engine.sleep_level is {self.sleep_level} and the policy is on {self.model.device}, but only CUDA can "
+                "free memory. Set engine.sleep_level to 0."
             )
-        if self._llm is not None and self._path != model.name_or_path:
+        if self._llm is not None and self._path != self.model.name_or_path:
             self.close()
         if self._llm is None:
             self._start()
@@ -157,33 +91,18 @@ class Vllm(RolloutEngine):
             if self.tensor_parallel_size > 1:
                 # Workers in other processes need copies. Each is made while its tensor is current, since merged
                 # adapters exist only during the iteration.
-                dtype = self._torch_dtype
+                dtype = self._dtype
                 named_tensors = [(name, tensor.detach().to("cpu", dtype, copy=True)) for name, tensor in named_tensors]
             self._call("dots_load", named_tensors, version, since)
             fresh = self._llm.reset_prefix_cache()
             found = self._call("dots_version")
         if not fresh:
-            raise EngineError(
-                "vLLM did not reset its prefix cache because it still holds requests of an earlier rollout. "
-                "Start the run again."
-            )
+            raise EngineError("vLLM still holds requests and did not reset its prefix cache. Start the run again.")
         if found != [version] * len(found):
-            raise EngineError(
-                f"vLLM's workers hold the policy versions {found} after a push of version {version}. "
-                "Start the run again."
-            )
+            raise EngineError(f"vLLM's workers hold versions {found} after a push of {version}. Start the run again.")
         self.version, self._failed = version, False
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray
-    ) -> list[tuple[Completion, ...]]:
-        """See `RolloutEngine.generate`.
-
-        Raises:
-            UserError: a prompt has no tokens, or leaves no room for a completion within `max_model_len`.
-            EngineError: vLLM has ended, the last push failed, or vLLM's workers hold other weights than the last push.
-            FloatingPointError: the policy's logits are NaN or infinite.
-        """
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0:
             return []
         limit = self._limit
@@ -226,9 +145,7 @@ class Vllm(RolloutEngine):
             SamplingParams(**request_fields(sampling, ends, seed), detokenize=bool(sampling.stop), flat_logprobs=True)
             for seed in seeds.reshape(-1)
         ]
-        ids = [
-            {"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(sampling.num_generations)
-        ]
+        ids = [{"prompt_token_ids": list(one.token_ids)} for one in prompts for _ in range(sampling.num_generations)]
         try:
             outputs = self._llm.generate(ids, requests, use_tqdm=False)
         except BaseException:
@@ -236,8 +153,10 @@ class Vllm(RolloutEngine):
             queue = self._llm.llm_engine.output_processor
             self._llm.llm_engine.abort_request([*queue.request_states, *queue.parent_requests], internal=True)
             raise
-        found = [output.outputs[0] for output in outputs]
-        return [Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason) for one in found]
+        return [
+            Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason)
+            for (one,) in (each.outputs for each in outputs)
+        ]
 
     def _wake(self) -> None:
         """Prepare the engine to generate with the weights of the last push."""
@@ -296,43 +215,24 @@ class Vllm(RolloutEngine):
             # vLLM caches the variables of an earlier start in this process.
             disable_envs_cache()
             try:
-                self._llm = LLM(self._path, **self._options(on_cpu))
+                self._llm = LLM(
+                    self._path,
+                    **self.vllm_arguments(self._dtype, on_cpu),
+                    seed=0,  # every request has its own seed
+                    gpu_memory_utilization=self.gpu_memory_utilization,
+                    kv_cache_memory_bytes=round(self.cpu_cache_gib * 2**30) if on_cpu else None,
+                    enable_sleep_mode=self.sleep_level > 0,
+                    use_tqdm_on_load=False,
+                    worker_extension_cls="app.engines.worker.extension.PolicyWeights",  # loads the policy's weights
+                )
             except (RuntimeError, ValueError, AssertionError, OSError) as error:
                 raise EngineError(f"vLLM cannot serve {self._path}: {_one_line(error)}") from error
         self._limit = self._llm.llm_engine.model_config.max_model_len
         self._asleep = False
 
-    def _options(self, on_cpu: bool) -> dict[str, object]:
-        """Return vLLM's keyword arguments."""
-        chosen = {
-            "max_model_len": self.max_model_len,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-            "block_size": self.block_size or (PREFIX_BLOCK if on_cpu else None),
-            "kv_cache_memory_bytes": round(self.cpu_cache_gib * 2**30) if on_cpu else None,
-        }
-        return {name: value for name, value in chosen.items() if value is not None} | {
-            "dtype": str(self._torch_dtype).removeprefix("torch."),
-            "seed": 0,  # every request has its own seed
-            "max_num_seqs": self.max_num_seqs,
-            "enable_prefix_caching": self.enable_prefix_caching,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "enforce_eager": on_cpu if self.enforce_eager is None else self.enforce_eager,
-            "enable_sleep_mode": self.sleep_level > 0,
-            # On a CPU, vLLM 0.32 crashes on chunked prefill of a seeded request: CPU generators cannot be reset.
-            "enable_chunked_prefill": not on_cpu,
-            "use_tqdm_on_load": False,
-            "logprobs_mode": LOGPROBS_MODE,
-            # The policy's own defaults (e.g. a top_p) are not part of the configured sampling.
-            "generation_config": "vllm",
-            "worker_extension_cls": EXTENSION,
-        }
-
     @property
-    def _torch_dtype(self) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.float32 if self.model.device.type == "cpu" else torch.bfloat16
-        return getattr(torch, self.dtype)
+    def _dtype(self) -> torch.dtype:
+        return self.torch_dtype or (torch.float32 if self.model.device.type == "cpu" else torch.bfloat16)
 
 
 def _ended() -> EngineError:

@@ -2,8 +2,8 @@
 
 vLLM 0.32's own weight transfer (`/start_weight_update` and the requests after it) is not used. It accepts a push that
 lacks weights, and the version it reports is unrelated to the weights that the workers hold after a failed push. A
-registered transfer engine could carry the bytes on a CPU, but would need the same code as here; and if it refuses an
-incomplete push when the update finishes, the server rejects every later update.
+registered transfer engine could carry the bytes on a CPU, but would need the same code as here; and after its
+finish had raised on an incomplete push, the next `start_weight_update` failed with "already active".
 """
 
 from __future__ import annotations
