@@ -163,7 +163,7 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """vLLM's answer for one sample: `T` tokens, with the end token and those of a stop string, and its finish reason."""
+    """vLLM's answer for one sample: `T` tokens with the end token and those of a stop string, and its finish reason."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]

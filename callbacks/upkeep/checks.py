@@ -14,7 +14,7 @@ from datamodules.online import OnlinePromptDataModule
 
 
 class RunChecks(StepCallback):
-    """Refuses doubled callbacks, unsupported strategies, and more processes than a mini-batch has prompts."""
+    """Refuses unsupported strategies, and more processes than a mini-batch has prompts."""
 
     stage = Stage.PUSH_WEIGHTS
 
@@ -24,9 +24,6 @@ class RunChecks(StepCallback):
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
         kinds = [type(one) for one in StepCallback.all_of(trainer)]
-        for kind in kinds:
-            if sum(issubclass(other, kind) for other in kinds) > 1:
-                raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
         ranks, strategy = trainer.world_size, trainer.strategy
         if isinstance(strategy, ShardedStrategy) and not any(issubclass(kind, ShardedPolicy) for kind in kinds):
             raise UserError(
