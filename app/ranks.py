@@ -50,10 +50,7 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def barrier(self, where: str) -> None:
-        """Wait for all ranks.
-
-        Args:
-            where: name of the meeting point, for the message.
+        """Wait for all ranks; `where` names the meeting point in the message.
 
         Raises:
             LostRankError: some ranks have ended or exceeded the time limit; rank 0's message names them.
@@ -137,10 +134,6 @@ def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Split work into balanced shares: the largest piece first, each to the rank with the least work.
 
     Graham's LPT rule (1969): the largest share is at most 4/3 of the best possible.
-
-    Args:
-        sizes: size of each piece.
-        ranks: number of shares, `R`.
 
     Returns:
         Positions in `sizes` of each share, ascending; each appears exactly once. Depends on the arguments alone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from lightning.pytorch import Callback, Trainer
 
@@ -33,13 +33,15 @@ class Stage(IntEnum):
 
 
 class StepCallback(Callback):
-    """A callback with a fixed place within a step.
-
-    Attributes:
-        stage: when it acts. Callbacks of one stage keep the order in which they are listed.
-    """
+    """A callback with a fixed place within a step. Callbacks of one stage keep the order in which they are listed."""
 
     stage: ClassVar[Stage]
+
+    @classmethod
+    def all_of(cls, trainer: Trainer) -> list[Self]:
+        """Return the run's callbacks of this class, in order."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return [one for one in callbacks if isinstance(one, cls)]
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
         """Raise UserError if the run cannot work. Called before anything is loaded, generated or written."""

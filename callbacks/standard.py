@@ -19,6 +19,7 @@ from callbacks.watching.run_ledger import RunLedger
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.start_validation import StartValidation
+from datamodules.errors import UserError
 
 STANDARD: tuple[type[StepCallback], ...] = (
     RunChecks,
@@ -45,8 +46,15 @@ def with_standard(
         callbacks: the listed ones; a subclass of a standard callback replaces it.
         checkpoints: whether `RunCheckpoint` is added.
         progress_bar: whether `RunProgress` is added.
+
+    Raises:
+        UserError: one of Dots' callbacks is listed twice.
     """
     listed = list(callbacks)
+    kinds = [type(one) for one in listed if isinstance(one, StepCallback)]
+    for kind in kinds:
+        if sum(issubclass(other, kind) for other in kinds) > 1:
+            raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
     left_out = {RunCheckpoint: not checkpoints, RunProgress: not progress_bar}
     missing = [
         kind() for kind in STANDARD if not left_out.get(kind) and not any(isinstance(one, kind) for one in listed)

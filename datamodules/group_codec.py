@@ -8,7 +8,7 @@ reads with `weights_only`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,8 +29,6 @@ class PackedGroup:
 
     Attributes:
         prompt: shared with the pool, so it takes no memory here.
-        source: as in `RolloutGroup`.
-        birth_step: as in `RolloutGroup`.
         component_names: names of the `R` reward functions.
         token_ids: int32 `[T]`, the completions concatenated.
         logprobs: float32 or float16 `[T]`: log mu.
@@ -62,18 +60,8 @@ class PackedGroup:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by field name."""
-        return {
-            "token_ids": self.token_ids,
-            "logprobs": self.logprobs,
-            "lengths": self.lengths,
-            "finish": self.finish,
-            "versions": self.versions,
-            "text": self.text,
-            "text_lengths": self.text_lengths,
-            "rewards": self.rewards,
-            "correctness": self.correctness,
-            "components": self.components,
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     @property
     def nbytes(self) -> int:
@@ -161,15 +149,8 @@ def split(state: GroupState, pool: PromptPool, logprob_dtype: LogprobDtype = "fl
         arrays = {name: column[index] for name, column in columns.items()}
         arrays["logprobs"] = _logprobs(arrays["logprobs"], logprob_dtype)
         arrays["components"] = arrays["components"].reshape(len(names), len(arrays["rewards"]))
-        entries.append(
-            PackedGroup(
-                prompt=pool[position],
-                source=state["sources"][index],
-                birth_step=state["birth_steps"][index],
-                component_names=names,
-                **arrays,
-            )
-        )
+        source, birth_step = state["sources"][index], state["birth_steps"][index]
+        entries.append(PackedGroup(pool[position], source, birth_step, names, **arrays))
     return entries
 
 

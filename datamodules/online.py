@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.file import PromptSource, hold_out, split_pool
+from datamodules.prompts.file import PromptSource
+from datamodules.prompts.splits import hold_out, split_pool
 from datamodules.seeding import derive_seed, run_seed
 from datamodules.selectors import SelectionContext, Selector, Uniform
 from datamodules.types import Prompt, TrainBatch
@@ -62,8 +63,7 @@ class FixedLoader:
     """Loader of a validation, test or prediction pool, in order, `batch_size` prompts at a time."""
 
     def __init__(self, pool: PromptPool, batch_size: int) -> None:
-        self._pool = pool
-        self._batch_size = batch_size
+        self._pool, self._batch_size = pool, batch_size
 
     def __len__(self) -> int:
         return -(-len(self._pool) // self._batch_size)
@@ -113,11 +113,8 @@ class OnlinePromptDataModule(LightningDataModule):
             raise UserError(f"data.prompts_per_step is {prompts_per_step}, expected at least 1. Raise it.")
         self.sources = {"train": train, "val": val, "test": test}
         self.selector = selector or Uniform()
-        self.prompts_per_step = prompts_per_step
-        self.val_size = val_size
-        self.val_batch_size = val_batch_size
-        self.tokenizer_path = tokenizer
-        self.encoder = encoder
+        self.prompts_per_step, self.val_size, self.val_batch_size = prompts_per_step, val_size, val_batch_size
+        self.tokenizer_path, self.encoder = tokenizer, encoder
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = run_seed() if seed is None else seed
         self.pools: dict[str, PromptPool] = {}

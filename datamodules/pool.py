@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -40,62 +39,48 @@ class ReadReport:
     hidden_columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        dropped = {
-            "empty": self.empty,
-            "duplicate": self.duplicates,
-            f"longer than {self.max_prompt_length} tokens": self.overlong,
-        }
-        parts = [f"{count} {why}" for why, count in dropped.items() if count]
+        too_long = f"longer than {self.max_prompt_length} tokens"
+        dropped = ((self.empty, "empty"), (self.duplicates, "duplicate"), (self.overlong, too_long))
+        parts = [f"{count} {why}" for count, why in dropped if count]
         line = f"{self.source}: {self.read} rows read, {self.kept} prompts kept"
         line += f", {self.held_out} held out for validation" if self.held_out else ""
         line += f", dropped {', '.join(parts)}" if parts else ""
-        if self.hidden_columns:
-            line += f"; not passed to rewards: {', '.join(self.hidden_columns)}"
-        return line
-
-
-class PromptRows(Protocol):
-    """Random access to prompts that are built on demand, since a pool may have a million of them."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Prompt: ...
+        return line + (f"; not passed to rewards: {', '.join(self.hidden_columns)}" if self.hidden_columns else "")
 
 
 class PromptPool(Sequence[Prompt]):
     """An ordered pool of prompts with unique ids.
 
     Args:
-        rows: builds the `Prompt` at a position.
-        ids: `Q` unique ids, in order.
-        questions: `Q` raw question texts, in order (may be a lazy sequence).
+        build: returns the `Prompt` at a position on demand, since a pool may have a million of them.
+        ids: `Q` unique ids.
+        questions: `Q` raw question texts (may be a lazy sequence).
         report: what was read and dropped to make the pool; None for a pool that was not read.
         digests: `Q` hashes of each prompt's rendered text and answer; None for a pool that was not read.
     """
 
     def __init__(
         self,
-        rows: PromptRows,
+        build: Callable[[int], Prompt],
         ids: Sequence[str],
         questions: Sequence[str],
         report: ReadReport | None = None,
         digests: Sequence[bytes] | None = None,
     ) -> None:
-        self._rows = rows
-        self.ids = ids
-        self.questions = questions
-        self.report = report
-        self.digests = digests
+        self._build = build
+        self.ids, self.questions = ids, questions
+        self.report, self.digests = report, digests
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> PromptPool:
         """Make a pool of prompts that are already in memory."""
-        return cls(prompts, [prompt.id for prompt in prompts], [prompt.question for prompt in prompts])
+        return cls(prompts.__getitem__, [prompt.id for prompt in prompts], [prompt.question for prompt in prompts])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]  # positions only, no slices
-        return self._rows[int(index)]
+        return self._build(range(len(self))[index])
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))

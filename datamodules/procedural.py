@@ -82,9 +82,7 @@ class Procedural(PromptSource):
             if reserved := sorted({"seed", "size"} & set(task.params)):
                 raise UserError(f"Procedural task {task.name!r}: params has {reserved[0]!r}. Set it outside of params.")
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length)
-        self.tasks = tasks
-        self.seed = seed
-        self.split = split
+        self.tasks, self.seed, self.split = tasks, seed, split
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
         # `task`, then `task.2`, `task.3` for its further entries.

@@ -78,10 +78,11 @@ def explain(message: str, parser: KnownNames) -> str:
         # A subcommand's own option is reported with the subcommand before it.
         own = not class_path and found[1] not in parser.option_names()
         name = prefix + (found[1].partition(".")[2] if own else found[1])
-        return f"{name} is missing. Set it in a --config file or as --{name}"
+        needed = f": {class_path} needs it" if class_path else ""
+        return f"{name} is missing{needed}. Set it in a --config file or as --{name}"
     if reason := re.search(_WRONG_CLASS, cause):
-        imported = re.search(r"Import path ((?!does not)[\w.]+)", cause)
-        given = imported[1] if imported else value or class_path
+        named = re.search(r"(?:Import path (?!does not)|import path string: )([\w.]+)", cause)
+        given = named[1] if named else value or class_path
         known = classes if "." in given else [path.rpartition(".")[2] for path in classes]
         said = reason[0].replace("dot import path string", "no class of this name is known")
         return f"{option}={given}: {said}.{_hint(given, known)}"

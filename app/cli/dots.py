@@ -1,4 +1,4 @@
-"""The `dots` command: LightningCLI with our trainer, one-line errors, and a resume that goes on in the same folder."""
+"""The `dots` command: LightningCLI with `DotsTrainer`, one-line errors, and a resume in the same folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ _CONFIGURABLE: dict[type[Callback], str] = {
     SelectionMonitor: "selection_monitor",
     StartValidation: "start_validation",
 }
-"""Section of the configuration by standard callback."""
+"""Standard callbacks with options, by the section of the configuration that holds them: `--checkpoint.every 5`."""
+_OWN_SUBCOMMANDS = ("describe", "export", "select", "serve")
 
 
 class DotsCLI(LightningCLI):
@@ -62,27 +63,21 @@ class DotsCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {
-            "describe": {"model", "datamodule"},
-            "export": {"model", "datamodule"},
-            "select": {"model", "datamodule"},
-            "serve": {"model", "datamodule"},
-        }
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in _OWN_SUBCOMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--on_damaged_checkpoint",
             type=OnDamage,
             default="previous",
-            help="what --ckpt_path last does when the newest checkpoint is not what was written: take the one before "
-            "it, and say so, or stop",
+            help="what --ckpt_path last does when the newest checkpoint is damaged: resume from the previous one, "
+            "with a warning, or stop",
         )
-        # Standard callbacks with options: `--checkpoint.every 5`. The others are supplied by the trainer.
         for kind, name in _CONFIGURABLE.items():
             parser.add_lightning_class_args(kind, name)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: a checkpoint holds no hyperparameters, and must not choose which classes are made."""
+        """Do nothing: a checkpoint holds no hyperparameters, and must not choose which classes are instantiated."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -96,14 +91,15 @@ class DotsCLI(LightningCLI):
         if "weights_only" in config:
             if config.weights_only is False:
                 raise UserError(
-                    "--weights_only false would unpickle the checkpoint, which runs any code in it: drop it"
+                    "--weights_only false would unpickle the checkpoint, which runs any code in it. Drop it."
                 )
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
-        if self.subcommand in ("describe", "export", "select", "serve"):
-            # They leave no run folder (the warm-up of a selection stands beside its result).
-            config.trainer.logger = False
+        if self.subcommand in _OWN_SUBCOMMANDS:
+            config.trainer.logger = (
+                False  # they leave no run folder; the warm-up of a selection has a logger of its own
+            )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
@@ -112,27 +108,31 @@ class DotsCLI(LightningCLI):
             if config.get("enable_checkpointing") is False:
                 callbacks = [one for one in callbacks if not isinstance(one, RunCheckpoint)]
             callbacks = [one for one in callbacks if not any(isinstance(other, type(one)) for other in listed)]
+        elif self.subcommand in _OWN_SUBCOMMANDS:
+            raise UserError(
+                f"The model is {type(self.model).__name__}, but dots {self.subcommand} needs app.module.GRPOModule."
+            )
         else:
-            self.trainer_class, callbacks = Trainer, []  # a pretraining has no steps of rollouts
+            self.trainer_class, callbacks = Trainer, []  # pretraining has no rollouts
         try:
             return super()._instantiate_trainer(config, callbacks)
         except UserError:
             raise
-        except (ValueError, TypeError) as error:  # Lightning's own words for a strategy or an accelerator
+        except (ValueError, TypeError) as error:  # Lightning's message about a strategy or an accelerator
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def after_instantiate_classes(self) -> None:
         if self._resumed is not None and isinstance(self.model, GRPOModule):
-            # Of a sharded one, a folder, the weights are compared when they are read.
+            # The weights of a sharded checkpoint, a folder, are compared when they are read.
             if not Path(self.config[self.subcommand].ckpt_path).is_dir():
                 check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
             self.model.resumed = self._resumed.get("run_identity", {})
         self._resumed = None
 
     def _resume_last(self, config: Any) -> None:
-        """Finds the newest run of the logger's name and, when training, lets it go on in its own folder.
+        """Find the newest run of the logger's name and, when training, resume it in its own folder.
 
-        Training starts anew when there is no run of that name, so that one command serves for every start of a run.
+        Without such a run training starts from the beginning, so that one command serves for every start of a run.
         """
         logger = config.trainer.logger
         options = getattr(logger, "init_args", None)
@@ -141,8 +141,8 @@ class DotsCLI(LightningCLI):
         found = find_last(*runs, config.on_damaged_checkpoint)
         if found is None:
             if self.subcommand != "fit":
-                raise UserError(f"--ckpt_path last: no run under {runs[0] / runs[1]}; train one first, or name a file")
-            print(f"--ckpt_path last: no run under {runs[0] / runs[1]} yet, this is the first", file=sys.stderr)
+                raise UserError(f"--ckpt_path last: no run under {runs[0] / runs[1]}. Train one first, or name a file.")
+            print(f"--ckpt_path last: no run under {runs[0] / runs[1]} yet, starting a new one", file=sys.stderr)
             config.ckpt_path = None
             return
         version, checkpoint = found
@@ -152,7 +152,7 @@ class DotsCLI(LightningCLI):
 
 
 def _read_checkpoint(config: Any) -> dict[str, Any] | None:
-    """What the checkpoint of --ckpt_path holds, when it is a file; anything wrong with it is said before it is used."""
+    """Read the checkpoint of --ckpt_path and check it before anything is built; None without one."""
     given = config.get("ckpt_path")
     if not given or "://" in given:
         return None
@@ -164,7 +164,7 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:
 
 
 def _describe_here(config: Any) -> None:
-    """Describes a run of any size on this machine: its processes are counted, not started."""
+    """Describe a run of any size on this machine: its processes are counted, not started."""
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
@@ -173,7 +173,7 @@ def _describe_here(config: Any) -> None:
 
 
 def quiet() -> None:
-    """Drops notices that say nothing about the user's run."""
+    """Drop notices that say nothing about the user's run."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")

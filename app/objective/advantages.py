@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from datamodules.errors import UserError, nearest
+from app.objective.ratios import check_choice
+from datamodules.errors import UserError
 from datamodules.types import REWARD_TOLERANCE
 
 Scale = Literal["group", "batch", "none"]
@@ -42,8 +43,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", ba
         UserError: an unknown `scale` or `baseline`.
         ValueError: shapes that do not match.
     """
-    _check_choice("scale", scale, SCALES)
-    _check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
+    check_choice("baseline", baseline, BASELINES)
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)}: expected both to be [N]")
     if not rewards.numel():
@@ -70,11 +71,9 @@ def decoupled_advantages(
 ) -> Tensor:
     """Return advantages of several rewards, each normalised within its groups before the sum (GDPO, arXiv 2601.05242).
 
-    A reward with a small spread then counts as much as one with a large spread. A completion that a reward does not
-    apply to is left out of that reward's mean and spread.
-
     Args:
-        components: float `[N, R]`: each of the `R` rewards of each completion, NaN where it does not apply.
+        components: float `[N, R]`: each of the `R` rewards of each completion; NaN, where a reward does not apply, is
+            left out of its mean and spread.
         reward_weights: float `[R]`.
         groups: int `[N]`, as in `group_advantages`.
         scale: "batch" divides the weighted sums by their unbiased standard deviation over the batch + 1e-6 (GDPO, and
@@ -88,7 +87,7 @@ def decoupled_advantages(
         UserError: `scale="none"`, which would normalise nothing, or another unknown name.
         ValueError: shapes that do not match.
     """
-    _check_choice("scale", scale, SCALES)
+    check_choice("scale", scale, SCALES)
     if scale == "none":
         raise UserError(
             "advantage_scale is 'none' with multi_objective_aggregation='normalize_then_sum', which would normalise "
@@ -104,11 +103,6 @@ def decoupled_advantages(
     advantages = decoupled @ reward_weights.to(components.dtype)
     # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
     return advantages / (advantages.std() + STD_EPSILON) if scale == "batch" and len(groups) > 1 else advantages
-
-
-def _check_choice(name: str, given: str, valid: tuple[str, ...]) -> None:
-    if given not in valid:
-        raise UserError(f"{name} is {given!r}; expected one of {', '.join(valid)}: {nearest(given, valid)}")
 
 
 def _group_sum(values: Tensor, member: Tensor) -> Tensor:

@@ -41,19 +41,16 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability of each target, and the entropy of its distribution.
 
-    Both outputs are once differentiable in `hidden`, `weight` and `bias`. An output that the loss does not use costs
-    nothing in the backward pass. For a tied head pass the embedding matrix as `weight`, for a head with LoRA the sum of
-    base weight and update.
+    Both are once differentiable in `hidden`, `weight` and `bias`; one that the loss does not use has no backward pass.
 
     Args:
         hidden: `[T, H]`, the last hidden states at the positions that predict the targets.
-        weight: `[V, H]`, the output embedding.
+        weight: `[V, H]`, the output embedding; with LoRA the sum of base weight and update.
         targets: int `[T]`, each in `0 .. V - 1`.
         bias: `[V]`.
         temperature: divides the logits, last; above 0. It must be the temperature that the tokens were sampled with.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
         scale: multiplies the logits, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
-        with_entropy: whether to compute the entropy.
         tile_bytes: size of one buffer of logits; by default 4 MiB on a CPU and 64 MiB on other devices.
 
     Returns:
@@ -68,12 +65,10 @@ def token_logprobs(
         raise ValueError(f"{shapes}: expected [T, H], [V, H] and [T]")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected above 0 (a greedy policy has no log-probabilities)")
-    if (
-        targets.device.type == "cpu"
-        and targets.numel()
-        and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight)
-    ):
-        raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())}: expected 0 .. {len(weight) - 1}")
+    if targets.device.type == "cpu" and targets.numel():
+        least, most = int(targets.min()), int(targets.max())
+        if least < 0 or most >= len(weight):
+            raise ValueError(f"targets from {least} to {most}: expected 0 .. {len(weight) - 1}")
     if tile_bytes is None:
         tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
     logits = _Logits(scale=scale, softcap=softcap, temperature=temperature)
@@ -100,14 +95,13 @@ class _Logits:
     def chain_(self, grad: Tensor, z: Tensor) -> Tensor:
         """Turn the gradient of the logits into that of `hidden @ weight.T + bias`, in place; overwrites `z`."""
         if self.softcap is not None:
-            slope = z.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
-            grad.mul_(slope)
+            grad.mul_(z.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
         factor = self.scale / self.temperature
         return grad if factor == 1 else grad.mul_(factor)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward and backward of `token_logprobs`."""
+    """Forward and backward of `token_logprobs`. Autocast would round the logits to half precision."""
 
     @staticmethod
     def forward(
@@ -120,8 +114,23 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
         tile_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.promote_types(torch.promote_types(torch.float32, hidden.dtype), weight.dtype)
+        target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
+        mean = torch.empty_like(lse) if with_entropy else None
+        token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
         with torch.autocast(hidden.device.type, enabled=False):
-            target, lse, mean = _forward(hidden, weight, bias, targets, logits, with_entropy, tile_bytes)
+            for rows in _slices(len(hidden), token_tile):
+                tokens = hidden[rows].to(dtype)
+                parts: list[tuple[Tensor, Tensor, Tensor]] = []
+                for columns in _slices(len(weight), vocab_tile):
+                    head_bias = None if bias is None else bias[columns].to(dtype)
+                    z = logits.tile(tokens, weight[columns].to(dtype), head_bias)
+                    inside, place = _place(targets[rows], columns)
+                    target[rows] = torch.where(inside, z.gather(1, place).squeeze(1), target[rows])
+                    parts.append(_summary_(z, with_entropy))
+                lse[rows], mean_logit = _combine(parts)
+                if mean is not None:
+                    mean[rows] = mean_logit
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean)
         ctx.logits, ctx.tile_bytes = logits, tile_bytes
         ctx.set_materialize_grads(False)
@@ -132,39 +141,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
-        hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
-        outputs = (lse, mean, grad_logprobs, grad_entropy)
-        with torch.autocast(hidden.device.type, enabled=False):
-            grads = _backward(hidden, weight, bias, targets, *outputs, ctx.logits, ctx.tile_bytes, ctx.needs_input_grad)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            grads = _backward(ctx, grad_logprobs, grad_entropy)
         return (*grads, None, None, None, None)
-
-
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logits: _Logits,
-    with_entropy: bool,
-    tile_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the logit of each target, the log-sum-exp and (for the entropy) the mean logit; `[T]` each."""
-    dtype = torch.promote_types(torch.promote_types(torch.float32, hidden.dtype), weight.dtype)
-    target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
-    mean = torch.empty_like(lse) if with_entropy else None
-    token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
-    for rows in _slices(len(hidden), token_tile):
-        tokens = hidden[rows].to(dtype)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for columns in _slices(len(weight), vocab_tile):
-            z = logits.tile(tokens, weight[columns].to(dtype), None if bias is None else bias[columns].to(dtype))
-            inside, place = _place(targets[rows], columns)
-            target[rows] = torch.where(inside, z.gather(1, place).squeeze(1), target[rows])
-            parts.append(_summary_(z, with_entropy))
-        lse[rows], mean_logit = _combine(parts)
-        if mean is not None:
-            mean[rows] = mean_logit
-    return target, lse, mean
 
 
 def _summary_(z: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,28 +169,19 @@ def _combine(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 
 def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    mean: Tensor | None,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: _Logits,
-    tile_bytes: int,
-    needed: tuple[bool, ...],
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden states, weight and bias.
 
     The vocabulary is the outer loop, so that only one tile's weight gradient is held in the wide type.
     """
-    dtype = lse.dtype
+    hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
+    logits, needed, dtype = ctx.logits, ctx.needs_input_grad, lse.dtype
     tokens = hidden.to(dtype)
     grad_hidden = torch.zeros_like(tokens) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
-    token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
+    token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, ctx.tile_bytes)
     for columns in _slices(len(weight), vocab_tile):
         head = weight[columns].to(dtype)
         head_bias = None if bias is None else bias[columns].to(dtype)
@@ -221,7 +191,7 @@ def _backward(
             z = logits.tile(tokens[rows], head, head_bias)
             keep = logits.softcap is not None or grad_entropy is not None
             parts = (None if one is None else one[rows] for one in (mean, grad_logprobs, grad_entropy))
-            grad = logits.chain_(_tile_gradient(z, targets[rows], columns, lse[rows], *parts, keep=keep), z)
+            grad = logits.chain_(_tile_gradient(z, targets[rows], columns, keep, lse[rows], *parts), z)
             if grad_hidden is not None:
                 grad_hidden[rows].addmm_(grad, head)
             if weight_sum is not None:
@@ -239,12 +209,11 @@ def _tile_gradient(
     z: Tensor,
     targets: Tensor,
     columns: slice,
+    keep: bool,
     lse: Tensor,
     mean: Tensor | None,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    *,
-    keep: bool,
 ) -> Tensor:
     """Return the gradient of the tile's logits `[t, v]`, written over `z` unless `keep`.
 

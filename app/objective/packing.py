@@ -27,10 +27,8 @@ class ScoredSequence:
         prompt_ids: int `[P]`, at least one token.
         completion_ids: int `[T]`, at least one token.
         behaviour_logprobs: float `[T]`: log mu of every completion token.
-        advantage: the completion's advantage.
         weight: the weight of each of its tokens in the loss (`ratios.token_weights`).
-        old_logprobs: float `[T]`: log pi_old if it was computed; None if the policy before the update is the behaviour
-            policy.
+        old_logprobs: float `[T]`: log pi_old; None if the policy before the update is the behaviour policy.
         replayed: the completion was generated at an earlier step.
     """
 
@@ -126,12 +124,7 @@ def plan_microbatches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> l
 def collate(
     sequences: Sequence[ScoredSequence], pad_token_id: int = 0, device: torch.device | str = "cpu"
 ) -> PackedBatch:
-    """Lay sequences out as one micro-batch, a padded rectangle.
-
-    Args:
-        sequences: `n >= 1` sequences, in the order of the rows.
-        pad_token_id: any valid id; padding is never scored.
-        device: the device of the tensors.
+    """Lay `n >= 1` sequences out as one micro-batch on `device`, a padded rectangle. The padding is never scored.
 
     Raises:
         ValueError: no sequences, an empty prompt or completion, or not one log-probability per completion token.
@@ -150,15 +143,7 @@ def collate(
 
 
 def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lay sequences out as one micro-batch, one row without padding in which equal prompts appear once.
-
-    Args:
-        sequences: `n >= 1` sequences, in any order.
-        device: the device of the tensors.
-
-    Raises:
-        ValueError: as `collate`.
-    """
+    """Lay sequences out as `collate` does, but in one row without padding in which equal prompts appear once."""
     _, completion = _lengths(sequences)
     owner, chosen = owners(sequences)
     prompts = [np.asarray(sequences[index].prompt_ids, dtype=np.int64) for index in chosen]
@@ -201,20 +186,15 @@ def _lengths(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, np.ndarra
     """Check the sequences, and return the tokens of prompts and of completions, `[n]` each."""
     if not sequences:
         raise ValueError("no sequences to collate")
-    for row, sequence in enumerate(sequences):
-        prompts, completions = len(sequence.prompt_ids), len(sequence.completion_ids)
-        if not prompts or not completions:
-            raise ValueError(
-                f"sequence {row}: {prompts} prompt and {completions} completion tokens, expected both above 0"
-            )
-        for name in ("behaviour_logprobs", "old_logprobs"):
-            values = getattr(sequence, name)
-            if values is not None and len(values) != completions:
-                raise ValueError(
-                    f"sequence {row}: {len(values)} {name}, expected {completions}, one per completion token"
-                )
     prompt = np.array([len(sequence.prompt_ids) for sequence in sequences])
-    return prompt, np.array([len(sequence.completion_ids) for sequence in sequences])
+    completion = np.array([len(sequence.completion_ids) for sequence in sequences])
+    for row, (one, first, second) in enumerate(zip(sequences, prompt, completion, strict=True)):
+        if not first or not second:
+            raise ValueError(f"sequence {row}: {first} prompt and {second} completion tokens, expected both above 0")
+        for name, values in (("behaviour_logprobs", one.behaviour_logprobs), ("old_logprobs", one.old_logprobs)):
+            if values is not None and len(values) != second:
+                raise ValueError(f"sequence {row}: {len(values)} {name}, expected {second}, one per completion token")
+    return prompt, completion
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:

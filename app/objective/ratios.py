@@ -16,6 +16,12 @@ Aggregation = Literal["token", "sequence", "constant"]
 AGGREGATIONS = ("token", "sequence", "constant")
 
 
+def check_choice(name: str, given: str, valid: tuple[str, ...]) -> None:
+    """Raise UserError if the option `name` has a value that is not among the valid ones."""
+    if given not in valid:
+        raise UserError(f"{name} is {given!r}; expected one of {', '.join(valid)}: {nearest(str(given), valid)}")
+
+
 def bounded_exp(log_ratio: Tensor) -> Tensor:
     """Return `exp` of log-ratios of any shape, clamped to `LOG_RATIO_BOUND`."""
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
@@ -48,9 +54,7 @@ def importance_weight(
     if sequences is not None:
         log_importance = _sequence_sum(log_importance, sequences)
     importance = bounded_exp(log_importance)
-    if mode == "mask":
-        return torch.where(importance <= cap, importance, 0.0)
-    return importance.clamp(max=cap)
+    return torch.where(importance <= cap, importance, 0.0) if mode == "mask" else importance.clamp(max=cap)
 
 
 def _sequence_sum(values: Tensor, sequences: Tensor) -> Tensor:
@@ -78,27 +82,17 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
 
 
 def token_weights(
-    lengths: Tensor,
-    aggregation: Aggregation = "token",
-    *,
-    max_completion_length: int | None = None,
-    total_tokens: float | None = None,
-    total_sequences: float | None = None,
+    lengths: Tensor, aggregation: Aggregation = "token", *, max_completion_length: int | None = None
 ) -> Tensor:
     """Return the weight of each sequence's tokens, such that the loss is a plain sum over tokens.
 
-    Totals are those of the global mini-batch: over all micro-batches and ranks, and including sequences that get no
-    forward pass because their advantage is 0. Where gradients are then averaged over ranks, multiply the weights by
-    the number of ranks.
-
     Args:
-        lengths: int `[N]`, completion tokens of each sequence.
+        lengths: int `[N]`, completion tokens of each sequence of the global mini-batch: over all micro-batches and
+            ranks, including sequences that get no forward pass because their advantage is 0.
         aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
             local batch is the mini-batch); "sequence": mean over a sequence's tokens, then over sequences (GRPO);
             "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783).
         max_completion_length: required by "constant".
-        total_tokens: tokens of the global mini-batch; the sum of `lengths` by default.
-        total_sequences: sequences of the global mini-batch; `N` by default.
 
     Returns:
         Float32 `[N]` (float64 for float64 lengths); all tokens of a sequence have the same weight.
@@ -107,16 +101,13 @@ def token_weights(
         UserError: an unknown aggregation.
         ValueError: "constant" without `max_completion_length`.
     """
-    if aggregation not in AGGREGATIONS:
-        expected = f"expected one of {', '.join(AGGREGATIONS)}: {nearest(str(aggregation), AGGREGATIONS)}"
-        raise UserError(f"aggregation is {aggregation!r}; {expected}")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
-    sequences = float(len(lengths)) if total_sequences is None else total_sequences
+    sequences = max(float(len(lengths)), 1.0)
     if aggregation == "token":
-        tokens = float(lengths.sum()) if total_tokens is None else total_tokens
-        return torch.full_like(lengths, 1 / max(tokens, 1.0))
+        return torch.full_like(lengths, 1 / max(float(lengths.sum()), 1.0))
     if aggregation == "sequence":
-        return 1 / (lengths.clamp(min=1) * max(sequences, 1.0))
+        return 1 / (lengths.clamp(min=1) * sequences)
     if max_completion_length is None:
         raise ValueError("aggregation 'constant' needs max_completion_length, which is None. Pass it.")
-    return torch.full_like(lengths, 1 / (max_completion_length * max(sequences, 1.0)))
+    return torch.full_like(lengths, 1 / (max_completion_length * sequences))

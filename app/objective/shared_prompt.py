@@ -141,8 +141,8 @@ def plan_shared(
 ) -> list[list[int]]:
     """Split completions into micro-batches of up to `max_tokens`, counting a prompt once per micro-batch.
 
-    The completions of a prompt stay together if they fit. Prompts with the longest completions come first, so that
-    attention pads little and a budget too large for the memory fails at once.
+    The completions of a prompt stay together if they fit. The longest come first, so that attention pads little and a
+    budget too large for the memory fails at once.
 
     Args:
         owner: int `[N]`: the prompt of each completion, `0 .. g - 1`.

@@ -7,22 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUMS = (
-    "tokens",
-    "clipped_low",
-    "clipped_high",
-    "ratio",
-    "approx_kl",
-    "importance",
-    "importance_squared",
-    "logp_difference",
-    "entropy",
-    "entropy_tokens",
-    "kl",
-    "kl_tokens",
-    "capped",
-    "capped_tokens",
-)
+_ALWAYS = ("tokens", "clipped_low", "clipped_high", "ratio", "approx_kl", "importance", "importance_squared")
+SUMS = (*_ALWAYS, "logp_difference", "entropy", "entropy_tokens", "kl", "kl_tokens", "capped", "capped_tokens")
 MAXIMA = ("ratio", "importance", "minus_importance", "logp_difference")
 
 
@@ -118,23 +104,10 @@ class TokenTerms:
         ratio, importance, difference = chosen(self.ratio), chosen(self.importance), chosen(self.logp_difference)
         if not ratio.numel():
             return Statistics.empty(ratio.device)
-        log_update, entropy, kl = chosen(self.log_update), chosen(self.entropy), chosen(self.kl)
-        capped = chosen(self.capped)
-        sums = [
-            torch.ones_like(ratio).sum(),
-            chosen(self.clipped_low).sum(),
-            chosen(self.clipped_high).sum(),
-            ratio.sum(),
-            (torch.expm1(log_update) - log_update).sum(),
-            importance.sum(),
-            importance.square().sum(),
-            difference.sum(),
-            entropy.sum(),
-            torch.ones_like(entropy).sum(),
-            kl.sum(),
-            torch.ones_like(kl).sum(),
-            capped.sum(),
-            torch.ones_like(capped).sum(),
-        ]
+        log_update = chosen(self.log_update)
+        terms = [torch.ones_like(ratio), chosen(self.clipped_low), chosen(self.clipped_high), ratio]
+        terms += [torch.expm1(log_update) - log_update, importance, importance.square(), difference]
+        for sometimes in (chosen(self.entropy), chosen(self.kl), chosen(self.capped)):
+            terms += [sometimes, torch.ones_like(sometimes)]
         maxima = [ratio.amax(), importance.amax(), -importance.amin(), difference.amax()]
-        return Statistics(torch.stack(sums), torch.stack(maxima))
+        return Statistics(torch.stack([term.sum() for term in terms]), torch.stack(maxima))

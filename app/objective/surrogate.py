@@ -22,9 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from app.objective.ratios import LOG_RATIO_BOUND, bounded_exp, importance_weight, kl_estimate, update_ratio
+from app.objective.ratios import (
+    LOG_RATIO_BOUND,
+    bounded_exp,
+    check_choice,
+    importance_weight,
+    kl_estimate,
+    update_ratio,
+)
 from app.objective.statistics import Statistics, TokenTerms
-from datamodules.errors import UserError, nearest
+from datamodules.errors import UserError
 
 _CHOICES = {
     "form": ("clip", "cispo", "sapo"),
@@ -85,10 +92,7 @@ class SurrogateOptions:
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
-            given = getattr(self, name)
-            if given not in valid:
-                hint = nearest(str(given), valid)
-                raise UserError(f"surrogate.{name} is {given!r}; expected one of {', '.join(valid)}: {hint}")
+            check_choice(f"surrogate.{name}", getattr(self, name), valid)
         dual_clip_fits = self.dual_clip is None or self.dual_clip > 1 + self.epsilon_high
         for name, fits, expected in [
             ("epsilon_low", 0 <= self.epsilon_low <= 1, "a number in [0, 1]"),
@@ -114,9 +118,7 @@ class SurrogateOptions:
                 "weight. Leave both at their defaults or set clip_center to old."
             )
         if self.kl_corrected and not self.beta:
-            raise UserError(
-                "surrogate.kl_corrected is true with beta=0, which leaves no KL term to correct. Set beta above 0."
-            )
+            raise UserError("surrogate.kl_corrected is true with beta=0: no KL term to correct. Set beta above 0.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,20 +181,16 @@ def policy_loss(
     if logprobs.ndim != 1 or len(set(shapes)) != 1:
         raise ValueError(f"shapes {shapes}: expected all to be [T]")
 
-    log_importance = old - behaviour_logprobs
+    log_importance, center = old - behaviour_logprobs, old
     if options.clip_center == "old":
-        center = old
-        together = sequences if options.importance_level == "sequence" else None
-        importance = factor = importance_weight(
-            log_importance, together, options.importance_cap, options.importance_mode
-        )
+        together, cap = sequences if options.importance_level == "sequence" else None, options.importance_cap
+        importance = factor = importance_weight(log_importance, together, cap, options.importance_mode)
     else:
         center = behaviour_logprobs
         importance, factor = bounded_exp(log_importance), torch.ones_like(old)
     ratio = update_ratio(logprobs - center, sequences if options.ratio_level == "sequence" else None)
-    kl = None
-    if reference_logprobs is not None:
-        kl = kl_estimate(logprobs, reference_logprobs.detach(), options.kl_estimator)
+    reference = None if reference_logprobs is None else reference_logprobs.detach()
+    kl = None if reference is None else kl_estimate(logprobs, reference, options.kl_estimator)
     per_token = -factor * bounded_objective(ratio, advantages, logprobs, options)
     if kl is not None and options.beta:
         per_token = per_token + options.beta * (factor * ratio * kl if options.kl_corrected else kl)
@@ -250,10 +248,7 @@ def bounded_objective(ratio: Tensor, advantages: Tensor, logprobs: Tensor, optio
 
 
 def clipped_tokens(ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> tuple[Tensor, Tensor]:
-    """Return two masks, bool `[T]`: tokens below and above the clip range whose gradient it stops.
-
-    Both are all False for a form without a clip range.
-    """
+    """Return masks, bool `[T]`, of tokens below and above the clip range (if any) whose gradient it stops."""
     if options.form != "clip":
         none = torch.zeros_like(ratio, dtype=torch.bool)
         return none, none
@@ -262,10 +257,7 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, options: SurrogateOptions)
 
 
 def capped_tokens(ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Tensor | None:
-    """Return the mask of tokens beyond the form's second bound, bool `[T]`; None for a form that has none.
-
-    The second bound is CISPO's cap, or dual clip's at negative advantages.
-    """
+    """Return the mask, bool `[T]`, of tokens beyond CISPO's cap, or dual clip's at negative advantages; or None."""
     if options.form == "cispo":
         return ratio > options.cispo_cap
     return None if options.dual_clip is None else (ratio > options.dual_clip) & (advantages < 0)

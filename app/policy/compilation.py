@@ -18,8 +18,7 @@ def compile_layers(policy: torch.nn.Module) -> None:
 
     The layers keep their parameters, names and hooks: a checkpoint is the same with and without compilation, and
     wrappers of a layer (sharding, gradient checkpointing) still apply. Generation runs without gradients and is not
-    compiled, because its growing caches and shrinking batches would trigger recompilation again and again. Shapes are
-    dynamic, and all layers of a kind share one compiled graph.
+    compiled, because its growing caches and shrinking batches would trigger recompilation again and again.
 
     Raises UserError on a CPU without a C++ compiler.
     """

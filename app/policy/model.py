@@ -72,8 +72,7 @@ class Policy:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer; its padding token is the end token if the model has none.
 
-        Raises:
-            UserError: there is no tokenizer, or it has no end token.
+        Raises UserError if there is no tokenizer, or it has no end token.
         """
         tokenizer = self._load(AutoTokenizer)
         # transformers returns an empty tokenizer for a folder without a tokenizer's files.
@@ -91,11 +90,7 @@ class Policy:
         return tokenizer
 
     def load(self) -> torch.nn.Module:
-        """Load the model with its weights, adapted if `lora` is set, in training mode.
-
-        Raises:
-            UserError: it cannot be loaded, or weights are missing.
-        """
+        """Load the model with its weights, adapted if `lora` is set, in training mode. Raises UserError if it can't."""
         options = {"dtype": self._torch_dtype(), **self._attention()}
         # use_safetensors, because the other format is pickle.
         model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
@@ -117,9 +112,7 @@ class Policy:
     def stored_dtype(self) -> torch.dtype:
         """Return the dtype that the weights will have, without loading them."""
         found = self._torch_dtype()
-        if isinstance(found, str):
-            found = getattr(self._load(AutoConfig), "dtype", None) or torch.float32
-        return found
+        return (getattr(self._load(AutoConfig), "dtype", None) or torch.float32) if isinstance(found, str) else found
 
     def _load(self, kind: Any, **options: Any) -> Any:
         folder = Path(self.path).expanduser()
@@ -153,11 +146,7 @@ class Policy:
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
-    """Wrap `model` with peft and freeze its own weights. Needs the `lora` extra.
-
-    Raises:
-        UserError: peft is not installed, or an option does not fit the model.
-    """
+    """Wrap `model` with peft and freeze its own weights. Raises UserError without peft or for unsuitable options."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -14,9 +14,6 @@ class ReferencePolicy:
     """The initial weights: a frozen copy, or with LoRA the policy without its adapters, which needs no memory.
 
     It isn't an `nn.Module`, so that the copy is neither trained nor saved.
-
-    Args:
-        frozen: the copy; None if the policy has adapters to switch off.
     """
 
     def __init__(self, frozen: torch.nn.Module | None) -> None:
@@ -29,12 +26,9 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def logprobs(self, policy: torch.nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
-        """Return log ref of every completion token, float32 `[T]`.
+        """Return log ref of every completion token of a micro-batch, float32 `[T]`, at the sampling temperature.
 
-        Args:
-            policy: the trained policy; a peft model if there is no frozen copy.
-            packed: a micro-batch laid out for it.
-            temperature: the sampling temperature of the completions.
+        `policy` is the trained policy, whose adapters are switched off if there is no frozen copy.
         """
         if self._frozen is not None:
             # The trainer doesn't move it, and it is loaded before the policy's device is known.

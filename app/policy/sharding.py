@@ -15,13 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from app.policy.compilation import compile_layers
@@ -50,11 +44,9 @@ class Sharding:
     reshard_after_forward: bool = True
 
     def load(self, policy: Policy, *, compiles: bool = False) -> torch.nn.Module:
-        """Load and shard a policy. Collective: rank 0 reads the files and sends the other ranks their shards.
+        """Load and shard a policy, and on request apply `compile_layers` before.
 
-        Args:
-            policy: the model to load.
-            compiles: apply `compile_layers` before sharding.
+        Collective: rank 0 reads the files and sends the other ranks their shards.
         """
         loaded = policy.load() if dist.get_rank() == 0 else None
         model = policy.on_meta()
@@ -80,11 +72,9 @@ class Sharding:
         """Shard a model in place; its parameters may be on the meta device."""
         lm = causal_lm(model)
         ranks, device = dist.get_world_size(), self.device.type
-        if self.shard_size == ranks:
-            mesh = init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
-        else:
-            sizes = (ranks // self.shard_size, self.shard_size)
-            mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
+        hybrid = self.shard_size != ranks
+        sizes = (ranks // self.shard_size, self.shard_size) if hybrid else (ranks,)
+        mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard") if hybrid else ("shard",))
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": self.precision,
@@ -101,10 +91,7 @@ class Sharding:
 
     @contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:
-        """Gather all weights on every rank for the duration of the context. Collective.
-
-        For generation, which uses all weights for every token.
-        """
+        """Gather all weights on every rank for the duration of the context, for generation. Collective."""
         found = units(model)
         for unit in found:
             unit.set_reshard_after_forward(False, recurse=False)

@@ -84,8 +84,5 @@ def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:
         state = whole_weights(path)
     else:
         state = checkpoint_files.read(path)["state_dict"]
-    return {
-        name.removeprefix(CHECKPOINT_PREFIX): tensor
-        for name, tensor in state.items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
+    prefix = CHECKPOINT_PREFIX
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

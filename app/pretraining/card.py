@@ -16,14 +16,10 @@ GROUP = 8
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Validation results at temperature 1.
+    """Validation results at temperature 1: fraction of correct completions, also by task, and number of prompts.
 
-    Attributes:
-        accuracy: fraction of correct completions.
-        by_task: fraction of correct completions by task.
-        informative: expected fraction of groups of 8 with both correct and wrong completions.
-        deciles: fraction of prompts by success rate: [0, 0.1), [0.1, 0.2), ... [0.9, 1].
-        prompts: number of prompts measured.
+    `informative` is the expected fraction of groups of 8 with both correct and wrong completions, `deciles` the
+    fraction of prompts by success rate: [0, 0.1), [0.1, 0.2), ... [0.9, 1].
     """
 
     accuracy: float

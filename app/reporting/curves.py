@@ -11,18 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 Curve = tuple[list[int], list[float]]
 
+_INFORMATIVE = ("informative_fraction", "fresh_informative_fraction", "uniform_informative_measured")
 _PANELS = (
     ("Accuracy", ("val/accuracy", "val/pass@4"), (0.0, 1.0)),
     ("Reward", ("reward", "selection/mean_success"), (0.0, 1.0)),
-    (
-        "What teaches",
-        (
-            "selection/informative_fraction",
-            "selection/fresh_informative_fraction",
-            "selection/uniform_informative_measured",
-        ),
-        (0.0, 1.0),
-    ),
+    ("What teaches", tuple(f"selection/{name}" for name in _INFORMATIVE), (0.0, 1.0)),
     ("Forecast quality", ("difficulty/reference_pearson", "selection/forecast_brier"), (-0.2, 1.0)),
     ("Replay", ("replay/age_mean", "replay/age_max"), None),
     ("Completion length", ("completions/mean_length", "completions/max_length"), None),

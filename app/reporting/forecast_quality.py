@@ -27,48 +27,32 @@ def brier(forecast: np.ndarray, measured: np.ndarray) -> float:
 
 
 def informative_probability(success: np.ndarray, samples: int) -> np.ndarray:
-    """Return the chance that `samples` independent completions are neither all right nor all wrong, float64 `[N]`.
-
-    `1 - p^G - (1 - p)^G` for success rates `p` `[N]`, clipped to [0, 1].
-    """
+    """Return the chance `1 - p^G - (1 - p)^G` that `samples` completions are neither all right nor all wrong, `[N]`."""
     right = np.clip(success, 0.0, 1.0)
     return 1.0 - right**samples - (1.0 - right) ** samples
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reliability:
-    """Forecasts binned by value against the outcomes, over the `M` bins that hold any.
+    """Forecasts binned by value against the outcomes, over the `M` bins that hold any."""
 
-    Attributes:
-        forecast: float64 `[M]`, mean forecast of each bin, rising.
-        measured: float64 `[M]`, mean measured success of each bin.
-        standard_error: float64 `[M]` of `measured`; 0 for a bin of one.
-        count: int64 `[M]`.
-    """
-
-    forecast: np.ndarray
-    measured: np.ndarray
-    standard_error: np.ndarray
-    count: np.ndarray
+    forecast: np.ndarray  # float64 `[M]`, mean forecast of each bin, rising
+    measured: np.ndarray  # float64 `[M]`, mean measured success of each bin
+    standard_error: np.ndarray  # float64 `[M]` of `measured`; 0 for a bin of one
+    count: np.ndarray  # int64 `[M]`
 
     @property
     def error(self) -> float:
-        """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3), or NaN for no forecast.
-
-        The mean |measured - forecast| over bins, weighted by their counts.
-        """
+        """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 3), or NaN for no forecast."""
         if not len(self.count):
             return float("nan")
         return float(np.average(np.abs(self.measured - self.forecast), weights=self.count))
 
 
 def reliability(forecast: np.ndarray, measured: np.ndarray, bins: int = 10) -> Reliability:
-    """Bin forecasts into equal parts of [0, 1] and average the outcomes of each bin.
+    """Bin forecasts `[N]` into equal parts of [0, 1] and average the measured outcomes `[N]` of each bin.
 
-    Args:
-        forecast: float64 `[N]` in [0, 1].
-        measured: float64 `[N]`.
-        bins: number of bins; a forecast on a border belongs to the upper one, 1.0 to the last.
+    A forecast on a border belongs to the upper bin, 1.0 to the last.
     """
     part = np.clip((forecast * bins).astype(np.int64), 0, bins - 1)
     count = np.bincount(part, minlength=bins)
@@ -78,7 +62,6 @@ def reliability(forecast: np.ndarray, measured: np.ndarray, bins: int = 10) -> R
     def mean(values: np.ndarray) -> np.ndarray:
         return np.bincount(part, weights=values, minlength=bins)[held] / count
 
-    expected, found = mean(forecast), mean(measured)
+    found = mean(measured)
     spread = np.maximum(mean(measured**2) - found**2, 0.0)
-    error = np.sqrt(spread / np.maximum(count - 1, 1))
-    return Reliability(expected, found, error, count)
+    return Reliability(mean(forecast), found, np.sqrt(spread / np.maximum(count - 1, 1)), count)

@@ -1,14 +1,14 @@
 """Estimate the memory of a training process from the sizes of the policy and of a micro-batch.
 
-All figures are bytes of tensors; allocator rounding and driver memory come on top. The formulas follow the tensors that
-autograd keeps for a Hugging Face decoder with SDPA attention; tests compare them with measured peaks on a CPU.
+All figures are bytes of tensors, without allocator rounding and driver memory. The formulas follow the tensors that
+autograd keeps for a Hugging Face decoder with SDPA attention.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -104,11 +104,12 @@ class MicroBatch:
     prompt_length: int
     completion_length: int
     shared: bool  # a prompt is read once for all its completions (objective.shared_prompt)
+    checkpointing: bool = False
 
     @property
     def written(self) -> int:
         """Tokens of a completion that are read; shared prompts leave out the last one, which predicts nothing."""
-        return self.completion_length - 1 if self.shared else self.completion_length
+        return self.completion_length - self.shared
 
     @property
     def positions(self) -> int:
@@ -134,8 +135,10 @@ def training_states(shape: DecoderShape, precision: Precision, shards: int = 1) 
 
 
 def unsharded_layers(shape: DecoderShape, precision: Precision) -> int:
-    """Return what FSDP2 holds whole: two layers, the root group, and a layer's float32 gradient until it is reduced."""
-    # Zhao et al., arXiv 2304.11277, section 3.4: one layer is gathered while another computes.
+    """Return what FSDP2 holds whole: two layers, the root group, and a layer's float32 gradient until it is reduced.
+
+    One layer is gathered while another computes (Zhao et al., arXiv 2304.11277, section 3.4).
+    """
     gathered = (2 * shape.layer_parameters + shape.root_parameters) * precision.compute
     return gathered + (0 if shape.adapters else shape.layer_parameters * _FLOAT)
 
@@ -172,24 +175,20 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     return batch.positions * per_position + attention * c
 
 
-def kept_activations(
-    shape: DecoderShape, precision: Precision, batch: MicroBatch, checkpointing: bool
-) -> tuple[int, int]:
+def kept_activations(shape: DecoderShape, precision: Precision, batch: MicroBatch) -> tuple[int, int]:
     """Return what a forward pass leaves for the backward pass: below the head, and for the head.
 
     Below: all layers (with checkpointing their inputs only), rotary tables, and the batch (24 bytes per position, about
     40 per target, 1 per element of the mask). Head: last norm, hidden states that predict, two float32 per target.
     """
     n, s = batch.positions, precision.stream
-    layer = n * shape.hidden * s if checkpointing else layer_activations(shape, precision, batch)
+    layer = n * shape.hidden * s if batch.checkpointing else layer_activations(shape, precision, batch)
     inputs = n * 2 * shape.head_dim * s + 24 * n + 40 * batch.targets + batch.mask
     norm = shape.hidden * (_FLOAT + (0 if shape.adapters else s))
     return shape.layers * layer + inputs, n * norm + batch.targets * (shape.hidden * s + 2 * _FLOAT)
 
 
-def update_peak(
-    shape: DecoderShape, precision: Precision, batch: MicroBatch, checkpointing: bool, tile_bytes: int
-) -> int:
+def update_peak(shape: DecoderShape, precision: Precision, batch: MicroBatch, tile_bytes: int) -> int:
     """Return the most that a forward and backward pass holds on top of the training states.
 
     1. The head's backward pass with all activations: its gradient `V H`, three tiles of logits, and the gradient of
@@ -200,7 +199,7 @@ def update_peak(
     3. The embedding's dense gradient, with the head's where it is tied.
     """
     c, s, n = precision.compute, precision.stream, batch.positions
-    below, predicting = kept_activations(shape, precision, batch, checkpointing)
+    below, predicting = kept_activations(shape, precision, batch)
     below += autocast_copies(shape, precision)
     head = 0 if shape.adapters else shape.vocabulary * shape.hidden * precision.weights
     tiles = 3 * min(tile_bytes, batch.targets * shape.vocabulary * _FLOAT)
@@ -209,7 +208,7 @@ def update_peak(
     matrix = 0 if shape.adapters else shape.hidden * shape.intermediate * precision.weights
     cast = _FLOAT if shape.adapters and c < _FLOAT else 0
     mlp = n * (shape.intermediate * (2 * c + cast) + 2 * shape.hidden * s) + matrix
-    second = below + head + mlp + (recomputed if checkpointing else 0)
+    second = below + head + mlp + (recomputed if batch.checkpointing else 0)
     return max(first, second, (1 + shape.tied) * head)
 
 
@@ -227,7 +226,7 @@ def decode_workspace(shape: DecoderShape, width: int, rows: int, columns: int, p
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
-    """The work of a step over all processes, which share it; lengths are upper bounds in tokens."""
+    """The work of a step over all processes; lengths are upper bounds in tokens."""
 
     processes: int
     shards: int  # processes that hold one copy of the policy together; 1 without FSDP2
@@ -246,8 +245,7 @@ class StepSizes:
     spare_columns: int = 0  # of the key-value cache
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One kind of memory: bytes per process, and the phase of a step that holds them."""
 
     name: str
@@ -263,21 +261,19 @@ def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes)
     owner = [row // step.generations for row in range(prompts * step.generations)]
     if step.shared:
         first = plan_shared(owner, [lengths[0]] * prompts, [lengths[1]] * len(owner), step.max_tokens)[0]
-        batch = MicroBatch(len({owner[row] for row in first}), len(first), *lengths, shared=True)
+        read = len({owner[row] for row in first})
     else:
         first = plan_microbatches([sum(lengths)] * len(owner), step.max_tokens)[0]
-        batch = MicroBatch(len(first), len(first), *lengths, shared=False)
-    ways = shape, precision, batch, causal_lm(policy).is_gradient_checkpointing
-    kept, copies = sum(kept_activations(*ways)), autocast_copies(shape, precision)
-    peak = update_peak(*ways, CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES)
+        read = len(first)
+    batch = MicroBatch(read, len(first), *lengths, step.shared, causal_lm(policy).is_gradient_checkpointing)
+    kept, copies = sum(kept_activations(shape, precision, batch)), autocast_copies(shape, precision)
+    peak = update_peak(shape, precision, batch, CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES)
     reference = shape.parameters * precision.weights if step.has_reference and not shape.adapters else 0
     ddp, largest = step.processes > 1 and not sharded, 0 if shape.adapters else shape.vocabulary * shape.hidden * _FLOAT
+    always = {"parameters": parameters, "gradients": gradients, "optimizer state": optimizer}
+    always |= {"frozen reference": reference, "DDP's buckets of gradients": gradients if ddp else 0}
     parts = [
-        Part("parameters", parameters, "always"),
-        Part("gradients", gradients, "always"),
-        Part("optimizer state", optimizer, "always"),
-        Part("frozen reference", reference, "always"),
-        Part("DDP's buckets of gradients", gradients if ddp else 0, "always"),
+        *(Part(name, size, "always") for name, size in always.items()),
         Part("unsharded layers", unsharded_layers(shape, precision) if sharded else 0, "backward pass"),
         Part("autocast copies of weights", copies, "backward pass"),
         Part("activations of a micro-batch", kept, "backward pass"),
@@ -291,9 +287,8 @@ def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes)
         rows = max(1, min(step.max_rows, prompts * step.generations, step.max_cache_tokens // columns))
         tokens = rows * (lengths[1] + step.spare_columns) + min(prompts, rows) * lengths[0]
         cache, prefill = tokens * shape.cached * width, min(step.prefill_tokens, lengths[0] * prompts)
-        copies = autocast_copies(shape, precision, head=True)
-        parts.append(Part("whole policy", shape.parameters * width if sharded else copies, "rollout"))
-        parts.append(Part("key-value cache", cache, "rollout"))
+        whole = shape.parameters * width if sharded else autocast_copies(shape, precision, head=True)
         held = decode_workspace(shape, width, rows, columns, prefill, cache)
-        parts.append(Part("decode step or prefill", held, "rollout"))
+        named = {"whole policy": whole, "key-value cache": cache, "decode step or prefill": held}
+        parts += [Part(name, size, "rollout") for name, size in named.items()]
     return [part for part in parts if part.bytes]

@@ -21,12 +21,8 @@ def reliability_figure(
 ) -> Figure:
     """Draw mean measured success against mean forecast by bin, with two standard errors; bars count the forecasts.
 
-    Args:
-        forecast: float64 `[N]` forecast success rates.
-        measured: float64 `[N]` measured success rates.
-        title: first line above the picture.
-        bins: equal parts of [0, 1].
-        uniform: float64 `[M, 2]`, forecast and measured rates of prompts drawn uniformly, drawn as well.
+    Rates are float64 `[N]`, binned into equal parts of [0, 1]. `uniform`, float64 `[M, 2]`, are the forecast and
+    measured rates of prompts drawn uniformly, drawn as well.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _square(title)
@@ -48,14 +44,8 @@ def reliability_figure(
 def scatter_figure(forecast: np.ndarray, measured: np.ndarray, title: str, uniform: np.ndarray | None = None) -> Figure:
     """Draw a dot per rolled-out prompt: measured success against the forecast.
 
-    Measured rates are multiples of 1/G; dots are spread vertically by a fixed pattern of less than 0.02 to tell them
-    apart.
-
-    Args:
-        forecast: float64 `[N]` forecast success rates.
-        measured: float64 `[N]` measured success rates.
-        title: first line above the picture.
-        uniform: float64 `[M, 2]`, forecast and measured rates of prompts drawn uniformly, drawn as well.
+    Arguments as for `reliability_figure`. Measured rates are multiples of 1/G; dots are spread vertically by a fixed
+    pattern of less than 0.02 to tell them apart.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _square(title)

@@ -19,10 +19,7 @@ class PassAtK(Metric):
     """Unbiased pass@k: the mean over prompts of `1 - C(n - c, k) / C(n, k)` for `c` correct of `n` completions.
 
     Chen et al., arXiv 2107.03374, equation 1: the chance that at least one of `k` draws without replacement is correct.
-    Prompts with fewer than `k` completions are left out.
-
-    Args:
-        k: draws, at least 1.
+    Prompts with fewer than `k` completions are left out; `k` is at least 1.
     """
 
     full_state_update = False
@@ -39,10 +36,9 @@ class PassAtK(Metric):
     def update(self, correct: torch.Tensor) -> None:
         """Add one prompt; `correct` is bool `[n]`."""
         n, c = correct.numel(), int(correct.sum())
-        if n < self.k:
-            return
-        self.total += 1 - math.comb(n - c, self.k) / math.comb(n, self.k)
-        self.prompts += 1
+        if n >= self.k:
+            self.total += 1 - math.comb(n - c, self.k) / math.comb(n, self.k)
+            self.prompts += 1
 
     def compute(self) -> torch.Tensor:
         """Return a float32 scalar, NaN before the first prompt."""
@@ -54,9 +50,6 @@ class ValidationMetrics(nn.Module):
 
     It is a module so that the trainer moves the metrics with the policy and resets them. Every rank sees the groups of
     all (`RolloutPipeline`), so there is nothing to reduce.
-
-    Args:
-        k: of pass@k, at least 1.
     """
 
     def __init__(self, k: int) -> None:

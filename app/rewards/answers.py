@@ -48,13 +48,11 @@ def plain(value: object) -> object:
 class AnswerSpan:
     """Locates the answer within a completion.
 
-    Both options are strings, empty when unset: the command line would read an optional string as YAML, and `####` as
-    a comment.
+    Both options are empty when unset: the command line would read an optional string as YAML, and `####` as a comment.
 
     Args:
-        after: the answer is the text after the last occurrence of this string; a completion without it has none.
-        pattern: alternatively, the answer is the last match of this regular expression (`.` also matches newlines),
-            or its first group if it has one; a completion without a match has no answer.
+        after: the answer is the text after the last occurrence of this string.
+        pattern: alternatively, the answer is the last match of this regular expression, or its first group.
 
     Raises:
         UserError: both are given, or `pattern` is not a regular expression.
@@ -80,11 +78,7 @@ class AnswerSpan:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a user's regular expression, with `.` matching newlines.
-
-    Raises:
-        UserError: it does not compile.
-    """
+    """Compile a user's regular expression, with `.` matching newlines. Raises UserError if it is not valid."""
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:

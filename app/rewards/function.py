@@ -39,10 +39,25 @@ class Function(Reward):
         self.path = path
         self._call: RewardFunction | None = None
         self._accepted: set[str] | None = None
-        check_path(path)
+        parts = path.split(".")
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+            raise UserError(
+                f"Reward function {path!r} is not of the form 'module.function'. Write e.g. 'my_rewards.f'."
+            )
+        if parts[0] == "__main__":
+            raise UserError(
+                f"Reward function {path!r} is in __main__, which workers cannot import. Move it to a module."
+            )
+        # Looks the module up without running any of the user's code.
+        found = importlib.util.find_spec(parts[0]) or importlib.machinery.PathFinder.find_spec(parts[0], [os.getcwd()])
+        if found is None:
+            raise UserError(
+                f"Reward function {path!r}: there is no module {parts[0]!r} on the Python path or in {os.getcwd()}. "
+                "Install it, or run from its folder."
+            )
 
     def load(self) -> None:
-        self._call = resolve(self.path)
+        self._call = _resolve(self.path)
         parameters = inspect.signature(self._call).parameters.values()
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         self._accepted = None if takes_all else {parameter.name for parameter in parameters}
@@ -67,31 +82,7 @@ class Function(Reward):
         return {**self.__dict__, "_call": None, "_accepted": None}
 
 
-def check_path(path: str) -> None:
-    """Check that `path` can name a function, without running any of the user's code.
-
-    Raises:
-        UserError: `path` is not of the form `module.name`, or there is no such top-level module.
-    """
-    parts = path.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise UserError(f"Reward function {path!r} is not of the form 'module.function'. Write e.g. 'my_rewards.f'.")
-    if parts[0] == "__main__":
-        raise UserError(f"Reward function {path!r} is in __main__, which workers cannot import. Move it to a module.")
-    found = importlib.util.find_spec(parts[0]) or importlib.machinery.PathFinder.find_spec(parts[0], [os.getcwd()])
-    if found is None:
-        raise UserError(
-            f"Reward function {path!r}: there is no module {parts[0]!r} on the Python path or in {os.getcwd()}. "
-            "Install it, or run from its folder."
-        )
-
-
-def resolve(path: str) -> RewardFunction:
-    """Import the module of `path` and return its function.
-
-    Raises:
-        UserError: the import fails, there is no such name, or it is not a function.
-    """
+def _resolve(path: str) -> RewardFunction:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)

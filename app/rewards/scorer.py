@@ -65,10 +65,7 @@ class RewardScorer:
     """
 
     def __init__(
-        self,
-        rewards: list[Reward],
-        on_failure: Literal["drop", "zero"] = "drop",
-        workers: WorkerOptions | None = None,
+        self, rewards: list[Reward], on_failure: Literal["drop", "zero"] = "drop", workers: WorkerOptions | None = None
     ) -> None:
         if on_failure not in ("drop", "zero"):
             raise UserError(f"on_failure is {on_failure!r}, expected 'drop' or 'zero'. Choose one of the two.")
@@ -84,15 +81,16 @@ class RewardScorer:
         self.rewards = list(rewards)
         self.names = _unique_names(self.rewards)
         self.weights = np.array([reward.weight for reward in rewards], dtype=np.float32)
-        self.correctness = _correctness(self.rewards)
+        marked = [position for position, reward in enumerate(rewards) if reward.correctness]
+        if len(marked) > 1:
+            names = ", ".join(repr(rewards[position].name) for position in marked)
+            raise UserError(
+                f"correctness is true for {len(marked)} rewards ({names}), expected one. Remove it from the others."
+            )
+        self.correctness = marked[0] if marked else 0
         self.on_failure = on_failure
         self.options = workers or WorkerOptions()
         self._workers = RewardWorkers(self.rewards, self.options)
-
-    @property
-    def correctness_name(self) -> str:
-        """Name of the correctness reward."""
-        return self.names[self.correctness]
 
     def start(self) -> None:
         """Start the workers without waiting, so that the first scores do not wait for their imports."""
@@ -100,7 +98,7 @@ class RewardScorer:
 
     def wait_ready(self) -> None:
         """Wait until the workers have loaded the rewards. Raises UserError when a reward cannot be loaded."""
-        self._workers.wait_ready()
+        self._workers.run([])
 
     def close(self) -> None:
         """Stop the workers. May be called twice."""
@@ -120,7 +118,7 @@ class RewardScorer:
         Args:
             prompts: `B` prompts.
             completions: `B` tuples of completions.
-            source: of the groups.
+            source: source of the groups.
             step: step in which the completions were generated.
             state: passed to functions as `trainer_state`; by default one that holds only the step.
 
@@ -137,22 +135,14 @@ class RewardScorer:
                 cuts.append(last)
         chunks = list(pairwise(cuts))
         state = state or TrainerState(global_step=step)
-        calls = [
-            _call(
-                prompts[first:last],
-                completions[first:last],
-                reward,
-                state,
-                derive_seed(self.names[reward], source, step, prompts[first].id),
-            )
-            for reward in range(len(self.rewards))
-            for first, last in chunks
-        ]
+        calls = []
+        for reward, name in enumerate(self.names):
+            for first, last in chunks:
+                seed = derive_seed(name, source, step, prompts[first].id)
+                calls.append(_call(prompts[first:last], completions[first:last], reward, state, seed))
         results = self._workers.run(calls)
-        by_reward = [
-            CallResult.joined(results[reward * len(chunks) : (reward + 1) * len(chunks)])
-            for reward in range(len(self.rewards))
-        ]
+        size = len(chunks)
+        by_reward = [CallResult.joined(results[at * size : (at + 1) * size]) for at in range(len(self.rewards))]
         count = int(bounds[-1])
         scores = np.array([result.scores for result in by_reward], dtype=np.float32).reshape(len(by_reward), count)
         failed = np.zeros(scores.shape, dtype=bool)
@@ -169,31 +159,9 @@ class RewardScorer:
         for name, result in zip(self.names, by_reward, strict=True):
             for metric, value, weight in result.metrics:
                 logged.average(f"{name}/{metric}", WeightedMean(value * weight, weight))
-        rows = np.flatnonzero(kept)
-        return ScoreResult(
-            groups=self._groups(prompts, completions, scores, kept, source, step),
-            timed_out=kinds.count("timed_out"),
-            crashed=kinds.count("crashed"),
-            unscored=int(unscored.sum()),
-            dropped=int(count - kept.sum()),
-            extras={
-                name: [values[row] for row in rows] for result in by_reward for name, values in result.extras.items()
-            },
-            logged=logged.reward_metrics,
-        )
-
-    def _groups(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[tuple[Completion, ...]],
-        scores: np.ndarray,
-        kept: np.ndarray,
-        source: Source,
-        step: int,
-    ) -> list[RolloutGroup]:
         total = np.nansum(scores * self.weights[:, None], axis=0).astype(np.float32)
-        groups, start = [], 0
-        for prompt, sampled in zip(prompts, completions, strict=True):
+        groups = []
+        for prompt, sampled, start in zip(prompts, completions, bounds, strict=False):
             rows = start + np.flatnonzero(kept[start : start + len(sampled)])
             groups.append(
                 RolloutGroup(
@@ -206,21 +174,27 @@ class RewardScorer:
                     birth_step=step,
                 )
             )
-            start += len(sampled)
-        return groups
+        rows = np.flatnonzero(kept)
+        return ScoreResult(
+            groups=groups,
+            timed_out=kinds.count("timed_out"),
+            crashed=kinds.count("crashed"),
+            unscored=int(unscored.sum()),
+            dropped=int(count - kept.sum()),
+            extras={
+                name: [values[row] for row in rows] for result in by_reward for name, values in result.extras.items()
+            },
+            logged=logged.reward_metrics,
+        )
 
 
 def _call(
-    prompts: Sequence[Prompt],
-    completions: Sequence[tuple[Completion, ...]],
-    reward: int,
-    state: TrainerState,
-    seed: int,
+    prompts: Sequence[Prompt], sampled: Sequence[tuple[Completion, ...]], reward: int, state: TrainerState, seed: int
 ) -> Call:
     rows = [
         (prompt, item, completion)
-        for prompt, group in zip(prompts, completions, strict=True)
-        for item, completion in enumerate(group)
+        for prompt, completions in zip(prompts, sampled, strict=True)
+        for item, completion in enumerate(completions)
     ]
     columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
     return Call(
@@ -248,13 +222,3 @@ def _unique_names(rewards: Sequence[Reward]) -> list[str]:
             name = f"{reward.name}_{number}"
         names.append(name)
     return names
-
-
-def _correctness(rewards: Sequence[Reward]) -> int:
-    marked = [position for position, reward in enumerate(rewards) if reward.correctness]
-    if len(marked) > 1:
-        names = ", ".join(repr(rewards[position].name) for position in marked)
-        raise UserError(
-            f"correctness is true for {len(marked)} rewards ({names}), expected one. Remove it from the others."
-        )
-    return marked[0] if marked else 0

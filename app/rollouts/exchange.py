@@ -54,7 +54,7 @@ def exchange(ranks: Ranks, prompts: Sequence[Prompt], shares: Sequence[Sequence[
 
     Raises:
         UserError: the ranks requested different prompts.
-        LostRankError: see `Ranks.meet`.
+        LostRankError: see `Ranks.barrier`.
     """
     asked = blake2b("\n".join(prompt.id for prompt in prompts).encode(), digest_size=16).hexdigest()
     packed = pack_groups(mine.groups)

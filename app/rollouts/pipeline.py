@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class RolloutPipeline:
         precision: context that generation runs in (autocast under mixed precision), as in the update.
         trainer_state: state of the run that reward functions may read.
         ranks: the processes that share the work.
-        whole_policy: context in which the policy can generate, if the engine has no weights of its own. Collective.
+        whole_policy: context in which a sharded policy is whole and can generate. Collective.
     """
 
     def __init__(
@@ -42,15 +42,22 @@ class RolloutPipeline:
         precision: Callable[[], AbstractContextManager[None]],
         trainer_state: Callable[[], TrainerState] = TrainerState,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
-        whole_policy: Callable[[], AbstractContextManager[None]] = nullcontext,
+        whole_policy: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.engine = engine
-        self.scorer = scorer
-        self.seed = seed
-        self.precision = precision
-        self.trainer_state = trainer_state
-        self.ranks = ranks
-        self.whole_policy = whole_policy if engine.uses_policy else nullcontext
+        self.engine, self.scorer, self.seed, self.ranks = engine, scorer, seed, ranks
+        self.precision, self.trainer_state = precision, trainer_state
+        self._whole_policy = whole_policy if engine.uses_policy else None
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Gather a sharded policy for an engine that generates with it. Collective."""
+        if self._whole_policy is None:
+            yield
+            return
+        # Before the gather, so that a lost rank is named.
+        self.ranks.barrier("rollouts")
+        with self._whole_policy():
+            yield
 
     def roll(
         self,
@@ -79,7 +86,7 @@ class RolloutPipeline:
         mine = [prompts[position] for position in shares[self.ranks.rank]]
         seeds = self._seeds(mine, sampling, purpose, step)
         # Ranks without a share enter the contexts too: these may be collective.
-        with ledger.phase(_phase(purpose)), self.whole_policy(), self.precision():
+        with ledger.phase(_phase(purpose)), self._gathered(), self.precision():
             try:
                 completions = self.engine.generate(mine, sampling, seeds)
             except FloatingPointError as error:
@@ -101,13 +108,9 @@ class RolloutPipeline:
         return self.engine.start(prompts, sampling, self._seeds(prompts, sampling, "train", step))
 
     def finish(self, ahead: Ahead, prompts: Sequence[Prompt], ledger: Ledger, *, birth_step: int) -> list[RolloutGroup]:
-        """Wait for the completions that `start` began, score them and return their groups, in order.
+        """Wait for the completions of `prompts` that `start` began, score them and return their groups, in order.
 
-        Args:
-            ahead: the value that `start` returned.
-            prompts: the prompts that `start` was given.
-            ledger: of the step that they are for.
-            birth_step: step whose policy generated them.
+        `ledger` is that of the step that they are for, `birth_step` the step whose policy generated them.
         """
         with ledger.phase("rollout"):
             completions = ahead.result()

@@ -25,10 +25,9 @@ def changes(saved: Mapping[str, object], given: Mapping[str, object]) -> list[st
 def report(checkpoint: Path, given: Mapping[str, object]) -> str | None:
     """Return the lines that list the changed settings, or None when nothing changed.
 
-    The settings of the earlier run are read from its `config.yaml`; without a readable one nothing is compared.
-
     Args:
-        checkpoint: the checkpoint that is resumed, in the `checkpoints` folder of its run.
+        checkpoint: the checkpoint that is resumed, in the `checkpoints` folder of its run; nothing is compared unless
+            the run has a readable `config.yaml`.
         given: the configuration of the resumed run.
     """
     file = checkpoint.resolve().parent.parent / "config.yaml"

@@ -70,9 +70,7 @@ def flush(path: Path) -> None:
 def check(path: Path) -> None:
     """Verify a checkpoint by its checksums or, if it was copied without them, by those inside its archive.
 
-    Raises:
-        DamagedCheckpointError: bytes are missing, added or changed.
-        UserError: there is no such checkpoint.
+    Raises DamagedCheckpointError if bytes differ, and UserError if there is no such checkpoint.
     """
     path = path.resolve()
     if not path.exists():
@@ -96,9 +94,7 @@ def check(path: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Verify a checkpoint file and return its content, with tensors memory-mapped. Runs no code from the file.
 
-    Raises:
-        DamagedCheckpointError: the content differs from what was written.
-        UserError: it is not a checkpoint of a run, or holds objects that only unpickling could restore.
+    Raises UserError if it is damaged, is not a checkpoint of a run, or holds objects that need unpickling.
     """
     check(path)
     try:

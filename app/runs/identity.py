@@ -37,8 +37,16 @@ class RunIdentity:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, pool: PromptPool, group_size: int) -> RunIdentity:
         """Return the identity of a run."""
-        ordered, unordered = (pool.content(in_order=in_order) for in_order in (True, False))
-        return cls(tokenizer_hash(tokenizer), ordered, unordered, group_size)
+        # The tokenizer's part is everything that decides which ids a text becomes.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules: Any = sorted(tokenizer.get_vocab().items())
+        if backend is not None:
+            rules = json.loads(backend.to_str())
+            for set_by_calls in ("truncation", "padding"):
+                rules.pop(set_by_calls, None)
+        parts = [rules, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template]
+        hashed = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return cls(hashed, pool.content(in_order=True), pool.content(in_order=False), group_size)
 
     def as_dict(self) -> dict[str, str | int]:
         """Return plain values for a checkpoint, with the checkpoint's format."""
@@ -72,25 +80,13 @@ class RunIdentity:
             raise UserError(f"the checkpoint was saved with the same prompts in another order. {remedy}")
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything that decides which ids a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: Any = sorted(tokenizer.get_vocab().items())
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        for set_by_calls in ("truncation", "padding"):
-            rules.pop(set_by_calls, None)
-    parts = [rules, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def check_weights(model: torch.nn.Module, saved: Mapping[str, torch.Tensor], prefix: str) -> None:
     """Compare the names and shapes of a model's tensors with those of a checkpoint's `state_dict`.
 
     Args:
         model: the policy; it may be on the meta device.
         saved: tensors by name.
-        prefix: what the names of the model's tensors start with in `saved`.
+        prefix: prefix of the model's tensors in `saved`.
 
     Raises:
         UserError: the checkpoint belongs to another model.

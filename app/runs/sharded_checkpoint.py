@@ -31,12 +31,7 @@ _TIED = "tied_weights"
 
 
 def write_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Write a Lightning checkpoint whose tensors are sharded. Collective.
-
-    Args:
-        checkpoint: as Lightning dumps it, with the states of model and optimizers by parameter name.
-        folder: where to write; created if it does not exist.
-    """
+    """Write a Lightning checkpoint with sharded states of model and optimizers, by parameter name. Collective."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, rest = _split(checkpoint)
     dcp.save(shards, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
@@ -45,15 +40,12 @@ def write_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Load the state of a model and its optimizers from a folder. Collective.
+    """Load the state of a sharded model and its optimizers, and return the rest of the checkpoint. Collective.
 
     Args:
         folder: written by `write_sharded` with any number of ranks.
         model: sharded over the current ranks.
         optimizers: the model's optimizers; empty when only the weights are wanted.
-
-    Returns:
-        The rest of the checkpoint.
 
     Raises:
         UserError: the folder is not a checkpoint, or belongs to another policy.

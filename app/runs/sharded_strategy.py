@@ -26,10 +26,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(
-        self,
-        sharded_checkpoints: bool = True,
-        process_group_backend: str | None = None,
-        timeout: timedelta = _TIMEOUT,
+        self, sharded_checkpoints: bool = True, process_group_backend: str | None = None, timeout: timedelta = _TIMEOUT
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=sharded_checkpoints,

@@ -30,8 +30,6 @@ class Evaluation:
         step: number of steps.
         seconds: seconds of training (`TrainingClock`).
         completions: number of completions rolled out for training, reference sets included.
-        completion_tokens: their tokens.
-        accuracy: accuracy on the validation prompts.
     """
 
     step: int
@@ -46,26 +44,19 @@ class RunSummary:
     """Content of `summary.json`.
 
     Attributes:
-        steps: number of steps.
-        prompts_rolled_out: number of prompts rolled out for training, without reference sets.
-        completions: their completions.
-        completion_tokens: their completion tokens.
+        prompts_rolled_out: number of prompts rolled out for training, without reference sets; `completions` and
+            `completion_tokens` are theirs.
         replayed_groups: number of groups that came from the replay buffer.
         informative_fraction: fraction of informative groups in a batch, averaged over steps.
-        reference: rollouts of reference sets.
-        validation: rollouts of validation.
         discarded: training rollouts that a filter rejected.
         wasted: training rollouts that passed the filter but were neither needed nor kept.
         discarded_groups: number of groups that were discarded or wasted.
         failed_rewards: number of scores that timed out or crashed.
         val: "first", "best" and "last" validation accuracy; empty without validation.
-        evaluations: all validations.
-        validation_prompts: fingerprint of the validation prompts: equal in runs that were evaluated on the same ones;
-            None without validation prompts.
+        validation_prompts: fingerprint of the validation prompts, or None without any.
         training_seconds: seconds of training (`TrainingClock`).
         seconds: seconds by phase, and in total since the start of the run.
         rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`).
-        seed: of the run.
         config_sha256: hash of the run's config.yaml, or None if it has none.
         completed: whether the run ended as configured.
     """

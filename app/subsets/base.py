@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,15 +20,10 @@ Measured = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The type of one measurement of every prompt.
-
-    Attributes:
-        dtype: numpy's name of the type.
-        width: numbers per prompt; 0 for a scalar.
-    """
+    """The type of one measurement of every prompt."""
 
     dtype: str
-    width: int = 0
+    width: int = 0  # numbers per prompt; 0 for a scalar
 
     def shape(self, prompts: int) -> tuple[int, ...]:
         """Return the shape of the column for a number of prompts."""
@@ -35,13 +31,10 @@ class Column:
 
 
 class OfflineMethod(ABC):
-    """Measures every prompt once, over any number of sessions, and scores the pool from the measurements.
+    """Measures every prompt once, over any number of sessions, and scores the pool from the measurements."""
 
-    Attributes:
-        warmup_steps: batches of plain GRPO that the policy is trained on before the measurements.
-    """
-
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # batches of plain GRPO that the policy is trained on before the measurements
+    options: Any  # a dataclass
 
     def check(self, module: GRPOModule) -> None:
         """Raise UserError for settings that do not suit the module. Called before anything is computed."""

@@ -16,8 +16,8 @@ from app.module import GRPOModule
 from app.subsets.base import OfflineMethod, best
 from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.learnalign import LearnAlign, LearnAlignOptions
-from app.subsets.measurements import Measurements, Workspace
-from app.subsets.report import write_config, write_picture, write_scores
+from app.subsets.measurements import Measurements, claim_folder, replacing
+from app.subsets.report import write_config, write_scores
 from app.subsets.settings import settings_of
 from app.subsets.ufo import Ufo, UfoOptions
 from app.subsets.warmup import WarmupTrainer, load_policy, warmed_up
@@ -31,11 +31,7 @@ from datamodules.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The user's request; see `DotsTrainer.select`.
-
-    Raises:
-        UserError: an argument that no selection can have.
-    """
+    """The user's request; see `DotsTrainer.select`."""
 
     method: str
     keep: int
@@ -59,11 +55,6 @@ class Request:
         """Folder of the measurements."""
         return self.out.with_suffix(".select")
 
-    @property
-    def options(self) -> LearnAlignOptions | UfoOptions:
-        """The options of the chosen method."""
-        return self.learnalign if self.method == "learnalign" else self.ufo
-
 
 def select(
     trainer: Trainer,
@@ -72,14 +63,7 @@ def select(
     request: Request,
     warmup_trainer: WarmupTrainer,
 ) -> None:
-    """Run a selection, or resume one, and write its result.
-
-    Args:
-        trainer: provides device and precision.
-        module: the module of the run.
-        datamodule: the data of the run.
-        request: what to select.
-        warmup_trainer: builds the trainer of a warm-up.
+    """Run a selection, or resume one, and write its result. The trainer provides device and precision.
 
     Raises:
         UserError: a module or data without a selection, or a request that does not fit the pool.
@@ -102,18 +86,17 @@ def select(
     pool = datamodule.pools["train"]
     if request.keep > len(pool):
         raise UserError(f"--keep is {request.keep}, but the training pool has {len(pool)} prompts. Lower --keep.")
-    method: OfflineMethod = LearnAlign(request.learnalign) if request.method == "learnalign" else Ufo(request.ufo)
+    method = LearnAlign(request.learnalign) if request.method == "learnalign" else Ufo(request.ufo)
     method.check(module)
-    settings = settings_of(module, datamodule, request.method, request.options, request.checkpoint)
-    workspace = Workspace(request.folder, settings)
+    checkpoint = request.checkpoint
+    claim_folder(request.folder, settings_of(module, datamodule, request.method, method.options, checkpoint))
     try:
-        checkpoint = request.checkpoint
         if checkpoint is None and method.warmup_steps:
             checkpoint = warmed_up(module, datamodule, warmup_trainer, method.warmup_steps, request.folder)
         module.to(trainer.strategy.root_device)
         load_policy(module, checkpoint)
         policy = FrozenPolicy(module, trainer)
-        measured = workspace.measurements(method.prepare(policy), len(pool))
+        measured = Measurements(request.folder, method.prepare(policy), len(pool))
         _measure(policy, method, pool, measured, request.prompts_per_batch)
     finally:
         module.teardown("select")
@@ -161,7 +144,8 @@ def _write(
         val = write_prompts(datamodule.pools["val"], out.with_suffix(".val.jsonl"))
     write_config(out.with_suffix(".yaml"), type(datamodule), train, val)
     write_scores(out.with_suffix(".scores.parquet"), pool.ids, measured.arrays, score, chosen)
-    write_picture(out.with_suffix(".png"), method.draw(measured.arrays, score, kept))
+    with replacing(out.with_suffix(".png")) as temporary:
+        method.draw(measured.arrays, score, kept).savefig(temporary, dpi=110, format="png")
     unlearnable = int(np.sum(score[chosen] <= 0)) if request.method == "learnalign" else 0
     note = f", {unlearnable} of them without a positive score" if unlearnable else ""
     Console(soft_wrap=True, highlight=False).print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -34,16 +33,13 @@ class FrozenPolicy:
         trainer.precision_plugin.convert_module(module)
         module.to(trainer.strategy.root_device)
         module.policy_model.eval()
-        self._context = trainer.precision_plugin.forward_context
+        self.precision = trainer.precision_plugin.forward_context
+        """Context of forward passes, as in training."""
         self.seed = run_seed()
         self.ledger = Ledger()
         module.engine.setup(causal_lm(module.policy_model), module.tokenizer)
         module.engine.push(plain_weights(module.policy_model), 0)
-        self._pipeline = RolloutPipeline(module.engine, module.scorer, self.seed, self._context)
-
-    def precision(self) -> AbstractContextManager[None]:
-        """Return the context of forward passes, as in training."""
-        return self._context()
+        self._pipeline = RolloutPipeline(module.engine, module.scorer, self.seed, self.precision)
 
     def roll(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """Return scored groups of `G` completions, sampled as in training."""

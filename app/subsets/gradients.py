@@ -16,13 +16,9 @@ from datamodules.types import RolloutGroup
 
 
 def chosen_parameters(model: nn.Module, pattern: str, last_layers: int) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters whose names match.
+    """Return the trainable parameters of a model, on the meta device or not, in whose names the pattern is found.
 
-    Args:
-        model: may be on the meta device.
-        pattern: regular expression, searched in the names. Without one, the LoRA parameters if there are any, else
-            those of the last decoder layers.
-        last_layers: number of these layers.
+    Without a pattern, the LoRA parameters if there are any, else those of the last decoder layers.
 
     Raises:
         UserError: an invalid pattern, or no match.
@@ -32,9 +28,8 @@ def chosen_parameters(model: nn.Module, pattern: str, last_layers: int) -> dict[
         try:
             wanted = re.compile(pattern)
         except re.error as error:
-            raise UserError(
-                f"parameters is {pattern!r}, which is not a regular expression ({error}). Correct the pattern."
-            ) from error
+            found = f"parameters is {pattern!r}, which is not a regular expression ({error})"
+            raise UserError(f"{found}. Correct the pattern.") from error
         chosen = {name: one for name, one in trainable.items() if wanted.search(name)}
     else:
         chosen = {name: one for name, one in trainable.items() if "lora_" in name}
@@ -62,7 +57,8 @@ class PromptGradients:
     def __init__(self, policy: FrozenPolicy, parameters: dict[str, nn.Parameter]) -> None:
         self._policy = policy
         self.parameters = list(parameters.values())
-        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self._sizes = [parameter.numel() for parameter in self.parameters]
+        self.size = sum(self._sizes)
 
     def add(self, group: RolloutGroup, flat: Tensor) -> None:
         """Add the gradient of a group to `flat`, float32 `[P]`."""
@@ -73,14 +69,10 @@ class PromptGradients:
             for packed in learner.microbatches.of(sequences) if sequences else []:
                 with self._policy.precision():
                     loss = learner.loss_of(packed).loss
-                first = 0
-                for gradient, parameter in zip(
-                    torch.autograd.grad(loss, self.parameters, allow_unused=True), self.parameters, strict=True
-                ):
-                    last = first + parameter.numel()
+                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                for gradient, place in zip(gradients, flat.split(self._sizes), strict=True):
                     if gradient is not None:
-                        flat[first:last] += gradient.reshape(-1)
-                    first = last
+                        place += gradient.reshape(-1)
 
 
 @contextmanager

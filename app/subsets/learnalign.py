@@ -76,8 +76,7 @@ class LearnAlign(OfflineMethod):
 
     def prepare(self, policy: FrozenPolicy) -> dict[str, Column]:
         options, model = self.options, policy.module.policy_model
-        parameters = chosen_parameters(model, options.parameters, options.last_layers)
-        self._gradients = PromptGradients(policy, parameters)
+        self._gradients = PromptGradients(policy, chosen_parameters(model, options.parameters, options.last_layers))
         seed = derive_seed(policy.seed, "projection")
         self._projection = projection(options.projection, self._gradients.size, options.dimension, seed)
         return {
@@ -120,11 +119,9 @@ def learnability(success_rate: np.ndarray) -> np.ndarray:
 
 
 def alignment_scores(weight: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Return `V_i u_i . mean_j (V_j u_j)`, float64 `[Q]`, in two passes over the features.
+    """Return `V_i u_i . mean_j (V_j u_j)`, float64 `[Q]`, in two passes over possibly memory-mapped features.
 
-    Args:
-        weight: float64 `[Q]`, learnability `V`.
-        features: float32 `[Q, d]`, possibly memory-mapped; a row of zeros scores 0.
+    The learnability `V` is float64 `[Q]`, the features are float32 `[Q, d]`; a row of zeros scores 0.
     """
     mean = np.zeros(features.shape[1])
     blocks = [slice(first, first + _BLOCK) for first in range(0, len(features), _BLOCK)]

@@ -14,13 +14,7 @@ _BINS = 40
 
 
 def learnalign_figure(success_rate: np.ndarray, score: np.ndarray, kept: np.ndarray) -> Figure:
-    """Draw scores by rank, scores against success rates, and the success rates of the kept prompts.
-
-    Args:
-        success_rate: float64 `[Q]`.
-        score: float64 `[Q]`.
-        kept: bool `[Q]`.
-    """
+    """Draw scores by rank, scores against success rates, and the success rates of the kept prompts; `[Q]` each."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13, 4), layout="constrained")
         ranked, scattered, rates = figure.subplots(1, 3)
@@ -44,8 +38,7 @@ def ufo_figure(confidence: np.ndarray, kept: np.ndarray) -> Figure:
     """Draw the confidences of the pool and of the kept prompts; `[Q]` each."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
-        known = confidence[np.isfinite(confidence)]
-        edges = np.histogram_bin_edges(known, bins=_BINS)
+        edges = np.histogram_bin_edges(confidence[np.isfinite(confidence)], bins=_BINS)
         _draw_histogram(figure.subplots(), "Confidence", confidence, kept, "mean token log-probability (nats)", edges)
     return figure
 
@@ -54,11 +47,8 @@ def _draw_histogram(
     axes: Axes, title: str, values: np.ndarray, kept: np.ndarray, label: str, edges: np.ndarray
 ) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.hist(
-        values[np.isfinite(values)], bins=edges.tolist(), color="tab:gray", alpha=0.5, label=f"pool ({len(values)})"
-    )
-    axes.hist(
-        values[kept & np.isfinite(values)], bins=edges.tolist(), color="tab:blue", label=f"kept ({int(kept.sum())})"
-    )
+    known, bins = np.isfinite(values), edges.tolist()
+    axes.hist(values[known], bins=bins, color="tab:gray", alpha=0.5, label=f"pool ({len(values)})")
+    axes.hist(values[kept & known], bins=bins, color="tab:blue", label=f"kept ({int(kept.sum())})")
     axes.set(xlabel=label, ylabel="prompts")
     axes.legend(frameon=False)

@@ -82,25 +82,22 @@ class Sparse(Projection):
     nothing else. Sums run along memory, in a fixed order on any device.
     """
 
-    def __init__(self, size: int, dimension: int, seed: int) -> None:
-        super().__init__(size, dimension, seed)
-        self.width = dimension // NONZEROS
-
     def __call__(self, gradients: Tensor) -> Tensor:
-        rows = max(1, _SPARSE_BLOCK // self.width)
-        projected = gradients.new_zeros(len(gradients), NONZEROS, self.width)
-        for block, first in enumerate(range(0, self.size, rows * self.width)):
-            part = gradients[:, first : first + rows * self.width]
+        width = self.dimension // NONZEROS
+        together = max(1, _SPARSE_BLOCK // width) * width
+        projected = gradients.new_zeros(len(gradients), NONZEROS, width)
+        for block, first in enumerate(range(0, self.size, together)):
+            part = gradients[:, first : first + together]
             count = part.shape[1]
-            turns = -(-count // self.width)
+            turns = -(-count // width)
             signs = torch.from_numpy(self._signs(block, NONZEROS * count)).to(part.device).view(NONZEROS, count)
             random = generator(self.seed, "shifts", self.size, self.dimension, block)
-            shifts = random.integers(self.width, size=(NONZEROS, turns, 1))
-            origin = torch.from_numpy((np.arange(self.width) - shifts) % self.width).to(part.device)
-            padded = part.new_zeros(len(part), turns * self.width)
+            shifts = random.integers(width, size=(NONZEROS, turns, 1))
+            origin = torch.from_numpy((np.arange(width) - shifts) % width).to(part.device)
+            padded = part.new_zeros(len(part), turns * width)
             for columns in range(NONZEROS):
                 padded[:, :count] = part * signs[columns]
-                table = padded.view(len(part), turns, self.width)
+                table = padded.view(len(part), turns, width)
                 projected[:, columns] += table.gather(2, origin[columns].expand_as(table)).sum(1)
         return projected.flatten(1) / math.sqrt(NONZEROS)
 

@@ -1,8 +1,7 @@
-"""The output of a selection next to its prompt file: scores, picture, and a config for `dots fit`."""
+"""The output of a selection next to its prompt file: scores, and a config for `dots fit`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from matplotlib.figure import Figure
 
-from app.subsets.measurements import write_whole
+from app.subsets.measurements import replacing, write_whole
 
 
 def write_scores(
@@ -33,26 +31,15 @@ def write_scores(
     columns: dict[str, Any] = {"id": list(ids)}
     columns |= {name: np.asarray(values) for name, values in measured.items() if values.ndim == 1}
     columns |= {"score": score, "kept": rank >= 0, "rank": pa.array(rank, mask=rank < 0)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
-
-
-def write_picture(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def write_config(path: Path, data_class: type, train: dict[str, Any], val: dict[str, Any] | None) -> None:
     """Write an overlay for `dots fit --config BASE --config PATH` that trains on the subset.
 
-    Args:
-        path: the file.
-        data_class: class of the DataModule.
-        train: arguments of the subset's `PromptFile`.
-        val: arguments of the validation prompts' `PromptFile`, if they were held out of the pool.
+    `data_class` is that of the DataModule; `train` and `val` are the arguments of the `PromptFile`s of the subset and
+    of the validation prompts, if those were held out of the pool.
     """
     prompt_file = "datamodules.prompts.PromptFile"
     options: dict[str, Any] = {"train": {"class_path": prompt_file, "init_args": train}}

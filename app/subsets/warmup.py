@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights
 from app.runs.folder import LAST
+from app.subsets.measurements import replacing
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
@@ -23,19 +23,14 @@ class WarmupTrainer(Protocol):
     """Builds the trainer of a warm-up."""
 
     def __call__(self, *, logger: Logger, max_steps: int) -> Trainer:
-        """Return a trainer for plain GRPO in the folder of the logger.
+        """Return a trainer for plain GRPO in the folder of the logger, with the run's device and precision.
 
-        It has the run's device, precision and standard callbacks, but no reference rollouts, replay, filter or
-        validation.
+        It has the standard callbacks, but no reference rollouts, replay, filter or validation.
         """
 
 
 def warmed_up(
-    module: GRPOModule,
-    datamodule: OnlinePromptDataModule,
-    warmup_trainer: WarmupTrainer,
-    steps: int,
-    folder: Path,
+    module: GRPOModule, datamodule: OnlinePromptDataModule, warmup_trainer: WarmupTrainer, steps: int, folder: Path
 ) -> Path:
     """Return the checkpoint of the policy after `steps` batches of random prompts; train it unless it exists.
 
@@ -53,13 +48,10 @@ def warmed_up(
     last = folder / _FOLDER / "checkpoints" / LAST
     trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if trainer.global_step < trainer.max_steps:
-        raise UserError(
-            f"The warm-up was stopped at step {trainer.global_step} of {trainer.max_steps}. Repeat the command to "
-            "resume it."
-        )
-    temporary = finished.with_name(f".{_POLICY}.tmp")
-    torch.save({"state_dict": module.state_dict()}, temporary)
-    os.replace(temporary, finished)
+        done = f"step {trainer.global_step} of {trainer.max_steps}"
+        raise UserError(f"The warm-up was stopped at {done}. Repeat the command to resume it.")
+    with replacing(finished) as temporary:
+        torch.save({"state_dict": module.state_dict()}, temporary)
     return finished
 
 

@@ -23,11 +23,7 @@ _BUCKET = 1 << 24
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], ranks: Ranks) -> None:
     """Replace every gradient by its sum over ranks, computed in float32 or wider. Collective.
 
-    A parameter without a gradient on any rank keeps None.
-
-    Args:
-        parameters: the trained parameters, in the same order on all ranks.
-        ranks: the processes.
+    The parameters are in the same order on all ranks; one without a gradient on any rank keeps None.
     """
     if ranks.size == 1:
         return

@@ -26,24 +26,7 @@ from datamodules.types import RolloutGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerOptions:
-    """The options of `GRPOModule` that decide how groups become a loss.
-
-    Attributes:
-        surrogate: the loss.
-        temperature: the sampling temperature of the completions.
-        max_completion_length: completion limit in tokens.
-        advantage_scale: see `objective.advantages.group_advantages`.
-        advantage_baseline: see there.
-        multi_objective_aggregation: add the weighted rewards before or after normalising them within groups.
-        mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
-        aggregation: see `objective.ratios.token_weights`.
-        mini_batches: optimizer steps per batch.
-        max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
-        share_prompts: read a prompt once for all its completions, if the policy allows it.
-
-    Raises:
-        UserError: an option, or a combination, that no run can have.
-    """
+    """The options of `GRPOModule`, where they are described, that decide how groups become a loss."""
 
     surrogate: SurrogateOptions
     temperature: float
@@ -108,24 +91,14 @@ class Learner:
 
     def advantages_of(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
         """Return the advantages of a batch's completions, float32 `[G]` per group."""
-        decoupled = self.options.multi_objective_aggregation == "normalize_then_sum"
-        return advantages_of(
-            groups,
-            self.options.advantage_scale,
-            self.options.advantage_baseline,
-            self.reward_weights if decoupled else None,
-        )
+        options, weights = self.options, self.reward_weights
+        decoupled = weights if options.multi_objective_aggregation == "normalize_then_sum" else None
+        return advantages_of(groups, options.advantage_scale, options.advantage_baseline, decoupled)
 
     def minibatches_of(
         self, groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], step: int
     ) -> list[MiniBatch]:
-        """Split a batch's groups into the mini-batches of its optimizer steps.
-
-        Args:
-            groups: the groups of the batch.
-            advantages: from `advantages_of`.
-            step: the batch's step; groups born before it count as replayed.
-        """
+        """Split a batch's groups into the mini-batches of its optimizer steps; see `minibatch.minibatches`."""
         options = self.options
         return minibatches(
             groups,
@@ -145,9 +118,8 @@ class Learner:
 
         A fresh sequence needs none: its behaviour policy is the policy before the update.
         """
-        sequences = list(part.sequences)
+        sequences, micro, temperature = list(part.sequences), self.microbatches, self.options.temperature
         replayed = [index for index, sequence in enumerate(sequences) if sequence.replayed]
-        temperature, micro = self.options.temperature, self.microbatches
         plan = micro.plan([sequences[index] for index in replayed])
         idle = micro.idle(len(plan))
         for rows in plan:

@@ -59,8 +59,7 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
         merged, replayed = merged.merge(one.all), replayed.merge(one.replayed)
     norms = [float(update.grad_norm) for update in updates]
     tokens = sum(part.tokens for part in parts)
-    positions = sum(one.read.positions for one in seen)
-    whole = sum(one.read.sequence_tokens for one in seen)
+    positions = sum(one.positions for one in seen)
     metrics = {
         "loss": float(np.mean([float(one.loss) for one in seen])),
         "grad_norm": float(np.mean(norms)),
@@ -69,7 +68,9 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
         "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),
     }
     if positions:
-        metrics["updates/padding_fraction"] = 1 - sum(one.read.tokens for one in seen) / positions
-        metrics["updates/positions_per_token"] = positions / whole
+        metrics["updates/padding_fraction"] = 1 - sum(one.tokens for one in seen) / positions
+        metrics["updates/positions_per_token"] = positions / sum(one.sequence_tokens for one in seen)
+    if found := [update.imbalance for update in updates if update.imbalance is not None]:
+        metrics["ranks/update_token_imbalance"] = max(found)
     on_replay = replayed.metrics()
     return metrics | merged.metrics() | {ours: on_replay[name] for name, ours in _REPLAY.items() if name in on_replay}

@@ -14,23 +14,14 @@ from app.ranks import Ranks
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatches:
-    """Lays sequences out for a policy.
-
-    Attributes:
-        policy: the model.
-        max_tokens: tokens of one micro-batch, padding included.
-        share_prompts: read a prompt once for all its completions, if the policy allows it.
-        pad_token_id: any valid id.
-        device: the device of the policy's inputs.
-        together: the ranks, if every forward pass needs all of them because the policy is sharded; else None.
-    """
+    """Lays sequences out for a policy."""
 
     policy: torch.nn.Module
-    max_tokens: int
-    share_prompts: bool
+    max_tokens: int  # of one micro-batch, padding included
+    share_prompts: bool  # read a prompt once for all its completions, if the policy allows it
     pad_token_id: int
     device: torch.device
-    together: Ranks | None = None
+    together: Ranks | None = None  # if every forward pass needs all ranks because the policy is sharded
 
     def of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
         """Split sequences into micro-batches within the token budget; each sequence is in one of them."""
@@ -49,13 +40,10 @@ class MicroBatches:
         return collate(sequences, self.pad_token_id, self.device)
 
     def idle(self, passes: int) -> list[PackedBatch]:
-        """Return micro-batches without weight, which bring this rank to the largest number of passes of any rank.
+        """Return micro-batches without weight, which bring a rank with `passes` to the most passes of any rank.
 
         Collective if the policy is sharded. Call it before the first pass: passes are collectives too, so that a rank
         with few of them would otherwise wait here for a rank that waits for it there.
-
-        Args:
-            passes: this rank's own passes.
         """
         if self.together is None:
             return []

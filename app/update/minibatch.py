@@ -13,7 +13,7 @@ from app.objective.advantages import Baseline, Scale, decoupled_advantages, grou
 from app.objective.packing import ScoredSequence
 from app.objective.ratios import Aggregation, token_weights
 from app.ranks import deal, imbalance
-from datamodules.types import Completion, RolloutGroup
+from datamodules.types import RolloutGroup
 
 _MAX_IMBALANCE = 0.1
 """Share of the mean work that ranks may wait for the busiest one before a prompt's completions are split."""
@@ -55,12 +55,8 @@ def advantages_of(
 ) -> list[np.ndarray]:
     """Return the advantages of each group's completions, float32 `[G]` per group.
 
-    Args:
-        groups: the groups of one batch.
-        scale: see `objective.advantages.group_advantages`.
-        baseline: see there.
-        decoupled: weights by reward name, to normalise each reward on its own (`decoupled_advantages`); None uses the
-            groups' weighted sums.
+    With `decoupled` weights by reward name each reward is normalised on its own (`decoupled_advantages`), else the
+    groups' weighted sums are (`group_advantages`).
     """
     if not groups:
         return []
@@ -107,50 +103,29 @@ def minibatches(
         step: groups born before it count as replayed, from any source: another policy generated them.
     """
     order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
-    return [
-        _minibatch(
-            [
-                (groups[index], completion, CompletionId(groups[index].prompt.id, sample), float(advantage))
-                for index in chosen
-                for sample, (completion, advantage) in enumerate(
-                    zip(groups[index].completions, advantages[index], strict=True)
-                )
-                if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
-            ],
-            aggregation,
-            max_completion_length,
-            keep_zero_advantage,
-            step,
-        )
-        for chosen in np.array_split(order, parts)
-    ]
-
-
-def _minibatch(
-    rows: Sequence[tuple[RolloutGroup, Completion, CompletionId, float]],
-    aggregation: Aggregation,
-    max_completion_length: int,
-    keep_zero_advantage: bool,
-    step: int | None,
-) -> MiniBatch:
-    if not rows:
-        return MiniBatch([], [], 0, 0)
-    lengths = torch.tensor([len(completion.token_ids) for _, completion, _, _ in rows])
-    weights = token_weights(lengths, aggregation, max_completion_length=max_completion_length).tolist()
-    kept = [(row, weight) for row, weight in zip(rows, weights, strict=True) if row[3] != 0 or keep_zero_advantage]
-    sequences = [
-        ScoredSequence(
-            prompt_ids=group.prompt.token_ids,
-            completion_ids=completion.token_ids,
-            behaviour_logprobs=completion.logprobs,
-            advantage=advantage,
-            weight=weight,
-            replayed=group.source == "replay" or (step is not None and group.birth_step < step),
-        )
-        for (group, completion, _, advantage), weight in kept
-    ]
-    trained = sum(len(sequence.completion_ids) for sequence in sequences)
-    return MiniBatch(sequences, [row[2] for row, _ in kept], int(lengths.sum()), int(lengths.sum()) - trained)
+    found = []
+    for chosen in np.array_split(order, parts):
+        rows = [
+            (groups[index], sample, completion, float(advantage))
+            for index in chosen
+            for sample, (completion, advantage) in enumerate(
+                zip(groups[index].completions, advantages[index], strict=True)
+            )
+            if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
+        ]
+        lengths = torch.tensor([len(completion.token_ids) for _, _, completion, _ in rows], dtype=torch.int64)
+        weights = token_weights(lengths, aggregation, max_completion_length=max_completion_length).tolist()
+        part = MiniBatch([], [], int(lengths.sum()), int(lengths.sum()))
+        for (group, sample, completion, advantage), weight in zip(rows, weights, strict=True):
+            if advantage == 0 and not keep_zero_advantage:
+                continue
+            replayed = group.source == "replay" or (step is not None and group.birth_step < step)
+            prompt, ids, logprobs = group.prompt, completion.token_ids, completion.logprobs
+            part.sequences.append(ScoredSequence(prompt.token_ids, ids, logprobs, advantage, weight, None, replayed))
+            part.ids.append(CompletionId(prompt.id, sample))
+        trained = sum(len(sequence.completion_ids) for sequence in part.sequences)
+        found.append(dataclasses.replace(part, skipped_tokens=part.tokens - trained))
+    return found
 
 
 def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
@@ -174,7 +149,7 @@ def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:
     ]
 
 
-def token_imbalance(dealt: Sequence[Sequence[MiniBatch]]) -> float:
-    """Return the excess of the busiest rank's tokens over the mean, in the worst of a batch's mini-batches."""
-    loads = [[sum(map(len, share.sequences)) for share in part] for part in dealt]
-    return max(imbalance(load, [[rank] for rank in range(len(load))]) for load in loads)
+def token_imbalance(dealt: Sequence[MiniBatch]) -> float:
+    """Return the excess of the busiest rank's tokens over the mean, given the ranks' shares of a mini-batch."""
+    loads = [sum(map(len, share.sequences)) for share in dealt]
+    return imbalance(loads, [[rank] for rank in range(len(loads))])

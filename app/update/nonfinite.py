@@ -49,11 +49,7 @@ class NonFiniteGuard:
         logger.warning("step %d: update skipped, not finite: %s", step, self._last)
 
     def check(self, step: int) -> None:
-        """End the run if the last `LIMIT` updates were skipped.
-
-        Raises:
-            UserError: they were.
-        """
+        """Raise UserError if the last `LIMIT` updates were skipped."""
         if self.exhausted:
             raise UserError(
                 f"Stopped at step {step}: {LIMIT} updates in a row were not finite (last: {self._last}). The "
@@ -65,12 +61,7 @@ class NonFiniteGuard:
 def nonfinite_completions(learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None]) -> list[CompletionId]:
     """Return the completions of all ranks' shares whose own loss or gradient is not finite. Collective.
 
-    It costs one forward and backward pass per completion.
-
-    Args:
-        learner: computes the loss.
-        share: this rank's share of the mini-batch.
-        backward: backward pass of a loss, for a sharded policy.
+    It costs one forward and backward pass per completion; only a sharded policy needs `backward`.
     """
     if learner.sharded:
         found = _sharded_offenders(learner, share, backward)
@@ -83,13 +74,7 @@ def nonfinite_completions(learner: Learner, share: MiniBatch, backward: Callable
 def offenders(
     part: MiniBatch, loss_of: Callable[[ScoredSequence], Tensor], parameters: Sequence[torch.nn.Parameter]
 ) -> list[CompletionId]:
-    """Return the completions whose own loss or gradient is not finite, without touching `Parameter.grad`.
-
-    Args:
-        part: the completions.
-        loss_of: returns the loss of one completion, with gradient.
-        parameters: the trained parameters.
-    """
+    """Return the completions whose own loss or gradient is not finite, without touching `Parameter.grad`."""
 
     def finite(sequence: ScoredSequence) -> bool:
         loss = loss_of(sequence)

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from datamodules.errors import UserError, nearest
+from app.objective.ratios import check_choice
+from datamodules.errors import UserError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -44,9 +45,7 @@ class Optimization:
         for name, fine, expected in checks:
             if not fine:
                 raise UserError(f"optimization.{name} is {getattr(self, name)}; set it to {expected}.")
-        if self.schedule not in SCHEDULES:
-            expected = f"expected one of {', '.join(SCHEDULES)}: {nearest(self.schedule, SCHEDULES)}"
-            raise UserError(f"optimization.schedule is {self.schedule!r}; {expected}")
+        check_choice("optimization.schedule", self.schedule, SCHEDULES)
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         """Return AdamW over the trainable parameters."""
@@ -55,9 +54,8 @@ class Optimization:
             {"params": [one for one in trained if one.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas
-        )
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
 
     def clip(self, model: torch.nn.Module) -> torch.Tensor:
         """Scale gradients with a larger norm down to the clip norm; return the norm before clipping."""

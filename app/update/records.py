@@ -1,4 +1,4 @@
-"""Records of an update: tokens read, loss and statistics of a mini-batch, and the optimizer step."""
+"""Records of an update: loss, statistics and tokens of a mini-batch, and the optimizer step."""
 
 from __future__ import annotations
 
@@ -13,29 +13,6 @@ from app.objective.surrogate import PolicyLoss
 from app.ranks import Ranks
 
 
-@dataclass(frozen=True, slots=True)
-class TokensRead:
-    """Tokens that the forward passes of an update computed.
-
-    Attributes:
-        positions: tokens, padding included.
-        tokens: tokens without padding.
-        sequence_tokens: tokens of all prompts and completions, a prompt counted once per completion.
-    """
-
-    positions: int = 0
-    tokens: int = 0
-    sequence_tokens: int = 0
-
-    def plus(self, packed: PackedBatch) -> TokensRead:
-        """Return the counts with one more micro-batch."""
-        return TokensRead(
-            self.positions + packed.input_ids.numel(),
-            self.tokens + packed.real_tokens,
-            self.sequence_tokens + packed.sequence_tokens,
-        )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
     """Totals over the micro-batches of a mini-batch.
@@ -44,18 +21,22 @@ class Seen:
         loss: scalar, the mini-batch's loss.
         all: statistics of every completion token.
         replayed: statistics of replayed tokens.
-        read: tokens of the forward passes.
+        positions: tokens of the forward passes, padding included.
+        tokens: tokens without padding.
+        sequence_tokens: tokens of all prompts and completions, a prompt counted once per completion.
     """
 
     loss: Tensor
     all: Statistics
     replayed: Statistics
-    read: TokensRead
+    positions: int = 0
+    tokens: int = 0
+    sequence_tokens: int = 0
 
     @classmethod
     def nothing(cls, device: torch.device) -> Seen:
         """Return the totals before the first micro-batch."""
-        return cls(torch.zeros((), device=device), Statistics.empty(device), Statistics.empty(device), TokensRead())
+        return cls(torch.zeros((), device=device), Statistics.empty(device), Statistics.empty(device))
 
     def plus(self, packed: PackedBatch, found: PolicyLoss) -> Seen:
         """Return the totals with one more micro-batch and its loss."""
@@ -63,15 +44,17 @@ class Seen:
             self.loss + found.loss.detach(),
             self.all.merge(found.statistics),
             self.replayed.merge(found.terms.statistics(packed.replayed)),
-            self.read.plus(packed),
+            self.positions + packed.input_ids.numel(),
+            self.tokens + packed.real_tokens,
+            self.sequence_tokens + packed.sequence_tokens,
         )
 
     def over(self, ranks: Ranks) -> Seen:
         """Return the totals over all ranks. Collective."""
         if ranks.size == 1:
             return self
-        device, read = self.loss.device, self.read
-        counts = torch.tensor([read.positions, read.tokens, read.sequence_tokens], dtype=torch.float64, device=device)
+        device = self.loss.device
+        counts = torch.tensor([self.positions, self.tokens, self.sequence_tokens], dtype=torch.float64, device=device)
         parts = [self.loss.reshape(1), self.all.sums, self.replayed.sums, counts]
         sizes = [len(part) for part in parts]
         loss, sums, replayed, counts = ranks.sum(torch.cat([part.double() for part in parts])).split(sizes)
@@ -80,7 +63,7 @@ class Seen:
             loss.float().reshape(()).to(device),
             Statistics(sums.float().to(device), maxima),
             Statistics(replayed.float().to(device), others),
-            TokensRead(*(int(count) for count in counts)),
+            *(int(count) for count in counts),
         )
 
 
@@ -92,8 +75,10 @@ class Update:
         seen: totals of its forward passes, over all ranks.
         grad_norm: scalar, before clipping.
         skipped: the loss or the gradient was not finite, so the weights did not change.
+        imbalance: excess of the busiest rank's tokens over the mean; None in a run of one process.
     """
 
     seen: Seen
     grad_norm: Tensor
     skipped: bool
+    imbalance: float | None

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from app.ranks import collective
 from app.update.gradient_sum import sum_gradients
 from app.update.learner import Learner
-from app.update.minibatch import MiniBatch
+from app.update.minibatch import MiniBatch, shares, token_imbalance
 from app.update.nonfinite import NonFiniteGuard, nonfinite_completions
 from app.update.optimization import Optimization
 from app.update.records import Seen, Update
@@ -26,11 +26,7 @@ _NOTHING_TO_LEARN = (
 
 
 class Updates:
-    """Takes optimizer steps, and stops the run after several that were not finite.
-
-    Args:
-        optimization: clipping of gradients.
-    """
+    """Takes optimizer steps, and stops the run after several that were not finite."""
 
     def __init__(self, optimization: Optimization) -> None:
         self.optimization = optimization
@@ -40,7 +36,6 @@ class Updates:
         self,
         learner: Learner,
         parts: Sequence[MiniBatch],
-        shares: Sequence[MiniBatch],
         step: int,
         *,
         optimizer: Optimizer,
@@ -55,7 +50,6 @@ class Updates:
         Args:
             learner: computes the loss.
             parts: the mini-batches, the same on all ranks.
-            shares: this rank's share of each mini-batch.
             step: the batch's step.
             optimizer: over the trained parameters.
             scheduler: advanced with each optimizer step.
@@ -64,17 +58,22 @@ class Updates:
         """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
+        ranks = learner.ranks
+        dealt = [shares(part, ranks.size) for part in parts]
+        mine = [share[ranks.rank] for share in dealt]
+        if len(parts) > 1:
+            mine = [learner.with_old_logprobs(share) for share in mine]
         updates = []
-        for part, share in zip(parts, shares, strict=True):
+        for part, all_shares, share in zip(parts, dealt, mine, strict=True):
             optimizer.zero_grad(set_to_none=True)
             if learner.sharded:
                 # Passes are collectives: a barrier before them names a lost rank.
-                learner.ranks.barrier("update")
+                ranks.barrier("update")
             with no_sync(), collective("update"):
                 seen = _accumulate(learner, share, backward)
-            seen = seen.over(learner.ranks)
+            seen = seen.over(ranks)
             if not learner.sharded:
-                sum_gradients(learner.trained, learner.ranks)
+                sum_gradients(learner.trained, ranks)
             norm = self.optimization.clip(learner.policy)
             # Loss and norm are the same on all ranks, so all of them decide alike.
             finite = bool(torch.isfinite(seen.loss) & torch.isfinite(norm))
@@ -87,7 +86,7 @@ class Updates:
             # Lightning's step counter must advance.
             optimizer.step()
             scheduler.step()
-            updates.append(Update(seen, norm, skipped=not finite))
+            updates.append(Update(seen, norm, not finite, token_imbalance(all_shares) if ranks.size > 1 else None))
         return updates
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
@@ -21,19 +21,16 @@ class DynamicSampling(StepCallback):
     """Drops groups with equal correctness rewards and refills the batch, with any selector.
 
     DAPO (Yu et al. 2025, arXiv 2503.14476, section 3.2) keeps sampling until the batch holds only prompts with
-    0 < success rate < 1. Here a group passes if it is informative (`RolloutGroup.informative`): its correctness
-    rewards, not their shaped sum, differ. `low` and `high` restrict this to a band of success rates.
+    0 < success rate < 1. Here a group passes if its correctness rewards, not their shaped sum, differ, and its success
+    rate lies between `low` and `high`.
 
-    The fresh part of a batch is as large as the selector's first choice of the step. Refills are chosen by the
-    selector, which has observed everything rolled out so far, and contain no prompt that the step has already rolled
-    out. The first groups that pass, in the order of generation, are trained on. Groups that pass beyond what is needed
-    go to the replay buffer if the run has one, and are counted as wasted otherwise; groups that do not pass are dropped
-    and counted as discarded.
+    Refills are chosen by the selector, which has observed everything rolled out so far, and contain no prompt that the
+    step has already rolled out. The first groups that pass, in the order of generation, are trained on. Further ones go
+    to the replay buffer if the run has one, and are counted as wasted otherwise.
 
     When `max_refills` rounds do not fill the batch, or the pool has no prompt left, the step trains on the groups that
-    passed, completed by replayed groups if the run has a buffer (`sampling/missing` counts the gap). When nothing
-    passed and nothing can be replayed, the step trains on as many dropped groups as were needed, preferring those
-    nearest to the middle of the band.
+    passed and on replayed ones. When there are neither, it trains on as many dropped groups as were needed, preferring
+    those nearest to the middle of the band.
 
     Args:
         low: lowest success rate that passes, inclusive; null for no bound.
@@ -58,9 +55,8 @@ class DynamicSampling(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        self._replay = next((one for one in callbacks if isinstance(one, RolloutReplay)), None)
-        self._reuses_references = any(isinstance(one, ReferenceRollouts) and one.reuse == "train" for one in callbacks)
+        self._replay = next(iter(RolloutReplay.all_of(trainer)), None)
+        self._reuses_references = any(one.reuse == "train" for one in ReferenceRollouts.all_of(trainer))
 
     def passes(self, group: RolloutGroup) -> bool:
         """Return whether a group is informative and its success rate lies in the band."""

@@ -103,6 +103,5 @@ class ReferenceRollouts(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._groups = unpack_groups(state_dict["groups"], self._data.pools["train"])
         self._metrics = state_dict["metrics"]
-        forecast = state_dict["forecast"]
-        self._forecast = None if forecast is None else forecast.numpy()
+        self._forecast = None if state_dict["forecast"] is None else state_dict["forecast"].numpy()
         self._restored = True

@@ -16,7 +16,7 @@ from datamodules.errors import UserError, nearest
 from datamodules.group_codec import LogprobDtype
 from datamodules.online import OnlinePromptDataModule
 from datamodules.seeding import generator
-from datamodules.types import RolloutGroup, TrainBatch
+from datamodules.types import TrainBatch
 
 Admit = Literal["informative", "all"]
 _CHOICES = {"admit": get_args(Admit), "draw": get_args(Draw), "logprob_dtype": get_args(LogprobDtype)}
@@ -28,15 +28,10 @@ class RolloutReplay(StepCallback):
     Groups are drawn before the new ones are stored, and stay in the buffer. While the buffer holds too few groups, more
     fresh prompts are chosen: the batch is never smaller than `data.prompts_per_step`. Stored groups also fill the
     places that `DynamicSampling` could not fill. The objective corrects for the age of replayed tokens by their stored
-    behaviour log-probabilities.
+    behaviour log-probabilities. The age of a group is the number of steps since its generation.
 
-    A prompt that the step has rolled out again loses its stored group (`replay/dropped_stale`), whatever the outcome
-    and even if a filter dropped the new group; the step draws such a group only if there are not enough others. The age
-    of a group is the number of steps since its generation, 1 in the next step.
-
-    Metrics: `replay/size` and `replay/bytes` of the buffer that the step draws from; `replay/fraction` of the batch;
-    `replay/age_mean` and `_max` of the groups drawn; `replay/dropped_stale`; and `replay/dropped_old`, the number of
-    groups evicted at the end of the step because they would be older than `max_age` in the next one.
+    A prompt that the step has rolled out again loses its stored group, whatever the outcome and even if a filter
+    dropped the new group; the step draws such a group only if there are not enough others.
 
     Args:
         fresh_fraction: fraction of a batch that is rolled out, `delta`, in (0, 1].
@@ -68,12 +63,9 @@ class RolloutReplay(StepCallback):
             raise UserError(
                 f"RolloutReplay.fresh_fraction is {fresh_fraction}, expected a number in (0, 1]. Change it."
             )
-        for name, bound, otherwise in (
-            ("capacity", capacity, ""),
-            ("max_bytes", max_bytes, ", or set null for no limit"),
-            ("max_age", max_age, ", or set null for no limit"),
-        ):
+        for name, bound in (("capacity", capacity), ("max_bytes", max_bytes), ("max_age", max_age)):
             if bound is not None and bound < 1:
+                otherwise = "" if name == "capacity" else ", or set null for no limit"
                 raise UserError(f"RolloutReplay.{name} is {bound}, expected at least 1. Raise it{otherwise}.")
         for name, given in (("admit", admit), ("draw", draw), ("logprob_dtype", logprob_dtype)):
             if given not in _CHOICES[name]:
@@ -111,17 +103,8 @@ class RolloutReplay(StepCallback):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         fresh = [group for group in batch.of("surplus", "trained") if group.source != "replay"]
-        if self.admit == "all":
-            admitted = [group for group in fresh if group.completions]
-        else:
-            admitted = [group for group in fresh if group.informative]
-        self._warn_of(self.buffer.insert(admitted))
-        # Now, since the number of prompts chosen for the next step depends on the groups that remain.
-        batch.metrics["replay/dropped_old"] = float(self.buffer.expire(batch.step + 1))
-        prompts = self._data.prompts_per_step
-        self._data.fresh_prompts = prompts - min(self.replayed_per_step(prompts), len(self.buffer))
-
-    def _warn_of(self, refused: list[RolloutGroup]) -> None:
+        everything = self.admit == "all"
+        refused = self.buffer.insert(one for one in fresh if (one.completions if everything else one.informative))
         if refused and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -129,6 +112,10 @@ class RolloutReplay(StepCallback):
                 f"({refused[0].completion_tokens} tokens) alone is larger than the whole buffer and is not stored. "
                 "Raise max_bytes. This warning is shown once."
             )
+        # Now, since the number of prompts chosen for the next step depends on the groups that remain.
+        batch.metrics["replay/dropped_old"] = float(self.buffer.expire(batch.step + 1))
+        prompts = self._data.prompts_per_step
+        self._data.fresh_prompts = prompts - min(self.replayed_per_step(prompts), len(self.buffer))
 
     def state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()

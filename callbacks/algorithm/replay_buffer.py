@@ -19,11 +19,9 @@ Draw = Literal["uniform", "advantage"]
 def draw_weight(rewards: np.ndarray) -> float:
     """Return the relative probability with which `draw: advantage` draws a group of these rewards `[G]`.
 
-    This is the mean squared advantage of its completions before any division by a standard deviation,
-    `mean_g (r_g - mean r)^2`: p (1 - p) for rewards of 0 and 1, to which the expected squared gradient of a prompt is
-    proportional (DOTS, arXiv 2506.05316, theorem 1). Fatemi (arXiv 2601.02648) uses it as a replay priority in GRPO,
-    after prioritized experience replay (Schaul et al. 2016, arXiv 1511.05952, with exponent 1). Equal rewards have a
-    weight of exactly 0.
+    This is the mean squared advantage before any division by a standard deviation, `mean_g (r_g - mean r)^2`, to which
+    the expected squared gradient of a prompt is proportional (DOTS, arXiv 2506.05316, theorem 1). Fatemi (arXiv
+    2601.02648) uses it as a replay priority in GRPO. Equal rewards have a weight of exactly 0.
     """
     if not len(rewards) or np.ptp(rewards) <= REWARD_TOLERANCE:
         return 0.0
@@ -39,6 +37,9 @@ class ReplayBuffer:
         max_age: age limit in steps since generation; None for no limit.
         draw_by: "uniform", or "advantage": in proportion to `draw_weight`.
         logprob_dtype: dtype of the stored behaviour log-probabilities; see `group_codec.pack` for the error of float16.
+
+    Attributes:
+        nbytes: number of bytes of all stored arrays.
     """
 
     def __init__(
@@ -56,15 +57,10 @@ class ReplayBuffer:
         self.draw_by = draw_by
         self.logprob_dtype = logprob_dtype
         self._entries: OrderedDict[str, PackedGroup] = OrderedDict()
-        self._nbytes = 0
+        self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of all stored arrays."""
-        return self._nbytes
 
     @property
     def groups(self) -> list[RolloutGroup]:
@@ -85,7 +81,7 @@ class ReplayBuffer:
                 refused.append(group)
                 continue
             self._add(entry)
-            while len(self) > self.capacity or (self.max_bytes is not None and self._nbytes > self.max_bytes):
+            while len(self) > self.capacity or (self.max_bytes is not None and self.nbytes > self.max_bytes):
                 self._remove(next(iter(self._entries)))
         return refused
 
@@ -128,16 +124,16 @@ class ReplayBuffer:
 
     def _add(self, entry: PackedGroup) -> None:
         self._entries[entry.prompt.id] = entry
-        self._nbytes += entry.nbytes
+        self.nbytes += entry.nbytes
 
     def _remove(self, name: str) -> None:
-        self._nbytes -= self._entries.pop(name).nbytes
+        self.nbytes -= self._entries.pop(name).nbytes
 
     def state_dict(self) -> dict[str, Any]:
         return join(list(self._entries.values()))
 
     def load_state_dict(self, state: dict[str, Any], pool: PromptPool) -> None:
         """Restore all entries. Limits that are now lower take effect with the next insertion."""
-        self._entries, self._nbytes = OrderedDict(), 0
+        self._entries, self.nbytes = OrderedDict(), 0
         for entry in split(state, pool, self.logprob_dtype):
             self._add(entry)

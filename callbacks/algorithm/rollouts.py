@@ -29,11 +29,8 @@ def roll_fresh(selector: Selector, pl_module: GRPOModule, batch: TrainBatch, pro
 class Rollouts(StepCallback):
     """Rolls out a batch's prompts before its step: `G` scored completions each, added to `batch.groups`.
 
-    Prompts that already have a group in the batch are skipped: `ReferenceRollouts` adds those that it has just rolled
-    out with the same policy. Validation, test and prediction batches are rolled out in the same way, with the module's
-    validation sampling.
-
-    Every process holds the whole batch, and rolls out its share of the prompts.
+    Prompts that already have a group, which `ReferenceRollouts` has just rolled out with the same policy, are skipped.
+    Validation, test and prediction batches are rolled out with the module's validation sampling.
     """
 
     stage = Stage.ROLL_OUT
@@ -46,11 +43,8 @@ class Rollouts(StepCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        batch.add(
-            pl_module.pipeline.roll(
-                batch.prompts, pl_module.val_sampling, batch.ledger, purpose="validate", step=0, source="fresh"
-            )
-        )
+        roll, sampling = pl_module.pipeline.roll, pl_module.val_sampling
+        batch.add(roll(batch.prompts, sampling, batch.ledger, purpose="validate", step=0, source="fresh"))
 
     # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]

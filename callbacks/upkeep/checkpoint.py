@@ -1,4 +1,4 @@
-"""Checkpoints that hold a whole step, and are there whole or not at all."""
+"""Checkpoints of complete steps, written atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -22,20 +22,20 @@ from datamodules.types import TrainBatch
 
 
 class RunCheckpoint(StepCallback, Checkpoint):
-    """Saves every `every` steps, after the last step, when updates are no longer finite, and on Ctrl-C or SIGTERM at
-    the end of the step in progress.
+    """Saves every `every` steps, after the last step, when an update is not finite, and at the end of the step in which
+    Ctrl-C or SIGTERM arrives.
 
-    A checkpoint is written next to its final name, flushed to the disk and renamed; its SHA-256 stands beside it. It is
-    taken after all feedback of its step, and after the validation that follows it when one is due: a resumed run goes
-    on as if never stopped.
+    A checkpoint is written under a temporary name, flushed to disk and renamed; its SHA-256 is stored next to it. It is
+    written when the step has updated all state, including the validation due after it, so that a resumed run continues
+    as if it had never stopped.
 
     Args:
         every: steps between two checkpoints.
-        keep: newest checkpoints kept.
-        dirpath: folder; None is `checkpoints/` in the run's folder.
-        on_write_error: when a checkpoint cannot be written (disk full, folder gone), "continue" says so and trains on
-            until the next one is due, "stop" ends the run. The older checkpoints stay. The last checkpoint of a run,
-            and any of several processes, always ends it.
+        keep: number of newest checkpoints to keep.
+        dirpath: folder of the checkpoints; null for `checkpoints/` in the run's folder.
+        on_write_error: what to do when a checkpoint cannot be written (disk full, folder gone): "continue" warns and
+            trains until the next one is due, "stop" ends the run. Older checkpoints are kept. A failure always ends the
+            run if the checkpoint is its last or the run has several processes.
     """
 
     stage = Stage.SAVE
@@ -48,7 +48,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         on_write_error: Literal["continue", "stop"] = "continue",
     ) -> None:
         if every < 1 or keep < 1:
-            raise UserError(f"RunCheckpoint(every={every}, keep={keep}): expected both at least 1")
+            raise UserError(f"RunCheckpoint has every={every} and keep={keep}, expected at least 1 each. Raise them.")
         self.every = every
         self.keep = keep
         self.dirpath = dirpath
@@ -59,12 +59,11 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self._step = 0
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
-        # Now, not after the first interval.
         if trainer.is_global_zero:
-            _try_to_write(self._folder(trainer))
+            _check_writable(self._folder(trainer))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
         last = is_over(trainer)
@@ -86,65 +85,57 @@ class RunCheckpoint(StepCallback, Checkpoint):
         started = time.perf_counter()
         path = self._folder(trainer) / f"step_{self._due:08d}.ckpt"
         self._due = None
+        temporary = _temporary(path)
         try:
-            write_whole(trainer, path)
+            _write(trainer, path, temporary)
             if trainer.is_global_zero:
-                self._publish(path)
+                seal(path)
+                link = _temporary(path.with_name(LAST))
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+                os.replace(link, path.with_name(LAST))
+                for old in by_age(path.parent)[self.keep :]:
+                    remove(old)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            self._failed(path, error, must_stop=self._is_last or trainer.world_size > 1)
+            with contextlib.suppress(OSError):
+                remove(temporary)  # frees the space for the next checkpoint
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = f"Checkpoint {path} cannot be written ({reason}); older checkpoints are intact."
+            remedy = "Free disk space or set RunCheckpoint.dirpath to another folder"
+            if self._is_last or trainer.world_size > 1 or self.on_write_error == "stop":
+                raise UserError(f"{message} {remedy}, then resume.") from error
+            rank_zero_warn(f"{message} Training continues, and the next one is due in {self.every} steps. {remedy}.")
         self.seconds += time.perf_counter() - started
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.dirpath) if self.dirpath else run_folder(trainer) / "checkpoints"
 
-    def _publish(self, path: Path) -> None:
-        """Seals a checkpoint that is there, makes it the last, and drops the oldest."""
-        seal(path)
-        _point_at(path.with_name(LAST), path.name)
-        for old in by_age(path.parent)[self.keep :]:
-            remove(old)
 
-    def _failed(self, path: Path, error: OSError | RuntimeError, must_stop: bool) -> None:
-        """What remains of a checkpoint that could not be written goes, so that the next one finds its room."""
-        with contextlib.suppress(OSError):
-            remove(temporary_of(path))
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        said = f"checkpoint {path} cannot be written ({reason}); the older ones are as they were"
-        if must_stop or self.on_write_error == "stop":
-            raise UserError(
-                f"{said}: free the disk or name another folder (RunCheckpoint.dirpath), and resume"
-            ) from error
-        rank_zero_warn(f"{said}, and training goes on: the next one is due in {self.every} steps")
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
-def write_whole(trainer: Trainer, path: Path) -> None:
-    """Saves a checkpoint under a temporary name in the same folder, flushes it, and renames it. Rank 0 writes."""
-    temporary = temporary_of(path)
+def _write(trainer: Trainer, path: Path, temporary: Path) -> None:
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
-    # Lightning's flag for "not the weights alone": optimizer, loops and callbacks too. Loading stays weights_only.
+    # False saves optimizer, loops and callbacks too; it says nothing about how the file is loaded.
     trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
-        # A sharded checkpoint is a folder; all processes have written their parts of it.
+        # A sharded checkpoint is a folder, to which every rank has written its shards.
         for file in [*temporary.glob("*"), temporary]:
             flush(file)
-        seal_of(path).unlink(missing_ok=True)  # of an earlier life of the run
+        seal_of(path).unlink(missing_ok=True)  # left by an earlier start of the run
         if path.is_dir():
             remove(path)
         os.replace(temporary, path)
         flush(path.parent)
 
 
-def temporary_of(path: Path) -> Path:
-    """The name of a checkpoint while it is written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _try_to_write(folder: Path) -> None:
-    """Makes the folder and a file in it, and takes back what was not there before."""
+def _check_writable(folder: Path) -> None:
+    """Create the folder and a file in it, then remove whatever did not exist before."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     probe = folder / ".probe.tmp"
     try:
@@ -155,24 +146,17 @@ def _try_to_write(folder: Path) -> None:
             each.rmdir()
     except OSError as error:
         raise UserError(
-            f"checkpoints cannot be written to {folder} ({error.strerror}): make it writable, or name another folder "
-            "by RunCheckpoint.dirpath"
+            f"Checkpoints cannot be written to {folder} ({error.strerror}), expected a writable folder. Make it "
+            "writable or set RunCheckpoint.dirpath to another one."
         ) from error
 
 
-def _point_at(link: Path, name: str) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    os.replace(temporary, link)
-
-
 def is_over(trainer: Trainer) -> bool:
-    """Whether the run ends as it was meant to: its steps are done, or a callback has asked for the end."""
+    """Return whether the run ends as configured: all its steps are done, or a callback has stopped it."""
     return trainer.global_step >= trainer.max_steps > 0 or trainer.should_stop
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the step that ends is validated before the next one begins."""
+    """Return whether a validation follows the step that is ending."""
     interval = trainer.val_check_batch
     return bool(trainer.enable_validation and isinstance(interval, int) and (batch_idx + 1) % interval == 0)

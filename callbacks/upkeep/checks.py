@@ -1,8 +1,8 @@
-"""Whether this version can train a run, checked before anything is built."""
+"""Checks that this version can train a run, made before anything is built."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from app.module import GRPOModule
@@ -14,20 +14,16 @@ from datamodules.online import OnlinePromptDataModule
 
 
 class RunChecks(StepCallback):
-    """Refuses doubled callbacks, unsupported strategies, and more processes than a mini-batch has prompts."""
+    """Refuses unsupported strategies, and more processes than a mini-batch has prompts."""
 
     stage = Stage.PUSH_WEIGHTS
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         if stage != "fit":  # for which the trainer checks before anything is written
-            self.check(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]  # Lightning's
+            self.check(trainer, pl_module, OnlinePromptDataModule.of(trainer))
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        kinds = [type(one) for one in callbacks if isinstance(one, StepCallback)]
-        for kind in kinds:
-            if sum(issubclass(other, kind) for other in kinds) > 1:
-                raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
+        kinds = [type(one) for one in StepCallback.all_of(trainer)]
         ranks, strategy = trainer.world_size, trainer.strategy
         if isinstance(strategy, ShardedStrategy) and not any(issubclass(kind, ShardedPolicy) for kind in kinds):
             raise UserError(

@@ -44,7 +44,7 @@ class GracefulStop(StepCallback):
                 self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: Any, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         if not validation_follows(trainer, batch_idx):
             self.agree(trainer, pl_module.ranks)

@@ -1,8 +1,8 @@
-"""The policy cut over the processes of the run (FSDP2)."""
+"""The policy sharded over the ranks of the run (FSDP2)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,20 +16,20 @@ from datamodules.errors import UserError
 
 
 class ShardedPolicy(StepCallback):
-    """Cuts parameters, gradients and optimizer state by decoder layer with FSDP2, for any Hugging Face causal LM.
+    """Shards parameters, gradients and optimizer state by decoder layer with FSDP2, for any Hugging Face causal LM.
 
-    Weights are read once, by rank 0, and given to the others. During rollouts by the Transformers engine every process
-    holds the whole policy, in `compute_dtype`; vLLM servers are given one tensor at a time. Recomputing activations is
-    the policy's own option (`model.policy.gradient_checkpointing`). Adapters (`model.policy.lora`) are cut as well.
+    Rank 0 reads the weights and sends the other ranks their shards. During rollouts by the Transformers engine every
+    rank holds the whole policy in `compute_dtype`; vLLM servers receive one gathered tensor at a time. Adapters
+    (`model.policy.lora`) are sharded too. For activation checkpointing set `model.policy.gradient_checkpointing`.
 
     Args:
-        shard_size: processes that hold one copy of the policy together; 0 for all of them. Fewer, for instance those
-            of one machine, hold a copy each (hybrid sharding): less is sent between machines, more is stored.
-        compute_dtype: of forward and backward passes and of rollouts; None is the policy's.
-        reduce_dtype: gradients are added up over processes in it; None is the compute dtype.
-        reshard_after_forward: free a layer's whole weights between its forward and its backward pass. Without it they
-            are gathered once less and all of them are held meanwhile.
-        cpu_offload: parts and optimizer state live in host memory (CUDA).
+        shard_size: number of ranks that hold one copy of the policy together; 0 for all ranks. Fewer, such as the ranks
+            of one machine (hybrid sharding), need more memory and less communication between machines.
+        compute_dtype: dtype of forward and backward passes and of rollouts; null for the policy's.
+        reduce_dtype: dtype in which gradients are summed over ranks; null for the compute dtype.
+        reshard_after_forward: free a layer's gathered weights after its forward pass and gather them again for the
+            backward pass. False saves the second gather but keeps all gathered weights in memory.
+        cpu_offload: keep shards and optimizer state in host memory (CUDA only).
     """
 
     stage = Stage.PUSH_WEIGHTS
@@ -43,37 +43,36 @@ class ShardedPolicy(StepCallback):
         cpu_offload: bool = False,
     ) -> None:
         if shard_size < 0:
-            raise UserError(f"ShardedPolicy.shard_size={shard_size}: expected 0 (all processes) or more")
+            raise UserError(f"ShardedPolicy.shard_size is {shard_size}, expected at least 0. Set 0 for all processes.")
         self.shard_size = shard_size
         self.compute_dtype, self.reduce_dtype = compute_dtype, reduce_dtype
         self.reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        """Before the policy is built. Raises UserError for sizes or options that do not fit."""
-        self._check(trainer)
+        strategy = trainer.strategy
+        if not isinstance(strategy, ShardedStrategy):
+            raise UserError(
+                f"callbacks.ShardedPolicy is used with trainer.strategy {type(strategy).__name__}, expected "
+                "app.runs.sharded_strategy.ShardedStrategy. Use --config configs/strategy/fsdp2.yaml."
+            )
+        if self.shard_size and trainer.world_size % self.shard_size:
+            raise UserError(
+                f"ShardedPolicy.shard_size is {self.shard_size}, expected a divisor of the {trainer.world_size} "
+                "processes. Change it, or set 0 for all of them."
+            )
+        if self.cpu_offload and strategy.root_device.type == "cpu":
+            raise UserError(
+                "ShardedPolicy.cpu_offload is true, but the policy is already on the CPU. Remove it or train on CUDA."
+            )
+        # Lightning builds the policy after this hook.
         pl_module.sharding = Sharding(
-            device=trainer.strategy.root_device,
+            device=strategy.root_device,
             shard_size=self.shard_size or trainer.world_size,
             precision=MixedPrecisionPolicy(_dtype(self.compute_dtype), _dtype(self.reduce_dtype)),
             offload=self.cpu_offload,
             reshard_after_forward=self.reshard_after_forward,
         )
-
-    def _check(self, trainer: Trainer) -> None:
-        strategy: Any = trainer.strategy
-        if not isinstance(strategy, ShardedStrategy):
-            raise UserError(
-                f"callbacks.ShardedPolicy with trainer.strategy {type(strategy).__name__}: expected "
-                "app.runs.sharded_strategy.ShardedStrategy (--config configs/strategy/fsdp2.yaml)"
-            )
-        if self.shard_size and trainer.world_size % self.shard_size:
-            raise UserError(
-                f"ShardedPolicy.shard_size={self.shard_size} with {trainer.world_size} processes: expected a divisor "
-                "of their number, or 0 for all of them"
-            )
-        if self.cpu_offload and strategy.root_device.type == "cpu":
-            raise UserError("ShardedPolicy.cpu_offload with a policy on the CPU: nothing to offload, leave it out")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -14,11 +14,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "selection/fresh_informative_fraction",
             "selection/uniform_informative_measured",
         ),
-        "Forecast quality": (
-            "difficulty/reference_pearson",
-            "selection/forecast_pearson",
-            "selection/forecast_brier",
-        ),
+        "Forecast quality": ("difficulty/reference_pearson", "selection/forecast_pearson", "selection/forecast_brier"),
         "Replay age in steps": ("replay/age_mean", "replay/age_max"),
     },
     "What costs": {

@@ -24,10 +24,8 @@ _SHOWN_CHARACTERS = 2000
 class CompletionsLog(StepCallback):
     """Writes `completions/step_*.parquet`, and a few completions with their rewards to TensorBoard.
 
-    A file contains all completions that its step trained on, and those of groups that a filter dropped or the batch
-    had no place for, whose `advantage` is empty: they too record the difficulty of their prompts.
-
-    `dots predict` writes all its completions to `completions/predict.parquet`.
+    A file contains all completions that its step trained on and, without `advantage`, those of groups that a filter
+    dropped or the batch had no place for. `dots predict` writes all its completions to `completions/predict.parquet`.
 
     Args:
         every: steps between two files.

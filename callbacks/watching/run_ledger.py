@@ -30,14 +30,10 @@ from datamodules.types import TrainBatch
 
 
 class TrainingClock:
-    """Wall-clock seconds of training, by which runs are compared.
+    """Wall-clock seconds of training up to the end of the last step, by which runs are compared.
 
-    A step lasts from the end of the previous step to its own: selection, rollouts (references and dropped groups
-    included), scoring, update, weight transfer, and the callbacks in between. Validation, checkpoints, start-up, and
-    steps lost to a kill are not counted: a resumed run continues from the clock of its checkpoint.
-
-    Attributes:
-        seconds: up to the end of the last step.
+    A step lasts from the end of the previous step to its own. Validation, checkpoints, start-up, and steps lost to a
+    kill are not counted: a resumed run continues from the clock of its checkpoint.
     """
 
     def __init__(self) -> None:
@@ -66,13 +62,6 @@ class RunLedger(StepCallback):
     """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
 
     Interrupted runs get both files too, with `"completed": false`. A resumed run continues the sums.
-
-    Three of the metrics are sums since the start of the run, by which runs are compared: `time/training` (seconds of
-    the `TrainingClock`), `num_completions` and `num_tokens` (completions and completion tokens rolled out for training,
-    including reference sets and discarded groups, but not validation).
-
-    Metrics that reward functions log are averaged over the completions of a step and logged as
-    `rewards/<reward name>/<metric>`.
     """
 
     stage = Stage.ACCOUNT
@@ -115,9 +104,8 @@ class RunLedger(StepCallback):
         self.clock.add(-self._take_checkpoint_time(trainer))
         self.total.add(batch.ledger)
         self.steps = batch.step + 1
-        groups = [group for group in batch.groups if group.completions]
-        informative = sum(group.informative for group in groups)
-        self.informative_sum += informative / max(1, len(groups))
+        informative = [group.informative for group in batch.groups if group.completions]
+        self.informative_sum += sum(informative) / max(1, len(informative))
         elapsed = self.clock.lap()
         counts, seconds = batch.ledger.counts, batch.ledger.seconds
         rolled = counts["train/tokens"] + counts["reference/tokens"]
@@ -131,7 +119,17 @@ class RunLedger(StepCallback):
             "rewards/timed_out": counts["rewards/timed_out"],
             "rewards/crashed": counts["rewards/crashed"],
         }
-        self._add_reward_metrics(batch)
+        for name, mean in batch.ledger.reward_metrics.items():
+            full = f"rewards/{name}"
+            if full not in batch.metrics:
+                batch.metrics[full] = mean.value
+            elif full not in self._clashes:
+                self._clashes.add(full)
+                rank_zero_warn(
+                    f"A reward function logs {name.rpartition('/')[2]!r}, but {full} is a metric that every run logs. "
+                    "The value of the function is left out: give it another name in log_metric. This warning is shown "
+                    "once."
+                )
         # Not `LightningModule.log`, which repeats a metric's last value at every later step that doesn't measure it.
         measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
         for logger in trainer.loggers:
@@ -171,22 +169,9 @@ class RunLedger(StepCallback):
         """Return the count of training rollouts so far, reference sets included."""
         return int(self.total.counts[f"train/{name}"] + self.total.counts[f"reference/{name}"])
 
-    def _add_reward_metrics(self, batch: TrainBatch) -> None:
-        for name, mean in batch.ledger.reward_metrics.items():
-            full = f"rewards/{name}"
-            if full not in batch.metrics:
-                batch.metrics[full] = mean.value
-            elif full not in self._clashes:
-                self._clashes.add(full)
-                rank_zero_warn(
-                    f"A reward function logs {name.rpartition('/')[2]!r}, but {full} is a metric that every run logs. "
-                    "The value of the function is left out: give it another name in log_metric. This warning is shown "
-                    "once."
-                )
-
     def _take_checkpoint_time(self, trainer: Trainer) -> float:
         """Record the seconds of checkpoints since the last call, and return them."""
-        spent = sum(one.seconds for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint))
+        spent = sum(one.seconds for one in RunCheckpoint.all_of(trainer))
         new, self._checkpoint_seconds = spent - self._checkpoint_seconds, spent
         self.total.seconds["checkpoint"] += new
         return new
@@ -200,16 +185,10 @@ class RunLedger(StepCallback):
         folder.mkdir(parents=True, exist_ok=True)
         for logger in trainer.loggers:
             logger.save()
-        self.summary(folder, completed=completed).write(folder / SUMMARY)
+        self._summary(folder, completed).write(folder / SUMMARY)
         draw_curves(folder, folder / "curves.png")
 
-    def summary(self, folder: Path, *, completed: bool) -> RunSummary:
-        """Return the account of the run so far.
-
-        Args:
-            folder: the run's folder, which contains its config.yaml.
-            completed: whether the run has ended as configured.
-        """
+    def _summary(self, folder: Path, completed: bool) -> RunSummary:
         counts, config = self.total.counts, folder / "config.yaml"
         seconds = {"total": self._before + time.perf_counter() - self._started}
         seconds |= {phase: self.total.seconds[phase] for phase in PHASES}

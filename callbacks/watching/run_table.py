@@ -51,27 +51,21 @@ def print_run_table(
     *,
     with_memory: bool = False,
 ) -> None:
-    """Print the prompts, completions, tokens and steps of a run, and on request its estimated memory.
+    """Print the prompts, completions, tokens and steps of a run of `world_size` processes.
 
-    Args:
-        trainer: of the run; it need not have started.
-        module: of the run.
-        datamodule: of the run.
-        policy: the model, on the meta device or not.
-        world_size: processes that share the work.
-        with_memory: whether to estimate the memory of a process (`app.reporting.memory`).
+    The run need not have started, and `policy` may be on the meta device. `with_memory` adds the estimated memory of a
+    process (`app.reporting.memory`).
     """
     table = Table(title=f"{module.policy_path} with {type(datamodule.selector).__name__}", title_justify="left")
     table.add_column("")
     table.add_column(f"per rank ({world_size})", justify="right")
     table.add_column("in all", justify="right")
-    parameters, trained = count_parameters(policy)
-    table.add_row("policy parameters", "", f"{parameters:,}")
-    table.add_row("  trained", "", f"{trained:,}")
+    for name, count in zip(("policy parameters", "  trained"), count_parameters(policy), strict=True):
+        table.add_row(name, "", f"{count:,}")
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for row in run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -83,12 +77,8 @@ def print_run_table(
             Console().print(f"{name}: {pool.report}", highlight=False)
 
 
-def run_rows(
-    module: GRPOModule,
-    datamodule: OnlinePromptDataModule,
-    callbacks: list[Callback],
-    world_size: int,
-    max_steps: int,
+def _run_rows(
+    module: GRPOModule, datamodule: OnlinePromptDataModule, callbacks: list[Callback], world_size: int, max_steps: int
 ) -> list[Row]:
     """Return rows (quantity, per rank, in all): prompts, completions and tokens of a step, and the run's steps."""
 

@@ -30,10 +30,7 @@ _NEARLY_ALL = 0.95
 
 
 class UniformShare:
-    """Exponentially decaying mean of the fraction of informative groups among uniformly drawn prompts.
-
-    A step without such groups leaves the mean unchanged. Older steps count less because the policy changes.
-    """
+    """Mean fraction of informative groups among uniform draws, decaying exponentially because the policy changes."""
 
     DECAY = 0.9
 
@@ -107,24 +104,15 @@ class UninformativeSteps:
 class SelectionMonitor(StepCallback):
     """Logs the outcomes of the chosen prompts, and how well they were forecast before the rollouts.
 
-    These metrics are about the prompts chosen in a step, including those that a filter dropped later:
+    The metrics `selection/*` (`datamodules.metric_names`) are about all prompts chosen in a step, including those that
+    a filter dropped later. A forecast is compared only for prompts whose outcome the selector had not observed; a
+    selector that chooses forecasts near 0.5 leaves little to correlate, and `difficulty/reference_pearson` covers the
+    whole pool. What a uniform choice would have had is measured in reference sets and explored prompts
+    (`UniformShare`), and forecast as the mean of 1 - p^G - (1 - p)^G over the pool, which is too high where the
+    forecast is uncertain.
 
-    - `selection/mean_success`, `selection/fresh_informative_fraction`: outcomes of their groups.
-    - `selection/forecast_mean`, `_brier`, `_pearson`: the forecast made before their rollouts, against these outcomes.
-      Prompts whose groups come from a reference set are excluded, since the selector had observed them. A selector that
-      chooses prompts with forecasts near 0.5 leaves little to correlate; `difficulty/reference_pearson` covers the
-      whole pool.
-    - `selection/uniform_informative_measured`: `fresh_informative_fraction` that a uniform choice would have had,
-      estimated from uniform rollouts: reference sets and prompts drawn for exploration (see `UniformShare`). Only in
-      runs that have any.
-    - `selection/uniform_informative_forecast`: the same by the forecast: the mean of 1 - p^G - (1 - p)^G over the pool.
-      It is too high where the forecast is uncertain, because p is then a mean over both extremes.
-    - `selection/explored_fraction`: fraction drawn uniformly for exploration.
-    - `selection/distinct_prompts`, `selection/distinct_fraction`: number of different prompts chosen so far, and their
-      fraction of the pool.
-
-    Pictures: `selection/reliability` and `selection/forecast_scatter` of the prompts since the last picture; reference
-    prompts, a uniform draw that covers the whole range, are drawn next to the chosen ones.
+    Pictures: `selection/reliability` and `selection/forecast_scatter` of the prompts since the last picture, with the
+    reference prompts, which cover the whole range, next to the chosen ones.
 
     Args:
         histograms_every: steps between histograms of the forecast over the pool and of the measured success rates.

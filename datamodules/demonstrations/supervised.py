@@ -34,8 +34,7 @@ def char_tokenizer(phrases: Sequence[str] = (), max_length: int = 512) -> PreTra
     It is a Qwen2 tokenizer without merges, since `AutoTokenizer` loads that class for every Qwen2 checkpoint.
 
     Args:
-        phrases: texts that become one token each, so that the fixed wording of a task takes little of the context.
-            They are ordinary tokens: decoding restores the text.
+        phrases: texts that become one ordinary token each, so that a task's fixed wording takes little of the context.
         max_length: value of `model_max_length`.
     """
     vocabulary = [PAD, END, *sorted(ByteLevel.alphabet())]
@@ -109,8 +108,8 @@ class Demonstrations(L.LightningDataModule):
                     f"data.noise of {task.name!r} is {noise.get(task.name)}, which is not a probability. "
                     "Set a number in [0, 1]."
                 )
-        self.tasks, self.noise, self.repeats, self.seed = tasks, noise, repeats, seed
-        self.clean_fraction = clean_fraction
+        self.tasks, self.noise, self.clean_fraction = tasks, noise, clean_fraction
+        self.repeats, self.seed = repeats, seed
         self.row_length, self.rows_per_batch, self.val_size = row_length, rows_per_batch, val_size
         self.tokenizer: PreTrainedTokenizerBase = char_tokenizer(phrases or [])
         self._batches: list[DemonstrationBatch] = []
@@ -183,9 +182,7 @@ def _pack(pairs: Sequence[TokenPair], row_length: int) -> list[list[TokenPair]]:
 
 def _row(members: Sequence[TokenPair], length: int) -> tuple[list[int], list[int], list[int]]:
     """Return token ids, labels and position ids of one row; its padding counts as one more demonstration."""
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
+    ids, labels, positions = list[int](), list[int](), list[int]()
     for prompt, completion in members:
         ids += prompt + completion
         labels += [IGNORED] * len(prompt) + completion

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # torch's own name for it
 
-from datamodules.difficulty.cache import cached_matrix, content_key
+from datamodules.difficulty.cache import cached_embeddings, hash_texts
 from datamodules.difficulty.calibration import BOUNDS, HEADS, CalibrationName
 from datamodules.errors import UserError
 
@@ -26,12 +26,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class InputScale(nn.Module):
-    """`(x - shift) * scale` per component, the identity at first; drops components in training.
-
-    Args:
-        features: components `E`.
-        dropout: probability of dropping a component in training.
-    """
+    """`(x - shift) * scale` per component, the identity at first; drops components in training."""
 
     shift: Tensor
     scale: Tensor
@@ -56,12 +51,7 @@ class KernelRidgeAdapter(nn.Module):
     success rates, tilted towards the side of the question's own forecast f_q. A training question's forecast has seen
     its own outcome, which would overstate the spread of the references' forecasts; `own`, the contribution of that
     outcome, is therefore subtracted. The basis of the reference adapter is zero: attention does not read the
-    components, only selectors that compare prompts by their query vectors do.
-
-    Args:
-        centres: number of training questions `M`.
-        features: components `E`.
-        width: `1 + R`.
+    components, only selectors that compare prompts by their query vectors do. `width` is `1 + R`.
     """
 
     centres: Tensor
@@ -142,12 +132,7 @@ class AttentionPredictor(nn.Module):
         self.head = HEADS[config.calibration]()
 
     def weights(self, queries: Tensor, references: Tensor) -> Tensor:
-        """Return the weight of every reference for every query, `[N, K]`; rows sum to one.
-
-        Args:
-            queries: `[N, E]` embeddings.
-            references: `[K, E]` embeddings.
-        """
+        """Return the weights `[N, K]` of the references `[K, E]` for the queries `[N, E]`; rows sum to one."""
         keys = self.reference(self.inputs(references))
         return torch.softmax(self.query(self.inputs(queries)) @ keys.T / self.config.width**0.5, dim=-1)
 
@@ -192,7 +177,7 @@ class AttentionSpace:
     Args:
         predictor: predictor in evaluation mode.
         embeddings: float32 `[Q, E]`.
-        key: content key of the embeddings.
+        key: key of the embeddings' content.
         cache_dir: folder of the cache.
 
     Attributes:
@@ -207,11 +192,9 @@ class AttentionSpace:
                 f"{config.in_features}. Set `encoder` to the one of its training ({config.encoder or 'the policy'})."
             )
         self.predictor, self.embeddings = predictor, embeddings
-        self.queries = cached_matrix(
-            cache_dir.expanduser() / "embeddings" / f"{content_key('attention', predictor.fingerprint(), key)}.npy",
-            rows=len(embeddings),
-            width=lambda: config.width,
-            fill=lambda out: self._adapt(predictor.query, embeddings, out),
+        name, rows = hash_texts(("attention", predictor.fingerprint(), key)), len(embeddings)
+        self.queries = cached_embeddings(
+            cache_dir, name, rows, lambda: config.width, lambda out: self._adapt(predictor.query, embeddings, out)
         )
 
     def keys(self, positions: np.ndarray) -> np.ndarray:

@@ -14,11 +14,6 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 
-def content_key(*parts: str) -> str:
-    """Return a file name that changes with any part."""
-    return hash_texts(parts)
-
-
 def hash_texts(texts: Iterable[str]) -> str:
     """Return a hash of texts in order; each is preceded by its length, so their borders count."""
     digest = hashlib.blake2b(digest_size=16)
@@ -29,19 +24,21 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def cached_embeddings(
+    cache_dir: Path, key: str, rows: int, width: Callable[[], int], fill: Callable[[np.ndarray], object]
+) -> np.ndarray:
+    """Return `cached_matrix` of the file for `key` in `cache_dir`; `~` is expanded."""
+    return cached_matrix(cache_dir.expanduser() / "embeddings" / f"{key}.npy", rows, width, fill)
+
+
 def cached_matrix(path: Path, rows: int, width: Callable[[], int], fill: Callable[[np.ndarray], object]) -> np.ndarray:
-    """Load the float32 matrix at `path`, or compute and store it if it is missing or unreadable.
+    """Load the matrix in the `.npy` file `path`, or compute and store it if it is missing or unreadable.
 
     Safe for concurrent processes: each writes a temporary file and renames it, so no reader sees a partial file.
-
-    Args:
-        path: `.npy` file.
-        rows: expected number of rows.
-        width: returns the number of columns; called only if the matrix is computed.
-        fill: writes the matrix into a zeroed array `[rows, width()]`.
+    `width` is called only if the matrix is computed; `fill` then writes it into a zeroed array.
 
     Returns:
-        float32 `[rows, width]`, memory-mapped copy-on-write.
+        float32 `[rows, width()]`, memory-mapped copy-on-write.
     """
     stored = _load(path, rows)
     if stored is not None:

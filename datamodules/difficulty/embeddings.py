@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
+from datamodules.difficulty.cache import cached_embeddings, hash_texts
 from datamodules.difficulty.pooling import PoolingRecipe, pool, read_recipe
 from datamodules.errors import UserError
 
@@ -64,17 +64,20 @@ class TextEncoder:
     def width(self) -> int:
         """Number of components `E`."""
         config = self._model.config.get_text_config()
-        self._check_layer(int(config.num_hidden_layers))
+        layers = int(config.num_hidden_layers)
+        if self.layer is not None and not 0 <= self.layer <= layers:
+            raise UserError(
+                f"layer {self.layer} of encoder {self.folder} does not exist, expected one from 0 to {layers}. "
+                "Change the number after @."
+            )
         return int(config.hidden_size)
 
-    def encode(self, questions: Sequence[str]) -> np.ndarray:
-        """Return the vectors of raw question texts, float32 `[Q, E]`; a text without tokens gets the zero vector."""
-        out = np.zeros((len(questions), self.width), dtype=np.float32)
-        self.encode_into(out, questions)
-        return out
+    def encode(self, questions: Sequence[str], out: np.ndarray | None = None) -> np.ndarray:
+        """Return the vectors of raw question texts, float32 `[Q, E]`, written into the zeroed `out` if given.
 
-    def encode_into(self, out: np.ndarray, questions: Sequence[str]) -> None:
-        """Write `encode(questions)` into the zeroed `out` `[Q, E]`, in batches of texts of similar length."""
+        A text without tokens gets the zero vector.
+        """
+        out = np.zeros((len(questions), self.width), dtype=np.float32) if out is None else out
         by_length = np.argsort([len(question) for question in questions], kind="stable")[::-1]
         for start in range(0, len(by_length), QUESTIONS_PER_BLOCK):
             positions = by_length[start : start + QUESTIONS_PER_BLOCK]
@@ -85,6 +88,7 @@ class TextEncoder:
             for rows in _batches(tokens):
                 out[positions[rows]] = self._forward([tokens[row] for row in rows])
             log.info("Embedded %d of %d questions.", start + len(positions), len(by_length))
+        return out
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]]) -> np.ndarray:
@@ -93,7 +97,11 @@ class TextEncoder:
         for row, ids in enumerate(tokens):
             padded[row, : len(ids)] = torch.tensor(ids)
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        states = self._states(padded.to(self.device), mask.to(self.device))
+        inputs = {"input_ids": padded.to(self.device), "attention_mask": mask.to(self.device)}
+        if self.layer is None:
+            states = self._model(**inputs).last_hidden_state
+        else:
+            states = self._model(**inputs, output_hidden_states=True).hidden_states[self.layer]
         vectors = pool(states.float(), lengths.to(self.device), self.recipe.pooling)
         if self.recipe.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
@@ -102,20 +110,6 @@ class TextEncoder:
                 f"encoder {self.folder} gives infinite or NaN vectors, expected finite ones. Use other weights."
             )
         return vectors.cpu().numpy()
-
-    def _states(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self.layer is None:
-            return self._model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        states = self._model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-        self._check_layer(len(states) - 1)
-        return states[self.layer]
-
-    def _check_layer(self, layers: int) -> None:
-        if self.layer is not None and not 0 <= self.layer <= layers:
-            raise UserError(
-                f"layer {self.layer} of encoder {self.folder} does not exist, expected one from 0 to {layers}. "
-                "Change the number after @."
-            )
 
     @cached_property
     def _max_length(self) -> int:
@@ -153,22 +147,10 @@ class TextEncoder:
 
 
 def embed_questions(questions: Sequence[str], encoder: TextEncoder, cache_dir: Path) -> tuple[np.ndarray, str]:
-    """Return the vectors of a pool's questions, from the disk cache if possible.
-
-    Args:
-        questions: `Q` raw question texts.
-        encoder: text encoder.
-        cache_dir: folder of the cache; `~` is expanded.
-
-    Returns:
-        The vectors, float32 `[Q, E]`, memory-mapped, and the key of their content.
-    """
-    key = content_key("embeddings", encoder.identity, hash_texts(questions))
-    matrix = cached_matrix(
-        cache_dir.expanduser() / "embeddings" / f"{key}.npy",
-        rows=len(questions),
-        width=lambda: encoder.width,
-        fill=lambda out: encoder.encode_into(out, questions),
+    """Return the vectors of `Q` raw questions, float32 `[Q, E]`, from the disk cache if possible, and their key."""
+    key = hash_texts(("embeddings", encoder.identity, hash_texts(questions)))
+    matrix = cached_embeddings(
+        cache_dir, key, len(questions), lambda: encoder.width, lambda out: encoder.encode(questions, out)
     )
     encoder.unload()
     return matrix, key

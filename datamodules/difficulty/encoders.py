@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.difficulty.cache import cached_matrix, content_key, hash_texts
+from datamodules.difficulty.cache import cached_embeddings, hash_texts
 from datamodules.difficulty.embeddings import TextEncoder, embed_questions
 from datamodules.errors import UserError
 
-STATISTICS = "statistics"
-_STATISTICS_VERSION = "v1"
+STATISTICS, _STATISTICS_VERSION = "statistics", "v1"
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _SENTENCE = re.compile(r"[.?!]")
@@ -37,13 +36,11 @@ def embed_with(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np
     parts = [_embed_part(part, questions, cache_dir) for part in encoder_parts(name)]
     if len(parts) == 1:
         return parts[0]
-    key = content_key("joined", *(part_key for _, part_key in parts))
+    key = hash_texts(("joined", *(part_key for _, part_key in parts)))
     matrices = [matrix for matrix, _ in parts]
-    joined = cached_matrix(
-        cache_dir.expanduser() / "embeddings" / f"{key}.npy",
-        rows=len(questions),
-        width=lambda: sum(matrix.shape[1] for matrix in matrices),
-        fill=lambda out: np.concatenate(matrices, axis=1, out=out),
+    width = sum(matrix.shape[1] for matrix in matrices)
+    joined = cached_embeddings(
+        cache_dir, key, len(questions), lambda: width, lambda out: np.concatenate(matrices, axis=1, out=out)
     )
     return joined, key
 
@@ -65,14 +62,13 @@ def encoder_parts(name: str) -> list[str]:
 
 def _embed_part(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
     if name == STATISTICS:
-        key = content_key(STATISTICS, _STATISTICS_VERSION, hash_texts(questions))
+        key = hash_texts((STATISTICS, _STATISTICS_VERSION, hash_texts(questions)))
 
         def fill(out: np.ndarray) -> None:
             for row, question in enumerate(questions):
                 out[row] = statistics(question)
 
-        path = cache_dir.expanduser() / "embeddings" / f"{key}.npy"
-        return cached_matrix(path, len(questions), lambda: STATISTICS_WIDTH, fill), key
+        return cached_embeddings(cache_dir, key, len(questions), lambda: STATISTICS_WIDTH, fill), key
     model, at, layer = name.rpartition("@")
     if at and layer.isdigit() and not Path(name).expanduser().is_dir():
         return embed_questions(questions, TextEncoder(model, layer=int(layer)), cache_dir)

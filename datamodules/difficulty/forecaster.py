@@ -37,13 +37,7 @@ class Space(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """A forecast of the pool and the parameters behind it.
-
-    Attributes:
-        success_rate: float64 `[Q]`.
-        calibration: map from base forecasts to `success_rate`.
-        scale: factor on the similarities before the softmax.
-    """
+    """A forecast of the pool, `success_rate` float64 `[Q]`, its calibration and its factor on the similarities."""
 
     success_rate: np.ndarray
     calibration: Calibration
@@ -87,16 +81,9 @@ def predict(
 
 
 def softmax_average(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """Return `softmax_i(scale * q . k_i) @ values` for every query, computed in chunks of `CHUNK x K` floats.
+    """Return `softmax_i(scale * q . k_i) @ values` for every query, float64 `[Q]`, in chunks of `CHUNK x K` floats.
 
-    Args:
-        queries: `[Q, D]` float16 or float32, may be memory-mapped.
-        keys: `[K, D]`.
-        values: `[K]`.
-        scale: factor on the dot products.
-
-    Returns:
-        float64 `[Q]`.
+    `queries` `[Q, D]` are float16 or float32 and may be memory-mapped; `keys` are `[K, D]`, `values` `[K]`.
     """
     weights = torch.from_numpy(np.ascontiguousarray(keys, dtype=np.float32) * np.float32(scale)).T.contiguous()
     targets = torch.from_numpy(np.asarray(values, dtype=np.float32))
@@ -110,15 +97,9 @@ def softmax_average(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, s
 
 
 def leave_one_out(similarity: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """Return the softmax average that each reference gets from the others.
+    """Return the softmax average of `values` `[K]` that each reference gets from the others, float64 `[K]`, `K >= 2`.
 
-    Args:
-        similarity: float64 `[K, K]`, `K >= 2`; row i has the dot products of reference i's query with every key.
-        values: float64 `[K]`.
-        scale: factor on the similarities.
-
-    Returns:
-        float64 `[K]`.
+    Row i of `similarity` `[K, K]` has the dot products of reference i's query with every key.
     """
     logits = similarity * scale
     np.fill_diagonal(logits, -np.inf)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datamodules.difficulty.cache import cached_matrix, content_key
+from datamodules.difficulty.cache import cached_embeddings, hash_texts
 from datamodules.difficulty.calibration import soft_cross_entropy
 from datamodules.difficulty.forecaster import leave_one_out
 
@@ -30,7 +30,7 @@ class KernelSpace:
 
     Args:
         embeddings: float32 `[Q, E]`.
-        key: content key of the embeddings.
+        key: key of the embeddings' content.
         cache_dir: folder of the cache.
         rank: components to keep; embeddings without more are only centred.
 
@@ -39,11 +39,9 @@ class KernelSpace:
     """
 
     def __init__(self, embeddings: np.ndarray, key: str, cache_dir: Path, rank: int = RANK) -> None:
-        self.queries = cached_matrix(
-            cache_dir.expanduser() / "embeddings" / f"{content_key('kernel', 'v1', str(rank), key)}.npy",
-            rows=len(embeddings),
-            width=lambda: min(rank, embeddings.shape[1]),
-            fill=lambda out: _project(embeddings, out),
+        name, width = hash_texts(("kernel", "v1", str(rank), key)), min(rank, embeddings.shape[1])
+        self.queries = cached_embeddings(
+            cache_dir, name, len(embeddings), lambda: width, lambda out: _project(embeddings, out)
         )
 
     def keys(self, positions: np.ndarray) -> np.ndarray:
@@ -56,12 +54,7 @@ class KernelSpace:
 
 
 def fit_temperature(similarity: np.ndarray, rates: np.ndarray) -> float:
-    """Return the temperature of least leave-one-out cross-entropy in `TEMPERATURES`, the highest of equal ones.
-
-    Args:
-        similarity: float64 `[K, K]` cosines among the references.
-        rates: float64 `[K]` success rates in [0, 1].
-    """
+    """Return the temperature of least leave-one-out cross-entropy in `TEMPERATURES`, the highest of equal ones."""
     best, best_loss = float(TEMPERATURES[0]), np.inf
     if len(rates) < 2:
         return best

@@ -15,8 +15,7 @@ from datamodules.errors import UserError
 from datamodules.jsonl import read_objects
 from datamodules.seeding import derive_seed
 
-_QUESTION = "question"
-_RATES = "pass_rate_by_epoch"
+_QUESTION, _RATES = "question", "pass_rate_by_epoch"
 _COLUMNS = ("question", "birth_step", "correctness")
 _Cell = tuple[str, int, float]
 """(question, visit, success rate)."""
@@ -36,7 +35,6 @@ class RecordedOutcomes:
     rates: np.ndarray
 
     def take(self, rows: np.ndarray) -> RecordedOutcomes:
-        """Return the outcomes of some questions."""
         return RecordedOutcomes([self.questions[row] for row in rows], self.rates[rows])
 
     @property
@@ -192,7 +190,7 @@ def split_questions(
         questions: `Q` texts; texts that differ only in white space go to the same part.
         seed: seed of the order.
         validation: share of the distinct questions to validate on.
-        test: share of the distinct questions to test on.
+        test: share to test on.
         fold: index of the slice to test on.
 
     Raises:
@@ -210,9 +208,5 @@ def split_questions(
         )
     place = {key: (number - first) % count for number, key in enumerate(order)}
     places = np.array([place[key] for key in keys])
-    tested = last - first
-    return QuestionSplit(
-        train=np.flatnonzero(places >= tested + held),
-        validation=np.flatnonzero((places >= tested) & (places < tested + held)),
-        test=np.flatnonzero(places < tested),
-    )
+    tested, trained = places < last - first, places >= last - first + held
+    return QuestionSplit(*(np.flatnonzero(part) for part in (trained, ~tested & ~trained, tested)))

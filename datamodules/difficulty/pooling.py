@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from datamodules.errors import UserError
 
 Pooling = Literal["mean", "cls", "lasttoken"]
-POOLINGS: tuple[str, ...] = ("mean", "cls", "lasttoken")
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 MODULES = ("Transformer", "Pooling", "Normalize")
 
 

@@ -30,8 +30,7 @@ COMPANIONS = 63
 """Principal components of the text that follow the forecast."""
 MAX_SEARCHED = 1000
 """Questions among which bandwidths are chosen: each candidate costs a decomposition of their kernel matrix."""
-HEAD_STEPS = 200
-HEAD_LEARNING_RATE = 0.03
+HEAD_STEPS, HEAD_LEARNING_RATE = 200, 0.03
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,11 +55,9 @@ class RidgeFit:
 
 
 def fit_ridge(kernel: np.ndarray, targets: np.ndarray) -> RidgeFit:
-    """Fit a ridge regression with the lambda of `RIDGES` of least leave-one-out error.
+    """Fit a ridge regression of `targets` `[N]` on a positive semi-definite `kernel` `[N, N]`, both float64.
 
-    Args:
-        kernel: float64 `[N, N]`, positive semi-definite.
-        targets: float64 `[N]`.
+    Its lambda is the one of `RIDGES` of least leave-one-out error.
     """
     offset = float(targets.mean())
     values, vectors = np.linalg.eigh(kernel)
@@ -123,15 +120,8 @@ def _assemble(
 ) -> AttentionPredictor:
     """Build both adapters from the regression on scaled `centres` `[N, E]`."""
     rank = min(COMPANIONS, *centres.shape)
-    config = PredictorConfig(
-        in_features=centres.shape[1],
-        width=1 + rank,
-        depth=0,
-        dropout=0.0,
-        centres=len(centres),
-        calibration=calibration,
-        encoder=encoder,
-    )
+    features, width, count = centres.shape[1], 1 + rank, len(centres)
+    config = PredictorConfig(features, width, 0, 0.0, centres=count, calibration=calibration, encoder=encoder)
     predictor = AttentionPredictor(config)
     query, reference = predictor.query, predictor.reference
     assert isinstance(query, KernelRidgeAdapter)

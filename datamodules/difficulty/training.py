@@ -54,12 +54,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A predictor with the weights of its best epoch.
-
-    Attributes:
-        predictor: trained predictor in evaluation mode.
-        losses: validation loss before training and after each epoch.
-    """
+    """A predictor with the weights of its best epoch, and the validation loss before training and after each epoch."""
 
     predictor: AttentionPredictor
     losses: tuple[float, ...]
@@ -183,15 +178,9 @@ def _validate(predictor: AttentionPredictor, record: _Record) -> float:
 def average_measured(weights: Tensor, rates: Tensor) -> Tensor:
     """Return the weighted average rate at each visit over the references measured there, `[N, V]`.
 
-    Attention weights do not depend on the visit, so one pass of the adapters serves all visits. Dividing by the weight
-    of the measured references equals the softmax over them alone.
-
-    Args:
-        weights: `[N, K]`, rows sum to one.
-        rates: `[K, V]`, NaN where not measured.
-
-    Returns:
-        `[N, V]`, NaN at visits that measured no reference.
+    Attention weights `[N, K]` (rows sum to one) do not depend on the visit, so one pass of the adapters serves all
+    visits. Dividing by the weight of the measured references equals the softmax over them alone. `rates` `[K, V]` are
+    NaN where not measured, the result at visits that measured no reference.
     """
     measured = torch.isfinite(rates)
     share = weights @ measured.float()
@@ -199,13 +188,7 @@ def average_measured(weights: Tensor, rates: Tensor) -> Tensor:
 
 
 def visit_forecasts(head: CalibrationHead, base: Tensor, references: Tensor) -> Tensor:
-    """Return calibrated forecasts, `[N, V]`.
-
-    Args:
-        head: calibration head.
-        base: `[N, V]` uncalibrated forecasts.
-        references: `[K, V]` rates of the references, NaN where not measured.
-    """
+    """Return calibrated forecasts `[N, V]` of `base` `[N, V]`, given rates of `references` `[K, V]` (may be NaN)."""
     columns = []
     for visit in range(base.shape[1]):
         measured = references[torch.isfinite(references[:, visit]), visit]

@@ -11,20 +11,3 @@ section 2.1). `z_i`, the prompt's own course, is an Ornstein-Uhlenbeck process a
 (`observation.py`). The constants are fitted to the run by empirical Bayes (`evidence.py`). `table.py` and
 `acquisition.py` turn a belief into forecasts and into a choice.
 """
-
-from datamodules.posterior.acquisition import Acquisition
-from datamodules.posterior.evidence import Log, fit_constants
-from datamodules.posterior.model import Beliefs, Constants, PosteriorModel
-from datamodules.posterior.observation import assimilate
-from datamodules.posterior.table import BeliefTable
-
-__all__ = [
-    "Acquisition",
-    "BeliefTable",
-    "Beliefs",
-    "Constants",
-    "Log",
-    "PosteriorModel",
-    "assimilate",
-    "fit_constants",
-]

@@ -81,12 +81,7 @@ def fit_constants(features: np.ndarray, start: Constants, log: Log) -> Constants
     """Return constants of higher evidence than `start`, by one round of pattern search over their logarithms.
 
     Each constant is multiplied or divided by a factor as long as that helps, at most three times. Later rounds start
-    from the result of this one, so the constants settle as outcomes arrive.
-
-    Args:
-        features: float32 `[Q, r]`.
-        start: initial constants.
-        log: outcomes so far.
+    from the result of this one, so the constants settle as outcomes arrive. `features` are float32 `[Q, r]`.
     """
     log = sample_histories(log)
     prompts, local = np.unique(log.positions, return_inverse=True)

@@ -39,7 +39,7 @@ class Constants:
     drift: float = 1e-3
 
     def logarithms(self) -> np.ndarray:
-        """Return float64 `[5]` logarithms in the order of the attributes."""
+        """Return the logarithms of the attributes in order, float64 `[5]`."""
         return np.log(np.array(list(asdict(self).values())))
 
     @classmethod
@@ -53,10 +53,6 @@ class Drift:
     """Belief over the common drift `m(t)`, a scalar Kalman filter.
 
     It starts at 0, since the pool's level is the intercept of the shared part.
-
-    Attributes:
-        mean: filtered mean.
-        variance: filtered variance.
     """
 
     mean: float = 0.0
@@ -99,10 +95,6 @@ class History:
     Given g, the course z has mean g, stationary variance `own` and autocorrelation `exp(-gap / memory)`. Kalman's
     recursion is linear in g, so one pass keeps `z | g` for every g (`Conditional`). The information of an outcome about
     g is a Gaussian factor for the shared part (`Message`). Both are exact for Gaussian measurements.
-
-    Args:
-        size: prompts `Q`.
-        constants: constants of the model.
     """
 
     def __init__(self, size: int, constants: Constants) -> None:
@@ -219,15 +211,10 @@ class PosteriorModel:
         self.drift.variance += steps * self.constants.drift
 
     def observe(self, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> float:
-        """Condition on the groups of the prompts at `positions`.
+        """Condition on the groups of the prompts at distinct `positions`, int64 `[N]`.
 
-        Args:
-            positions: int64 `[N]` distinct pool positions.
-            successes: float64 `[N]` summed rewards.
-            samples: float64 `[N]` completions.
-
-        Returns:
-            Sum of the log-probabilities of the outcomes before the update, up to a constant.
+        `successes` are their summed rewards and `samples` their completions, float64 `[N]`. Returns the sum of the
+        log-probabilities of the outcomes before the update, up to a constant.
         """
         own = self.history.now(self.step, positions)
         mean, variance = self.shared.moments(positions)

@@ -14,12 +14,9 @@ MIN_PRECISION = 1e-9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assimilated:
-    """Beliefs after one group each; arrays `[N]`.
+    """Beliefs over the log-odds after one group each; arrays `[N]`.
 
-    Attributes:
-        mean: posterior mean of the log-odds.
-        variance: posterior variance of the log-odds.
-        log_evidence: log of the mean of `p^k (1 - p)^(n - k)` under the prior belief.
+    `log_evidence` is the log of the mean of `p^k (1 - p)^(n - k)` under the prior belief.
     """
 
     mean: np.ndarray
@@ -29,13 +26,7 @@ class Assimilated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sites:
-    """Gaussian measurements of the log-odds that change each belief as its group does; arrays `[N]`.
-
-    Attributes:
-        value: measured log-odds.
-        variance: variance of the measurement error, > 0.
-        log_evidence: see `Assimilated`.
-    """
+    """Measured log-odds with Gaussian errors that change each belief as its group does; arrays `[N]`."""
 
     value: np.ndarray
     variance: np.ndarray
@@ -71,14 +62,9 @@ def assimilate(mean: np.ndarray, variance: np.ndarray, successes: np.ndarray, sa
 
 
 def measure(mean: np.ndarray, variance: np.ndarray, noise: float, successes: np.ndarray, samples: np.ndarray) -> Sites:
-    """Return the groups as Gaussian measurements of the log-odds.
+    """Return the groups as Gaussian measurements of the log-odds (see `assimilate` for the arguments).
 
-    Args:
-        mean: float64 `[N]` prior means of the log-odds.
-        variance: float64 `[N]` prior variances, > 0.
-        noise: variance of a group's own shift of the log-odds (over-dispersion of the binomial count), >= 0.
-        successes: float64 `[N]` summed rewards.
-        samples: float64 `[N]` completions.
+    `noise` is the variance of a group's own shift of the log-odds (over-dispersion of the binomial count), >= 0.
     """
     spread = variance + noise
     after = assimilate(mean, spread, successes, samples)

@@ -22,12 +22,9 @@ MAX_LOOKAHEAD = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """Places of beliefs in the table.
+    """Places of beliefs in the table; arrays `[Q]`.
 
-    Attributes:
-        corner: int64 `[Q]` flat index of the lower corner.
-        along_mean: float64 `[Q]` fraction of the way to the next mean.
-        along_deviation: float64 `[Q]` fraction of the way to the next deviation.
+    `corner` is the flat index of the lower corner, `along_*` the fraction of the way to the next mean or deviation.
     """
 
     corner: np.ndarray

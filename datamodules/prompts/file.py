@@ -8,15 +8,12 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
-from datamodules.pool import PromptPool, ReadReport
+from datamodules.pool import PromptPool
 from datamodules.prompts.files import open_dataset
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.splits import hold_out, split_pool
 from datamodules.prompts.tables import DatasetTable
 from datamodules.prompts.templates import Renderer, check_template
-
-__all__ = ["PromptFile", "PromptSource", "ReadReport", "hold_out", "split_pool"]
 
 _PROBE = 64
 """Number of rows that the schema is detected from."""
@@ -47,10 +44,8 @@ class PromptSource(ABC):
         self._check_positive(max_prompt_length=max_prompt_length)
         if template:
             check_template(template)
-        self.system_prompt = system_prompt
-        self.template = template
-        self.chat_template_kwargs = chat_template_kwargs
-        self.max_prompt_length = max_prompt_length
+        self.system_prompt, self.template = system_prompt, template
+        self.chat_template_kwargs, self.max_prompt_length = chat_template_kwargs, max_prompt_length
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -112,11 +107,8 @@ class PromptFile(PromptSource):
     ) -> None:
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length)
         self._check_positive(limit=limit)
-        self.path = path
-        self.split = split
-        self.name = name
+        self.path, self.name, self.split, self.limit = path, name, split, limit
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
-        self.limit = limit
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
         named = [self.overrides.prompt_column, self.overrides.answer_column, self.overrides.id_column]

@@ -23,12 +23,12 @@ script, which is never run."""
 
 
 def open_dataset(path: str, name: str | None, split: str, text_columns: list[str]) -> datasets.Dataset:
-    """Open one split.
+    """Open one split; a single file is that split, whatever its name.
 
     Args:
         path: file, folder or hub name.
         name: configuration of a hub data set.
-        split: split of a hub data set or folder; a single file is that split, whatever its name.
+        split: split of a hub data set or folder.
         text_columns: columns of a CSV file that stay text, in addition to the known prompt and answer columns.
 
     Raises:
@@ -74,19 +74,16 @@ def _open_file(path: Path, split: str, text_columns: list[str]) -> datasets.Data
 
 
 def _open_folder(path: Path, name: str | None, split: str) -> datasets.Dataset:
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.Dataset):
-                return saved
-            if split not in saved:
-                raise UserError(f"{str(path)!r} has no split {split!r}: {nearest(split, saved)}")
-            return saved[split]
-        return datasets.load_dataset(str(path), name, split=split)
-    except UserError:
-        raise
+        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), name, split=split)
     except _FAILURES as error:
         raise UserError(f"Folder {str(path)!r} cannot be read as a data set: {_root_cause(error)}") from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    if split not in found:
+        raise UserError(f"{str(path)!r} has no split {split!r}: {nearest(split, found)}")
+    return found[split]
 
 
 def _root_cause(error: BaseException) -> str:

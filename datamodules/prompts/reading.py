@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
 
 import numpy as np
 
@@ -33,39 +32,36 @@ def read_pool(
     names = table.rows([0])[0].keys() if len(table) else ()
     for positions, rows in batches(table.narrow(schema.sources), np.arange(len(table))):
         scan.add(positions, rows)
-    report = ReadReport(
-        source=f"{source} ({schema})",
-        read=len(table),
-        kept=len(scan.kept),
-        empty=scan.empty,
-        duplicates=scan.duplicates,
-        overlong=scan.overlong,
-        max_prompt_length=max_prompt_length,
-        hidden_columns=tuple(sorted(REWARD_ARGUMENTS & set(names))),
-    )
+    described, dropped = f"{source} ({schema})", (scan.empty, scan.duplicates, scan.overlong)
+    hidden = tuple(sorted(REWARD_ARGUMENTS & set(names)))
+    report = ReadReport(described, len(table), len(scan.kept), *dropped, max_prompt_length, hidden_columns=hidden)
     if not scan.kept:
         raise UserError(f"No prompt is left: {report}. Give other data or raise max_prompt_length.")
-    positions = np.array([row.position for row in scan.kept], dtype=np.int64)
+    places = np.array([row.position for row in scan.kept], dtype=np.int64)
     ids = _unique_ids(scan.kept, schema.id_is_index)
-    prompts = _PoolRows(table, positions, ids, schema, renderer)
-    return PromptPool(prompts, ids, Questions(table, positions, schema), report, [row.key for row in scan.kept])
+
+    def build(index: int) -> Prompt:
+        row = table.rows(places[index : index + 1])[0]
+        prompt = schema.prompt_of(row)
+        assert prompt is not None, "the scan keeps no row without a prompt"
+        rendered, question = renderer(prompt), question_of(prompt)
+        tokens = tuple(renderer.encode([rendered.text])[0])
+        return Prompt(ids[index], index, question, rendered.prompt, tokens, schema.columns_of(row, question))
+
+    return PromptPool(build, ids, Questions(table, places, schema), report, [row.key for row in scan.kept])
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A row that becomes a prompt.
-
-    Attributes:
-        position: position in the table.
-        name: id given by the data, if any.
-        digests: hashes of the raw prompt, and of the raw prompt and answer.
-        key: hash of the rendered text and answer, equal for duplicates.
-    """
+    """A row that becomes a prompt."""
 
     position: int
     name: str | None
+    """Id given by the data, if any."""
     digests: tuple[bytes, bytes]
+    """Hashes of the raw prompt, and of the raw prompt and answer."""
     key: bytes
+    """Hash of the rendered text and answer, equal for duplicates."""
 
 
 @dataclass
@@ -83,7 +79,6 @@ class _Scan:
     overlong: int = 0
 
     def add(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
-        """Add a batch of rows."""
         found: list[_Kept] = []
         texts: list[str] = []
         for position, row in zip(positions, rows, strict=True):
@@ -127,42 +122,12 @@ class _Scan:
             ) from error
 
 
-class _PoolRows:
-    """Builds the prompt at a position."""
-
-    def __init__(self, table: Table, kept: np.ndarray, ids: Sequence[str], schema: Schema, renderer: Renderer) -> None:
-        self._table = table
-        self._kept = kept
-        self._ids = ids
-        self._schema = schema
-        self._renderer = renderer
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Prompt:
-        index = range(len(self))[index]
-        row = self._table.rows(self._kept[index : index + 1])[0]
-        prompt = self._schema.prompt_of(row)
-        assert prompt is not None, "the scan keeps no row without a prompt"
-        rendered, question = self._renderer(prompt), question_of(prompt)
-        return Prompt(
-            id=self._ids[index],
-            index=index,
-            question=question,
-            prompt=rendered.prompt,
-            token_ids=tuple(self._renderer.encode([rendered.text])[0]),
-            columns=self._schema.columns_of(row, question),
-        )
-
-
 class Questions(Sequence[str]):
     """Raw question texts of some rows, read on demand; iteration reads a thousand rows at a time."""
 
     def __init__(self, table: Table, kept: np.ndarray, schema: Schema) -> None:
         self._table = table.narrow([schema.prompt, schema.prompt.split(".")[0]])
-        self._kept = kept
-        self._schema = schema
+        self._kept, self._schema = kept, schema
 
     def take(self, positions: np.ndarray) -> Questions:
         """Return those at `positions`, in that order."""
@@ -171,13 +136,7 @@ class Questions(Sequence[str]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self._question(row) for row in self._table.rows(self._kept[index])]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # positions only, no slices
         place = range(len(self))[index]
         return self._question(self._table.rows(self._kept[place : place + 1])[0])
 

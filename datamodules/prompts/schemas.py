@@ -1,10 +1,4 @@
-"""Detects which columns of a data set hold the prompt, the reference answer and the row's id.
-
-Schemas that are recognised (columns: prompt, answer):
-    TRL `prompt, solution`; verl `prompt, reward_model.ground_truth`; SkyRL `prompt, reward_spec.ground_truth`;
-    open-instruct `messages, ground_truth`; OpenRLHF `input, label`; NeMo-RL `input, output`;
-    GSM8K `question, answer` with `####`; MATH `problem, answer` or `problem, solution` with a boxed answer.
-"""
+"""Detects which columns of a data set hold the prompt, the reference answer and the row's id (see `PromptFile`)."""
 
 from __future__ import annotations
 

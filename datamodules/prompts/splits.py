@@ -71,22 +71,11 @@ def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
         questions = [pool.questions[position] for position in positions]
     ids = [pool.ids[position] for position in positions]
     digests = None if pool.digests is None else [pool.digests[position] for position in positions]
-    return PromptPool(_SubRows(pool, positions), ids, questions, digests=digests)
 
+    def build(index: int) -> Prompt:
+        return replace(pool[positions[index]], index=index)
 
-class _SubRows:
-    """Some of a pool's prompts, renumbered."""
-
-    def __init__(self, pool: PromptPool, positions: np.ndarray) -> None:
-        self._pool = pool
-        self._positions = positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: int) -> Prompt:
-        index = range(len(self))[index]
-        return replace(self._pool[self._positions[index]], index=index)
+    return PromptPool(build, ids, questions, digests=digests)
 
 
 def _without(pool: PromptPool, held: np.ndarray) -> PromptPool:

@@ -44,13 +44,8 @@ def write_subset(prompts: Sequence[Prompt], path: Path) -> None:
 
 def subset_options(path: Path, source: PromptSource | None) -> dict[str, Any]:
     """Return the arguments with which `PromptFile` renders a subset of `source` as `source` did."""
-    rendering: dict[str, Any] = {}
-    if source is not None:
-        rendering = {
-            "system_prompt": source.system_prompt,
-            "template": source.template,
-            "chat_template_kwargs": source.chat_template_kwargs,
-        }
+    names = ("system_prompt", "template", "chat_template_kwargs")
+    rendering = {} if source is None else {name: getattr(source, name) for name in names}
     return {
         "path": str(path),
         "split": "train",
@@ -73,14 +68,8 @@ def check_subset(options: dict[str, Any], prompts: Sequence[Prompt], tokenizer: 
     """
     path, found = options["path"], PromptFile(**options).load(tokenizer, seed=0)
     for expected, prompt in zip(prompts, found, strict=False):
-        equal = {
-            "id": expected.id == prompt.id,
-            "question": expected.question == prompt.question,
-            "prompt": expected.prompt == prompt.prompt,
-            "token_ids": expected.token_ids == prompt.token_ids,
-        }
-        for name, same in equal.items():
-            if not same:
+        for name in ("id", "question", "prompt", "token_ids"):
+            if getattr(expected, name) != getattr(prompt, name):
                 raise UserError(
                     f"{path}: prompt {expected.id!r} has another {name} when read back, because its source renders "
                     "prompts differently from PromptFile. Use a source that PromptFile can replace."

@@ -76,9 +76,7 @@ class Renderer:
     ) -> None:
         if template is not None:
             check_template(template)
-        self.tokenizer = tokenizer
-        self.template = template
-        self.system_prompt = system_prompt
+        self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     @property

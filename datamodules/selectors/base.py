@@ -58,7 +58,11 @@ class Selector(ABC):
         self._chosen_now = NO_PROMPTS
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
-        """Attach the pool. Called once, before the first choice."""
+        """Attach the pool, and embed it where the method reads texts. Called once, before the first choice.
+
+        Raises:
+            UserError: a text encoder or predictor is unusable.
+        """
         self._pool, self._seed = pool, context.seed
 
     @property
@@ -117,12 +121,9 @@ class Selector(ABC):
         return None
 
     def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
-        """Return the number of prompts to request in a refill.
+        """Return the number of prompts to request in a refill, when a batch still lacks `missing` groups.
 
-        Args:
-            missing: groups that the batch still lacks.
-            default: prompts of a full first choice, the largest refill.
-            kept_fraction: share of the groups rolled out in this step that were kept.
+        `default` is the largest refill, a full first choice; `kept_fraction` is the share of this step's groups kept.
         """
         return min(missing, default)
 
@@ -189,12 +190,10 @@ class Ranker(Selector):
         """
 
     def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NO_PROMPTS) -> None:
-        """Update the state after a choice.
+        """Update the state after the choice of the positions `chosen`.
 
-        Args:
-            chosen: positions that were chosen.
-            passed_over: positions that a filter refused although they ranked above the last ranked choice. In a
-                method that works through the pool in passes, they have had their turn.
+        A filter refused the positions `passed_over` although they ranked above the last ranked choice. In a method that
+        works through the pool in passes, they have had their turn.
         """
 
     def select(self, n: int, excluded: np.ndarray = NO_PROMPTS) -> np.ndarray:

@@ -74,7 +74,6 @@ class Dots(Ranker):
         self._forecast: Forecast | None = None
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
-        """Embed the pool or load its cached embeddings. Raises UserError for an unusable encoder or predictor."""
         super().setup(pool, context)
         trained = AttentionPredictor.load(Path(self.predictor).expanduser()) if self.predictor else None
         name = self.encoder or (trained and trained.config.encoder) or context.policy_path

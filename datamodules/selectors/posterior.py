@@ -13,9 +13,10 @@ from datamodules.difficulty.encoders import STATISTICS, embed_with, encoder_part
 from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.posterior import Acquisition, Beliefs, BeliefTable, Constants, Log, PosteriorModel, fit_constants
-from datamodules.posterior.evidence import replay
-from datamodules.posterior.table import Cells
+from datamodules.posterior.acquisition import Acquisition
+from datamodules.posterior.evidence import Log, fit_constants, replay
+from datamodules.posterior.model import Beliefs, Constants, PosteriorModel
+from datamodules.posterior.table import BeliefTable, Cells
 from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
 from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
@@ -76,8 +77,7 @@ class Posterior(Ranker):
                 raise UserError(f"{name} is {value}, expected a finite number >= 0. Use 0 to {zero}.")
         self.predictor, self.encoder, self.use_embeddings = predictor, encoder, use_embeddings
         self.acquisition = Acquisition(lookahead, knowledge)
-        self.learn_constants = learn_constants
-        self.temperature = temperature
+        self.learn_constants, self.temperature = learn_constants, temperature
         self._features = np.zeros((0, 0), dtype=np.float32)
         """float32 `[Q, r]` centred unit vectors; `r` is 0 without embeddings."""
         self._model = PosteriorModel(self._features, Constants())
@@ -90,7 +90,6 @@ class Posterior(Ranker):
         """Prompts chosen in this step that the greedy choice would have left out, and all prompts chosen."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
-        """Embed the pool or load its cached embeddings. Raises UserError for an unusable encoder or predictor."""
         super().setup(pool, context)
         self._features = self._embed(pool, context)
         self._model = PosteriorModel(self._features, Constants())

@@ -10,16 +10,10 @@ from datamodules.seeding import generator
 
 
 def top_k(priorities: np.ndarray, k: int, rng: np.random.Generator, among: np.ndarray | None = None) -> np.ndarray:
-    """Return the positions of the `k` largest priorities in descending order, ties in random order.
+    """Return the int64 `[k]` positions of the `k` largest priorities in descending order, ties in random order.
 
-    Args:
-        priorities: float64 `[Q]`, without NaN; -inf is allowed and comes last.
-        k: number of positions, at most the number of eligible ones.
-        rng: generator that breaks ties.
-        among: bool `[Q]` mask of eligible positions; None for all.
-
-    Returns:
-        int64 `[k]` distinct positions.
+    `priorities` are float64 `[Q]` without NaN; -inf comes last. `among` is the bool `[Q]` mask of eligible positions,
+    at least `k`; None for all.
     """
     positions = np.arange(len(priorities)) if among is None else np.flatnonzero(among)
     if k == 0:
@@ -36,25 +30,15 @@ def gumbel(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     The order of the largest values follows the sequential distribution over the remaining prompts (Kool et al. 2019,
     arXiv 1903.06059, section 2.3). No exponential is formed, so logits thousands apart do not underflow.
-
-    Args:
-        logits: float64 `[Q]` unnormalised log-probabilities.
-        rng: source of the noise.
     """
     return logits + rng.gumbel(size=len(logits))
 
 
 @lru_cache(maxsize=4)
 def pass_ranks(seed: int, method: str, number: int, size: int) -> np.ndarray:
-    """Return the rank of every prompt in the shuffled order of one pass over the pool, int64 `[Q]`, read-only.
+    """Return the rank of every prompt in the shuffled order of pass `number` over the pool, int64 `[Q]`, read-only.
 
-    The order depends on the arguments only, so it needs no saved state.
-
-    Args:
-        seed: seed of the run.
-        method: name that gives each method its own orders.
-        number: index of the pass.
-        size: prompts in the pool, `Q`.
+    The order depends on the run's seed, the method's name and the arguments only, so it needs no saved state.
     """
     order = generator(seed, method, "pass", number).permutation(size)
     ranks = np.empty_like(order)

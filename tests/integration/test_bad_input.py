@@ -66,7 +66,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
     "nothing to validate": (
         ("validate", "--config", "run.yaml", "--ckpt_path", "last"),
-        "--ckpt_path last: no run under runs/small; train one first, or name a file",
+        "--ckpt_path last: no run under runs/small. Train one first, or name a file.",
     ),
     "export without checkpoint": (("export", "--config", "run.yaml", "--out", "o"), "ckpt_path is missing"),
     "export over a folder": (
@@ -178,7 +178,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "folder of checkpoints": (
         lambda c: callback(c, "RunCheckpoint").update(dirpath="/proc/nowhere"),
-        "checkpoints cannot be written to /proc/nowhere (No such file or directory): make it writable, or name another",
+        "Checkpoints cannot be written to /proc/nowhere (No such file or directory), expected a writable folder",
     ),
     "folder of runs": (
         lambda c: c["trainer"]["logger"]["init_args"].update(save_dir="pool.jsonl/runs"),

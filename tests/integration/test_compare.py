@@ -18,6 +18,7 @@ from tests.support.command import ROOT, command, dots
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
 MICRO = {
+    "checkpoint": {"every": 1},
     "trainer": {"max_steps": 6},
     "model": {
         "class_path": "app.module.GRPOModule",
@@ -32,14 +33,6 @@ MICRO = {
         "init_args": {"prompts_per_step": 8, "val_size": 16},
     },
 }
-
-
-def arm(folder: Path, name: str) -> str:
-    """An arm of the project with a checkpoint at every step."""
-    text = (ROOT / "configs" / "arms" / f"{name}.yaml").read_text()
-    text = text.replace("callbacks.RunCheckpoint\n", "callbacks.RunCheckpoint\n      init_args: {every: 1}\n")
-    (folder / f"{name}.yaml").write_text(text)
-    return str(folder / f"{name}.yaml")
 
 
 def kill_only_the_comparison(sign: Path, arguments: list[str]) -> None:
@@ -63,7 +56,7 @@ def test_a_comparison_is_killed_and_continues(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [
         "compare", "--base", "configs/quickstart.yaml", str(tmp_path / "micro.yaml"),
-        "--arms", f"grpo={arm(tmp_path, 'grpo')}", f"rr={arm(tmp_path, 'rr')}",
+        "--arms", "grpo=configs/arms/grpo.yaml", "rr=configs/arms/rr.yaml",
         "--seeds", "0", "1", "--smooth", "1", "--out", str(out),
     ]  # fmt: skip
     every = ["--evaluate_every", "2"]

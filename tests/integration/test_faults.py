@@ -332,7 +332,7 @@ def test_a_full_disk_costs_the_checkpoints_of_that_time(place: Place, small_disk
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [str(one.message) for one in warned if "cannot be written" in str(one.message)]
     assert [Path(line.split()[1]).name for line in lines] == ["step_00000002.ckpt", "step_00000003.ckpt"]
-    assert all("No space left on device" in line and "and training goes on: the next one is" in line for line in lines)
+    assert all("No space left on device" in line and "Training continues, and the next" in line for line in lines)
     there = {path.name for path in (small_disk / "checkpoints").iterdir()}
     assert there == {"step_00000004.ckpt", "step_00000004.ckpt.sha256", "last.ckpt"}
 
@@ -346,7 +346,7 @@ def test_a_full_disk_stops_where_it_must(place: Place, small_disk: Path, stop: b
     done = fit(place)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dots: error:")]
-    assert "No space left on device" in line and "free the disk or name another folder" in line
+    assert "No space left on device" in line and "Free disk space or set RunCheckpoint.dirpath" in line
     last = small_disk / "checkpoints" / "last.ckpt"
     assert last.resolve().name == "step_00000001.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
@@ -357,7 +357,7 @@ def test_a_folder_that_is_read_only_is_said_before_training(place: Place, small_
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     configured(place, _on(small_disk))
     line = place.refused(*FIT)
-    assert f"checkpoints cannot be written to {small_disk}/checkpoints (Read-only file system)" in line
+    assert f"Checkpoints cannot be written to {small_disk}/checkpoints (Read-only file system)" in line
 
 
 @pytest.mark.long
@@ -441,7 +441,7 @@ def test_last_starts_a_run_that_is_new(place: Place) -> None:
     configured(place)
     code, said = place.run(*FIT, "--ckpt_path", "last")
     assert code == 0, said[-2000:]
-    assert "no run under runs/small yet, this is the first" in said
+    assert "no run under runs/small yet, starting a new one" in said
     shutil.rmtree(run_folder(place) / "checkpoints")
     line = place.refused(*FIT, "--ckpt_path", "last")
     assert "no checkpoint under runs/small/version_*/checkpoints. Expected a run of this name" in line

@@ -131,18 +131,21 @@ def test_labels_name_what_differs():
     [
         (["--selector", "Unifrm"], "--selector Unifrm is not a selector, did you mean 'Uniform'?"),
         (["--selector", "--seeds", "3"], "--selector is given without a name: choose one of"),
-        (["--selector", "Dots", "--selector.alpho", "1", "--selector", "Uniform"], "did you mean 'alpha'?"),
+        (["--selector", "Dots", "--selector.alpho", "1", "--selector", "Uniform"], "Did you mean 'alpha'?"),
         (["--selector", "Dots", "--selector.alpha", "3"], "alpha is 3.0, expected a success rate in [0, 1]"),
         (["--selector", "Uniform", "--selector", "Uniform"], "Two selectors are labelled 'Uniform'"),
         (["--selectors.oracle", "Uniform"], "'oracle' is the label of the ceiling's row"),
-        (["--selector", "Composed", "--selector.ranker", "Mops"], "ranker: Mops is no Ranker, did you mean 'Mopps'?"),
-        (["--selector", "Composed"], "selector[0].ranker is missing: datamodules.selectors.composed.Composed needs it"),
+        (
+            ["--selector", "Composed", "--selector.ranker", "Mops"],
+            "ranker=Mops: no class of this name is known. Did you mean 'Mopps'?",
+        ),
+        (["--selector", "Composed"], "selector.ranker is missing: datamodules.selectors.composed.Composed needs it"),
         ([], "No selector was given"),
         (["--selector", "Uniform", "--batch", "31"], "--batch is 31, but the pool has 30 prompts"),
         (["--selector", "Uniform", "--from", "8"], "--from is 8, but the shortest trace has 9 visits"),
         (["--selector", "Uniform", "--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["--selector", "Uniform", "--references", "1"], "--references is 1, expected 0 (none) or at least 2"),
-        (["--selector", "Uniform", "--sead", "0"], "did you mean"),
+        (["--selector", "Uniform", "--sead", "0"], "sead is not an option. Did you mean 'seeds'?"),
     ],
 )
 def test_wrong_options_are_one_line_errors(traces, tmp_path, capsys, options, message):

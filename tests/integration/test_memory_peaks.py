@@ -83,7 +83,7 @@ def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
     shape, numbers = DecoderShape.of(model), PRECISIONS[mode]
     prompts, completions = (1, 4) if name == "smollm" else (4, 32)
     shared = way == "shared"
-    batch = MicroBatch(prompts if shared else completions, completions, 60, 100, shared)
+    batch = MicroBatch(prompts if shared else completions, completions, 60, 100, shared, checkpointing)
 
     def update() -> None:
         packed = layout(batch, shape.vocabulary)
@@ -93,7 +93,7 @@ def assert_peak(name: str, mode: str, way: str, lora: int) -> None:
 
     update()  # from here on gradients are there
     measured = peak_bytes(update)
-    found = memory.update_peak(shape, numbers, batch, checkpointing=checkpointing, tile_bytes=CPU_TILE_BYTES)
+    found = memory.update_peak(shape, numbers, batch, CPU_TILE_BYTES)
     print(f"\n{name} {mode} {way} rank {lora}: {measured / 2**20:.1f} MiB, predicted {found / measured - 1:+.1%}")
     assert found == pytest.approx(measured, rel=WITHIN)
 
@@ -154,7 +154,7 @@ def test_fsdp2_holds_two_layers_and_the_root(tmp_path: Path, dtype: str) -> None
     shape = DecoderShape.of(Policy(str(tmp_path)).on_meta())
     numbers = Precision(4, 2 if dtype == "bfloat16" else 4)
     batch = MicroBatch(1, 2, 20, 30, True)
-    update = memory.update_peak(shape, numbers, batch, checkpointing=False, tile_bytes=CPU_TILE_BYTES)
+    update = memory.update_peak(shape, numbers, batch, CPU_TILE_BYTES)
     found = update + memory.unsharded_layers(shape, numbers)
     print(f"\nFSDP2 {dtype}: {measured[0] / 2**20:.1f} MiB, predicted {found / measured[0] - 1:+.1%}")
     assert found == pytest.approx(max(measured), rel=WITHIN)

@@ -12,7 +12,8 @@ import pytest
 from app.policy.model import Policy
 from app.subsets.learnalign import alignment_scores, learnability
 from datamodules.procedural import Procedural, ProceduralTask
-from datamodules.prompts.file import PromptFile, split_pool
+from datamodules.prompts.file import PromptFile
+from datamodules.prompts.splits import split_pool
 from tests.support.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
 
 CHAIN = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
@@ -136,7 +137,7 @@ def test_ufo_keeps_the_middle(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "did you mean 'learnalign'"),
+        (["--method=learnalihn", "--keep=5", "--out=x.jsonl"], "Did you mean 'learnalign'"),
         (["--method=ufo", "--keep=500", "--out=x.jsonl"], "--keep is 500, but the training pool has 60 prompts"),
         (
             ["--method=learnalign", "--keep=5", "--out=x.jsonl", "--learnalign.parameters=lm_heat"],

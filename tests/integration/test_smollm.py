@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.pretraining.smollm import PACKAGE, convert, find_gguf
 from datamodules.errors import UserError
+from tests.support.command import ROOT
+from tests.support.smollm import PACKAGE, convert, find_gguf
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,7 +89,8 @@ def test_it_answers(folder: Path) -> None:
 
 def test_an_existing_folder_is_left_alone(folder: Path) -> None:
     before = (folder / "config.json").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, "-m", "app.pretraining.smollm", str(folder)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.support.smollm", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"dots: error: {folder} already exists")
     assert (folder / "config.json").stat().st_mtime_ns == before

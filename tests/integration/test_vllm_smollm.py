@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from app.engines import RolloutEngine, Sampling, Transformers, Vllm
 from app.policy.model import Policy, causal_lm
 from app.policy.weights import plain_weights
-from app.pretraining.smollm import PACKAGE, convert
 from datamodules.types import Completion, Prompt
+from tests.support.smollm import PACKAGE, convert
 
 pytestmark = [
     pytest.mark.slow,

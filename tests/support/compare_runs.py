@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from app.runs.summary import Evaluation, RolloutCounts, RunSummary
 from app.studies.compare.request import Arm, Budget, Request
 from app.studies.compare.run_folder import RunFolder
 from datamodules.ledger import PHASES
@@ -19,7 +19,7 @@ SECONDS_APART, COMPLETIONS, TOKENS = 10.0, 256, 4096
 def settings_of(selector: str) -> dict[str, Any]:
     return {
         "seed_everything": 0,
-        "trainer": {"max_steps": 40, "callbacks": [{"class_path": "callbacks.Rollouts"}]},
+        "trainer": {"max_steps": 40, "callbacks": None},
         "model": {"class_path": "app.module.GRPOModule"},
         "data": {"init_args": {"selector": {"class_path": f"datamodules.selectors.{selector}"}}},
     }
@@ -42,42 +42,32 @@ def finished_run(
     folder = RunFolder.of(out, arm, seed)
     folder.prepare(request(), Arm(arm, ()), settings_of("Dots" if forecast else "Uniform"))
     version = folder.version
-    evaluations = [_evaluation(10 * place, pace, one) for place, one in enumerate(accuracy)]
+    evaluations = tuple(
+        Evaluation(
+            step, pace * SECONDS_APART * step, round(pace * COMPLETIONS * step), round(pace * TOKENS * step), one
+        )
+        for step, one in zip(range(0, 10 * len(accuracy), 10), accuracy, strict=True)
+    )
     steps = 10 * (len(accuracy) - 1)
     seconds = dict.fromkeys(PHASES, pace * steps) | {"total": 100.0}
     if rollout_share is not None:
-        seconds["rollout"] = rollout_share * evaluations[-1]["seconds"]
-    counts = {"prompts": 0, "completions": 0, "tokens": 0}
-    summary = {
-        "steps": steps,
-        "replayed_groups": 7,
-        "informative_fraction": informative,
-        "reference": counts | {"completions": 64 * forecast},
-        "discarded": counts,
-        "evaluations": evaluations,
-        "validation_prompts": prompts,
-        "training_seconds": evaluations[-1]["seconds"],
-        "seconds": seconds,
-        "completed": completed,
-    }
+        seconds["rollout"] = rollout_share * evaluations[-1].seconds
+    none = RolloutCounts(0, 0, 0)
+    summary = RunSummary(
+        steps=steps, prompts_rolled_out=0, completions=0, completion_tokens=0, replayed_groups=7,
+        informative_fraction=informative, reference=RolloutCounts(0, 64 * forecast, 0), validation=none, discarded=none,
+        wasted=none, discarded_groups=0, failed_rewards=0, val={}, evaluations=evaluations, validation_prompts=prompts,
+        training_seconds=evaluations[-1].seconds, seconds=seconds, rollout_overlapped_seconds=0.0, seed=seed,
+        config_sha256=None, completed=completed,
+    )  # fmt: skip
     with SummaryWriter(str(version)) as writer:
         for step in range(steps):
             writer.add_scalar("selection/informative_fraction", informative, step)
             writer.add_scalar("selection/fresh_informative_fraction", informative - 0.1, step)
             if forecast:
                 writer.add_scalar("selection/forecast_pearson", 0.25 if step % 2 else 0.75, step)
-    (version / "summary.json").write_text(json.dumps(summary))
+    summary.write(version / "summary.json")
     return version
-
-
-def _evaluation(step: int, pace: float, accuracy: float) -> dict[str, float]:
-    return {
-        "step": step,
-        "seconds": pace * SECONDS_APART * step,
-        "completions": round(pace * COMPLETIONS * step),
-        "completion_tokens": round(pace * TOKENS * step),
-        "accuracy": accuracy,
-    }
 
 
 def request(names: str = "grpo fast", seeds: tuple[int, ...] = (0, 1), window: int = 1) -> Request:

@@ -26,7 +26,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
 
 
 def pool_of(questions: Sequence[str]) -> PromptPool:
-    return PromptPool([], [f"p{i}" for i in range(len(questions))], questions)
+    return PromptPool([].__getitem__, [f"p{i}" for i in range(len(questions))], questions)
 
 
 def ready(selector: Selector, size: int, seed: int = 7) -> Any:

@@ -127,25 +127,26 @@ def test_wrong_options_are_one_line_errors(
 
 
 def test_differences_are_lines_by_name() -> None:
-    def settings(callbacks: list[dict], selector: dict, rate: float, seed: int) -> dict:
+    def settings(callbacks: list[dict], every: int, selector: dict, rate: float, seed: int) -> dict:
         return {
             "seed_everything": seed,
+            "checkpoint": {"every": every},
             "trainer": {"max_steps": 10, "callbacks": callbacks},
             "model": {"class_path": "M", "init_args": {"optimization": {"learning_rate": rate, "betas": [0.9, 0.99]}}},
             "data": {"class_path": "D", "init_args": {"selector": selector}},
         }
 
-    ledger = {"class_path": "callbacks.RunLedger"}
+    references = {"class_path": "callbacks.ReferenceRollouts", "init_args": {"size": 8}}
+    more = {"class_path": "callbacks.ReferenceRollouts", "init_args": {"size": 16}}
     replay = {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 64, "max_age": None}}
-    saves = {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 10}}
-    often = {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}}
     uniform = {"class_path": "s.Uniform"}
     dots = {"class_path": "s.Dots", "init_args": {"alpha": 0.5, "predictor": None}}
-    baseline = settings([ledger, saves], uniform, 1e-4, 0)
-    assert differences(settings([replay, ledger, often], dots, 3e-4, 1), baseline) == [
+    baseline = settings([references], 10, uniform, 1e-4, 0)
+    assert differences(settings([replay, more], 1, dots, 3e-4, 1), baseline) == [
+        "checkpoint.every: 10 -> 1",
         "model.optimization.learning_rate: 0.0001 -> 0.0003",
         "data.selector: Uniform() -> Dots(alpha=0.5)",
-        "callbacks.RunCheckpoint.every: 10 -> 1",
+        "callbacks.ReferenceRollouts.size: 8 -> 16",
         "callbacks.RolloutReplay: none -> RolloutReplay(capacity=64)",
     ]
     assert differences(baseline, baseline) == []

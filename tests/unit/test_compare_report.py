@@ -16,7 +16,7 @@ import pytest
 from app.cli.dots import main
 from app.studies.compare.command import report
 from app.studies.compare.figures import summarise
-from app.studies.compare.records import read_comparison, read_summary
+from app.studies.compare.records import read_comparison
 from app.studies.compare.request import Arm
 from app.studies.compare.run_folder import RunFolder
 from app.studies.compare.tables import ratio_text
@@ -218,6 +218,18 @@ def test_nothing_finished_is_said(tmp_path: Path) -> None:
         read_comparison(request(), tmp_path)
 
 
+def test_only_a_complete_summary_of_this_version_counts(tmp_path: Path) -> None:
+    version = finished_run(tmp_path, "grpo", 0, [0.4, 0.8])
+    folder = RunFolder.of(tmp_path, "grpo", 0)
+    found = folder.summary()
+    assert found is not None and found.evaluations[-1].accuracy == 0.8
+    (version / "summary.json").write_text('{"completed": true, "steps": 20}')
+    with pytest.raises(UserError, match="is not the summary of a run of this version"):
+        folder.summary()
+    (version / "summary.json").unlink()
+    assert folder.summary() is None
+
+
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     folder, arm = RunFolder(tmp_path), Arm("fast", ())
     folder.check(request(), arm, settings_of("Uniform"))
@@ -232,7 +244,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
 def test_only_a_run_without_checkpoints_is_cleared(tmp_path: Path) -> None:
     version = finished_run(tmp_path, "grpo", 0, [0.4, 0.8], completed=False)
     folder, arm = RunFolder.of(tmp_path, "grpo", 0), Arm("grpo", ())
-    assert version == folder.version and read_summary(version) is None
+    assert version == folder.version and folder.summary() is None
     (version / "checkpoints").mkdir()
     (version / "checkpoints" / "step_00000003.ckpt").write_bytes(b"")
     folder.prepare(request(), arm, settings_of("Uniform"))

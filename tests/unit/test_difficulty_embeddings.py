@@ -103,7 +103,7 @@ def test_cache_is_by_content_and_heals(qwen, tmp_path, caplog, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextEncoder, "encode_into", None)  # a hit must not run the model
+        patch.setattr(TextEncoder, "encode", None)  # a hit must not run the model
         np.testing.assert_array_equal(embed_questions(QUESTIONS, TextEncoder(str(qwen)), cache)[0], expected)
 
     assert embed_questions(QUESTIONS[::-1], TextEncoder(str(qwen)), cache)[1] != key

@@ -45,7 +45,7 @@ def temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(name: str) -> Selector:
     selector: Selector = SELECTORS[name]()
-    pool = PromptPool([], [f"p{i}" for i in range(SIZE)], [f"question {i}" for i in range(SIZE)])  # type: ignore[arg-type]
+    pool = PromptPool([].__getitem__, [f"p{i}" for i in range(SIZE)], [f"question {i}" for i in range(SIZE)])
     selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=Path("embeddings")))
     return selector
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from app.studies.intervals import Interval, geometric_interval, mean_interval, student_t
+from app.studies.compare.figures import Interval, geometric_interval, mean_interval, student_t
 
 
 def test_t_is_that_of_the_printed_tables() -> None:

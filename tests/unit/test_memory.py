@@ -116,7 +116,7 @@ def test_kept_activations_are_what_autograd_saves(name: str, mode: str, shared: 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), casting:
         kept = completion_logprobs(model, packed, 1.0, with_entropy=True)
     inputs = 24 * batch.positions + 40 * batch.targets + batch.mask
-    below, head = memory.kept_activations(shape, numbers, batch, False)
+    below, head = memory.kept_activations(shape, numbers, batch)
     predicted = below + head + memory.autocast_copies(shape, numbers) - inputs
     assert predicted == pytest.approx(sum(saved.values()), rel=0.02)
     assert kept[0].requires_grad
@@ -170,9 +170,9 @@ def test_parts_follow_the_split() -> None:
     assert sharded["unsharded layers"] == memory.unsharded_layers(DecoderShape.of(policy), precision)
     # Half as many tokens: two of 39 tokens, after a prompt of 12, and not eight after two.
     assert found(max_tokens=12 + 2 * 27)["activations of a micro-batch"] == sum(
-        memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(1, 2, 12, 28, True), False)
+        memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(1, 2, 12, 28, True))
     )
     assert (
-        sum(memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(2, 8, 12, 28, True), False))
+        sum(memory.kept_activations(DecoderShape.of(policy), precision, MicroBatch(2, 8, 12, 28, True)))
         == (alone["activations of a micro-batch"])
     )

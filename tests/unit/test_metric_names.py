@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
@@ -86,3 +87,8 @@ def test_the_table_has_a_row_per_entry() -> None:
     assert len(rows) == len(METRIC_NAMES) == len({entry.name for entry in METRIC_NAMES})
     assert "| `step_time` | s | duration of the step |" in rows
     assert all(row.count("|") == 4 for row in rows)
+
+
+def test_the_documentation_holds_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert markdown_table().strip() in text

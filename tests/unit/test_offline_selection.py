@@ -18,7 +18,7 @@ from app.subsets.base import Column, best
 from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.gradients import PromptGradients, chosen_parameters
 from app.subsets.learnalign import LearnAlign, LearnAlignOptions, alignment_scores, learnability
-from app.subsets.measurements import Workspace
+from app.subsets.measurements import Measurements, claim_folder
 from app.subsets.ufo import Ufo, UfoOptions, mean_logprobs
 from datamodules.errors import UserError
 from datamodules.procedural import Procedural, ProceduralTask
@@ -216,18 +216,20 @@ def test_the_middle_is_kept() -> None:
 
 def test_a_folder_belongs_to_one_selection(tmp_path: Path) -> None:
     columns = {"rate": Column("float64"), "feature": Column("float32", 3)}
-    first = Workspace(tmp_path / "w", {"seed": 1, "betas": (0.9, 0.999)}).measurements(columns, 5)
+    claim_folder(tmp_path / "w", {"seed": 1, "betas": (0.9, 0.999)})
+    first = Measurements(tmp_path / "w", columns, 5)
     first.append({"rate": np.array([0.5, 1.0]), "feature": np.ones((2, 3))})
     # Written by a process that was killed before it could say so: written again.
     first.arrays["rate"][2] = 77
-    again = Workspace(tmp_path / "w", {"seed": 1, "betas": (0.9, 0.999)}).measurements(columns, 5)
+    claim_folder(tmp_path / "w", {"seed": 1, "betas": (0.9, 0.999)})
+    again = Measurements(tmp_path / "w", columns, 5)
     assert again.done == 2
     again.append({"rate": np.array([0.25, 0.0, 0.5]), "feature": np.zeros((3, 3))})
     assert again.arrays["rate"].tolist() == [0.5, 1.0, 0.25, 0.0, 0.5]
     assert np.load(tmp_path / "w" / "feature.npy").tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 3
     with pytest.raises(UserError, match=r"made with another seed\."):
-        Workspace(tmp_path / "w", {"seed": 2, "betas": (0.9, 0.999)})
+        claim_folder(tmp_path / "w", {"seed": 2, "betas": (0.9, 0.999)})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(UserError, match="was not written by `dots select`"):
-        Workspace(tmp_path / "other", {})
+        claim_folder(tmp_path / "other", {})

@@ -156,7 +156,10 @@ IN_FILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: data(c).update(chooser={"class_path": f"{HERE}.Replay"}),
         f"data.chooser={HERE}.Replay: does not correspond to a subclass of Chooser. Did you mean '{HERE}.Aimed'?",
     ),
-    "required": (lambda c: data(c).pop("path"), "data.path is missing. Set it in a --config file or as --data.path"),
+    "required": (
+        lambda c: data(c).pop("path"),
+        f"data.path is missing: {HERE}.Data needs it. Set it in a --config file or as --data.path",
+    ),
     "no class": (
         lambda c: c["model"].pop("class_path"),
         "model.drawing is not an option of lightning.LightningModule. Is model.class_path missing?",

@@ -13,7 +13,7 @@ import torch
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.posterior import Constants
+from datamodules.posterior.model import Constants
 from datamodules.selectors import Composed, Mopps, Posterior, SelectionContext
 from tests.support.selector_builders import outcomes, pool_of, saved_and_loaded
 
@@ -300,7 +300,7 @@ def test_a_million_prompts(monkeypatch):
     monkeypatch.setattr(Posterior, "_embed", lambda *_: features)
     names = [f"p{i}" for i in range(size)]
     selector = Posterior()
-    selector.setup(PromptPool([], names, names), SelectionContext(seed=0))
+    selector.setup(PromptPool([].__getitem__, names, names), SelectionContext(seed=0))
     selector.pool.positions(names[:1])
     seconds = []
     for step in range(4):

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from datamodules.posterior import BeliefTable, Constants, Log, PosteriorModel, assimilate, fit_constants
 from datamodules.posterior.acquisition import Acquisition
-from datamodules.posterior.evidence import REPLAYED, replay, sample_histories
-from datamodules.posterior.model import INTERCEPT_VARIANCE, Beliefs, Drift, History, Shared
-from datamodules.posterior.observation import Sites, measure
-from datamodules.posterior.table import Cells
+from datamodules.posterior.evidence import REPLAYED, Log, fit_constants, replay, sample_histories
+from datamodules.posterior.model import INTERCEPT_VARIANCE, Beliefs, Constants, Drift, History, PosteriorModel, Shared
+from datamodules.posterior.observation import Sites, assimilate, measure
+from datamodules.posterior.table import BeliefTable, Cells
 
 NO_FEATURES = np.zeros((1, 0), dtype=np.float32)
 

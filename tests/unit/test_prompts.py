@@ -13,7 +13,8 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.file import PromptFile, hold_out, split_pool
+from datamodules.prompts.file import PromptFile
+from datamodules.prompts.splits import hold_out, split_pool
 from tests.support.reading_helpers import character_tokenizer, shared, write_jsonl
 
 ROWS = [{"question": f"{a}+{a}?", "answer": str(2 * a)} for a in range(5)]

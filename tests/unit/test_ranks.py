@@ -62,7 +62,7 @@ def test_shares_split_a_prompt_rather_than_wait():
     uneven = _minibatch({"a": [10] * 6, "b": [10] * 2})
     dealt = shares(uneven, 2)
     assert [len(share.sequences) for share in dealt] == [4, 4]
-    assert token_imbalance([dealt]) == 0
+    assert token_imbalance(dealt) == 0
     together = {str(one) for share in dealt for one in share.ids}
     assert together == {str(one) for one in uneven.ids}
     for share in dealt:

@@ -191,11 +191,6 @@ def test_oracle_is_the_decayed_past_of_all():
         assert run.pearson[visit] == pytest.approx(np.corrcoef(mean, rates[:, visit])[0, 1])
         assert run.chosen[visit] == np.argmin(np.abs(mean - 0.5))
     np.testing.assert_allclose(oracle.forecast(), rates @ [0.125, 0.25, 0.5, 1] / 1.875)
-    half = Oracle(decay=0.5)
-    half.setup(traces_of(rates).pool(), CONTEXT)
-    half.load_state_dict(oracle.state_dict())
-    assert half.forecast().tolist() == oracle.forecast().tolist()
-    assert half.choose(2) == oracle.choose(2)
 
 
 @pytest.mark.parametrize(

@@ -195,14 +195,14 @@ def test_joined_results_keep_positions():
 def test_scorer_refuses_wrong_configurations():
     with pytest.raises(UserError, match="at least one reward"):
         RewardScorer([])
-    with pytest.raises(UserError, match="on 2 rewards"):
+    with pytest.raises(UserError, match="true for 2 rewards"):
         RewardScorer([Math(correctness=True), Numeric(correctness=True)])
     with pytest.raises(UserError, match="finite number"):
         RewardScorer([Math(weight=float("nan"))])
     scorer = RewardScorer([Format("a"), Format("b"), Math(correctness=True)])
     assert scorer.names == ["format", "format_2", "math"]
-    assert scorer.correctness_name == "math"
-    assert RewardScorer([Format("a"), Math()]).correctness_name == "format"
+    assert scorer.names[scorer.correctness] == "math"
+    assert RewardScorer([Format("a"), Math()]).correctness == 0
 
 
 def test_a_reply_has_a_bound():

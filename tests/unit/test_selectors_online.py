@@ -32,7 +32,7 @@ def make(request, monkeypatch, tmp_path):
     def made():
         selector = SELECTORS[request.param]()
         questions = [f"question {i}" for i in range(SIZE)]
-        pool = PromptPool([], [f"p{i}" for i in range(SIZE)], questions)
+        pool = PromptPool([].__getitem__, [f"p{i}" for i in range(SIZE)], questions)
         selector.setup(pool, SelectionContext(seed=3, policy_path="policy", cache_dir=tmp_path))
         return selector
 
@@ -102,7 +102,7 @@ def test_another_seed_chooses_otherwise(make, tmp_path):
 @pytest.fixture(scope="module")
 def million():
     names = [f"p{i}" for i in range(MILLION)]
-    pool = PromptPool([], names, names)
+    pool = PromptPool([].__getitem__, names, names)
     pool.positions(names[:1])  # the index of ids belongs to the pool
     return pool
 

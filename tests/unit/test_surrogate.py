@@ -215,11 +215,6 @@ def test_token_weights_by_hand() -> None:
     close(token_weights(lengths, "token"), torch.tensor([1 / 8] * 3))
     close(token_weights(lengths, "sequence"), torch.tensor([1 / 3, 1 / 9, 1 / 12]))
     close(token_weights(lengths, "constant", max_completion_length=5), torch.tensor([1 / 15] * 3))
-    # The same sequences as part of a mini-batch of 20 tokens in 6 sequences.
-    close(token_weights(lengths, "token", total_tokens=20), torch.tensor([1 / 20] * 3))
-    close(token_weights(lengths, "sequence", total_sequences=6), torch.tensor([1 / 6, 1 / 18, 1 / 24]))
-    constant = token_weights(lengths, "constant", max_completion_length=5, total_sequences=6)
-    close(constant, torch.tensor([1 / 30] * 3))
 
 
 def test_token_weights_of_little_and_of_nothing() -> None:
@@ -232,9 +227,6 @@ def test_token_weights_of_little_and_of_nothing() -> None:
     # Nothing to divide by: without tokens no weight is ever used, but it must not be infinite.
     assert token_weights(none, "token").tolist() == [1, 1]
     assert token_weights(none, "sequence").tolist() == [1 / 2, 1 / 2]
-    for aggregation in ("sequence", "constant"):
-        found = token_weights(one, aggregation, max_completion_length=4, total_sequences=0)  # type: ignore[arg-type]
-        assert found.tolist() == [1 if aggregation == "sequence" else 1 / 4]
 
 
 def test_wrong_input_is_refused() -> None:

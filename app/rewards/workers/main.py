@@ -166,11 +166,9 @@ def score(reward: Reward, call: Call) -> Reply:
 
 
 def checked(returned: Any, count: int) -> tuple[Scores, dict[int, str]]:
-    """Check that a reward returned `count` finite numbers or Nones.
+    """Return `count` scores, None where the returned value is invalid, and an error message by position.
 
-    Returns:
-        `count` scores, None where the value is invalid, and an error message by position. If the number of values is
-        wrong, all positions are invalid.
+    Valid are finite numbers and None. If the number of values is wrong, all positions are invalid.
     """
     try:
         given = list(returned)

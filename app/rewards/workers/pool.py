@@ -98,23 +98,17 @@ class RewardWorkers:
         self._traceback_shown: set[int] = set()
 
     def start(self) -> None:
-        """Start the processes without waiting for them. Do nothing if they are running."""
+        """Start the processes without waiting for them, unless they are running."""
         while len(self._workers) < self.options.num_workers:
             self._workers.append(self._spawn())
-
-    def wait_ready(self) -> None:
-        """Start the processes and wait until each has loaded all rewards.
-
-        Raises:
-            UserError: a reward cannot be loaded, or not within the time limit.
-        """
-        self.run([])
 
     def run(self, calls: Sequence[Call]) -> list[CallResult]:
         """Run calls, in order, on workers as they become free, and return one result per call.
 
+        Without calls, wait until every worker has loaded all rewards.
+
         Raises:
-            UserError: a reward cannot be loaded, or rejects its configuration or the data's columns.
+            UserError: a reward cannot be loaded (in time), or rejects its configuration or the data's columns.
         """
         try:
             self.start()
@@ -155,7 +149,12 @@ class RewardWorkers:
                         items = reversed(range(len(job.request)))
                         pending.extendleft(_Job(job.call, item, job.request.only(item)) for item in items)
                         continue
-                    result = self._failed(job, result)
+                    failure, reward = result, job.request.reward
+                    self._warn(job.request, 0, failure.kind, failure.error)
+                    if failure.traceback and reward not in self._traceback_shown:
+                        self._traceback_shown.add(reward)
+                        logger.error("first traceback of reward %r:\n%s", self._rewards[reward].name, failure.traceback)
+                    result = CallResult([None], {0: failure.kind})
                 if job.item is None:
                     whole[job.call] = result
                 else:
@@ -241,18 +240,7 @@ class RewardWorkers:
         return (worker.job, _Failure("crashed", "its worker died")) if worker.job else None
 
     def _describe(self, worker: _Worker) -> str:
-        if worker.loading is None:
-            return "The reward worker"
-        return f"Reward {self._rewards[worker.loading].name!r}"
-
-    def _failed(self, job: _Job, failure: _Failure) -> CallResult:
-        """Report a failed completion, with the first traceback of each reward, and return its result."""
-        reward = job.request.reward
-        self._warn(job.request, 0, failure.kind, failure.error)
-        if failure.traceback and reward not in self._traceback_shown:
-            self._traceback_shown.add(reward)
-            logger.error("first traceback of reward %r:\n%s", self._rewards[reward].name, failure.traceback)
-        return CallResult([None], {0: failure.kind})
+        return "The reward worker" if worker.loading is None else f"Reward {self._rewards[worker.loading].name!r}"
 
     def _warn(self, call: Call, item: int, kind: FailureKind, error: str) -> None:
         name = self._rewards[call.reward].name
@@ -264,9 +252,8 @@ class RewardWorkers:
             try:
                 pickled.append(pickle.dumps(reward))
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise UserError(
-                    f"Reward {reward.name!r} does not pickle ({error}). Store only plain values in it."
-                ) from error
+                message = f"Reward {reward.name!r} does not pickle ({error}). Store only plain values in it."
+                raise UserError(message) from error
         for _ in range(self.MAX_FAILED_STARTS):
             if self._server is None:
                 self._server = ForkServer(sorted({module for reward in self._rewards for module in reward.preload}))

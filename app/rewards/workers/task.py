@@ -45,16 +45,13 @@ class Reply:
     """A message from a worker.
 
     Attributes:
-        kind: "started" (with `pid`), "loading" (with `reward`), "ready" and "scores" in the normal course;
+        kind: "started" (with `pid`), "loading" (with `reward`, a position), "ready" and "scores" in the normal course;
             "unusable" (the configuration or data is wrong), "unloadable" and "raised" after an exception.
-        pid: process id of the worker.
-        reward: position of the reward that is being loaded.
         scores: `N` scores, None where the reward does not apply or the value was invalid.
         invalid: what is wrong with a returned score, by position (as text: JSON has no other keys).
         metrics: (name, value) pairs that the function logged.
         extras: `N` values by column name that the function logged.
         error: one line.
-        traceback: empty unless an exception was raised.
     """
 
     kind: Literal["started", "loading", "ready", "scores", "unusable", "unloadable", "raised"]
@@ -123,7 +120,7 @@ class CallResult:
         scores: `N` scores; None where the reward does not apply or failed.
         failures: kind of failure by position.
         metrics: (name, value, weight) as the function logged them; the weights of a name sum to the completions.
-        extras: `N` values by column name that the function logged.
+        extras: as in `Reply`.
     """
 
     scores: Scores

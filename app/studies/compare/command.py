@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from app.cli.commands import command_parser
 from app.cli.parsing import DotsArgumentParser
-from app.studies.compare.figures import summarise, write_json
+from app.studies.compare.figures import summarise
 from app.studies.compare.page import page
 from app.studies.compare.records import read_comparison
 from app.studies.compare.request import SEED, Arm, Budget, Request
@@ -27,6 +27,15 @@ _DESCRIPTION = (
     "baseline. Repeat the same command to continue a comparison that was stopped. For example: dots compare --base "
     "configs/quickstart.yaml --arms grpo=configs/arms/grpo.yaml dots_rr=configs/arms/dots_rr.yaml --seeds 0 1 2 "
     "--evaluate_every 2 --out DIR"
+)
+_ARMS = (
+    "arms as NAME=CONFIG or NAME=CONFIG,CONFIG,...: overlays over the base; {seed} in a file name is replaced by the "
+    "seed of the run"
+)
+_BUDGET = (
+    "when a run ends. baseline: the baseline runs its trainer.max_steps, every other arm until its training clock "
+    "passes that of the baseline with the same seed; steps: every arm runs its trainer.max_steps; a number: every arm "
+    "runs this many seconds of the training clock"
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STOPPED = 130
@@ -67,7 +76,7 @@ def report(request: Request, out: Path) -> None:
     """Write `compare.json`, `compare.md` and `compare.html` from the finished runs, and print the cost table."""
     comparison = read_comparison(request, out)
     figures = summarise(comparison)
-    write_json(out / "compare.json", figures)
+    (out / "compare.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (out / "compare.md").write_text(markdown(figures), encoding="utf-8")
     (out / "compare.html").write_text(page(comparison, figures), encoding="utf-8")
     print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
@@ -93,10 +102,11 @@ def read_request(options: Namespace) -> Request:
             )
         arms.append(Arm(name, tuple(files.split(","))))
     names, seeds = [arm.name for arm in arms], tuple(options.seeds)
-    _check_unique(names, "--arms")
+    for option, given in (("--arms", names), ("--seeds", options.seeds)):
+        if twice := [one for one, times in Counter(given).items() if times > 1]:
+            raise UserError(f"{option} names {twice[0]} more than once. Give each of them once.")
     if len(arms) < 2:
         raise UserError(f"--arms names {len(arms)} arm(s), expected at least 2. Give a baseline and another arm.")
-    _check_unique(map(str, seeds), "--seeds")
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds is {' '.join(map(str, seeds))}. Give at least one seed, each 0 or more.")
     for option in ("smooth", "evaluate_every", "step_limit"):
@@ -115,35 +125,15 @@ def read_request(options: Namespace) -> Request:
     return Request(tuple(options.base), tuple(arms), seeds, baseline, budget, options.evaluate_every, options.smooth)
 
 
-def _check_unique(names: Iterable[str], option: str) -> None:
-    name, times = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
-    if times > 1:
-        raise UserError(f"{option} names {name} more than once. Give each of them once.")
-
-
 def _parser() -> DotsArgumentParser:
     parser = command_parser("compare", _DESCRIPTION)
     add = parser.add_argument
     add("--base", type=str, nargs="+", default=[], help="configs that all arms share, in order")
-    add(
-        "--arms",
-        type=str,
-        nargs="+",
-        default=[],
-        help="arms as NAME=CONFIG or NAME=CONFIG,CONFIG,...: overlays over the base; {seed} in a file name is replaced "
-        "by the seed of the run",
-    )
+    add("--arms", type=str, nargs="+", default=[], help=_ARMS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; every arm runs once with each")
     add("--out", type=str, default=None, help="folder for the runs, compare.json, compare.md and compare.html")
     add("--baseline", type=str, default=None, help="arm to match; null: the one named grpo, else the first")
-    add(
-        "--budget",
-        type=str,
-        default="baseline",
-        help="when a run ends. baseline: the baseline runs its trainer.max_steps, every other arm until its training "
-        "clock passes that of the baseline with the same seed; steps: every arm runs its trainer.max_steps; a number: "
-        "every arm runs this many seconds of the training clock",
-    )
+    add("--budget", type=str, default="baseline", help=_BUDGET)
     add("--step_limit", type=float, default=4.0, help="limit of steps under a clock, in multiples of trainer.max_steps")
     add("--evaluate_every", type=int | None, default=None, help="steps between evaluations; null: as in the base")
     add("--smooth", type=int, default=3, help="evaluations in the trailing mean that has to reach the accuracy")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import stdtrit
 
-from app.studies.compare.ceiling import informative_token_share, perfect_choice
 from app.studies.compare.reach import Goal, Ratio, goal_accuracy, ratio, smooth
 from app.studies.compare.records import Comparison, Record
-from app.studies.intervals import Interval, geometric_interval, mean_interval
+from datamodules.errors import UserError
 from datamodules.ledger import PHASES
+from datamodules.types import REWARD_TOLERANCE
 
 RATIOS = {"time": "time_ratio", "completions": "completion_ratio", "tokens": "token_ratio", "steps": "step_ratio"}
 """Names of the ratios in `compare.json` by cost."""
@@ -26,6 +30,7 @@ _METHOD = (
     "clock: selection, rollouts (reference sets and discarded groups included), scoring and updates, without "
     "validation, checkpoints and start-up."
 )
+_COLUMNS = ["step", "prompt_id", "source", "correctness", "completion_tokens"]
 
 Figures = dict[str, Any]
 
@@ -38,7 +43,13 @@ def summarise(comparison: Comparison) -> Figures:
     baseline = comparison.of(request.baseline)
     shares = {record.seed: informative_token_share(record.version) for record in baseline}
     known = {seed: share for seed, share in shares.items() if share is not None}
-    times = {one.seed: perfect_choice(one.summary, known[one.seed]) for one in baseline if one.seed in known}
+    # Perfect choice rolls out informative groups alone. Assumed: choosing is free, a token costs the same in every
+    # rollout, and a group teaches the same in any batch. A method that finds other informative groups may do better.
+    times = {
+        one.seed: 1.0 - one.summary.seconds["rollout"] / one.summary.training_seconds * (1.0 - known[one.seed])
+        for one in baseline
+        if one.seed in known
+    }
     return {
         "setting": {
             "base": list(request.base),
@@ -57,22 +68,16 @@ def summarise(comparison: Comparison) -> Figures:
     }
 
 
-def write_json(path: Path, figures: Figures) -> None:
-    """Write the figures."""
-    path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
     window = comparison.request.window
     bases = {base.seed: base for base in comparison.of(comparison.request.baseline)}
     pairs = [(record, bases[record.seed]) for record in records if record.seed in bases]
-    smoothed = {record.seed: smooth(record.summary.course.accuracy, window) for record in records}
-    goals = {r.seed: goal_accuracy(base.summary.course, "final", window) for r, base in pairs}
+    smoothed = {record.seed: smooth(record.course.accuracy, window) for record in records}
+    goals = {r.seed: goal_accuracy(base.course, "final", window) for r, base in pairs}
 
     def ratios(goal: Goal, whole_run: bool = False) -> Figures:
         def of(cost: str) -> dict[int, Ratio]:
-            both = ((r.seed, r.summary.course, base.summary.course) for r, base in pairs)
-            return {seed: ratio(own, base, cost, goal, window, whole_run=whole_run) for seed, own, base in both}
+            return {r.seed: ratio(r.course, base.course, cost, goal, window, whole_run=whole_run) for r, base in pairs}
 
         return {name: ratio_figures(of(cost)) for cost, name in RATIOS.items()}
 
@@ -100,24 +105,20 @@ def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
         | {phase: mean([one.seconds[phase] for one in summaries]) for phase in PHASES},
         "totals": {
             "steps": mean([one.steps for one in summaries]),
-            "completions": mean([one.course.costs["completions"][-1] for one in summaries]),
-            "completion_tokens": mean([one.course.costs["tokens"][-1] for one in summaries]),
-            "reference_completions": mean([one.reference_completions for one in summaries]),
-            "discarded_completions": mean([one.discarded_completions for one in summaries]),
+            "completions": mean([one.evaluations[-1].completions for one in summaries]),
+            "completion_tokens": mean([one.evaluations[-1].completion_tokens for one in summaries]),
+            "reference_completions": mean([one.reference.completions for one in summaries]),
+            "discarded_completions": mean([one.discarded.completions for one in summaries]),
             "replayed_groups": mean([one.replayed_groups for one in summaries]),
         },
     }
 
 
 def ratio_figures(ratios: Mapping[int, Ratio]) -> Figures:
-    """Average ratios over seeds.
+    """Return the geometric mean of ratios over seeds with its 95% interval (Student's t on the logarithms).
 
-    Returns:
-        `mean` and `ci95`: geometric mean and 95% interval (Student's t on the logarithms). With a seed that never
-        reached the goal the mean is a lower bound (`at_least`) and has no interval.
-        `reached`, `censored`, `undefined`: seeds that reached the goal, that did not, and whose baseline began at the
-        goal; the last are left out of the mean.
-        `per_seed`: ratio and whether the goal was reached.
+    With a seed that never reached the goal (`censored`) the mean is a lower bound (`at_least`) and has no interval.
+    Seeds whose baseline began at the goal (`undefined`) are left out of it.
     """
     values = [one.value for one in ratios.values() if one.value is not None]
     reached = sum(one.reached for one in ratios.values())
@@ -131,6 +132,29 @@ def ratio_figures(ratios: Mapping[int, Ratio]) -> Figures:
     }
 
 
+def informative_token_share(version: Path) -> float | None:
+    """Return the share of rolled-out tokens that were in groups with differing correctness rewards.
+
+    Only steps whose completions were written (`callbacks.CompletionsLog`) count; replayed groups are left out. Return
+    None when none were written. Raise UserError for an unreadable file.
+    """
+    tokens, informative = 0.0, 0.0
+    for file in sorted((version / "completions").glob("step_*.parquet")):
+        try:
+            table = pq.read_table(file, columns=_COLUMNS).to_pandas()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{str(file)!r} is unreadable ({str(error).splitlines()[0]}), expected completions with "
+                f"{', '.join(_COLUMNS)}. Remove it to rebuild the report without it."
+            ) from None
+        groups = table[table["source"] != "replay"].groupby(["step", "prompt_id"])
+        spread = groups["correctness"].max() - groups["correctness"].min()
+        sums = groups["completion_tokens"].sum()
+        tokens += float(sums.sum())
+        informative += float(sums[spread > REWARD_TOLERANCE].sum())
+    return informative / tokens if tokens else None
+
+
 def _over_seeds(values: Mapping[int, float]) -> Figures:
     per_seed = {str(seed): value for seed, value in values.items()}
     return _interval(mean_interval(list(values.values()))) | {"per_seed": per_seed}
@@ -138,3 +162,35 @@ def _over_seeds(values: Mapping[int, float]) -> Figures:
 
 def _interval(interval: Interval) -> Figures:
     return {"mean": interval.mean, "ci95": None if interval.low is None else [interval.low, interval.high]}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, None without values, and its confidence interval, None with fewer than two."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the arithmetic mean with Student's t interval: mean +- t s / sqrt(n), `n - 1` degrees of freedom."""
+    count, mean = len(values), float(np.mean(values)) if values else None
+    if mean is None or count == 1:
+        return Interval(mean)
+    half = student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def geometric_interval(values: Sequence[float]) -> Interval:
+    """Return the geometric mean of ratios above 0, with Student's t interval of their logarithms.
+
+    Ratios of 1/2 and 2 cancel out, and the interval of `a / b` is the inverse of that of `b / a`.
+    """
+    logs = mean_interval([math.log(value) for value in values])
+    return Interval(*(None if bound is None else math.exp(bound) for bound in (logs.mean, logs.low, logs.high)))
+
+
+def student_t(dof: int, confidence: float = 0.95) -> float:
+    """Return the t that bounds the middle `confidence` of Student's distribution with `dof` >= 1 degrees of freedom."""
+    return float(stdtrit(dof, (1 + confidence) / 2))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from app.studies.compare.figures import Figures
-from app.studies.compare.reach import COSTS, smooth
+from app.studies.compare.reach import smooth
 from app.studies.compare.records import Comparison
 from app.studies.compare.tables import ceiling_line, sections, setting_lines
 
@@ -37,10 +37,8 @@ _FORECAST = {
     "Pearson, uniform references": "difficulty/reference_pearson",
 }
 _PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
-_POINTS = 81
-"""Points of a mean curve."""
-_WINDOWS = 25
-"""Windows per run over which a metric of single steps is averaged."""
+_POINTS = 81  # of a mean curve
+_WINDOWS = 25  # per run, over which a metric of single steps is averaged
 # The palette of Okabe and Ito, distinct for colour-blind readers too, and three more; beyond these lines are dashed.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5af0", "#8c510a", "#b2182b")
 _GREY = "#6b7280"
@@ -64,7 +62,7 @@ def page(comparison: Comparison, figures: Figures) -> str:
         rank = others.index(arm.name) if arm.name in others else 0
         color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
         styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
-    style = matplotlib.rc_context(
+    with matplotlib.rc_context(
         {
             "svg.fonttype": "none",  # text stays text, which the page's style colours
             "font.size": 9,
@@ -76,8 +74,7 @@ def page(comparison: Comparison, figures: Figures) -> str:
             "axes.spines.top": False,
             "axes.spines.right": False,
         }
-    )
-    with style:
+    ):
         # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
         panels = [
             ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
@@ -98,38 +95,27 @@ def page(comparison: Comparison, figures: Figures) -> str:
     )
 
 
-def mean_curve(curves: list[Curve]) -> Curve:
-    """Return the mean of curves over the range that all of them cover, linear between their points."""
-    curves = [curve for curve in curves if len(curve[0])]
-    low = max((float(x[0]) for x, _ in curves), default=1.0)
-    high = min((float(x[-1]) for x, _ in curves), default=0.0)
-    if high < low:
-        return np.empty(0), np.empty(0)
-    grid = np.linspace(low, high, _POINTS)
-    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-
-
 def _accuracy_charts(comparison: Comparison, figures: Figures, styles: list[_ArmStyle]) -> dict[str, str]:
     """Accuracy against each cost: faint, every evaluation of every seed; bold, the smoothed mean over seeds."""
     found, baseline = {}, comparison.request.baseline
-    for place, cost in enumerate(COSTS):
-        axes, key = _axes(_AXES[cost], "accuracy on held-out prompts"), f"accuracy-{place}"
+    for place, (cost, label) in enumerate(_AXES.items()):
+        axes, key = _axes(label, "accuracy on held-out prompts"), f"accuracy-{place}"
         for number, arm in enumerate(styles):
             smoothed = []
             for record in comparison.of(arm.name):
-                course = record.summary.course
-                smoothed.append((course.costs[cost], smooth(course.accuracy, comparison.request.window)))
+                x, accuracy = record.course.costs[cost], record.course.accuracy
+                smoothed.append((x, smooth(accuracy, comparison.request.window)))
                 axes.plot(
-                    course.costs[cost], course.accuracy, arm.dash, color=arm.color, alpha=0.35, linewidth=0.8,
+                    x, accuracy, arm.dash, color=arm.color, alpha=0.35, linewidth=0.8,
                     marker="o", markersize=2.5, gid=f"arm-{number}-seed-{record.seed}-{key}",
                     label=f"{arm.name} seed {record.seed}",
                 )  # fmt: skip
             _draw_mean(axes, number, arm, smoothed, key)
         if baseline in figures["arms"]:
             goal = figures["arms"][baseline]["final_accuracy"]["mean"]
-            label = f"final accuracy of {baseline}"
-            axes.axhline(goal, color=_GREY, linestyle="--", linewidth=0.9, gid=f"level-{key}", label=label)
-            axes.annotate(label, (1, goal), (-4, 3), ("axes fraction", "data"), "offset points", ha="right")
+            level = f"final accuracy of {baseline}"
+            axes.axhline(goal, color=_GREY, linestyle="--", linewidth=0.9, gid=f"level-{key}", label=level)
+            axes.annotate(level, (1, goal), (-4, 3), ("axes fraction", "data"), "offset points", ha="right")
         found[cost] = _svg(axes, key)
     return found
 
@@ -183,10 +169,15 @@ def _axes(x_label: str, y_label: str) -> Axes:
 
 
 def _draw_mean(axes: Axes, number: int, arm: _ArmStyle, curves: list[Curve], key: str) -> None:
-    x, y = mean_curve(curves)
-    if len(x):
+    """Draw the mean of curves over the range that all of them cover, linear between their points."""
+    curves = [curve for curve in curves if len(curve[0])]
+    low = max((float(x[0]) for x, _ in curves), default=1.0)
+    high = min((float(x[-1]) for x, _ in curves), default=0.0)
+    if low <= high:
+        grid = np.linspace(low, high, _POINTS)
+        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
         gid = f"arm-{number}-mean-{key}"
-        axes.plot(x, y, arm.dash, color=arm.color, linewidth=2, gid=gid, label=arm.name)
+        axes.plot(grid, mean, arm.dash, color=arm.color, linewidth=2, gid=gid, label=arm.name)
 
 
 def _svg(axes: Axes, key: str) -> str:

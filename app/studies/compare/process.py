@@ -26,11 +26,8 @@ def fit(arguments: Sequence[str], log: Path, keep_open: int, tick: Callable[[], 
     When the comparison is stopped, the run is asked to finish its step and save, and is waited for; `subprocess.run`
     would kill it. When the comparison is killed, Linux asks the run instead.
 
-    Args:
-        arguments: options of `dots fit`.
-        log: file to which its output is appended.
-        keep_open: file descriptor that the run holds until it ends.
-        tick: called every second.
+    Its output is appended to `log`; it holds the file descriptor `keep_open` until it ends. `tick` is called every
+    second.
     """
     command = [sys.executable, "-m", "app", "fit", *arguments, "--ckpt_path", "last"]
     with log.open("ab") as out, subprocess.Popen(

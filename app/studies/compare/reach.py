@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
-COSTS = ("time", "completions", "tokens", "steps")
-"""Seconds of the training clock; completions and their tokens rolled out for training, reference sets and discarded
-groups included; training steps."""
+from app.runs.summary import RunSummary
+
+COSTS = {"time": "seconds", "completions": "completions", "tokens": "completion_tokens", "steps": "step"}
+"""Fields of an `Evaluation` by the name of the cost."""
 
 Goal = Literal["final", "best"]
 _EQUAL = 1e-9
@@ -28,15 +30,19 @@ class Course:
     accuracy: np.ndarray
     costs: Mapping[str, np.ndarray]
 
+    @classmethod
+    def of(cls, summary: RunSummary) -> Course:
+        """Return the evaluations of a run that has at least one."""
+        table = pd.DataFrame(list(summary.evaluations)).astype(float)
+        return cls(table["accuracy"].to_numpy(), {cost: table[field].to_numpy() for cost, field in COSTS.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
     """Cost of an arm to the goal divided by a cost of the baseline, for one seed.
 
-    Attributes:
-        value: the ratio. An arm that never reached the goal enters with the cost of its whole run, a lower bound. None
-            when the baseline began at the goal.
-        reached: whether the arm reached the goal.
+    An arm that never reached the goal enters with the cost of its whole run, a lower bound. The value is None when the
+    baseline began at the goal.
     """
 
     value: float | None
@@ -78,15 +84,9 @@ def cost_to_reach(course: Course, cost: str, target: float, window: int) -> floa
 def ratio(arm: Course, baseline: Course, cost: str, goal: Goal, window: int, *, whole_run: bool = False) -> Ratio:
     """Return the cost of an arm to the baseline's goal, relative to the baseline.
 
-    Args:
-        arm: evaluations of the arm.
-        baseline: evaluations of the baseline.
-        cost: name of `COSTS`.
-        goal: the baseline's accuracy to reach.
-        window: evaluations in the trailing mean.
-        whole_run: divide by the cost of the baseline's whole run instead of its cost to the goal. DOTS + RR reports
-            this form (arXiv 2506.05316, table 1); it favours the arm when the baseline reached its final accuracy long
-            before its end.
+    With `whole_run`, it is divided by the cost of the baseline's whole run instead of its cost to the goal. DOTS + RR
+    reports this form (arXiv 2506.05316, table 1); it favours the arm when the baseline reached its final accuracy long
+    before its end.
     """
     target = goal_accuracy(baseline, goal, window)
     theirs, mine = (cost_to_reach(course, cost, target, window) for course in (baseline, arm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +16,7 @@ _FILE = "request.json"
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A method to compare.
-
-    Attributes:
-        name: its name in the report and in folder names.
-        configs: overlays over the base, in order; `{seed}` in a name is replaced by the seed of the run.
-    """
+    """A method to compare: its name, and overlays over the base in whose names `{seed}` stands for a run's seed."""
 
     name: str
     configs: tuple[str, ...]
@@ -32,14 +28,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The rule that ends a run.
+    """The rule that ends a run: "baseline", "seconds" or "steps" (see `dots compare --help`).
 
-    Attributes:
-        rule: "baseline": the baseline runs its `trainer.max_steps`, every other arm until its training clock passes
-            that of the baseline's run with the same seed; "seconds": every arm until its clock passes `seconds`;
-            "steps": every arm runs its `trainer.max_steps`.
-        seconds: clock of the rule "seconds".
-        step_limit: a run under a clock takes at most this many times its `trainer.max_steps`.
+    `seconds` is the clock of the rule "seconds". A run under a clock takes at most `step_limit` times its
+    `trainer.max_steps`.
     """
 
     rule: str
@@ -75,14 +67,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A comparison.
+    """A comparison: every arm runs once with each seed, over base configs that all arms share.
 
     Attributes:
-        base: configs that all arms share, in order.
-        arms: the methods, in the order of the report.
-        seeds: every arm runs once with each.
         baseline: name of the arm that the others are measured against.
-        budget: when runs end.
         evaluate_every: steps between evaluations; None keeps the base's `trainer.val_check_interval`.
         window: evaluations in the trailing mean that has to reach an accuracy.
     """
@@ -102,11 +90,11 @@ class Request:
         the arms rotates from seed to seed. A baseline whose clock is the others' budget always comes first.
         """
         first = [arm for arm in self.arms if self.budget.rule == "baseline" and arm.name == self.baseline]
-        others = [arm for arm in self.arms if arm not in first]
+        others = deque(arm for arm in self.arms if arm not in first)
         order = []
-        for turn, seed in enumerate(self.seeds):
-            start = turn % max(1, len(others))
-            order += [(arm, seed) for arm in (*first, *others[start:], *others[:start])]
+        for seed in self.seeds:
+            order += [(arm, seed) for arm in (*first, *others)]
+            others.rotate(-1)
         return order
 
     def save(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from app.runs.changed_config import changes
 from app.runs.checkpoint_files import by_age
+from app.runs.summary import SUMMARY, RunSummary
 from app.studies.compare.request import Arm, Request
 from app.studies.compare.settings import Settings
 from datamodules.errors import UserError
@@ -43,6 +44,12 @@ class RunFolder:
         """Everything that the run printed."""
         return self.path / "log.txt"
 
+    def summary(self) -> RunSummary | None:
+        """Return the summary of a complete run; None for any other. Raise UserError for one of another version."""
+        path = self.version / SUMMARY
+        summary = RunSummary.read(path) if path.is_file() else None
+        return summary if summary is not None and summary.completed else None
+
     def check(self, request: Request, arm: Arm, settings: Settings) -> None:
         """Raise UserError when the folder has a run that was started with other settings."""
         found = changes(self.started_with().get("asked", {}), _start(request, arm, settings))
@@ -61,7 +68,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / _STARTED_WITH
         if not file.exists():
-            content = {"machine": describe_machine(), "asked": _start(request, arm, settings)}
+            content = {"machine": _machine(), "asked": _start(request, arm, settings)}
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             temporary.replace(file)
@@ -81,7 +88,7 @@ def _start(request: Request, arm: Arm, settings: Settings) -> Settings:
     return {"settings": settings, "budget": asdict(request.budget), "is_baseline": arm.name == request.baseline}
 
 
-def describe_machine() -> dict[str, str]:
+def _machine() -> dict[str, str]:
     """Return processor, accelerator, threads and package versions by name."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

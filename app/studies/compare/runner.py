@@ -14,49 +14,44 @@ from rich.progress import Progress, TimeElapsedColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.studies.compare.process import fit, only_one
-from app.studies.compare.records import CLOCK, read_summary
 from app.studies.compare.request import Request
 from app.studies.compare.run_folder import RunFolder
-from app.studies.compare.settings import Settings, max_steps, updates_per_step
+from app.studies.compare.settings import Settings, training_steps
 from datamodules.errors import UserError
 
+_CLOCK = "time/training"
 _LINES_SHOWN = 10
 
 
 def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Settings]) -> None:
     """Train every run that is not finished; a run that was stopped resumes from its last checkpoint.
 
-    Args:
-        request: the comparison.
-        out: its folder.
-        settings: resolved settings by arm and seed.
-
     Raises UserError before anything runs when a run was started with other settings, and when a run fails.
     """
-    runs = request.runs()
+    runs = [(arm, seed, RunFolder.of(out, arm.name, seed)) for arm, seed in request.runs()]
     console = Console(stderr=True)
     # The estimate of the time left looks back over hours: some arms are slower than others.
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e5)
     with only_one(out) as lock, bar:
-        for arm, seed in runs:
-            RunFolder.of(out, arm.name, seed).check(request, arm, settings[arm.name, seed])
+        for arm, seed, folder in runs:
+            folder.check(request, arm, settings[arm.name, seed])
         request.save(out)
-        waiting = [(a, s) for a, s in runs if read_summary(RunFolder.of(out, a.name, s).version) is None]
+        waiting = [run for run in runs if run[2].summary() is None]
         task = bar.add_task("", total=len(runs), completed=len(runs) - len(waiting))
-        for done, (arm, seed) in enumerate(waiting, len(runs) - len(waiting)):
-            label, own, folder = f"{arm.name} seed {seed}", settings[arm.name, seed], RunFolder.of(out, arm.name, seed)
+        for done, (arm, seed, folder) in enumerate(waiting, len(runs) - len(waiting)):
+            label, own = f"{arm.name} seed {seed}", settings[arm.name, seed]
             folder.prepare(request, arm, own)
             clock_s = None
             if request.budget.clocked(arm.name == request.baseline):
                 clock_s = request.budget.seconds
                 if clock_s is None:
-                    baseline = read_summary(RunFolder.of(out, request.baseline, seed).version)
+                    baseline = RunFolder.of(out, request.baseline, seed).summary()
                     assert baseline is not None  # the baseline comes first for every seed
                     clock_s = baseline.training_seconds
             last_config = folder.path / "run.yaml"
             last_config.write_text(yaml.safe_dump(overlay(request, seed, folder, own, clock_s), sort_keys=False))
-            share = RunProgress(folder.version, max_steps(own) // updates_per_step(own), clock_s)
+            share = RunProgress(folder.version, training_steps(own), clock_s)
 
             def show(label: str = label, done: int = done, share: RunProgress = share) -> None:
                 part = share.read()
@@ -65,7 +60,7 @@ def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Sett
             configs = (*request.base, *arm.files(seed), str(last_config))
             started = time.monotonic()
             code = fit([part for config in configs for part in ("--config", config)], folder.log, lock, show)
-            summary = read_summary(folder.version)
+            summary = folder.summary()
             if code or summary is None:
                 lines = [line for line in folder.log.read_text(errors="replace").splitlines() if line.strip()]
                 console.print(*lines[-_LINES_SHOWN:], sep="\n", markup=False, highlight=False, soft_wrap=True)
@@ -76,25 +71,18 @@ def run_all(request: Request, out: Path, settings: Mapping[tuple[str, int], Sett
                 )
             bar.update(task, completed=done + 1)
             left = bar.tasks[task].time_remaining
-            console.print(
+            line = (
                 f"{label}: {summary.steps} steps, {summary.training_seconds:.0f} s of training, accuracy "
-                f"{summary.course.accuracy[-1] if len(summary.course.accuracy) else math.nan:.3f}, "
-                f"{timedelta(seconds=round(time.monotonic() - started))}"
-                + ("" if left is None else f"; about {timedelta(seconds=round(left))} left"),
-                highlight=False,
-                soft_wrap=True,
+                f"{summary.val.get('last', math.nan):.3f}, {timedelta(seconds=round(time.monotonic() - started))}"
+                + ("" if left is None else f"; about {timedelta(seconds=round(left))} left")
             )
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, clock_s: float | None) -> Settings:
     """Return the last config of a run: its folder, its seed, when it is evaluated and when it ends.
 
-    Args:
-        request: the comparison.
-        seed: seed of the run.
-        folder: folder of the run.
-        settings: settings of the arm.
-        clock_s: seconds of the training clock after which the run ends; None for `trainer.max_steps`.
+    It ends after `clock_s` seconds of the training clock, or at `trainer.max_steps` where that is None.
     """
     logger = {"save_dir": str(folder.path.parent), "name": folder.path.name, "version": 0, "default_hp_metric": False}
     trainer: Settings = {
@@ -102,7 +90,7 @@ def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, 
         "val_check_interval": settings["trainer"]["val_check_interval"],
     }
     if clock_s is not None:
-        trainer["max_steps"] = math.ceil(request.budget.step_limit * max_steps(settings))
+        trainer["max_steps"] = math.ceil(request.budget.step_limit * settings["trainer"]["max_steps"])
         trainer["callbacks+"] = [{"class_path": "callbacks.ClockBudget", "init_args": {"seconds": clock_s}}]
     return {"seed_everything": seed, "trainer": trainer}
 
@@ -110,10 +98,7 @@ def overlay(request: Request, seed: int, folder: RunFolder, settings: Settings, 
 class RunProgress:
     """Progress of a run, read from its TensorBoard events while they are written.
 
-    Args:
-        version: folder of the run; it need not exist yet.
-        steps: training steps of the run without a clock.
-        clock_s: seconds of the training clock after which it ends; None for `steps` alone.
+    The run ends after `clock_s` seconds of the training clock, or where that is None after `steps`.
     """
 
     def __init__(self, version: Path, steps: int, clock_s: float | None) -> None:
@@ -125,8 +110,8 @@ class RunProgress:
         if not self._version.exists():
             return 0.0
         self._events.Reload()
-        if CLOCK not in self._events.Tags()["scalars"]:
+        if _CLOCK not in self._events.Tags()["scalars"]:
             return 0.0
-        last = self._events.Scalars(CLOCK)[-1]
+        last = self._events.Scalars(_CLOCK)[-1]
         share = (last.step + 1) / self._steps if self._clock_s is None else last.value / self._clock_s
         return min(1.0, float(share))

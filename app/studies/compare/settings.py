@@ -17,7 +17,6 @@ Settings = dict[str, Any]
 
 _NOT_COMPARED = ("logger", "default_root_dir", "enable_progress_bar")
 """Options of the trainer that say where a run is stored and what it shows."""
-_NOT_OF_A_METHOD = ("seed_everything", "ckpt_path", "weights_only")
 _CLASS, _ARGUMENTS = "class_path", "init_args"
 
 
@@ -53,21 +52,16 @@ def resolve(request: Request, arm: Arm, seed: int) -> Settings:
     return settings
 
 
-def max_steps(settings: Settings) -> int:
-    """Return the optimizer steps that a run is configured for."""
-    return int(settings["trainer"]["max_steps"])
-
-
-def updates_per_step(settings: Settings) -> int:
-    """Return the optimizer steps in a training step."""
-    return int(settings["model"][_ARGUMENTS].get("mini_batches", 1))
+def training_steps(settings: Settings) -> int:
+    """Return the training steps that a run is configured for, of one or more optimizer steps each."""
+    return int(settings["trainer"]["max_steps"] // settings["model"][_ARGUMENTS].get("mini_batches", 1))
 
 
 def _check(request: Request, arm: Arm, settings: Settings) -> None:
-    if max_steps(settings) < 1:
-        raise UserError(f"arm {arm.name}: trainer.max_steps is {max_steps(settings)}. Give the steps of a run.")
-    interval = settings["trainer"]["val_check_interval"]
-    steps = max_steps(settings) // updates_per_step(settings)
+    interval, max_steps = settings["trainer"]["val_check_interval"], settings["trainer"]["max_steps"]
+    if max_steps < 1:
+        raise UserError(f"arm {arm.name}: trainer.max_steps is {max_steps}. Give the steps of a run.")
+    steps = training_steps(settings)
     if not isinstance(interval, int) or steps < interval:
         raise UserError(
             f"arm {arm.name}: trainer.val_check_interval is {interval} in a run of {steps} steps, expected a number of "
@@ -96,10 +90,9 @@ def differences(arm: Settings, baseline: Settings) -> list[str]:
 
 
 def _by_name(settings: Settings) -> Settings:
-    trainer = dict(settings["trainer"])
-    callbacks = trainer.pop("callbacks", None) or []
-    rest = {name: value for name, value in settings.items() if name not in ("trainer", *_NOT_OF_A_METHOD)}
-    return {**rest, "trainer": trainer, "callbacks": {_short(one[_CLASS]): one for one in callbacks}}
+    callbacks = {_short(one[_CLASS]): one for one in settings["trainer"].get("callbacks") or []}
+    rest = {name: value for name, value in settings.items() if name not in ("trainer", "seed_everything")}
+    return rest | {"trainer": settings["trainer"] | {"callbacks": None}, "callbacks": callbacks}
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[str]:

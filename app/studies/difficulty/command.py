@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,30 +14,12 @@ from rich.progress import track
 
 from app.cli.commands import command_parser
 from app.cli.parsing import DotsArgumentParser
-from app.studies.difficulty.forecasters import (
-    METHODS,
-    Forecaster,
-    Material,
-    Scored,
-    fit_predictor,
-    kernel,
-    linear_ridge,
-    mean,
-    score,
-    trained,
-)
-from app.studies.difficulty.report import CurvePoint, draw_curve, draw_reliability, print_results, write_results
-from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
+from app.studies.difficulty import forecasters
+from app.studies.difficulty.forecasters import METHODS, Forecaster, Material, Scored, fit_predictor, score, trained
+from app.studies.difficulty.report import draw_curve, draw_reliability, print_results, write_results
+from datamodules.difficulty.attention import AttentionPredictor
 from datamodules.difficulty.calibration import CalibrationName
-from datamodules.difficulty.encoders import block_widths, embed_with
-from datamodules.difficulty.outcomes import (
-    QuestionSplit,
-    RecordedOutcomes,
-    question_key,
-    read_outcomes,
-    split_questions,
-)
-from datamodules.difficulty.training import TrainingOptions
+from datamodules.difficulty.outcomes import QuestionSplit, question_key, read_outcomes, split_questions
 from datamodules.errors import UserError, nearest
 from datamodules.seeding import generator
 
@@ -47,6 +27,7 @@ UNSEEN = ", references unseen too"
 SEEN = "seen_questions.json"
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
+_METHOD = "which one is saved: DOTS' trained adapters, or a kernel ridge score in their place; both are measured"
 _OUTCOMES = (
     "folder of a run (its completions/*.parquet), a parquet of completions, or a JSONL of "
     '{"question", "pass_rate_by_epoch": [rate or null, ...]}'
@@ -76,7 +57,7 @@ def _fit(args: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {options.out} exists and is not an empty folder. Give a new folder.")
     outcomes = read_outcomes(Path(options.outcomes))
-    with _material(outcomes, options.encoder, Path(options.cache_dir)) as material:
+    with Material.of(outcomes, options.encoder, Path(options.cache_dir)) as material:
         splits = [
             split_questions(outcomes.questions, options.seed, options.validation, options.test, fold)
             for fold in range(options.folds)
@@ -123,8 +104,9 @@ def _evaluate(args: list[str]) -> None:
     unseen = np.array(
         [row for row, question in enumerate(outcomes.questions) if _hash(question) not in learnt], dtype=np.int64
     )
-    with _material(outcomes, encoder, Path(options.cache_dir)) as material:
-        contenders = {"predictor": trained(predictor, material), "kernel": kernel(material), "mean": mean(material)}
+    with Material.of(outcomes, encoder, Path(options.cache_dir)) as material:
+        contenders = {"predictor": trained(predictor, material), "kernel": forecasters.kernel(material)}
+        contenders["mean"] = forecasters.mean(material)
         results = {
             name: [score(one, outcomes, unseen, unseen, options.references, options.seed)]
             for name, one in contenders.items()
@@ -147,14 +129,15 @@ def _contenders(
 ) -> Iterator[tuple[str, Forecaster, AttentionPredictor | None]]:
     """Yield every method's name and forecaster, with the predictor where there is one to save."""
     for method in METHODS:
-        predictor = _fitted(method, material, split, options)
+        predictor = fit_predictor(method, material, split, options)
         yield method, trained(predictor, material), predictor
-    yield "ridge on embeddings", linear_ridge(material, np.concatenate([split.train, split.validation])), None
-    yield "kernel, untrained", kernel(material), None
-    yield "mean of references", mean(material), None
+    rows = np.concatenate([split.train, split.validation])
+    yield "ridge on embeddings", forecasters.linear_ridge(material, rows), None
+    yield "kernel, untrained", forecasters.kernel(material), None
+    yield "mean of references", forecasters.mean(material), None
 
 
-def _learning_curve(material: Material, splits: list[QuestionSplit], options: Namespace) -> Iterator[CurvePoint]:
+def _learning_curve(material: Material, splits: list[QuestionSplit], options: Namespace) -> Iterator[dict[str, object]]:
     """Yield scores of methods that learnt from shares of the training questions; the references stay the same."""
 
     def part_of(rows: np.ndarray, share: float) -> np.ndarray:
@@ -169,46 +152,18 @@ def _learning_curve(material: Material, splits: list[QuestionSplit], options: Na
             continue
         # Folds differ by at most one question, so the first one's size is used for all.
         size = round(share * (len(splits[0].train) + len(splits[0].validation)))
-        forecasters = {name: trained(_fitted(name, material, part, options), material) for name in METHODS}
-        forecasters["ridge on embeddings"] = linear_ridge(material, np.concatenate([part.train, part.validation]))
-        for name, forecaster in forecasters.items():
-            yield CurvePoint(name, size, _score_held_out(forecaster, material, split, options).figures)
-
-
-def _fitted(method: str, material: Material, split: QuestionSplit, options: Namespace) -> AttentionPredictor:
-    config = PredictorConfig(
-        in_features=material.embeddings.shape[1],
-        width=options.width,
-        depth=options.depth,
-        dropout=options.dropout,
-        input_dropout=options.input_dropout,
-        calibration=options.calibration,
-        encoder=options.encoder,
-    )
-    training = TrainingOptions(
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        references=options.references,
-        batch=options.batch,
-        patience=options.patience,
-        seed=options.seed,
-    )
-    return fit_predictor(method, material, split, config, training)
+        methods = {name: trained(fit_predictor(name, material, part, options), material) for name in METHODS}
+        rows = np.concatenate([part.train, part.validation])
+        methods["ridge on embeddings"] = forecasters.linear_ridge(material, rows)
+        for name, forecaster in methods.items():
+            figures = _score_held_out(forecaster, material, split, options).figures
+            yield {"method": name, "questions": size, **figures}
 
 
 def _score_held_out(forecaster: Forecaster, material: Material, split: QuestionSplit, options: Namespace) -> Scored:
     """Score the test questions, with references from those learnt from."""
     candidates = np.concatenate([split.train, split.validation])
     return score(forecaster, material.outcomes, split.test, candidates, options.references, options.seed)
-
-
-@contextmanager
-def _material(outcomes: RecordedOutcomes, encoder: str, cache_dir: Path) -> Iterator[Material]:
-    """Yield the material; embeddings are cached, what each method makes of them is not."""
-    embeddings, key = embed_with(encoder, outcomes.questions, cache_dir)
-    blocks = block_widths(encoder, outcomes.questions, cache_dir)
-    with tempfile.TemporaryDirectory(prefix="dots-difficulty-") as scratch:
-        yield Material(outcomes, embeddings, key, blocks, Path(scratch))
 
 
 def _hash(question: str) -> str:
@@ -227,12 +182,7 @@ def fit_parser() -> DotsArgumentParser:
     _add_common(parser)
     add("--encoder", type=str, required=True, help=_ENCODER)
     add("--out", type=str, required=True, help="folder of the predictor, results.json and reliability.png")
-    add(
-        "--method",
-        type=Literal["kernel_ridge", "attention"],
-        default="kernel_ridge",
-        help="which one is saved: DOTS' trained adapters, or a kernel ridge score in their place; both are measured",
-    )
+    add("--method", type=Literal["kernel_ridge", "attention"], default="kernel_ridge", help=_METHOD)
     add("--folds", type=int, default=1, help="test parts measured in turn; the predictor of the first is saved")
     add("--test", type=float, default=0.2, help="share of the questions that each fold tests on")
     add("--validation", type=float, default=0.1, help="share of the questions for the early stopping of attention")

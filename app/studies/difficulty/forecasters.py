@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jsonargparse import Namespace
 
 from app.reporting.forecast_quality import brier, pearson, reliability, spearman
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
+from datamodules.difficulty.encoders import block_widths, embed_with
 from datamodules.difficulty.forecaster import predict
 from datamodules.difficulty.kernel import KernelSpace
 from datamodules.difficulty.outcomes import QuestionSplit, RecordedOutcomes
@@ -21,8 +25,7 @@ Forecaster = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Maps rows `[K]` and success rates `[K]` of references to success rates `[Q]` of all questions."""
 
 METHODS = ("kernel_ridge", "attention")
-FEWEST = 8
-"""Tested questions that a visit must have measured for a correlation over them."""
+FEWEST = 8  # tested questions that a visit must have measured for a correlation over them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,9 +35,9 @@ class Material:
     Attributes:
         outcomes: recorded success rates of `Q` questions.
         embeddings: float32 `[Q, E]`.
-        key: names the embeddings' content.
+        key: identifies the embeddings' content.
         blocks: components of each of the joined encoders.
-        scratch: folder for what methods keep of the pool.
+        scratch: folder for what methods cache about the pool.
     """
 
     outcomes: RecordedOutcomes
@@ -43,20 +46,27 @@ class Material:
     blocks: Sequence[int]
     scratch: Path
 
+    @classmethod
+    @contextmanager
+    def of(cls, outcomes: RecordedOutcomes, encoder: str, cache_dir: Path) -> Iterator[Material]:
+        """Yield the material; embeddings are cached, what each method makes of them is not."""
+        embeddings, key = embed_with(encoder, outcomes.questions, cache_dir)
+        blocks = block_widths(encoder, outcomes.questions, cache_dir)
+        with tempfile.TemporaryDirectory(prefix="dots-difficulty-") as scratch:
+            yield cls(outcomes, embeddings, key, blocks, Path(scratch))
 
-def fit_predictor(
-    method: str, material: Material, split: QuestionSplit, config: PredictorConfig, options: TrainingOptions
-) -> AttentionPredictor:
+
+def fit_predictor(method: str, material: Material, split: QuestionSplit, options: Namespace) -> AttentionPredictor:
     """Fit a predictor by "attention", or by "kernel_ridge" on training and validation (it needs no early stopping)."""
+    embeddings, outcomes, blocks = material.embeddings, material.outcomes, material.blocks
+    shape = ("width", "depth", "dropout", "input_dropout", "calibration", "encoder")
+    config = PredictorConfig(in_features=embeddings.shape[1], **{name: options[name] for name in shape})
+    fit = ("epochs", "learning_rate", "references", "batch", "patience", "seed")
+    training = TrainingOptions(**{name: options[name] for name in fit})
     if method == "attention":
-        return train_attention(
-            config, material.embeddings, material.outcomes, material.blocks, split.train, split.validation, options
-        ).predictor
-    rows = np.concatenate([split.train, split.validation])
-    return fit_kernel_ridge(
-        material.embeddings[rows], material.outcomes.take(rows), material.blocks,
-        config.encoder, config.calibration, options.seed,
-    )  # fmt: skip
+        return train_attention(config, embeddings, outcomes, blocks, split.train, split.validation, training).predictor
+    rows, encoder, calibration = np.concatenate([split.train, split.validation]), config.encoder, config.calibration
+    return fit_kernel_ridge(embeddings[rows], outcomes.take(rows), blocks, encoder, calibration, training.seed)
 
 
 def trained(predictor: AttentionPredictor, material: Material) -> Forecaster:
@@ -129,11 +139,11 @@ def score(
 
     Args:
         forecaster: the method.
-        outcomes: of all questions.
+        outcomes: success rates of all questions.
         tested: int64 rows that are scored, unless drawn as references.
         candidates: int64 rows that references are drawn from at every visit, by `seed` and visit alone.
-        references: how many; at most half of the tested ones where they are drawn from these.
-        seed: of the draw.
+        references: their number; at most half of the tested ones where they are drawn from these.
+        seed: seed of the draw.
     """
     parts = []
     own = len(np.intersect1d(tested, candidates)) > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ Results = Mapping[str, Sequence[Scored]]
 
 _COLUMNS = {"pearson": ("Pearson", 3), "spearman": ("Spearman", 3), "brier": ("Brier", 4), "ece": ("ECE", 3)}
 _PICTURES_PER_ROW = 3
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """Figures of one fit of the learning curve: `method`, number of questions learnt from, and figures by name."""
-
-    method: str
-    questions: int
-    figures: Mapping[str, float]
 
 
 def summarise(results: Results) -> dict[str, dict[str, dict[str, float]]]:
@@ -79,14 +69,16 @@ def draw_reliability(path: Path, results: Results) -> None:
     matplotlib.image.imsave(path, np.concatenate(rows))
 
 
-def draw_curve(folder: Path, points: Sequence[CurvePoint]) -> None:
-    """Write `learning_curve.json` (every fit) and `learning_curve.png` (mean and deviation of Pearson over folds)."""
-    content = [{"method": point.method, "questions": point.questions, **point.figures} for point in points]
-    (folder / "learning_curve.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def draw_curve(folder: Path, fits: Sequence[Mapping[str, object]]) -> None:
+    """Write `learning_curve.json` and `learning_curve.png` (mean and deviation of Pearson over folds).
+
+    Each fit is its `method`, the number of `questions` that it learnt from, and its figures by name.
+    """
+    (folder / "learning_curve.json").write_text(json.dumps(fits, indent=2) + "\n", encoding="utf-8")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
-        for method, rows in pd.DataFrame(content).groupby("method", sort=False):
+        for method, rows in pd.DataFrame(fits).groupby("method", sort=False):
             sizes = rows.groupby("questions")["pearson"]
             mean, deviation = sizes.mean(), sizes.std(ddof=0)
             axes.errorbar(mean.index, mean, yerr=deviation, fmt="o-", capsize=2, label=method)

@@ -26,24 +26,22 @@ from app.studies.forecast.report import draw_study, print_table, summarise, visi
 from datamodules.errors import UserError, nearest
 from datamodules.selectors import SelectionContext, Selector
 
-DESCRIPTION = (
+_DESCRIPTION = (
     "Compares selectors on a recorded run: each chooses prompts visit by visit, sees only what it chose, and is scored "
     "on all. For example: dots forecast --traces rates.jsonl --selector Uniform --selector Mopps --selector Dots "
     "--selector.alpha 0.4 --encoder FOLDER --out study"
 )
-ORACLE = "oracle"
+_SELECTOR = (
+    "class name or dotted path; may be repeated, and --selector.OPTION VALUE is an option of the latest. The row is "
+    "labelled by the class's name, followed by its options where two are of one class"
+)
+_SELECTORS = "mapping of row labels to {class_path, init_args}, mostly for --config; --selectors.LABEL NAME adds one"
+_ORACLE = "oracle"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One row of the study.
-
-    Attributes:
-        label: name of the row.
-        make: returns a new selector, for every seed.
-        budget: what it may roll out.
-        reveal_all: whether it is shown every prompt's outcome.
-    """
+    """One row of the study; `make` returns a new selector, which `reveal_all` shows every prompt's outcome."""
 
     label: str
     make: Callable[[], Selector]
@@ -68,8 +66,8 @@ def main(args: list[str]) -> None:
     parser.save(options, out / "config.yaml", overwrite=True, multifile=False)
     table = visits_table(_replays(contenders, traces, options), traces.first)
     table.to_csv(out / "forecast.csv", index=False)
-    summary = summarise(table)
-    write_json(out / "forecast.json", summary)
+    figures = summarise(table)
+    write_json(out / "forecast.json", *figures)
     questions, visits = traces.rates.shape
     title = (
         f"{Path(options.traces).name}: {questions} questions{', shuffled' if options.shuffle else ''}, visits "
@@ -81,7 +79,7 @@ def main(args: list[str]) -> None:
         "informative: share of the chosen prompts with 0 < p < 1, mean over visits, +- standard error over seeds. "
         "Pearson, Brier: the forecast before each visit's rollouts against the recorded rates of all prompts. "
         "Rolled out: prompts per visit, references included.",
-        f"{ORACLE}: the ceiling, shown the outcomes of all prompts after every visit.",
+        f"{_ORACLE}: the ceiling, shown the outcomes of all prompts after every visit.",
     ]
     notes += [
         f"{one.label}: {one.budget.references} references every {one.budget.every} visits and {one.budget.prompts} "
@@ -89,14 +87,14 @@ def main(args: list[str]) -> None:
         for one in contenders
         if one.budget.references
     ]
-    print_table(title, notes, summary)
+    print_table(title, notes, *figures)
 
 
 def _contenders(parser: DotsArgumentParser, options: Namespace) -> Iterator[Contender]:
     """Yield the rows: each selector, again within the batch's budget where it uses references, and the ceiling."""
     for label, (group, key) in labels(options).items():
-        if label == ORACLE:
-            raise UserError(f"{ORACLE!r} is the label of the ceiling's row. Give the selector another label.")
+        if label == _ORACLE:
+            raise UserError(f"{_ORACLE!r} is the label of the ceiling's row. Give the selector another label.")
 
         def make(group: str = group, key: str | int = key) -> Selector:
             return parser.instantiate_classes(options)[group][key]
@@ -106,7 +104,7 @@ def _contenders(parser: DotsArgumentParser, options: Namespace) -> Iterator[Cont
         yield Contender(label, make, budget)
         if references:
             yield Contender(f"{label}, equal budget", make, budget.within(options.batch))
-    yield Contender(ORACLE, Oracle, Budget(options.batch), reveal_all=True)
+    yield Contender(_ORACLE, Oracle, Budget(options.batch), reveal_all=True)
 
 
 def _context(seed: int, options: Namespace) -> SelectionContext:
@@ -131,23 +129,12 @@ def _replays(contenders: list[Contender], traces: Traces, options: Namespace) ->
 
 def forecast_parser() -> DotsArgumentParser:
     """Return the parser of `dots forecast`."""
-    parser = command_parser("forecast", DESCRIPTION)
+    parser = command_parser("forecast", _DESCRIPTION)
     add = parser.add_argument
     add("--config", action="config", help="YAML file of these options; may be given several times")
     add("--traces", type=str, required=True, help='JSONL of {"question", "pass_rate_by_epoch": [rate, ...]}')
-    add(
-        "--selector",
-        type=list[Selector],
-        default=[],
-        help="class name or dotted path; may be repeated, and --selector.OPTION VALUE is an option of the latest. "
-        "The row is labelled by the class's name, followed by its options where two are of one class",
-    )
-    add(
-        "--selectors",
-        type=dict[str, Selector],
-        default={},
-        help="mapping of row labels to {class_path, init_args}, mostly for --config; --selectors.LABEL NAME adds one",
-    )
+    add("--selector", type=list[Selector], default=[], help=_SELECTOR)
+    add("--selectors", type=dict[str, Selector], default={}, help=_SELECTORS)
     add("--batch", type=int, default=128, help="prompts chosen at every visit, B")
     add("--seeds", type=int, default=5, help="runs of every selector, with seeds 0, 1, ...")
     add("--out", type=str, required=True, help="folder of forecast.json, forecast.csv, forecast.png and config.yaml")
@@ -180,7 +167,7 @@ def read_options(parser: DotsArgumentParser, args: list[str]) -> Namespace:
 def labels(options: Namespace) -> dict[str, tuple[str, str | int]]:
     """Return the place of every selector by row label: ("selectors", label) or ("selector", position)."""
     found: dict[str, tuple[str, str | int]] = {name: ("selectors", name) for name in options.selectors}
-    names = [_short(spec.class_path) for spec in options.selector]
+    names = [spec.class_path.rpartition(".")[2] for spec in options.selector]
     for position, (name, spec) in enumerate(zip(names, options.selector, strict=True)):
         taken = Counter(names)[name] > 1 or name in options.selectors
         label = f"{name}({_settings(spec)})" if taken and _settings(spec) else name
@@ -214,10 +201,6 @@ def _with_listed_selectors(args: list[str]) -> Iterator[str]:
             yield "--selector+=" + name
 
 
-def _short(class_path: str) -> str:
-    return class_path.rpartition(".")[2]
-
-
 def _settings(spec: Namespace) -> str:
     """Return `name=value` of the options that differ from their defaults."""
     defaults = inspect.signature(resolve_name(spec.class_path)).parameters
@@ -231,5 +214,5 @@ def _shown(value: object) -> str:
         return f"[{', '.join(map(_shown, value))}]"
     if isinstance(value, Namespace) and "class_path" in value:
         settings = _settings(value)
-        return _short(value.class_path) + (f"({settings})" if settings else "")
+        return value.class_path.rpartition(".")[2] + (f"({settings})" if settings else "")
     return str(value)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 
 from datamodules.pool import PromptPool
 from datamodules.selectors import Ranker, SelectionContext
@@ -26,8 +23,6 @@ class Oracle(Ranker):
     def __init__(self, decay: float = 0.8) -> None:
         super().__init__()
         self.decay = decay
-        self._weight = np.empty(0)
-        self._sum = np.empty(0)
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
@@ -43,11 +38,3 @@ class Oracle(Ranker):
 
     def forecast(self) -> np.ndarray | None:
         return self._sum / self._weight if self._weight.all() else None
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {"weight": torch.from_numpy(self._weight.copy()), "sum": torch.from_numpy(self._sum.copy())}
-        return super().state_dict() | state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._weight, self._sum = state["weight"].numpy().copy(), state["sum"].numpy().copy()

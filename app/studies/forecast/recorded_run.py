@@ -54,12 +54,8 @@ class Traces:
     def shuffled(self) -> Traces:
         """Return the questions in a random order, always the same one (so that their embeddings are cached once)."""
         order = generator("forecast", "question order").permutation(len(self.ids))
-        return replace(
-            self,
-            ids=tuple(self.ids[row] for row in order),
-            questions=tuple(self.questions[row] for row in order),
-            rates=self.rates[order],
-        )
+        ids, questions = (tuple(texts[row] for row in order) for texts in (self.ids, self.questions))
+        return replace(self, ids=ids, questions=questions, rates=self.rates[order])
 
     def pool(self) -> PromptPool:
         """Return the pool that selectors choose from; nothing is generated, so its prompts carry no tokens."""
@@ -153,12 +149,10 @@ class Replay:
 
 
 def revealed(traces: Traces, samples: int, seed: int | None) -> np.ndarray:
-    """Return what a selector sees of a prompt that it chose, float64 `[Q, V]`.
+    """Return the rates that a selector sees of prompts that it chose, float64 `[Q, V]`.
 
-    Args:
-        traces: the recorded rates `p`.
-        samples: completions of a group, `G`.
-        seed: None reveals `p` itself; else a draw of Binomial(G, p) / G, the same for every selector.
+    They are the recorded `p` without a seed, else a draw of Binomial(G, p) / G with `G` samples, the same for every
+    selector.
     """
     if seed is None:
         return traces.rates
@@ -175,11 +169,11 @@ def replay(
     samples: int,
     reveal_all: bool = False,
 ) -> Replay:
-    """Run a new selector through all visits, as a training would.
+    """Run a new selector through all visits, as a training would, scored against the recorded rates.
 
     Args:
         selector: not set up yet.
-        traces: recorded rates, which choices and forecasts are scored against.
+        traces: the recorded run.
         budget: prompts and references of a step; references are drawn only for a selector that uses them.
         context: seed, encoder and cache of the selector.
         shown: float64 `[Q, V]` rates that the selector learns from (`revealed`).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
@@ -28,19 +27,6 @@ _PANELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Figures of all selectors: means over the visits of a seed (`distinct`: the last visit), then over the seeds.
-
-    Attributes:
-        mean: a row per selector, columns `PER_VISIT`; NaN where there was no forecast.
-        sem: standard errors over the seeds; NaN for a single seed.
-    """
-
-    mean: pd.DataFrame
-    sem: pd.DataFrame
-
-
 def visits_table(replays: Mapping[str, Sequence[Replay]], first: int) -> pd.DataFrame:
     """Return a row per selector, seed and visit; visits are numbered as in the recorded run, from `first`."""
     frames = []
@@ -52,44 +38,44 @@ def visits_table(replays: Mapping[str, Sequence[Replay]], first: int) -> pd.Data
     return pd.concat(frames, ignore_index=True)
 
 
-def summarise(table: pd.DataFrame) -> Summary:
-    """Summarise a `visits_table`, the selectors in its order; NaN values are left out."""
+def summarise(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Summarise a `visits_table`: means over the visits of a seed (`distinct`: the last visit), then over the seeds.
+
+    Return means and standard errors over the seeds: a row per selector, columns `PER_VISIT`. NaN values are left out;
+    a figure is NaN where there was no forecast, a standard error for a single seed.
+    """
     runs = table.groupby(["selector", "seed"], sort=False)
     seeds = runs[list(PER_VISIT)].mean().assign(distinct=runs["distinct"].last()).groupby("selector", sort=False)
-    return Summary(seeds.mean(), seeds.sem())
+    return seeds.mean(), seeds.sem()
 
 
-def write_json(path: Path, summary: Summary) -> None:
+def write_json(path: Path, mean: pd.DataFrame, sem: pd.DataFrame) -> None:
     """Write the figures of every selector by name.
 
     `{selector: {"informative": {"mean", "sem"}, "variance", "pearson", "pearson_unmeasured", "brier", "distinct",
     "rollouts_per_step", "seconds_per_step", "sem": {...}}}` with the other figures' standard errors under `sem`; an
     undefined figure is null.
     """
-    means, errors = (frame.astype(object).where(frame.notna(), None) for frame in (summary.mean, summary.sem))
+    means, errors = (frame.astype(object).where(frame.notna(), None) for frame in (mean, sem))
     content = {}
-    for label, mean in means.iterrows():
-        sem = errors.loc[label]
-        others = ("variance", "pearson", "pearson_unmeasured", "brier", "distinct")
+    for label, row in means.iterrows():
+        error = errors.loc[label]
+        others = ["variance", "pearson", "pearson_unmeasured", "brier", "distinct"]
         content[label] = {
-            "informative": {"mean": mean.informative, "sem": sem.informative},
-            **{name: mean[name] for name in others},
-            "rollouts_per_step": mean.rollouts,
-            "seconds_per_step": mean.seconds,
-            "sem": {name: sem[name] for name in others},
+            "informative": {"mean": row.informative, "sem": error.informative},
+            **row[others],
+            "rollouts_per_step": row.rollouts,
+            "seconds_per_step": row.seconds,
+            "sem": dict(error[others]),
         }
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def print_table(title: str, notes: Sequence[str], summary: Summary) -> None:
+def print_table(title: str, notes: Sequence[str], mean: pd.DataFrame, sem: pd.DataFrame) -> None:
     """Print a row per selector, and the notes; correlations without the references where a selector uses them."""
-    mean, sem = summary.mean, summary.sem["informative"]
-    shown = {
-        "informative": [
-            f"{value:.3f}" + ("" if np.isnan(error) else f" +- {error:.3f}")
-            for value, error in zip(mean["informative"], sem, strict=True)
-        ]
-    }
+    pairs = zip(mean["informative"], sem["informative"], strict=True)
+    spread = [f"{value:.3f}" + ("" if np.isnan(error) else f" +- {error:.3f}") for value, error in pairs]
+    shown = {"informative": spread}
     columns = [("p (1 - p)", "variance", ".3f"), ("Pearson", "pearson", ".3f")]
     if not mean["pearson"].equals(mean["pearson_unmeasured"]):
         columns.append(("Pearson, unmeasured", "pearson_unmeasured", ".3f"))

