@@ -135,14 +135,17 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     ),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
     "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k is 0; set it to 1 or more"),
-    "checkpoint interval": (lambda c: callback(c, "RunCheckpoint").update(every=0), "RunCheckpoint(every=0, keep=2)"),
+    "checkpoint interval": (
+        lambda c: callback(c, "RunCheckpoint").update(every=0),
+        "RunCheckpoint has every=0 and keep=2",
+    ),
     "replay share": (
         lambda c: callback(c, "RolloutReplay").update(fresh_fraction=0),
         "RolloutReplay.fresh_fraction is 0",
     ),
     "target of DOTS": (
         lambda c: data(c)["selector"].update(class_path="datamodules.selectors.Dots", init_args={"alpha": 1.5}),
-        "alpha is 1.5, expected a success rate in [0, 1]: 0.5 aims at the most informative prompts",
+        "alpha is 1.5, expected a success rate in [0, 1]. Use 0.5 for informative prompts.",
     ),
     "clip range": (lambda c: model(c).update(surrogate={"epsilon_low": -1}), "epsilon"),
     "options in conflict": (

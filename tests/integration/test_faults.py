@@ -143,8 +143,11 @@ def test_every_fault_of_a_reward_costs_one_score(place: Place, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("score", "advice"),
     [
-        ("1", "100% of their completions were right, 100% were cut at the length limit; the prompts are too easy"),
-        ("0", "they end before their answer: raise model.sampling.max_completion_length"),
+        (
+            "1",
+            "100% of their completions were correct, 100% were truncated at the length limit: the prompts are too easy",
+        ),
+        ("0", "they end before their answer. Raise model.sampling.max_completion_length"),
     ],
 )
 def test_prompts_that_teach_nothing_are_told_apart(
@@ -157,7 +160,7 @@ def test_prompts_that_teach_nothing_are_told_apart(
         code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
     lines = [str(one.message) for one in warned if "was informative" in str(one.message)]
-    assert [line.split(":")[0] for line in lines] == ["step 9", "step 19"]
+    assert [line.split(":")[0] for line in lines] == ["Step 9", "Step 19"]
     assert all(advice in line for line in lines)
 
 

@@ -271,7 +271,7 @@ def test_data_set_with_a_script(place: Place, mark: Path) -> None:
     folder.mkdir()
     (folder / "tricky.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     place.config(lambda config: source(config).update(path=str(folder)))
-    assert f"folder {str(folder)!r} cannot be read as a data set" in place.refused(*FIT)
+    assert f"Folder {str(folder)!r} cannot be read as a data set" in place.refused(*FIT)
     assert not mark.exists()
 
 
@@ -292,7 +292,7 @@ def test_saved_data_set_with_pickles(place: Place, mark: Path) -> None:
     for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
         (folder / name).write_bytes(pickle.dumps(Payload(mark)))
     place.config(lambda config: source(config).update(path=str(folder)))
-    assert f"folder {str(folder)!r} cannot be read as a data set" in place.refused(*FIT)
+    assert f"Folder {str(folder)!r} cannot be read as a data set" in place.refused(*FIT)
     assert not mark.exists()
 
 
