@@ -324,4 +324,4 @@ def test_a_hanging_rank_is_named(tmp_path: Path):
 def test_sizes_and_strategies_are_checked_first(tmp_path: Path):
     for done in dots_on_ranks(2, *arguments(tmp_path, 2, "--model.mini_batches=8")):
         assert done.returncode == 2
-        assert "2 processes (trainer.devices x trainer.num_nodes) and data.prompts_per_step=8" in done.stderr
+        assert "2 processes (trainer.devices x trainer.num_nodes) share data.prompts_per_step=8" in done.stderr
