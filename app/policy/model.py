@@ -213,3 +213,8 @@ def plain_attention(lm: PreTrainedModel) -> bool:
 def tied_weight_names(lm: PreTrainedModel) -> set[str]:
     """Return the names of weights that are the same tensor as another one, such as a tied head."""
     return set(lm._tied_weights_keys or ()) if getattr(lm.config, "tie_word_embeddings", False) else set()
+
+
+def uses_sdpa(lm: PreTrainedModel) -> bool:
+    """Return whether the model's attention is torch's `scaled_dot_product_attention`."""
+    return lm.config._attn_implementation == "sdpa"

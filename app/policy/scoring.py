@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from app.objective.logprobs import token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
-from app.policy.model import attending, causal_lm, full_attention_only, plain_attention
+from app.policy.model import attending, causal_lm, full_attention_only, plain_attention, uses_sdpa
 
 SHARED_PROMPT = "dots_shared_prompt"
 _FORWARD_METHOD = "dots_completion_logprobs"
@@ -76,7 +76,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     the backward pass, when the model's own attention is active.
     """
     lm = causal_lm(model)
-    return plain_attention(lm) and lm.config._attn_implementation == "sdpa" and not lm.is_gradient_checkpointing
+    return plain_attention(lm) and uses_sdpa(lm) and not lm.is_gradient_checkpointing
 
 
 def head_weight(head: torch.nn.Module) -> Tensor:
