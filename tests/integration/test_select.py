@@ -14,7 +14,7 @@ from app.subsets.learnalign import alignment_scores, learnability
 from datamodules.procedural import Procedural, ProceduralTask
 from datamodules.prompts.file import PromptFile
 from datamodules.prompts.splits import split_pool
-from tests.support.command import EVERY_STEP, ROOT, dots, kill_when, overlay, run_of
+from tests.support.command import EVERY_STEP, ROOT, dots, kill_when, run_of
 
 CHAIN = {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 TASKS = [ProceduralTask("chain_sum", 50, CHAIN), ProceduralTask("spell_backward", 20, {"max_word_len": 5})]
@@ -73,7 +73,7 @@ def test_the_best_prompts_are_kept_and_read_back(selected: Path):
 def test_a_selection_killed_twice_resumes_as_if_never_stopped(selected: Path, tmp_path: Path):
     """Once in its warm-up, once while it measures."""
     out = tmp_path / "subset.jsonl"
-    arguments = ["select", *BASE, "--config", str(overlay(tmp_path, EVERY_STEP)), *LEARNALIGN, "--out", str(out)]
+    arguments = ["select", *BASE, EVERY_STEP, *LEARNALIGN, "--out", str(out)]
     work = out.with_suffix(".select")
     kill_when(work / "warmup" / "checkpoints" / "step_00000001.ckpt", *arguments)
     assert not (work / "warmup" / "policy.ckpt").exists()
