@@ -168,7 +168,7 @@ def test_prompts_that_teach_nothing_are_told_apart(
 def test_a_reward_that_always_fails_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(place.path)
     configured(place, rewards("broken"), lambda c: c["trainer"].update(max_steps=10))
-    with pytest.warns(UserWarning, match="no completion was scored; see the warnings about the reward"):
+    with pytest.warns(UserWarning, match="No completion was scored: see the warnings about the reward"):
         code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
     assert summary(place)["failed_rewards"] == 10 * 2 * 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
+from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.studies.compare.process import fit, only_one
@@ -109,7 +110,10 @@ class RunProgress:
         """Return the share of the run that is done, in [0, 1]."""
         if not self._version.exists():
             return 0.0
-        self._events.Reload()
+        try:
+            self._events.Reload()
+        except DirectoryDeletedError:  # a starting run creates its folder once to check that it can, and removes it
+            return 0.0
         if _CLOCK not in self._events.Tags()["scalars"]:
             return 0.0
         last = self._events.Scalars(_CLOCK)[-1]
