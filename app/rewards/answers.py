@@ -90,7 +90,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 class AnswerReward(Reward):
     """Base of rewards that compare each completion with the reference answers of its row, from the column `gold`."""
 
-    def __init__(self, weight: float, correctness: bool, name: str | None, gold: str | None) -> None:
+    def __init__(self, weight: float, correctness: bool | None, name: str | None, gold: str | None) -> None:
         super().__init__(weight, correctness, name)
         self.gold = gold
 
