@@ -65,12 +65,34 @@ def _open_file(path: Path, split: str, text_columns: list[str]) -> datasets.Data
         if loader == "json":
             _check_json(path)
         raise UserError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_root_cause(error)}") from error
-    if loader == "json" and any("timestamp" in str(feature) for feature in dataset.features.values()):
-        # Arrow converts a column in which every text looks like a date; read the file again to keep the texts.
-        rows = json.loads(path.read_bytes()) if _is_array(path) else [row for _, row in read_objects(path)]
-        texts = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
-        return texts if split == base_split else texts.select(range(len(dataset)))
-    return dataset
+    features = dataset.features
+    answers = {column.split(".")[0] for column in (*ANSWERS, *text_columns)} & features.keys()
+    numbers = {name for name in answers if re.match("Json|.*float", str(features[name]))}
+    dates = any("timestamp" in str(feature) for feature in features.values())
+    if loader != "json" or not (numbers or dates):
+        return dataset
+    # Arrow converts a column in which every text looks like a date, and integers to floats where both occur. Read the
+    # file again to keep what it says.
+    rows = json.loads(path.read_bytes()) if _is_array(path) else [row for _, row in read_objects(path)]
+    mixed = {
+        name
+        for name in numbers
+        if str(features[name]).startswith("Json") or any(_has_integer(row.get(name)) for row in rows)
+    }
+    if not (mixed or dates):
+        return dataset
+    if mixed:
+        rows = [row | {name: json.dumps(row.get(name)) for name in mixed} for row in rows]
+    texts = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    if mixed:
+        texts = texts.cast(datasets.Features(texts.features | dict.fromkeys(mixed, datasets.Json())))
+    return texts if split == base_split else texts.select(range(len(dataset)))
+
+
+def _has_integer(value: object) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_has_integer, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _open_folder(path: Path, name: str | None, split: str) -> datasets.Dataset:

@@ -87,12 +87,12 @@ class _Scan:
             except ValueError as error:
                 raise UserError(f"{self.source}: row {position + 1}: {error}") from error
             answer = self.schema.answer_of(row)
-            if prompt is None or (self.schema.answer and self.schema.answer_required and not answer):
+            if prompt is None or (self.schema.answer and self.schema.answer_required and answer is None):
                 self.empty += 1
                 continue
             text = self.renderer(prompt).text
-            self._check_unicode(position, text, answer)
-            written = json.dumps(answer)
+            written = json.dumps(answer, default=str)
+            self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
             key = _digest(text, written)
             if key in self.seen:
                 self.duplicates += 1
@@ -110,10 +110,10 @@ class _Scan:
             found = fitting
         self.kept += found
 
-    def _check_unicode(self, position: int, text: str, answer: str | list[str] | None) -> None:
+    def _check_unicode(self, position: int, *texts: str) -> None:
         r"""Reject half of a surrogate pair (`"\ud800"`): JSON allows it, but no tokenizer, log or reward process."""
         try:
-            "".join([text, *([answer] if isinstance(answer, str) else answer or [])]).encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
             broken = f"\\u{ord(error.object[error.start]):04x}"
             raise UserError(
