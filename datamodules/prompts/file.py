@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.files import open_dataset
+from datamodules.prompts.files import open_table
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.tables import DatasetTable
+from datamodules.prompts.tables import Ranges
 from datamodules.prompts.templates import Renderer, check_template
 
 _PROBE = 64
@@ -112,10 +112,9 @@ class PromptFile(PromptSource):
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
         named = [self.overrides.prompt_column, self.overrides.answer_column, self.overrides.id_column]
-        dataset = open_dataset(self.path, self.name, self.split, [column for column in named if column is not None])
+        table = open_table(self.path, self.name, self.split, [column for column in named if column is not None])
         if self.limit is not None:
-            dataset = dataset.select(range(min(self.limit, len(dataset))))
-        table = DatasetTable(dataset)
+            table = Ranges([(table, 0, min(self.limit, len(table)))])
         probe = table.rows(range(min(_PROBE, len(table))))
-        schema = detect(dataset.column_names, probe, self.overrides, self.path)
+        schema = detect(table.columns, probe, self.overrides, self.path)
         return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length)

@@ -29,11 +29,10 @@ def read_pool(
         UserError: no row is left, or a row's prompt is neither text nor messages.
     """
     scan = _Scan(schema, renderer, source, max_prompt_length)
-    names = table.rows([0])[0].keys() if len(table) else ()
     for positions, rows in batches(table.narrow(schema.sources), np.arange(len(table))):
         scan.add(positions, rows)
     described, dropped = f"{source} ({schema})", (scan.empty, scan.duplicates, scan.overlong)
-    hidden = tuple(sorted(REWARD_ARGUMENTS & set(names)))
+    hidden = tuple(sorted(REWARD_ARGUMENTS & set(table.columns)))
     report = ReadReport(described, len(table), len(scan.kept), *dropped, max_prompt_length, hidden_columns=hidden)
     if not scan.kept:
         raise UserError(f"No prompt is left: {report}. Give other data or raise max_prompt_length.")

@@ -566,4 +566,4 @@ def test_debug_shows_where_it_arose(place: Place) -> None:
     with pytest.raises(ValueError, match="does not exist") as raised:
         place.run(*FIT, "--debug")
     shown = "".join(traceback.format_exception(raised.value))
-    assert re.search(r'files\.py", line \d+, in open_dataset', shown)
+    assert re.search(r'files\.py", line \d+, in open_table', shown)
