@@ -27,12 +27,15 @@ class PromptSource(ABC):
         template: plain template; empty for the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.
         max_prompt_length: longest prompt in tokens; None for no limit.
+        context_limit: longest prompt in tokens that the policy's context leaves room for; None for no limit. The data
+            module sets it.
     """
 
     system_prompt: str = ""
     template: str = ""
     chat_template_kwargs: dict[str, Any] | None = None
     max_prompt_length: int | None = None
+    context_limit: int | None = None
 
     def __init__(
         self,
@@ -117,4 +120,4 @@ class PromptFile(PromptSource):
             table = Ranges([(table, 0, min(self.limit, len(table)))])
         probe = table.rows(range(min(_PROBE, len(table))))
         schema = detect(table.columns, probe, self.overrides, self.path)
-        return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length)
+        return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length, self.context_limit)
