@@ -132,6 +132,24 @@ class GRPOModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.policy.load_tokenizer()
 
+    def prompt_limit(self, *, training: bool) -> int | None:
+        """Return the most tokens of a prompt that leave room for a completion in training or validation, or None.
+
+        Raises:
+            UserError: there is no room.
+        """
+        context = self.engine.context_length(self.policy.positions())
+        if context is None:
+            return None
+        longest = (self.sampling if training else self.val_sampling).max_completion_length
+        if longest >= context:
+            name = "sampling" if training or self.val_sampling is self.sampling else "val_sampling"
+            raise UserError(
+                f"model.{name}.max_completion_length is {longest}, which leaves no room for a prompt within the "
+                f"{context} tokens of the policy's context. Lower it."
+            )
+        return context - longest
+
     @cached_property
     def ranks(self) -> Ranks:
         return Ranks.of_run()

@@ -76,6 +76,13 @@ class RolloutEngine(ABC):
     uses_policy = False
     """True if the engine generates with the trained module and keeps no weights of its own."""
 
+    def context_length(self, positions: int | None) -> int | None:
+        """Return the maximum number of tokens of a prompt and its completion for a policy with so many positions.
+
+        None if it is not known before the engine runs.
+        """
+        return positions
+
     def setup(
         self,
         model: PreTrainedModel,
@@ -172,7 +179,8 @@ def check_request(
             raise UserError(
                 f"Prompt {prompt.id!r} has {length} tokens and sampling.max_completion_length is "
                 f"{sampling.max_completion_length}, which together exceed {limit_name}. "
-                "Lower sampling.max_completion_length or remove longer prompts."
+                f"Lower sampling.max_completion_length, or start a new run with a max_prompt_length of the data of "
+                f"{max(1, limit - sampling.max_completion_length)}."
             )
 
 

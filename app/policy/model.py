@@ -132,6 +132,10 @@ class Policy:
             model = AutoModelForCausalLM.from_config(config, **options)
             return self._adapt(model).train()
 
+    def positions(self) -> int | None:
+        """Return the number of positions of its context, or None if the model does not say."""
+        return getattr(self._load(AutoConfig).get_text_config(decoder=True), "max_position_embeddings", None)
+
     def stored_dtype(self) -> torch.dtype:
         """Return the dtype of the weights in the policy's files, as config.json has it."""
         return getattr(self._load(AutoConfig), "dtype", None) or torch.float32

@@ -16,6 +16,9 @@ from datamodules.types import Messages
 
 _FIELDS = ("question", "system_prompt")
 
+_MAX_CHARACTERS_PER_TOKEN = 1000
+"""More than any vocabulary's longest entry has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -115,6 +118,23 @@ class Renderer:
             for ids, text in zip(encoded, texts, strict=True)
         ]
         return [ids[:-1] if cut else ids for ids, cut in zip(encoded, appended, strict=True)]
+
+    def fit(self, texts: Sequence[str], limit: int) -> list[bool]:
+        """Return for each rendered text whether it has at most `limit` tokens.
+
+        Only texts whose number of characters leaves that open are tokenised.
+        """
+        # No tokenizer makes more tokens of ASCII than characters, but for special tokens and one leading space.
+        short = limit - self.tokenizer.num_special_tokens_to_add() - 1
+        fits = [len(text) <= short and text.isascii() for text in texts]
+        unsure = [
+            place
+            for place, text in enumerate(texts)
+            if not fits[place] and len(text) <= limit * _MAX_CHARACTERS_PER_TOKEN
+        ]
+        for place, ids in zip(unsure, self.encode([texts[place] for place in unsure]), strict=True):
+            fits[place] = len(ids) <= limit
+        return fits
 
     def _apply_chat_template(self, messages: Messages) -> str:
         continued = messages[-1]["role"] == "assistant"  # the policy continues a given start of a reply

@@ -65,6 +65,10 @@ class VllmServer(FleetOptions, RolloutEngine):
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
 
+    def context_length(self, positions: int | None) -> int | None:
+        """See `RolloutEngine.context_length`. A server that is given by its URL tells its own limit when it runs."""
+        return positions if self.urls else self.server.context_length(positions)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
