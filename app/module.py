@@ -19,7 +19,7 @@ from app.objective.advantages import Baseline, Scale
 from app.objective.ratios import Aggregation
 from app.objective.surrogate import SurrogateOptions
 from app.policy.compilation import compile_layers
-from app.policy.model import Policy, causal_lm
+from app.policy.model import Policy, causal_lm, switch_off_dropout
 from app.policy.reference import ReferencePolicy
 from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
@@ -62,7 +62,8 @@ class GRPOModule(LightningModule):
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
         aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
             ("sequence"), or divide by the completion limit times sequences ("constant").
-        mini_batches: optimizer steps per batch.
+        mini_batches: optimizer steps per batch. `trainer.max_steps` counts optimizer steps, and the last batch is
+            trained to its end.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
@@ -158,8 +159,9 @@ class GRPOModule(LightningModule):
         """The pipeline that rolls prompts out with the current policy and scores them."""
         lm, folder = causal_lm(self.policy_model), run_folder(self.trainer)
         self.engine.setup(
-            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks
-        )
+            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks,
+            dtype=self.policy.stored_dtype(),
+        )  # fmt: skip
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
             lambda: TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps),
@@ -174,6 +176,12 @@ class GRPOModule(LightningModule):
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
             self.tokenizer.pad_token_id, self.device,
         )  # fmt: skip
+
+    @property
+    def optimizer_steps(self) -> int | None:
+        """Optimizer steps of the run: `trainer.max_steps`, rounded up to whole batches; None without a limit."""
+        steps = self.trainer.max_steps
+        return None if steps < 1 else -(-steps // self.mini_batches) * self.mini_batches
 
     @property
     def diverged(self) -> bool:
@@ -193,6 +201,7 @@ class GRPOModule(LightningModule):
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
         if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
             raise UserError(f"trainer.max_steps is {steps}, and prompts never run out. Set it or trainer.max_time.")
+        self.optimization.check_length(self.optimizer_steps)
         if self.resumed is not None:
             self._identity.check(self.resumed)
 
@@ -218,7 +227,7 @@ class GRPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.optimizer(self.policy_model)
-        scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
+        scheduler = self.optimization.scheduler(optimizer, self.optimizer_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
@@ -227,6 +236,7 @@ class GRPOModule(LightningModule):
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LRScheduler)
         with batch.ledger.phase("update"):
+            switch_off_dropout(self.policy_model)
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
@@ -237,6 +247,8 @@ class GRPOModule(LightningModule):
             )  # fmt: skip
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+        if self.policy.lora is not None and self.policy.lora.dropout:
+            batch.metrics["updates/dropout"] = self.policy.lora.dropout
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         """End the run if updates are no longer finite. The callbacks' hooks have saved the checkpoint before."""

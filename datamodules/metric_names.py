@@ -43,6 +43,7 @@ METRIC_NAMES = tuple(
         ("kl", "nats", "mean estimate of the KL divergence to the reference policy"),
         ("updates/skipped", "updates", "optimizer steps left out because loss or gradient was not finite"),
         ("updates/empty", "updates", "optimizer steps without any completion that has an advantage"),
+        ("updates/dropout", "", "dropout of the adapters' inputs, which rollouts do not have (`policy.lora.dropout`)"),
         ("updates/zero_advantage_token_fraction", "fraction", "completion tokens that were not read: no advantage"),
         ("updates/padding_fraction", "fraction", "positions of the forward passes that are padding"),
         ("updates/positions_per_token", "", "positions read per token of the sequences, prompts repeated"),

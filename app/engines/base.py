@@ -91,6 +91,7 @@ class RolloutEngine(ABC):
         weights: Weights | None = None,
         folder: Path | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Attach the engine to a policy. Called once, before the first `push` and `generate`.
 
@@ -100,12 +101,14 @@ class RolloutEngine(ABC):
             weights: returns all of the policy's tensors, for an engine that has lost them; None uses the state dict.
             folder: where an engine may write a log; None for no log.
             ranks: the trainer's processes. All of them push together, and each generates its share of the prompts.
+            dtype: of the policy's files, which trained weights may exceed; None is that of `model`.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.weights = weights or (lambda: model.state_dict().items())
         self.folder = folder
         self.ranks = ranks
+        self.policy_dtype = dtype or model.dtype
         self.prepare()
 
     def prepare(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
+from datamodules.answers import accepted
 from datamodules.errors import UserError, nearest
 from datamodules.types import Messages
 
@@ -90,7 +91,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 class AnswerReward(Reward):
     """Base of rewards that compare each completion with the reference answers of its row, from the column `gold`."""
 
-    def __init__(self, weight: float, correctness: bool, name: str | None, gold: str | None) -> None:
+    def __init__(self, weight: float, correctness: bool | None, name: str | None, gold: str | None) -> None:
         super().__init__(weight, correctness, name)
         self.gold = gold
 
@@ -104,9 +105,7 @@ class AnswerReward(Reward):
 
 
 def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) -> list[list[str]]:
-    """Return the accepted answers of each of `count` rows; an empty list where the data has none.
-
-    Text in GSM8K's style is cut to what follows its last `####`.
+    """Return the accepted answers of each of `count` rows (see `datamodules.answers`); an empty list without any.
 
     Args:
         columns: values by column name, `count` each.
@@ -138,8 +137,6 @@ def _first_gold(columns: Mapping[str, Column], row: int, names: Sequence[str]) -
             value = json.loads(value)
         for key in rest:
             value = value.get(key) if isinstance(value, Mapping) else None
-        value = plain(value)
         if value is not None:
-            values = value if isinstance(value, list | tuple) else [value]
-            return [str(item).rpartition("####")[2].strip() for item in values if item is not None]
+            return accepted(value)
     return []

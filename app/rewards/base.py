@@ -21,15 +21,16 @@ class Reward(ABC):
 
     Args:
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward. At most one reward of a run may
-            set it; if none does, the first reward counts.
+        correctness: whether this reward measures correctness, to which difficulty, filters and accuracy refer. If no
+            reward of a run is marked true, every reward does that is not marked false, and if that leaves none, the
+            first. A completion's correctness is the score of the first of them, in list order, that applies to it.
         name: name in logged metrics (`rewards/<name>/mean`); by default the class name in lower case.
     """
 
     preload: ClassVar[tuple[str, ...]] = ()
     """Slow, fork-safe modules that `load` needs. They are imported once, before the workers are forked."""
 
-    def __init__(self, weight: float = 1.0, correctness: bool = False, name: str | None = None) -> None:
+    def __init__(self, weight: float = 1.0, correctness: bool | None = None, name: str | None = None) -> None:
         self.weight = weight
         self.correctness = correctness
         self.name = name or type(self).__name__.lower()

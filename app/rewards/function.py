@@ -27,14 +27,16 @@ class Function(Reward):
     Args:
         path: module and function, e.g. `my_rewards.accuracy`, on the Python path or in the working directory.
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
+        correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics; the function's name by default.
 
     Raises:
         UserError: `path` cannot name a function of an importable module.
     """
 
-    def __init__(self, path: str, weight: float = 1.0, correctness: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self, path: str, weight: float = 1.0, correctness: bool | None = None, name: str | None = None
+    ) -> None:
         super().__init__(weight, correctness, name or path.rpartition(".")[2])
         self.path = path
         self._call: RewardFunction | None = None

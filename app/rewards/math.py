@@ -16,7 +16,7 @@ class Math(AnswerReward):
 
     Args:
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
+        correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics.
         gold: column with the reference answer, `a.b` for a nested one; by default `answer`, `solution`,
             `ground_truth`, `reward_model.ground_truth` and the like. It holds text (`#### 18`, `\boxed{18}`), bare
@@ -29,7 +29,7 @@ class Math(AnswerReward):
     def __init__(
         self,
         weight: float = 1.0,
-        correctness: bool = False,
+        correctness: bool | None = None,
         name: str | None = None,
         gold: str | None = None,
         require_boxed: bool = False,

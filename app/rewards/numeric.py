@@ -46,7 +46,7 @@ class Numeric(AnswerReward):
 
     Args:
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
+        correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics.
         gold: column with the reference answer (its last number counts), `a.b` for a nested one; by default `answer`,
             `solution` and the like.
@@ -58,7 +58,7 @@ class Numeric(AnswerReward):
     def __init__(
         self,
         weight: float = 1.0,
-        correctness: bool = False,
+        correctness: bool | None = None,
         name: str | None = None,
         gold: str | None = None,
         after: str = "",
@@ -89,7 +89,7 @@ class Exact(AnswerReward):
 
     Args:
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
+        correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics.
         gold: column with the reference answer, `a.b` for a nested one; by default `answer`, `solution` and the like.
         after: string before the answer, e.g. `####` or `=`; by default the whole completion is the answer.
@@ -100,7 +100,7 @@ class Exact(AnswerReward):
     def __init__(
         self,
         weight: float = 1.0,
-        correctness: bool = False,
+        correctness: bool | None = None,
         name: str | None = None,
         gold: str | None = None,
         after: str = "",

@@ -18,7 +18,7 @@ class ReasoningGym(Reward):
 
     Args:
         weight: factor of this reward in the optimised sum.
-        correctness: whether difficulty, filters and accuracy refer to this reward.
+        correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics; `procedural` by default.
         after: string before the answer, e.g. `=`; by default the whole completion is the answer.
         pattern: regular expression whose last match (its first group, if it has one) is the answer, e.g.
@@ -31,7 +31,7 @@ class ReasoningGym(Reward):
     def __init__(
         self,
         weight: float = 1.0,
-        correctness: bool = False,
+        correctness: bool | None = None,
         name: str | None = None,
         after: str = "",
         pattern: str = "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
@@ -67,7 +68,12 @@ def print_run_table(
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+    stored, held = module.policy.stored_dtype(), module.policy.weights_dtype()
+    for row in (
+        ("weights" if held == stored else f"weights (in the file {_name(stored)})", "", _name(held)),
+        ("precision of computation (trainer.precision)", "", str(trainer.precision)),
+        *_run_rows(module, datamodule, callbacks, world_size, trainer.max_steps),
+    ):
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -124,9 +130,14 @@ def _run_rows(
         elif isinstance(one, DynamicSampling):
             rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))
     if max_steps > 0:
-        rows.append(("steps", "", f"{-(-max_steps // module.mini_batches):,}"))
-        rows.append(("optimizer steps (trainer.max_steps)", "", f"{max_steps:,}"))
+        steps = -(-max_steps // module.mini_batches)
+        rows.append(("steps", "", f"{steps:,}"))
+        rows.append((f"optimizer steps (trainer.max_steps {max_steps:,})", "", f"{steps * module.mini_batches:,}"))
     return rows
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _replayed(callbacks: list[Callback], prompts: int) -> int:
@@ -145,7 +156,7 @@ def _memory_rows(
     limit = train.max_prompt_length if isinstance(train, PromptFile | Procedural) else None
     stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
     precision = Precision(
-        weights=2 if trainer.precision.endswith("16-true") else stored,
+        weights=stored,
         compute=2 if half or (sharded is not None and sharded.compute_dtype is not None) else stored,
         # FSDP2 casts weights as it gathers them, so nothing is autocast.
         autocast=trainer.precision.endswith("mixed") and sharded is None and stored == 4,

@@ -81,7 +81,8 @@ class PromptFile(PromptSource):
         split: split of a hub data set or folder; slices such as `train[:10%]` are allowed.
         name: configuration of a hub data set, e.g. `main`.
         prompt_column: column with the text or messages; a dot leads into an object (`extra_info.question`).
-        answer_column: column with the reference answer, e.g. `reward_model.ground_truth`.
+        answer_column: column with the reference answer, e.g. `reward_model.ground_truth`; "auto" looks for one. Rows
+            without an answer are dropped; null says that rows need none (the reward uses other columns).
         answer_format: where the answer is: after `####` (gsm8k), in the last `\\boxed{}` (boxed), or the whole value
             (verbatim).
         id_column: column that names the rows; by default `extra_info.index`, a unique `id`, or a hash of the prompt.
@@ -99,7 +100,7 @@ class PromptFile(PromptSource):
         split: str = "train",
         name: str | None = None,
         prompt_column: str | None = None,
-        answer_column: str | None = None,
+        answer_column: str | None = "auto",
         answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto",
         id_column: str | None = None,
         system_prompt: str = "",
@@ -114,7 +115,7 @@ class PromptFile(PromptSource):
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
-        named = [self.overrides.prompt_column, self.overrides.answer_column, self.overrides.id_column]
+        named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
         table = open_table(self.path, self.name, self.split, [column for column in named if column is not None])
         if self.limit is not None:
             table = Ranges([(table, 0, min(self.limit, len(table)))])

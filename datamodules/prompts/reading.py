@@ -94,15 +94,15 @@ class _Scan:
                 start()
                 try:
                     prompt, answer = self.schema.prompt_of(row), self.schema.answer_of(row)
-                    lacks_answer = self.schema.answer and self.schema.answer_required and not answer
+                    lacks_answer = self.schema.answer and self.schema.answer_required and answer is None
                     text = "" if prompt is None or lacks_answer else self.renderer(prompt).text
                 except ValueError as error:
                     raise UserError(f"{self.source}: row {position + 1}: {error}") from error
                 if prompt is None or not text:
                     self.empty += 1
                     continue
-                self._check_unicode(position, text, answer)
-                written = json.dumps(answer)
+                written = json.dumps(answer, default=str)
+                self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
                 key = _digest(text, written)
                 if key in self.seen:
                     self.duplicates += 1
@@ -119,10 +119,10 @@ class _Scan:
             found = [row for row, kept in zip(found, fits, strict=True) if kept]
         self.kept += found
 
-    def _check_unicode(self, position: int, text: str, answer: str | list[str] | None) -> None:
+    def _check_unicode(self, position: int, *texts: str) -> None:
         r"""Reject half of a surrogate pair (`"\ud800"`): JSON allows it, but no tokenizer, log or reward process."""
         try:
-            "".join([text, *([answer] if isinstance(answer, str) else answer or [])]).encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
             broken = f"\\u{ord(error.object[error.start]):04x}"
             raise UserError(

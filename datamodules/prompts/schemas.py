@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from datamodules.answers import AnswerFormat, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError, nearest
-from datamodules.prompts.answers import AnswerFormat, extract, gsm8k_answer, last_boxed
 from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 
@@ -80,7 +80,8 @@ class Schema:
             return str(value)
         raise ValueError(f"column {self.prompt!r} holds {_kind(value)}, not text or messages. Correct the data.")
 
-    def answer_of(self, row: Row) -> str | list[str] | None:
+    def answer_of(self, row: Row) -> object:
+        """Return the reference answer, with the type that it has in the data; None if there is none."""
         return extract(lookup(row, self.answer), self.answer_format) if self.answer else None
 
     def columns_of(self, row: Row, question: str) -> dict[str, object]:
@@ -107,12 +108,20 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class SchemaOverrides:
-    """Columns named by the user; None means detect. Paths may be dotted (`extra_info.question`)."""
+    """Columns named by the user. Paths may be dotted (`extra_info.question`).
+
+    Prompt and id are detected where they are None, the answer where it is "auto"; None says that rows need no answer.
+    """
 
     prompt_column: str | None = None
-    answer_column: str | None = None
+    answer_column: str | None = "auto"
     answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto"
     id_column: str | None = None
+
+    @property
+    def named_answer(self) -> str | None:
+        """The answer's column if the user named one."""
+        return None if self.answer_column == "auto" else self.answer_column
 
 
 def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverrides, source: str) -> Schema:
@@ -121,7 +130,7 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
     Raises:
         UserError: no column is a prompt, or a named column is missing.
     """
-    for path in (overrides.prompt_column, overrides.answer_column, overrides.id_column):
+    for path in (overrides.prompt_column, overrides.named_answer, overrides.id_column):
         if path is not None and path not in columns and path.split(".")[0] not in columns:
             raise UserError(f"{source} has no column {path!r}: {nearest(path, columns)}")
     prompt = overrides.prompt_column or next((path for path in PROMPTS if path in columns), None)
@@ -130,14 +139,16 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
         raise UserError(
             f"{source} has no prompt column: its columns are {found}; expected one of {accepted}. Set prompt_column."
         )
-    answer = overrides.answer_column or _first_present([path for path in ANSWERS if path != prompt], probe)
+    answer = overrides.answer_column
+    if answer == "auto":
+        answer = _first_present([path for path in ANSWERS if path != prompt], probe)
     index = None if overrides.id_column else _first_present((SUBSET_ID, "extra_info.index"), probe)
     answer_format = overrides.answer_format
     if answer_format == "auto":
         texts = [text for row in probe if answer and isinstance(text := lookup(row, answer), str)]
         if texts and all(gsm8k_answer(text) is not None for text in texts):
             answer_format = "gsm8k"
-        elif answer == "solution" or (texts and all(last_boxed(text) is not None for text in texts)):
+        elif answer == "solution" or (texts and all(boxed_answer(text) is not None for text in texts)):
             answer_format = "boxed"
         else:
             answer_format = "verbatim"

@@ -51,7 +51,7 @@ def subset_options(path: Path, source: PromptSource | None) -> dict[str, Any]:
         "split": "train",
         "name": None,
         "prompt_column": _PROMPT,
-        "answer_column": None,
+        "answer_column": "auto",
         "answer_format": "verbatim",
         "id_column": SUBSET_ID,
         **rendering,

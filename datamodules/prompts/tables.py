@@ -29,6 +29,7 @@ class DatasetTable:
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
+        self._json = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Json)]
 
     @property
     def columns(self) -> Sequence[str]:
@@ -42,7 +43,14 @@ class DatasetTable:
             return []
         first, last = int(positions[0]), int(positions[-1])
         adjacent = last - first + 1 == len(positions) and bool(np.all(np.diff(positions) == 1))
-        columns = self.dataset[first : last + 1] if adjacent else self.dataset[[int(place) for place in positions]]
+        chosen = slice(first, last + 1) if adjacent else [int(place) for place in positions]
+        columns = self.dataset[chosen]
+        if self._json:  # `datasets` itself decodes with ujson, which changes the last digits of numbers
+            texts = self.dataset.select_columns(self._json).with_format("arrow")[chosen]
+            columns |= {
+                name: [None if text is None else json.loads(text) for text in texts[name].to_pylist()]
+                for name in self._json
+            }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def narrow(self, columns: Sequence[str]) -> DatasetTable:

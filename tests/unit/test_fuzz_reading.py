@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from datamodules.answers import accepted, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError
-from datamodules.prompts.answers import extract, gsm8k_answer, last_boxed
 from datamodules.prompts.file import SchemaOverrides, detect
 from datamodules.prompts.files import open_table
 from datamodules.prompts.reading import read_pool
@@ -101,7 +101,7 @@ def test_boxes_are_found_as_a_plain_scan_finds_them(text: str) -> None:
                 inside = _closed(rest[rest.index("{") + 1 :])
                 found = inside if inside is not None else found
     if found is not None:
-        assert last_boxed(text) == found.strip()
+        assert boxed_answer(text) == found.strip()
 
 
 def _closed(text: str) -> str | None:
@@ -120,10 +120,11 @@ def _closed(text: str) -> str | None:
 @given(VALUE, st.sampled_from(["verbatim", "gsm8k", "boxed"]))
 def test_reference_answers_are_texts(value: Any, answer_format: Any) -> None:
     found = extract(value, answer_format)
-    texts = found if isinstance(found, list) else [found] if found is not None else []
-    assert all(isinstance(text, str) for text in texts)
+    assert all(isinstance(text, str) and text.strip() for text in accepted(found))
     if isinstance(value, str):
-        assert found is None or found.strip()
+        assert found is None or (isinstance(found, str) and found.strip())
+    else:
+        assert found is value or found is None
 
 
 @given(st.text(max_size=20), st.from_regex(r"-?\d{1,3}(,\d{3})*(\.\d+)?", fullmatch=True))
@@ -136,7 +137,7 @@ def test_long_answers_take_no_quadratic_time(text: str) -> None:
     import time
 
     started = time.perf_counter()
-    last_boxed(text)
+    boxed_answer(text)
     assert time.perf_counter() - started < 5
 
 

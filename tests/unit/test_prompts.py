@@ -120,7 +120,7 @@ def test_mixed_types_are_read(tmp_path: Path) -> None:
         tmp_path / "data.jsonl", [{"question": "a", "answer": 1}, {"question": "b", "answer": "x"}, {"question": "c"}]
     )
     pool = load(path)
-    assert [prompt.columns["answer"] for prompt in pool] == ["1", "x"]
+    assert [prompt.columns["answer"] for prompt in pool] == [1, "x"]
     assert pool.report is not None
     assert pool.report.empty == 1
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from datamodules.answers import accepted, boxed_answer, gsm8k_answer, last_boxes
 from datamodules.errors import UserError
-from datamodules.prompts.answers import extract, gsm8k_answer, last_boxed
 from datamodules.prompts.file import PromptFile
 from datamodules.prompts.schemas import SchemaOverrides, detect
 from tests.support.reading_helpers import character_tokenizer, shared, write_jsonl
@@ -29,9 +30,9 @@ SHOWN = [*USER, {"role": "assistant", "content": "It is 5."}]
             "41",
         ),
         ({"data_source": "d", "prompt": USER, "reward_spec": {"ground_truth": "5", "method": "rule"}}, USER, "5", None),
-        ({"input": "2+3?", "label": 5}, "2+3?", "5", None),
+        ({"input": "2+3?", "label": 5}, "2+3?", 5, None),
         ({"input": USER, "label": "5"}, USER, "5", None),
-        ({"messages": SHOWN, "ground_truth": ["5"], "dataset": "gsm8k"}, USER, "5", None),
+        ({"messages": SHOWN, "ground_truth": ["5"], "dataset": "gsm8k"}, USER, ["5"], None),
         ({"input": "2+3?", "output": "5"}, "2+3?", "5", None),
         ({"question": "2+3?", "answer": "2+3=<<2+3=5>>5\n#### 5"}, "2+3?", "5", None),
         ({"question": "2+3?", "answer": "1,5"}, "2+3?", "1,5", None),
@@ -105,14 +106,14 @@ def test_reward_arguments_are_not_passed_twice(tmp_path: Path) -> None:
         (r"\boxed{4} then cut \boxed{\frac{1", "4"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\left\{ x \right.} end}", r"\left\{ x \right."),
-        (r"\fbox{6}", None),
+        (r"\fbox{6}", "6"),
         (r"\fboxed{6}", "6"),
         (r"$\boxed 9$.", "9"),
         ("nothing", None),
     ],
 )
 def test_last_balanced_box(text: str, expected: str | None) -> None:
-    assert last_boxed(text) == expected
+    assert boxed_answer(text) == expected
 
 
 def test_gsm8k_answer_is_the_last_line() -> None:
@@ -122,16 +123,88 @@ def test_gsm8k_answer_is_the_last_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [(72, "72"), (72.0, "72"), (0.5, "0.5"), (["72"], "72"), (["a", "b"], ["a", "b"]), ("  ", None), (None, None)],
+    ("text", "expected"),
+    [
+        (r"The roots are $\boxed{2}$ and $\boxed{3}$.", ["2", "3"]),
+        (r"$x=\boxed{2}$ or $x = \boxed{3}$", ["2", "3"]),
+        (r"\boxed{2}, \boxed{3}, and \fbox{4}", ["2", "3", "4"]),
+        (r"The first root is \boxed{2}, and the second is \boxed{3}.", ["2", "3"]),
+        (r"\boxed{2} \text{ and } \boxed{3}", ["2", "3"]),
+        (r"not \boxed{4} but $\boxed{5}$", ["5"]),
+        (r"first \boxed{4}. Hence \boxed{5}", ["5"]),
+        ("\\boxed{4}\n\n\\boxed{5}", ["5"]),
+        (r"\boxed{4} and \boxed{4}", ["4"]),
+        (r"\boxed{x = \boxed{4}}", ["4"]),
+        (r"\boxed{4} and \boxed{", ["4"]),
+        (r"\boxed{}", [""]),
+    ],
 )
-def test_values_become_text(value, expected) -> None:
-    assert extract(value, "verbatim") == expected
+def test_boxes_that_are_one_answer_belong_together(text: str, expected: list[str]) -> None:
+    assert last_boxes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (72, ["72"]),
+        (72.0, ["72.0", "72"]),
+        (0.00005, ["0.00005"]),
+        (2.5e22, ["25000000000000000000000"]),
+        (123456789012345678901234567890, ["123456789012345678901234567890"]),
+        (True, ["true"]),
+        ({"a": [1, None]}, ['{"a": [1, null]}']),
+        (["72"], ["72"]),
+        (["a", None, 7], ["a", "7"]),
+        (np.array(["6", "7"]), ["6", "7"]),
+        ("3 * 6 = 18\n#### 1,234,567", ["1234567"]),
+        ("#### 3,5", ["3,5"]),
+        ("#### 1, 2, 3", ["1, 2, 3"]),
+        ("#### 12,34", ["12,34"]),
+        ("#### $1,018.50", ["$1018.50"]),
+        (r"so $\fbox{42}$", ["42"]),
+        (r"$\boxed{2}$ and $\boxed{3}$", [r"\boxed{2}, \boxed{3}"]),
+        (r"$\boxed{\$7}$", [r"\$7"]),
+        ("  ", []),
+        (None, []),
+    ],
+)
+def test_table_of_forms(value: object, expected: list[str]) -> None:
+    assert accepted(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["0.00005", "2.5e22", "1.6e-19"], [0.00005, 2.5e22, 1.6e-19]),
+        (["1", "2.5", "1.6e-19", "0.12345678901234568"], [1, 2.5, 1.6e-19, 0.12345678901234568]),
+        (["123456789012345678901234567890", "2.5"], [123456789012345678901234567890, 2.5]),
+        (["true", "false"], [True, False]),
+        (['{"a": 1}', '{"a": 2.5}'], [{"a": 1}, {"a": 2.5}]),
+        (["[1, 2.5]", "[3]"], [[1, 2.5], [3]]),
+        (["7", '"seven"'], [7, "seven"]),
+        (["0", '"0"'], [0, "0"]),
+    ],
+)
+def test_answers_reach_rewards_as_they_are_in_the_file(tmp_path: Path, written: list[str], expected: list) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"question": "q{i}", "answer": {text}}}\n' for i, text in enumerate(written)))
+    found = [prompt.columns["answer"] for prompt in PromptFile(str(path)).load(character_tokenizer(), 0)]
+    assert found == expected
+    assert list(map(type, found)) == list(map(type, expected))
+
+
+def test_rows_without_an_answer_are_kept_where_none_is_needed(tmp_path: Path) -> None:
+    rows = [{"question": f"write f{i}", "answer": "", "tests": f"assert f{i}()"} for i in range(3)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    pool = PromptFile(path, answer_column=None).load(character_tokenizer(), 0)
+    assert [prompt.columns["tests"] for prompt in pool] == [row["tests"] for row in rows]
+    with pytest.raises(UserError, match="3 empty"):
+        PromptFile(path).load(character_tokenizer(), 0)
 
 
 def test_boxed_answers_of_math500_are_its_answer_column() -> None:
     """The answers of MATH-500 were taken out of its solutions by its makers: an independent extraction."""
     rows = [json.loads(line) for line in Path(shared("math500.jsonl")).read_text().splitlines()]
-    different = [row["unique_id"] for row in rows if last_boxed(row["solution"]) != row["answer"]]
+    different = [boxed_answer(row["solution"]) for row in rows if boxed_answer(row["solution"]) != row["answer"]]
     assert len(rows) == 500
-    assert different == []
+    assert different == [r"\boxed{15\frac{39}{40}}, \boxed{\frac{639}{40}}"]  # one value, written twice

@@ -128,7 +128,7 @@ class VllmServer(FleetOptions, RolloutEngine):
     def _connected(self) -> ServerFleet:
         if self.fleet is None:
             atexit.register(self.close)
-            path, dtype = str(self.model.name_or_path), self.model.dtype
+            path, dtype = str(self.model.name_or_path), self.policy_dtype
             self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks)
         return self.fleet
 
