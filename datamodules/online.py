@@ -121,6 +121,8 @@ class OnlinePromptDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = run_seed() if seed is None else seed
         self.pools: dict[str, PromptPool] = {}
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        """The tokenizer of the prompts; None before the pools are read."""
         self.fresh_prompts = prompts_per_step
         """Prompts that the selector chooses for the next step; a replay callback lowers it when it will add groups."""
         self.prepared: TrainBatch | None = None
@@ -160,6 +162,7 @@ class OnlinePromptDataModule(LightningDataModule):
                 "data.tokenizer is not set and the model has no tokenizer, expected one of the two. Set data.tokenizer "
                 "to a folder or hub name."
             )
+        self.tokenizer = tokenizer
         if policy is not None:
             limits = {one: policy.prompt_limit(training=one == "train") for one in ("train", "val")}
             if self.sources["val"] is None and self.val_size:

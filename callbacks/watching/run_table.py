@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from app.engines import Transformers
 from app.engines.transformers.shared_cache import SLACK
@@ -27,6 +28,7 @@ from datamodules.online import OnlinePromptDataModule
 from datamodules.procedural import Procedural
 from datamodules.prompts import PromptFile
 
+_SHOWN = 1000  # characters of a prompt
 _PROMPT_LENGTH = 512  # assumed where the data set no limit
 
 Row = tuple[str, str, str]
@@ -80,7 +82,25 @@ def print_run_table(
     Console().print(table)
     for name, pool in datamodule.pools.items():
         if pool.report is not None:
-            Console().print(f"{name}: {pool.report}", highlight=False)
+            Console().print(f"{name}: {pool.report}", highlight=False, markup=False)
+    if "train" in datamodule.pools and datamodule.tokenizer is not None:
+        Console().print(_first_prompt(datamodule, datamodule.tokenizer), highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_prompt(datamodule: OnlinePromptDataModule, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the first training prompt as the policy reads it, special tokens included, and what rendered it."""
+    tokens = datamodule.pools["train"][0].token_ids
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
+    renderer = datamodule.sources["train"].renderer(tokenizer)
+    by = "without a template"
+    if renderer.uses_chat_template:
+        by = "rendered by the tokenizer's chat template"
+    elif renderer.template is not None:
+        by = "rendered by the data's template"
+        by += ", in place of the tokenizer's chat template" if tokenizer.chat_template is not None else ""
+    return f"first prompt, {len(tokens)} tokens, {by}:\n{text}"
 
 
 def _run_rows(

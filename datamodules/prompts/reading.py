@@ -11,6 +11,7 @@ import numpy as np
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
+from datamodules.prompts.bounded import bounded
 from datamodules.prompts.schemas import REWARD_ARGUMENTS, Schema, lookup, question_of
 from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer
@@ -88,31 +89,30 @@ class _Scan:
     def add(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
         found: list[_Kept] = []
         texts: list[str] = []
-        for position, row in zip(positions, rows, strict=True):
-            try:
-                prompt = self.schema.prompt_of(row)
-            except ValueError as error:
-                raise UserError(f"{self.source}: row {position + 1}: {error}") from error
-            answer = self.schema.answer_of(row)
-            if prompt is None or (self.schema.answer and self.schema.answer_required and answer is None):
-                self.empty += 1
-                continue
-            text = self.renderer(prompt).text
-            if not text:
-                self.empty += 1
-                continue
-            written = json.dumps(answer, default=str)
-            self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
-            key = _digest(text, written)
-            if key in self.seen:
-                self.duplicates += 1
-                continue
-            self.seen.add(key)
-            raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            value = None if self.schema.id is None else lookup(row, self.schema.id)
-            name = None if value in (None, "") else str(value)
-            found.append(_Kept(int(position), name, (_digest(raw), _digest(raw, written)), key))
-            texts.append(text)
+        with bounded() as start:
+            for position, row in zip(positions, rows, strict=True):
+                start()
+                try:
+                    prompt, answer = self.schema.prompt_of(row), self.schema.answer_of(row)
+                    lacks_answer = self.schema.answer and self.schema.answer_required and answer is None
+                    text = "" if prompt is None or lacks_answer else self.renderer(prompt).text
+                except ValueError as error:
+                    raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+                if prompt is None or not text:
+                    self.empty += 1
+                    continue
+                written = json.dumps(answer, default=str)
+                self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
+                key = _digest(text, written)
+                if key in self.seen:
+                    self.duplicates += 1
+                    continue
+                self.seen.add(key)
+                raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
+                value = None if self.schema.id is None else lookup(row, self.schema.id)
+                name = None if value in (None, "") else str(value)
+                found.append(_Kept(int(position), name, (_digest(raw), _digest(raw, written)), key))
+                texts.append(text)
         if self.limit is not None:
             fits = self.renderer.fit(texts, self.limit)
             self.overlong += fits.count(False)

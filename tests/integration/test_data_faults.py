@@ -1,16 +1,18 @@
-"""Faults of data that outsiders met, through the command: the rows that were named are trained on, or one line says why."""
+"""Faults of data that outsiders met, through the command: the named rows are trained on, or one line says why."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.support.refusal import Place, data, model, source, write_pool
+from tests.support.refusal import ROOT, TINY, Place, data, model, source, write_pool
 
 FIT = ("fit", "--config", "run.yaml")
 
@@ -143,3 +145,89 @@ def test_lengths_are_counted_by_the_completions_of_their_pool(place: Place) -> N
 def test_no_room_is_one_line_before_anything_is_written(place: Place, change: Any, said: str) -> None:
     place.config(change)
     assert said in place.refused(*FIT)
+
+
+def instruct(place: Place, template: str, **special: str) -> Path:
+    """Copy the tiny policy with a chat template."""
+    folder = place.path / "instruct"
+    shutil.copytree(TINY, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template} | special))
+    return folder
+
+
+CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "said"),
+    [
+        ("{{ 1 // 0 }}", {}, "pool.jsonl: row 1: The chat template rejects messages with the roles user: ZeroDivision"),
+        ("{{ messages + 1 }}", {}, "pool.jsonl: row 1: The chat template rejects"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            {},
+            "it takes more than 1 s",
+        ),
+        ("{{ 'x' * 10 ** 11 }}", {}, "MemoryError"),
+        ("{{ messages[-1].content }}", {"system_prompt": "Think."}, "The chat template leaves out system messages"),
+        (
+            CHAT,
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs has 'enable_thinking', which",
+        ),
+        (CHAT, {"template": "{question:d}"}, "template '{question:d}': ValueError: "),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(
+    place: Place, template: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datamodules.prompts.bounded.SECONDS", 1)
+    folder = instruct(place, template)
+    place.config(lambda config: (model(config)["policy"].update(path=str(folder)), source(config).update(options)))
+    assert said in place.refused(*FIT)
+
+
+def test_own_data_over_the_quickstart_keep_the_chat_template_of_the_model(place: Place) -> None:
+    """The quickstart's source has a template and its reward looks after `#### `: neither is meant for other classes."""
+    folder = instruct(place, CHAT)
+    write_pool(
+        place.path / "mine.jsonl",
+        [{"instruction": "Add.", "input": f"{n} + 1", "output": f"{n + 1}"} for n in range(4)],
+    )
+    overlay = {
+        "trainer": {
+            "max_steps": 1,
+            "callbacks": [],
+            "val_check_interval": 1,
+            "logger": {"init_args": {"save_dir": "runs"}},
+        },
+        "model": {
+            "init_args": {
+                "policy": {"path": str(folder)},
+                "rewards": [{"class_path": "app.rewards.Numeric"}],
+                "sampling": {"num_generations": 2, "max_completion_length": 3},
+                "mini_batches": 1,
+            }
+        },
+        "data": {
+            "init_args": {
+                "prompts_per_step": 2,
+                "val_size": 0,
+                "selector": "datamodules.selectors.Uniform",
+                "train": {"class_path": "datamodules.prompts.PromptFile", "init_args": {"path": "mine.jsonl"}},
+            }
+        },
+    }
+    (place.path / "over.yaml").write_text(yaml.safe_dump(overlay))
+    configs = ("--config", str(ROOT / "configs/quickstart.yaml"), "--config", "over.yaml")
+    code, out, err = place.run_with_output("fit", *configs)
+    assert code == 0, err[-2000:]
+    assert "rendered by the tokenizer's chat template:\nuser: Add.\n\n0 + 1\n" in out
+    kept = yaml.safe_load((place.path / "runs/quickstart/version_0/config.yaml").read_text())
+    assert source(kept)["template"] == ""
+    assert model(kept)["rewards"][0]["init_args"]["after"] == ""
+    assert kept["trainer"]["logger"]["init_args"]["name"] == "quickstart"
+    code, out, err = place.run_with_output("fit", *configs, "--data.train.template", "<s>Q: {question}")
+    assert code == 0, err[-2000:]
+    assert "in place of the tokenizer's chat template:\n" in out
