@@ -118,10 +118,11 @@ class GRPOModule(LightningModule):
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
-        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
+        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations), self.scorer.names)
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
+        self._tried_rewards = False
 
     @property
     def policy_path(self) -> str:
@@ -196,6 +197,9 @@ class GRPOModule(LightningModule):
             self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
+        if not self._tried_rewards:  # once: `prepare_data` may have set up before
+            self._tried_rewards = True
+            self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
@@ -255,7 +259,7 @@ class GRPOModule(LightningModule):
         self._updates.guard.check(batch.step)
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        self.measured.update(batch.groups)
+        self.measured.update(batch.groups, batch.ledger.counts)
         named = self.measured.named("test" if self.trainer.testing else "val")
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=max(1, len(batch.groups)))
 
