@@ -101,6 +101,10 @@ class AnswerReward(Reward):
         answers = gold_answers(columns, len(completions), self.gold)
         return [self.score(text_of(text), gold) for text, gold in zip(completions, answers, strict=True)]
 
+    def can_read(self, gold: str) -> bool:
+        """Return whether a reference answer says something that this reward can compare with."""
+        return bool(gold)
+
     @abstractmethod
     def score(self, text: str, gold: list[str]) -> float | None:
         """Score one completion against its accepted answers, of which there may be none."""
