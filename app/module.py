@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
@@ -234,6 +234,12 @@ class GRPOModule(LightningModule):
         scheduler = self.optimization.scheduler(optimizer, self.optimizer_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def on_train_start(self) -> None:
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        assert isinstance(scheduler, LambdaLR)
+        self.optimization.apply(optimizer, scheduler)
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """Take the optimizer steps of a batch and record their metrics in it."""
         optimizer, scheduler, strategy = self.optimizers(), self.lr_schedulers(), self.trainer.strategy
@@ -250,7 +256,6 @@ class GRPOModule(LightningModule):
                 no_sync=strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext,
             )  # fmt: skip
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
-        batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout
 
