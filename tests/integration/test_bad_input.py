@@ -161,12 +161,6 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "pattern='(' is not a valid regular expression",
     ),
     "no rewards": (lambda c: model(c).update(rewards=[]), "rewards is an empty list, expected at least one reward"),
-    "two correctness rewards": (
-        lambda c: model(c).update(
-            rewards=[{"class_path": "app.rewards.Numeric", "init_args": {"correctness": True}}] * 2
-        ),
-        "correctness is true for 2 rewards",
-    ),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
         "Reward function 'mine' is not of the form 'module.function'. Write e.g. 'my_rewards.f'.",
