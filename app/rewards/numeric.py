@@ -21,8 +21,8 @@ class Numeric(AnswerReward):
 
     The answer is the last number of the completion; with `after`, the first number after the last `after`; with
     `pattern`, the last number of the match. `1,000`, `1000.0`, `+1000` and `2000/2` are the same number, and so are
-    `1 1/2` and `1.5`. Units, currency and percent signs are ignored: `12 km^2` is 12. A reference is one number, or text
-    whose last number counts; formulas, lists (`3,5`) and numbers in another base are none.
+    `1 1/2` and `1.5`. Units, currency and percent signs are ignored: `12 km^2` is 12. A reference is one number or
+    a text whose last number counts; formulas, lists (`3,5`) and numbers in another base are none.
 
     Args:
         weight: factor of this reward in the optimised sum.
