@@ -19,7 +19,7 @@ from app.objective.advantages import Baseline, Scale
 from app.objective.ratios import Aggregation
 from app.objective.surrogate import SurrogateOptions
 from app.policy.compilation import compile_layers
-from app.policy.model import Policy, causal_lm
+from app.policy.model import Policy, causal_lm, switch_off_dropout
 from app.policy.reference import ReferencePolicy
 from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
@@ -62,7 +62,8 @@ class GRPOModule(LightningModule):
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
         aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
             ("sequence"), or divide by the completion limit times sequences ("constant").
-        mini_batches: optimizer steps per batch.
+        mini_batches: optimizer steps per batch. `trainer.max_steps` counts optimizer steps, and the last batch is
+            trained to its end.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
@@ -117,10 +118,11 @@ class GRPOModule(LightningModule):
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
-        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
+        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations), self.scorer.names)
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
+        self._tried_rewards = False
 
     @property
     def policy_path(self) -> str:
@@ -131,6 +133,24 @@ class GRPOModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.policy.load_tokenizer()
 
+    def prompt_limit(self, *, training: bool) -> int | None:
+        """Return the most tokens of a prompt that leave room for a completion in training or validation, or None.
+
+        Raises:
+            UserError: there is no room.
+        """
+        context = self.engine.context_length(self.policy.positions())
+        if context is None:
+            return None
+        longest = (self.sampling if training else self.val_sampling).max_completion_length
+        if longest >= context:
+            name = "sampling" if training or self.val_sampling is self.sampling else "val_sampling"
+            raise UserError(
+                f"model.{name}.max_completion_length is {longest}, which leaves no room for a prompt within the "
+                f"{context} tokens of the policy's context. Lower it."
+            )
+        return context - longest
+
     @cached_property
     def ranks(self) -> Ranks:
         return Ranks.of_run()
@@ -140,8 +160,9 @@ class GRPOModule(LightningModule):
         """The pipeline that rolls prompts out with the current policy and scores them."""
         lm, folder = causal_lm(self.policy_model), run_folder(self.trainer)
         self.engine.setup(
-            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks
-        )
+            lm, self.tokenizer, weights=lambda: plain_weights(self.policy_model), folder=folder, ranks=self.ranks,
+            dtype=self.policy.stored_dtype(),
+        )  # fmt: skip
         return RolloutPipeline(
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
             lambda: TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps),
@@ -158,6 +179,12 @@ class GRPOModule(LightningModule):
         )  # fmt: skip
 
     @property
+    def optimizer_steps(self) -> int | None:
+        """Optimizer steps of the run: `trainer.max_steps`, rounded up to whole batches; None without a limit."""
+        steps = self.trainer.max_steps
+        return None if steps < 1 else -(-steps // self.mini_batches) * self.mini_batches
+
+    @property
     def diverged(self) -> bool:
         """Whether this step is the last because updates are no longer finite."""
         return self._updates.guard.exhausted
@@ -170,11 +197,15 @@ class GRPOModule(LightningModule):
             self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
+        if not self._tried_rewards:  # once: `prepare_data` may have set up before
+            self._tried_rewards = True
+            self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
         if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
             raise UserError(f"trainer.max_steps is {steps}, and prompts never run out. Set it or trainer.max_time.")
+        self.optimization.check_length(self.optimizer_steps)
         if self.resumed is not None:
             self._identity.check(self.resumed)
 
@@ -200,7 +231,7 @@ class GRPOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.optimizer(self.policy_model)
-        scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
+        scheduler = self.optimization.scheduler(optimizer, self.optimizer_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
@@ -209,6 +240,7 @@ class GRPOModule(LightningModule):
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LRScheduler)
         with batch.ledger.phase("update"):
+            switch_off_dropout(self.policy_model)
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
@@ -219,13 +251,15 @@ class GRPOModule(LightningModule):
             )  # fmt: skip
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+        if self.policy.lora is not None and self.policy.lora.dropout:
+            batch.metrics["updates/dropout"] = self.policy.lora.dropout
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         """End the run if updates are no longer finite. The callbacks' hooks have saved the checkpoint before."""
         self._updates.guard.check(batch.step)
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        self.measured.update(batch.groups)
+        self.measured.update(batch.groups, batch.ledger.counts)
         named = self.measured.named("test" if self.trainer.testing else "val")
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=max(1, len(batch.groups)))
 

@@ -11,6 +11,12 @@ import numpy as np
 
 from datamodules.errors import UserError, nearest
 
+MAX_LINE = 64 * 2**20
+"""Bytes of the longest line that is read."""
+
+MAX_DEPTH = 100
+"""Levels of lists and objects within each other."""
+
 _TUPLE, _ITEMS = "__tuple__", "__items__"
 
 
@@ -31,27 +37,66 @@ def read_objects(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[str, di
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{str(path)!r} line {number}"
-                    yield where, _parse_object(line, where, keys)
+                    yield where, parse_object(line, where, keys)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error.strerror}). Give a readable JSONL file.") from error
 
 
-def _parse_object(line: bytes, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def parse_object(line: bytes, where: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the object in a line of a JSON Lines file.
+
+    Args:
+        line: UTF-8, with or without a byte order mark.
+        where: place of the line, for messages.
+        keys: keys that the object must have.
+
+    Raises:
+        UserError: the line is too long, is not UTF-8, is not an object, is nested too deeply, or lacks a key.
+    """
+    if len(line) > MAX_LINE:
+        raise UserError(f"{where} has {len(line):,} bytes, but at most {MAX_LINE:,} are read. Shorten or remove it.")
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{where}: {reason}. Write one JSON object per line.") from error
+        row = json.loads(decoded(line, where))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: {error.msg}. Write one JSON object per line.") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where}: {error}. Write one JSON object per line.") from error
     except RecursionError as error:
-        raise UserError(f"{where} is nested too deeply. Write one JSON object per line.") from error
+        raise _too_deep(where) from error
     if not isinstance(row, dict):
         start = line.strip()[:40].decode(errors="replace")
         raise UserError(f"{where}: {start!r} is not an object. Write one JSON object per line.")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH:
+        check_depth(row, where)
     for key in keys:
         if key not in row:
             hint = nearest(key, row) if row else "the object is empty"
             raise UserError(f"{where} has no {key!r}, which every object needs: {hint}")
     return row
+
+
+def decoded(content: bytes, where: str, *, is_file: bool = False) -> str:
+    """Return text in UTF-8, without a byte order mark. Raises UserError; for a file it names the line."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number, byte = content.count(b"\n", 0, error.start) + 1, f"byte 0x{content[error.start]:02X}"
+        line = f" line {number}" if is_file else ""
+        raise UserError(f"{where}{line} is not UTF-8 ({byte}: {error.reason}). Save the file as UTF-8.") from error
+
+
+def check_depth(value: object, where: str) -> None:
+    """Raise UserError if lists and objects are nested deeper than `MAX_DEPTH`, which logs and reward workers can't."""
+    level, depth = [value], 0
+    while level:
+        nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level, depth = [each for one in nested for each in one], depth + 1
+        if depth > MAX_DEPTH:
+            raise _too_deep(where)
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError(f"{where} is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it.")
 
 
 def dumps(value: object) -> str:

@@ -32,6 +32,9 @@ class PolicySource(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
 
+    def prompt_limit(self, *, training: bool) -> int | None:
+        """Return the most tokens of a prompt that leave room for a completion in training or validation, or None."""
+
 
 class OnlineLoader:
     """An endless loader whose state is the number of steps begun.
@@ -118,6 +121,8 @@ class OnlinePromptDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = run_seed() if seed is None else seed
         self.pools: dict[str, PromptPool] = {}
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        """The tokenizer of the prompts; None before the pools are read."""
         self.fresh_prompts = prompts_per_step
         """Prompts that the selector chooses for the next step; a replay callback lowers it when it will add groups."""
         self.prepared: TrainBatch | None = None
@@ -157,6 +162,14 @@ class OnlinePromptDataModule(LightningDataModule):
                 "data.tokenizer is not set and the model has no tokenizer, expected one of the two. Set data.tokenizer "
                 "to a folder or hub name."
             )
+        self.tokenizer = tokenizer
+        if policy is not None:
+            limits = {one: policy.prompt_limit(training=one == "train") for one in ("train", "val")}
+            if self.sources["val"] is None and self.val_size:
+                limits["train"] = min((one for one in limits.values() if one is not None), default=None)
+            for name, source in self.sources.items():
+                if source is not None:
+                    source.context_limit = limits["train" if name == "train" else "val"]
         train = self._read("train", tokenizer)
         if self.sources["val"] is not None:
             self.pools["val"] = self._read("val", tokenizer)

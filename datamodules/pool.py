@@ -24,6 +24,7 @@ class ReadReport:
         duplicates: rows with the same rendered prompt and answer as an earlier row.
         overlong: prompts of more than `max_prompt_length` tokens.
         max_prompt_length: None for no limit.
+        by_context: whether that is what the policy's context leaves beside a completion, not the user's own limit.
         held_out: prompts moved to the validation pool.
         hidden_columns: columns not passed to rewards, because one of their arguments has the same name.
     """
@@ -35,11 +36,13 @@ class ReadReport:
     duplicates: int = 0
     overlong: int = 0
     max_prompt_length: int | None = None
+    by_context: bool = False
     held_out: int = 0
     hidden_columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         too_long = f"longer than {self.max_prompt_length} tokens"
+        too_long += " (what the policy's context leaves beside a completion)" if self.by_context else ""
         dropped = ((self.empty, "empty"), (self.duplicates, "duplicate"), (self.overlong, too_long))
         parts = [f"{count} {why}" for count, why in dropped if count]
         line = f"{self.source}: {self.read} rows read, {self.kept} prompts kept"

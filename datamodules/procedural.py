@@ -100,7 +100,9 @@ class Procedural(PromptSource):
             for position, problem in enumerate(problems)
         ]
         source = f"reasoning-gym {', '.join(dict.fromkeys(task.name for task in self.tasks))}"
-        return read_pool(ListTable(rows), _SCHEMA, self.renderer(tokenizer), source, self.max_prompt_length)
+        return read_pool(
+            ListTable(rows), _SCHEMA, self.renderer(tokenizer), source, self.max_prompt_length, self.context_limit
+        )
 
 
 def generate(tasks: Sequence[ProceduralTask], seeds: Sequence[int]) -> list[list[dict[str, object]]]:

@@ -169,7 +169,7 @@ def _describe_here(config: Any) -> None:
     if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
-    config.trainer.strategy, config.trainer.precision = "auto", None
+    config.trainer.strategy = "auto"
 
 
 def quiet() -> None:

@@ -1,7 +1,8 @@
 """The command's parser: anything wrong with the input becomes one line on stderr and exit code 2.
 
 The only file that uses private names of jsonargparse, which has no public way to list the classes that an option
-accepts: `ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`. `_actions` and `_SubParsersAction` are
+accepts: `ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`, nor one to choose what a change of class keeps:
+`discard_init_args_on_class_path_change`. `_actions` and `_SubParsersAction` are
 argparse's, which cannot list the options of a parser otherwise.
 """
 
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from jsonargparse import Namespace
+from jsonargparse import Namespace, _typehints
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -120,6 +121,24 @@ class MovedModule(ModuleType):
 
 for _module in {path.rpartition(".")[0] for path in MOVED}:
     sys.modules.setdefault(_module, MovedModule(_module))
+
+
+def _discard_arguments_of_another_class(parser: Any, before: Any, given: Any) -> None:
+    """Drop the arguments of the class that a later config or option replaces, unless one of the two extends the other.
+
+    jsonargparse keeps those that the new class accepts too, so that, for example, the template of one data source would
+    be applied to another. Lightning's classes are left as they are: the folder and name of a run outlast its logger.
+    """
+    if before and "init_args" in before and before["class_path"] != given["class_path"]:
+        old, new = resolve_name(before["class_path"]), resolve_name(given["class_path"])
+        related = inspect.isclass(old) and inspect.isclass(new) and (issubclass(old, new) or issubclass(new, old))
+        if not related and not old.__module__.startswith("lightning."):
+            before["init_args"] = Namespace()
+    _discard_what_the_class_does_not_accept(parser, before, given)
+
+
+_discard_what_the_class_does_not_accept = _typehints.discard_init_args_on_class_path_change
+_typehints.discard_init_args_on_class_path_change = _discard_arguments_of_another_class
 
 
 def short_names(base: type) -> dict[str, type]:

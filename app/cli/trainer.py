@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -114,6 +115,7 @@ class DotsTrainer(Trainer):
         model: LightningModule,
         ckpt_path: str,
         out: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -123,6 +125,8 @@ class DotsTrainer(Trainer):
             model: the module of the run.
             ckpt_path: a checkpoint file, or "last".
             out: the folder to write; it must not exist or be empty.
+            dtype: of the weights in the folder; "auto" is that of the policy's own files, to which trained weights are
+                rounded.
             datamodule: not used; the config.yaml of a run names one.
             weights_only: not used: a checkpoint is never unpickled.
         """
@@ -133,9 +137,16 @@ class DotsTrainer(Trainer):
             raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
         model.configure_model()
         model.policy_model.load_state_dict(checkpoint_weights(Path(ckpt_path)))
-        export(model.policy_model, model.tokenizer, folder)
+        trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
+        trained = max(trainable, key=lambda one: one.itemsize)
+        written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
+        export(model.policy_model, model.tokenizer, folder, written)
         model.teardown("export")
-        print(f"wrote {folder}")
+        told = f"wrote {folder} in {_name(written)}"
+        if written.itemsize < trained.itemsize:
+            told += f", the dtype of {model.policy_path}" if dtype == "auto" else ""
+            told += f"; the trained weights are {_name(trained)}, which --dtype {_name(trained)} writes unrounded"
+        print(told)
 
     def select(
         self,
@@ -215,6 +226,10 @@ class DotsTrainer(Trainer):
         return DotsTrainer(
             **{**self._options, "callbacks": kept, "logger": logger, "max_steps": max_steps, "limit_val_batches": 0}
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _of_a_run(model: LightningModule, datamodule: Any) -> tuple[GRPOModule, OnlinePromptDataModule]:

@@ -76,6 +76,13 @@ class RolloutEngine(ABC):
     uses_policy = False
     """True if the engine generates with the trained module and keeps no weights of its own."""
 
+    def context_length(self, positions: int | None) -> int | None:
+        """Return the maximum number of tokens of a prompt and its completion for a policy with so many positions.
+
+        None if it is not known before the engine runs.
+        """
+        return positions
+
     def setup(
         self,
         model: PreTrainedModel,
@@ -84,6 +91,7 @@ class RolloutEngine(ABC):
         weights: Weights | None = None,
         folder: Path | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Attach the engine to a policy. Called once, before the first `push` and `generate`.
 
@@ -93,12 +101,14 @@ class RolloutEngine(ABC):
             weights: returns all of the policy's tensors, for an engine that has lost them; None uses the state dict.
             folder: where an engine may write a log; None for no log.
             ranks: the trainer's processes. All of them push together, and each generates its share of the prompts.
+            dtype: of the policy's files, which trained weights may exceed; None is that of `model`.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.weights = weights or (lambda: model.state_dict().items())
         self.folder = folder
         self.ranks = ranks
+        self.policy_dtype = dtype or model.dtype
         self.prepare()
 
     def prepare(self) -> None:
@@ -169,7 +179,8 @@ def check_request(
             raise UserError(
                 f"Prompt {prompt.id!r} has {length} tokens and sampling.max_completion_length is "
                 f"{sampling.max_completion_length}, which together exceed {limit_name}. "
-                "Lower sampling.max_completion_length or remove longer prompts."
+                f"Lower sampling.max_completion_length, or start a new run with a max_prompt_length of the data of "
+                f"{max(1, limit - sampling.max_completion_length)}."
             )
 
 

@@ -66,6 +66,10 @@ class VllmOptions:
             ("cpu_cache_gib", self.cpu_cache_gib, self.cpu_cache_gib > 0, "greater than 0"),
         )
 
+    def context_length(self, positions: int | None) -> int | None:
+        """See `RolloutEngine.context_length`."""
+        return self.max_model_len or positions
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype, or None for "auto"."""

@@ -2,12 +2,13 @@
 
 The file for private names of transformers: `_attn_implementation` is the only way to switch attention for a single
 forward pass (`set_attn_implementation` reloads it for every submodule), `_supports_attention_backend` says whether a
-model goes through `AttentionInterface` at all, `_tied_weights_keys` names the weights that share a tensor.
+model goes through `AttentionInterface` at all, `_tied_weights_keys` names the weights that share a tensor,
+`_gradient_checkpointing_func` runs a layer that recomputes its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datamodules.errors import UserError
 
@@ -35,10 +37,12 @@ from datamodules.errors import UserError
 class Lora:
     """Low-rank adaptation with peft: only small added matrices are trained (Hu et al., arXiv 2106.09685).
 
+    The matrices are float32; the weights that they adapt keep the dtype of their file.
+
     Args:
         rank: rank of the added matrices.
         alpha: their product is scaled by `alpha / rank`.
-        dropout: dropout on the adapters' input during training.
+        dropout: dropout on the adapters' input in updates, which rollouts do not have; see `updates/dropout`.
         target_modules: names of the linear layers to adapt; "all-linear" adapts all but the head.
     """
 
@@ -47,6 +51,15 @@ class Lora:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
 
+    def __post_init__(self) -> None:
+        for name, fits, expected in [
+            ("rank", self.rank >= 1, "1 or more"),
+            ("alpha", 0 < self.alpha < float("inf"), "a number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "0 or more and below 1"),
+        ]:
+            if not fits:
+                raise UserError(f"policy.lora.{name} is {getattr(self, name)}; set it to {expected}.")
+
 
 @dataclass
 class Policy:
@@ -54,8 +67,10 @@ class Policy:
 
     Args:
         path: folder or hub name of a Hugging Face causal language model with its tokenizer.
-        dtype: dtype of the weights; "auto" keeps that of the file. "float64" is for comparing runs: it makes
-            differences in the order of sums (ranks, micro-batches) too small to show in float32.
+        dtype: dtype of the weights; "auto" is float32 for trained weights, whatever the file's, since updates are too
+            small for 16 bits, and the file's for weights that `lora` freezes. `trainer.precision: bf16-mixed` computes
+            in bfloat16. "float64" is for comparing runs: it makes differences in the order of sums (ranks,
+            micro-batches) too small to show in float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
         lora: train low-rank adapters instead of all weights.
@@ -68,6 +83,14 @@ class Policy:
     attn_implementation: str | None = None
     lora: Lora | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype in ("bfloat16", "float16") and self.lora is None:
+            raise UserError(
+                f"policy.dtype is {self.dtype}, but without policy.lora all weights are trained, and most updates are "
+                "too small to change a 16-bit weight. Leave it out (float32), and set trainer.precision to bf16-mixed "
+                "to compute in bfloat16."
+            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer; its padding token is the end token if the model has none.
@@ -91,7 +114,7 @@ class Policy:
 
     def load(self) -> torch.nn.Module:
         """Load the model with its weights, adapted if `lora` is set, in training mode. Raises UserError if it can't."""
-        options = {"dtype": self._torch_dtype(), **self._attention()}
+        options = {"dtype": self.weights_dtype(), **self._attention()}
         # use_safetensors, because the other format is pickle.
         model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
         if missing := sorted(read["missing_keys"]):
@@ -104,15 +127,25 @@ class Policy:
     def on_meta(self) -> torch.nn.Module:
         """Return the model on the meta device: to count its parameters, or to shard it before loading weights."""
         config = self._load(AutoConfig)
-        options = {"trust_remote_code": self.trust_remote_code, "dtype": self.stored_dtype(), **self._attention()}
+        options = {"trust_remote_code": self.trust_remote_code, "dtype": self.weights_dtype(), **self._attention()}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
             return self._adapt(model).train()
 
+    def positions(self) -> int | None:
+        """Return the number of positions of its context, or None if the model does not say."""
+        return getattr(self._load(AutoConfig).get_text_config(decoder=True), "max_position_embeddings", None)
+
     def stored_dtype(self) -> torch.dtype:
-        """Return the dtype that the weights will have, without loading them."""
-        found = self._torch_dtype()
-        return (getattr(self._load(AutoConfig), "dtype", None) or torch.float32) if isinstance(found, str) else found
+        """Return the dtype of the weights in the policy's files, as config.json has it."""
+        return getattr(self._load(AutoConfig), "dtype", None) or torch.float32
+
+    def weights_dtype(self) -> torch.dtype:
+        """Return the dtype that the weights will have in memory, adapters aside, without loading them."""
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        stored = self.stored_dtype()
+        return stored if self.lora is not None else torch.promote_types(stored, torch.float32)
 
     def _load(self, kind: Any, **options: Any) -> Any:
         folder = Path(self.path).expanduser()
@@ -133,15 +166,15 @@ class Policy:
                 "Expected a folder or hub name with config.json, weights in safetensors and a tokenizer"
             ) from error
 
-    def _torch_dtype(self) -> torch.dtype | str:
-        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-
     def _attention(self) -> dict[str, str]:
         return {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
 
     def _adapt(self, model: PreTrainedModel) -> torch.nn.Module:
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    _recompute_in_evaluation_mode(layer)
         return model if self.lora is None else add_lora(model, self.lora)
 
 
@@ -151,8 +184,6 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("policy.lora is set, but peft is not installed. Run: pip install 'dots-grpo[lora]'") from error
-    if lora.rank < 1:
-        raise UserError(f"policy.lora.rank={lora.rank}: expected at least 1. Increase it")
     model.enable_input_require_grads()
     config = LoraConfig(
         r=lora.rank,
@@ -162,12 +193,63 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}. "
             'Expected names of linear layers, or ["all-linear"]'
         ) from error
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".base_layer" in name and len(shared := names[id(parameter)]) > 1:
+            raise UserError(
+                f"policy.lora.target_modules={lora.target_modules}: {shared[0]} and {shared[1]} are one tensor, which "
+                "an adapter of one of them would split in two. Leave both out of target_modules"
+            )
+    return adapted
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Make forward passes the same as in rollouts: dropout, skipped layers and router noise are off.
+
+    Only adapters keep their dropout, because `Lora.dropout` asks for it, and layers that recompute their activations
+    keep the flag by which they do so.
+    """
+    model.eval()
+    for name, module in model.named_modules():
+        recomputes = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        module.training = recomputes or "lora_dropout" in name
+
+
+def _recompute_in_evaluation_mode(layer: GradientCheckpointingLayer) -> None:
+    """Let `layer.training` decide whether activations are recomputed, but not whether the layer drops any."""
+    checkpointed: Any = layer._gradient_checkpointing_func
+
+    def run(forward: Callable[..., Any], *args: Any) -> Any:
+        def evaluated(*args: Any) -> Any:
+            layer.training = False
+            try:
+                return forward(*args)
+            finally:
+                layer.training = True
+
+        return checkpointed(evaluated, *args)
+
+    layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode (no dropout, and no gradient checkpointing, which disables the cache), then back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:

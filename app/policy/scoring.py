@@ -59,7 +59,7 @@ def _completion_logprobs(
     head = lm.get_output_embeddings()
     return token_logprobs(
         packed.predicting(hidden),
-        head_weight(head),
+        adapted_weight(head),
         packed.targets,
         getattr(head, "bias", None),
         temperature=temperature,
@@ -79,11 +79,11 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     return plain_attention(lm) and uses_sdpa(lm) and not lm.is_gradient_checkpointing
 
 
-def head_weight(head: torch.nn.Module) -> Tensor:
-    """Return the output embedding `[V, H]`, including its LoRA update if it has one."""
-    base = head.get_base_layer().weight if hasattr(head, "get_base_layer") else head.weight  # type: ignore[operator]
-    for adapter in getattr(head, "active_adapters", []):
-        base = base + head.get_delta_weight(adapter)  # type: ignore[operator]
+def adapted_weight(layer: torch.nn.Module) -> Tensor:
+    """Return the weight of a layer, with its LoRA update if it has one that is not switched off."""
+    base = layer.get_base_layer().weight if hasattr(layer, "get_base_layer") else layer.weight  # type: ignore[operator]
+    for adapter in [] if getattr(layer, "disable_adapters", False) else getattr(layer, "active_adapters", []):
+        base = base + layer.get_delta_weight(adapter)  # type: ignore[operator]
     return base  # type: ignore[return-value]
 
 

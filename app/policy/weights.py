@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from app.policy.model import causal_lm, tied_weight_names
+from app.policy.scoring import adapted_weight
 from app.runs import checkpoint_files
 from app.runs.sharded_checkpoint import whole_weights
 
@@ -26,9 +29,10 @@ def is_adapted(model: torch.nn.Module) -> bool:
 def plain_weights(model: torch.nn.Module, changing: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names and tensors of the architecture without adapters, as an engine expects them.
 
-    LoRA is merged while the iteration lasts. Adapted tensors are copies, so that an engine can read one after the
-    adapters have been unmerged. A head tied to the embedding is left out, as in the model's own file. The tensors of a
-    sharded policy are gathered one at a time: all ranks must iterate to the end together.
+    Adapted tensors are sums of the weights and their adapters; the policy itself is never merged, because taking the
+    adapters out again would leave the error of rounding in its weights. A head tied to the embedding is left out, as in
+    the model's own file. The tensors of a sharded policy are gathered one at a time: all ranks must iterate to the end
+    together.
 
     Args:
         model: the policy.
@@ -40,16 +44,14 @@ def plain_weights(model: torch.nn.Module, changing: bool = False) -> Iterator[tu
     if not is_adapted(model):
         yield from ((name, _gathered(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
         return
-    peft: Any = model
-    peft.merge_adapter()
-    try:
-        weights = lm.state_dict()
-        blocks = {_block(name) for name in weights if ".base_layer" in name}
-        for name, tensor in weights.items():
-            if "lora_" not in name and name not in tied and (_block(name) in blocks or not changing):
-                yield name.replace(".base_layer", ""), _gathered(tensor.clone() if ".base_layer" in name else tensor)
-    finally:
-        peft.unmerge_adapter()
+    weights = lm.state_dict()
+    blocks = {_block(name) for name in weights if ".base_layer" in name}
+    for name, tensor in weights.items():
+        if "lora_" not in name and name not in tied and (_block(name) in blocks or not changing):
+            layer, base, part = name.partition(".base_layer.")
+            if part == "weight":
+                tensor = adapted_weight(lm.get_submodule(layer)).detach()
+            yield (f"{layer}.{part}" if base else name), _gathered(tensor)
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,14 +69,39 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder that `from_pretrained` loads, with adapters merged into the weights.
 
-    A model with adapters cannot be used afterwards: peft unloads them.
+    The folder appears when all of it is written, and nothing is left if that fails. The model cannot be used
+    afterwards: it has the dtype of the folder, and peft unloads adapters.
+
+    Args:
+        model: the policy.
+        tokenizer: the policy's tokenizer.
+        folder: does not exist or is empty.
+        dtype: of the weights in the folder.
     """
     policy: Any = model
-    (policy.merge_and_unload() if is_adapted(model) else policy).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    lm = causal_lm(model)
+    if is_adapted(model):
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        lm = policy.merge_and_unload()
+    for parameter in lm.parameters():
+        parameter.data = parameter.data.to(dtype)
+    # save_pretrained refuses settings that contradict each other (a temperature without sampling), which
+    # from_pretrained accepts, so they are written as they were read.
+    generation, lm.generation_config = lm.generation_config, GenerationConfig()
+    folder = folder.absolute()
+    place = next(parent for parent in folder.parents if parent.exists())
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as temporary:
+        written = Path(temporary) / "policy"
+        lm.save_pretrained(written)
+        if generation is not None:
+            generation.to_json_file(written / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+        tokenizer.save_pretrained(written)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        written.replace(folder)
 
 
 def checkpoint_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -37,7 +37,8 @@ class FrozenPolicy:
         """Context of forward passes, as in training."""
         self.seed = run_seed()
         self.ledger = Ledger()
-        module.engine.setup(causal_lm(module.policy_model), module.tokenizer)
+        dtype = module.policy.stored_dtype()
+        module.engine.setup(causal_lm(module.policy_model), module.tokenizer, dtype=dtype)
         module.engine.push(plain_weights(module.policy_model), 0)
         self._pipeline = RolloutPipeline(module.engine, module.scorer, self.seed, self.precision)
 

@@ -14,6 +14,7 @@ from app.objective.advantages import Baseline, Scale
 from app.objective.packing import PackedBatch
 from app.objective.ratios import Aggregation
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.policy.model import evaluating
 from app.policy.reference import ReferencePolicy
 from app.policy.scoring import completion_logprobs
 from app.ranks import Ranks
@@ -125,7 +126,8 @@ class Learner:
         for rows in plan:
             chosen = [replayed[row] for row in rows]
             packed = micro.one([sequences[index] for index in chosen])
-            logprobs, _ = completion_logprobs(self.policy, packed, temperature, with_entropy=False)
+            with evaluating(self.policy):  # pi_old has no dropout
+                logprobs, _ = completion_logprobs(self.policy, packed, temperature, with_entropy=False)
             sizes = [len(sequences[index].completion_ids) for index in chosen]
             for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
                 sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())

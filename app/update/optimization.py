@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from app.objective.ratios import check_choice
+from app.policy.sharding import own_part
+from app.ranks import Ranks
 from datamodules.errors import UserError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -24,8 +27,9 @@ class Optimization:
         weight_decay: applied to matrices only (not to biases and norms).
         betas: AdamW's decay rates.
         clip_norm: gradients with a larger norm are scaled down to it; 0 turns clipping off.
-        schedule: "constant", "constant_with_warmup", "linear" or "cosine", over `trainer.max_steps`.
-        warmup_steps: optimizer steps over which the rate rises to its peak.
+        schedule: "constant", "constant_with_warmup", or after the warm-up "linear" or "cosine" down to 0 over the
+            optimizer steps of `trainer.max_steps`, which these two need.
+        warmup_steps: optimizer steps over which the rate rises to its peak; not with "constant".
     """
 
     learning_rate: float = 1e-6
@@ -36,20 +40,34 @@ class Optimization:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
+        def finite(*values: float) -> bool:
+            return all(map(math.isfinite, values))
+
         checks = [
-            ("learning_rate", self.learning_rate > 0, "a number above 0"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip_norm", self.clip_norm >= 0, "0 (off) or more"),
+            ("learning_rate", finite(self.learning_rate) and self.learning_rate > 0, "a number above 0"),
+            ("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of 0 or more and below 1"),
+            ("clip_norm", finite(self.clip_norm) and self.clip_norm >= 0, "0 (off) or more"),
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
         ]
         for name, fine, expected in checks:
             if not fine:
                 raise UserError(f"optimization.{name} is {getattr(self, name)}; set it to {expected}.")
         check_choice("optimization.schedule", self.schedule, SCHEDULES)
+        if self.warmup_steps and self.schedule == "constant":
+            raise UserError(
+                f"optimization.warmup_steps is {self.warmup_steps}, but the schedule constant has no warm-up. Set "
+                "optimization.schedule to constant_with_warmup."
+            )
 
     def optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        """Return AdamW over the trainable parameters."""
+        """Return AdamW over the trainable parameters. Raises UserError if one is too narrow to hold small updates."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if narrow := [one.dtype for one in trained if one.dtype.itemsize < 4]:
+            raise UserError(
+                f"Trained weights are {narrow[0]}, in which most updates vanish, expected float32 or wider. Leave out "
+                "policy.dtype and set trainer.precision to 32-true, or to bf16-mixed to compute in bfloat16."
+            )
         groups = [
             {"params": [one for one in trained if one.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
@@ -63,6 +81,48 @@ class Optimization:
         norm = torch.nn.utils.clip_grad_norm_(trained, self.clip_norm or float("inf"))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
-        """Return the learning-rate schedule, to be advanced once per optimizer step."""
-        return get_scheduler(self.schedule, optimizer, self.warmup_steps, max(total_steps, 1))
+    def check_weights(self, model: torch.nn.Module, ranks: Ranks, step: int) -> None:
+        """Raise UserError if a trained weight is not finite after an optimizer step. Collective if sharded.
+
+        Nothing can be saved then: the weights before the step are in the last checkpoint only.
+        """
+        trained = [own_part(one.detach()) for one in model.parameters() if one.requires_grad]
+        largest = torch.nn.utils.get_total_norm([one for one in trained if one.numel()], norm_type=math.inf)
+        infinite = not bool(torch.isfinite(largest))
+        if ranks.any(infinite) if any(isinstance(one, DTensor) for one in model.parameters()) else infinite:
+            raise UserError(
+                f"Stopped at step {step}: the update made weights NaN or infinite. The last checkpoint has the weights "
+                f"before it: resume with model.optimization.learning_rate below {self.learning_rate:g}."
+            )
+
+    def check_length(self, total_steps: int | None) -> None:
+        """Raise UserError if the schedule needs a limit on the run and there is none; warn of a warm-up without end.
+
+        Args:
+            total_steps: optimizer steps of the run; None if it has no limit.
+        """
+        if total_steps is None and self.schedule in ("linear", "cosine"):
+            raise UserError(
+                f"model.optimization.schedule is {self.schedule}, which ends after trainer.max_steps optimizer steps, "
+                "but that is not set. Set it (trainer.max_time may end the run earlier), or set the schedule to "
+                "constant or constant_with_warmup."
+            )
+        if total_steps is not None and self.warmup_steps >= total_steps:
+            rank_zero_warn(
+                f"model.optimization.warmup_steps is {self.warmup_steps}, but the run takes {total_steps} optimizer "
+                "steps: it ends before the learning rate is at its peak."
+            )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int | None) -> LambdaLR:
+        """Return the learning-rate schedule, to be advanced once per optimizer step; see `check_length`."""
+        warmup = self.warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            if total_steps is None or self.schedule in ("constant", "constant_with_warmup"):
+                return 1.0
+            done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+            return 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+        return LambdaLR(optimizer, factor)

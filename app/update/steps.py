@@ -85,6 +85,7 @@ class Updates:
             # Without gradients (nothing to learn, or not finite) AdamW changes no weight, but the schedule and
             # Lightning's step counter must advance.
             optimizer.step()
+            self.optimization.check_weights(learner.policy, ranks, step)
             scheduler.step()
             updates.append(Update(seen, norm, not finite, token_imbalance(all_shares) if ranks.size > 1 else None))
         return updates

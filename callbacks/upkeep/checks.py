@@ -12,9 +12,11 @@ from callbacks.upkeep.sharded_policy import ShardedPolicy
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
+_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
 
 class RunChecks(StepCallback):
-    """Refuses unsupported strategies, and more processes than a mini-batch has prompts."""
+    """Refuses unsupported precisions and strategies, and more processes than a mini-batch has prompts."""
 
     stage = Stage.PUSH_WEIGHTS
 
@@ -29,6 +31,13 @@ class RunChecks(StepCallback):
             raise UserError(
                 "trainer.strategy is ShardedStrategy, but trainer.callbacks lists no callbacks.ShardedPolicy to shard "
                 "the policy. Add it, or use --config configs/strategy/fsdp2.yaml."
+            )
+        if trainer.precision not in _PRECISIONS:
+            # 16-true and bf16-true round the trained weights to 16 bits, in which most updates vanish; 16-mixed scales
+            # gradients, which are clipped and checked here as they are.
+            raise UserError(
+                f"trainer.precision is {trainer.precision}, expected one of {', '.join(_PRECISIONS)}. Use bf16-mixed "
+                "to compute in 16 bits: the weights, which need more, stay in float32."
             )
         if ranks == 1:
             return

@@ -45,7 +45,8 @@ class RunProgress(StepCallback, RichProgressBar):
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         line = "  ".join(f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items())
-        print(f"step {trainer.global_step}/{trainer.max_steps}  {line}", flush=True)
+        of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        print(f"step {trainer.global_step}{of}  {line}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: GRPOModule) -> dict[str, int | str | float | dict[str, float]]:
         values = self._latest | {name: float(value) for name, value in trainer.callback_metrics.items()}

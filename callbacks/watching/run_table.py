@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from app.engines import Transformers
 from app.engines.transformers.shared_cache import SLACK
@@ -26,6 +28,7 @@ from datamodules.online import OnlinePromptDataModule
 from datamodules.procedural import Procedural
 from datamodules.prompts import PromptFile
 
+_SHOWN = 1000  # characters of a prompt
 _PROMPT_LENGTH = 512  # assumed where the data set no limit
 
 Row = tuple[str, str, str]
@@ -65,7 +68,12 @@ def print_run_table(
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+    stored, held = module.policy.stored_dtype(), module.policy.weights_dtype()
+    for row in (
+        ("weights" if held == stored else f"weights (in the file {_name(stored)})", "", _name(held)),
+        ("precision of computation (trainer.precision)", "", str(trainer.precision)),
+        *_run_rows(module, datamodule, callbacks, world_size, trainer.max_steps),
+    ):
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -74,7 +82,25 @@ def print_run_table(
     Console().print(table)
     for name, pool in datamodule.pools.items():
         if pool.report is not None:
-            Console().print(f"{name}: {pool.report}", highlight=False)
+            Console().print(f"{name}: {pool.report}", highlight=False, markup=False)
+    if "train" in datamodule.pools and datamodule.tokenizer is not None:
+        Console().print(_first_prompt(datamodule, datamodule.tokenizer), highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_prompt(datamodule: OnlinePromptDataModule, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the first training prompt as the policy reads it, special tokens included, and what rendered it."""
+    tokens = datamodule.pools["train"][0].token_ids
+    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
+    renderer = datamodule.sources["train"].renderer(tokenizer)
+    by = "without a template"
+    if renderer.uses_chat_template:
+        by = "rendered by the tokenizer's chat template"
+    elif renderer.template is not None:
+        by = "rendered by the data's template"
+        by += ", in place of the tokenizer's chat template" if tokenizer.chat_template is not None else ""
+    return f"first prompt, {len(tokens)} tokens, {by}:\n{text}"
 
 
 def _run_rows(
@@ -104,9 +130,14 @@ def _run_rows(
         elif isinstance(one, DynamicSampling):
             rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))
     if max_steps > 0:
-        rows.append(("steps", "", f"{-(-max_steps // module.mini_batches):,}"))
-        rows.append(("optimizer steps (trainer.max_steps)", "", f"{max_steps:,}"))
+        steps = -(-max_steps // module.mini_batches)
+        rows.append(("steps", "", f"{steps:,}"))
+        rows.append((f"optimizer steps (trainer.max_steps {max_steps:,})", "", f"{steps * module.mini_batches:,}"))
     return rows
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _replayed(callbacks: list[Callback], prompts: int) -> int:
@@ -125,7 +156,7 @@ def _memory_rows(
     limit = train.max_prompt_length if isinstance(train, PromptFile | Procedural) else None
     stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
     precision = Precision(
-        weights=2 if trainer.precision.endswith("16-true") else stored,
+        weights=stored,
         compute=2 if half or (sharded is not None and sharded.compute_dtype is not None) else stored,
         # FSDP2 casts weights as it gathers them, so nothing is autocast.
         autocast=trainer.precision.endswith("mixed") and sharded is None and stored == 4,

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.files import open_dataset
+from datamodules.prompts.files import open_table
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.tables import DatasetTable
+from datamodules.prompts.tables import Ranges
 from datamodules.prompts.templates import Renderer, check_template
 
 _PROBE = 64
@@ -27,12 +27,15 @@ class PromptSource(ABC):
         template: plain template; empty for the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.
         max_prompt_length: longest prompt in tokens; None for no limit.
+        context_limit: longest prompt in tokens that the policy's context leaves room for; None for no limit. The data
+            module sets it.
     """
 
     system_prompt: str = ""
     template: str = ""
     chat_template_kwargs: dict[str, Any] | None = None
     max_prompt_length: int | None = None
+    context_limit: int | None = None
 
     def __init__(
         self,
@@ -113,10 +116,9 @@ class PromptFile(PromptSource):
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
         named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
-        dataset = open_dataset(self.path, self.name, self.split, [column for column in named if column is not None])
+        table = open_table(self.path, self.name, self.split, [column for column in named if column is not None])
         if self.limit is not None:
-            dataset = dataset.select(range(min(self.limit, len(dataset))))
-        table = DatasetTable(dataset)
+            table = Ranges([(table, 0, min(self.limit, len(table)))])
         probe = table.rows(range(min(_PROBE, len(table))))
-        schema = detect(dataset.column_names, probe, self.overrides, self.path)
-        return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length)
+        schema = detect(table.columns, probe, self.overrides, self.path)
+        return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length, self.context_limit)

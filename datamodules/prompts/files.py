@@ -1,111 +1,153 @@
-"""Opens the data behind a path or name: a file, a saved data set, a folder of files, or a hub data set."""
+"""Opens the data behind a path or name: a file, a saved data set, a folder of files, or a hub data set.
+
+A path is the name of one file, never a pattern. `datasets` reads paths as patterns and URLs and caches files by name
+and time, so it only gets the names of hub data sets; local files are read here, each time anew.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from datamodules.errors import UserError, nearest
-from datamodules.jsonl import read_objects
-from datamodules.prompts.schemas import ANSWERS, PROMPTS
+from datamodules.prompts.readers import READERS
+from datamodules.prompts.tables import DatasetTable, Ranges, Table
 
-LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Supported file extensions, and the loader of `datasets` for each."""
+_FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, KeyError, StopIteration, RuntimeError)
+"""Exceptions of `datasets` for unreadable data. RuntimeError: a data set that is a script, which is never run."""
 
-_FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, StopIteration, RuntimeError)
-"""Exceptions of `datasets` for unreadable data. StopIteration: a file without rows; RuntimeError: a data set that is a
-script, which is never run."""
+_ENDINGS = ", ".join(READERS)
 
 
-def open_dataset(path: str, name: str | None, split: str, text_columns: list[str]) -> datasets.Dataset:
+def open_table(path: str, name: str | None, split: str, text_columns: Sequence[str]) -> Table:
     """Open one split; a single file is that split, whatever its name.
 
     Args:
         path: file, folder or hub name.
-        name: configuration of a hub data set.
-        split: split of a hub data set or folder.
+        name: configuration of a hub data set or folder.
+        split: split, or slices of splits such as `train[:10%]`.
         text_columns: columns of a CSV file that stay text, in addition to the known prompt and answer columns.
 
     Raises:
         UserError: the data does not exist or cannot be read.
     """
-    local = Path(path).expanduser()
-    if local.is_file():
-        return _open_file(local, split, text_columns)
-    if local.is_dir():
-        return _open_folder(local, name, split)
-    if local.suffix in LOADERS or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    bases = list(dict.fromkeys(re.split(r"\[", part)[0].strip() for part in split.split("+")))
+    local = _local(path)
+    try:
+        is_file, is_dir = local.is_file(), local.is_dir()
+    except OSError as error:
+        raise UserError(f"{path[:200]!r} cannot be opened ({error.strerror}). Give the path of a file.") from error
+    if is_file:
+        if local.suffix not in READERS:
+            raise UserError(f"{str(local)!r} ends in {local.suffix!r}, expected one of {_ENDINGS}. Convert it.")
+        return _sliced(split, {bases[0]: [READERS[local.suffix](local, text_columns)]})
+    if is_dir:
+        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            return _sliced(split, _saved(local, bases))
+        return _sliced(split, _folder(local, name, bases, text_columns))
+    if local.suffix in READERS or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path!r} does not exist: {_nearby(local)}")
     try:
-        return datasets.load_dataset(path, name, split=split)
+        if "/" not in path and path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}"):
+            raise ValueError("it is the name of a file format")  # `datasets` would read the working folder
+        return DatasetTable(datasets.load_dataset(path, name, split=split))
     except _FAILURES as error:
         raise UserError(
             f"{path!r} is neither a local file or folder nor a readable hub data set: {_root_cause(error)}"
         ) from error
 
 
-def _open_file(path: Path, split: str, text_columns: list[str]) -> datasets.Dataset:
-    if path.suffix not in LOADERS:
-        raise UserError(f"{str(path)!r} ends in {path.suffix!r}, expected one of {', '.join(LOADERS)}. Convert it.")
-    loader = LOADERS[path.suffix]
-    options: dict[str, object] = {}
-    if loader == "csv":  # keeps the spelling of answers such as 007, 1.50 and NA
-        options = {"converters": dict.fromkeys([*PROMPTS, *ANSWERS, *text_columns], str), "keep_default_na": False}
-    base_split = re.split(r"[\[+]", split)[0]  # `train` of `train[:10%]`
+def _local(path: str) -> Path:
     try:
-        dataset = datasets.load_dataset(loader, data_files={base_split: str(path)}, split=split, **options)
-    except _FAILURES as error:
-        if path.stat().st_size == 0:
-            raise UserError(f"{str(path)!r} is empty. Give a file of rows with a prompt column.") from error
-        if loader == "json":
-            _check_json(path)
-        raise UserError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_root_cause(error)}") from error
-    features = dataset.features
-    answers = {column.split(".")[0] for column in (*ANSWERS, *text_columns)} & features.keys()
-    numbers = {name for name in answers if re.match("Json|.*float", str(features[name]))}
-    dates = any("timestamp" in str(feature) for feature in features.values())
-    if loader != "json" or not (numbers or dates):
-        return dataset
-    # Arrow converts a column in which every text looks like a date, and integers to floats where both occur. Read the
-    # file again to keep what it says.
-    rows = json.loads(path.read_bytes()) if _is_array(path) else [row for _, row in read_objects(path)]
-    mixed = {
-        name
-        for name in numbers
-        if str(features[name]).startswith("Json") or any(_has_integer(row.get(name)) for row in rows)
-    }
-    if not (mixed or dates):
-        return dataset
-    if mixed:
-        rows = [row | {name: json.dumps(row.get(name)) for name in mixed} for row in rows]
-    texts = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
-    if mixed:
-        texts = texts.cast(datasets.Features(texts.features | dict.fromkeys(mixed, datasets.Json())))
-    return texts if split == base_split else texts.select(range(len(dataset)))
+        expanded = Path(path).expanduser()
+    except RuntimeError as error:  # `~name` of an unknown user
+        if not Path(path).exists():
+            raise UserError(f"{path!r} does not exist: there is no user {path[1:].split('/')[0]!r}.") from error
+        return Path(path)
+    return expanded
 
 
-def _has_integer(value: object) -> bool:
-    if isinstance(value, list | dict):
-        return any(map(_has_integer, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _open_folder(path: Path, name: str | None, split: str) -> datasets.Dataset:
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+def _sliced(split: str, tables: Mapping[str, Sequence[Table]]) -> Table:
+    """Return the rows of a split expression such as `train[:10%]+test`, where each split is one or more tables."""
+    whole = {name: Ranges([(table, 0, len(table)) for table in parts]) for name, parts in tables.items()}
+    lengths = {name: len(table) for name, table in whole.items()}
     try:
-        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path), name, split=split)
-    except _FAILURES as error:
-        raise UserError(f"Folder {str(path)!r} cannot be read as a data set: {_root_cause(error)}") from error
+        ranges = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"split {split!r} cannot be read: {error}. Write for example 'train[:10%]'.") from error
+    return Ranges([(whole[one.splitname], one.from_, max(one.from_, one.to)) for one in ranges])
+
+
+def _choose(splits: Sequence[str], names: Sequence[str], path: Path) -> None:
+    for split in splits:
+        if split not in names:
+            raise UserError(f"{str(path)!r} has no split {split!r}: {nearest(split, names)}")
+
+
+def _saved(path: Path, splits: Sequence[str]) -> dict[str, list[Table]]:
+    """Read a data set written by `save_to_disk`."""
+    # Its path must not look like a URL to `datasets`.
+    with TemporaryDirectory() as folder:
+        link = Path(folder, "data")
+        link.symlink_to(path.resolve())
+        try:
+            found = datasets.load_from_disk(str(link))
+        except _FAILURES as error:
+            raise _unreadable(path, error, link) from error
     if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise UserError(f"{str(path)!r} has no split {split!r}: {nearest(split, found)}")
-    return found[split]
+        found = {splits[0]: found}
+    _choose(splits, list(found), path)
+    return {split: [DatasetTable(found[split].with_format(None))] for split in splits}
+
+
+def _folder(path: Path, name: str | None, splits: Sequence[str], text_columns: Sequence[str]) -> dict[str, list[Table]]:
+    """Read a folder of files, which belong to splits as `datasets` assigns them.
+
+    `datasets` sees a copy of the folder with empty files under plain names, since it takes names for patterns.
+    """
+    with TemporaryDirectory() as temporary:
+        copy, files = Path(temporary, "data"), {}
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            subfolders.sort()
+            for file in sorted(names):
+                plain = copy.joinpath(*map(_plain, Path(folder, file).relative_to(path).parts))
+                while plain in files:
+                    plain = plain.with_stem(f"{plain.stem}_")
+                files[plain] = Path(folder, file)
+                plain.parent.mkdir(parents=True, exist_ok=True)
+                plain.touch()
+        if (path / "README.md").is_file():  # its header may name configurations
+            shutil.copyfile(path / "README.md", copy / "README.md")
+        try:
+            found = datasets.load_dataset_builder(str(copy), name, cache_dir=temporary).config.data_files or {}
+        except _FAILURES as error:
+            raise _unreadable(path, error, copy) from error
+        _choose(splits, [str(split) for split in found], path)
+        chosen = {split: [files[Path(file)] for file in map(str, found[split])] for split in splits}
+    tables: dict[str, list[Table]] = {}
+    for split, members in chosen.items():
+        tables[split] = [READERS[file.suffix](file, text_columns) for file in members if file.suffix in READERS]
+        if not tables[split]:
+            raise UserError(f"Folder {str(path)!r} has no data file ({_ENDINGS}) in split {split!r}. Add one.")
+    return tables
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+
+
+def _unreadable(path: Path, error: BaseException, stand_in: Path) -> UserError:
+    cause = _root_cause(error).replace(str(stand_in), str(path))
+    return UserError(f"Folder {str(path)!r} cannot be read as a data set: {cause}")
 
 
 def _root_cause(error: BaseException) -> str:
@@ -120,39 +162,9 @@ def _nearby(path: Path) -> str:
     missing = path.absolute()
     while not missing.parent.is_dir():
         missing = missing.parent
-    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() or entry.suffix in LOADERS)
+    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() or entry.suffix in READERS)
     if not entries:
-        return f"{str(missing.parent)!r} has no data file ({', '.join(LOADERS)})"
+        return f"{str(missing.parent)!r} has no data file ({_ENDINGS})"
     hint = nearest(missing.name, entries)
     more = f" and {len(entries) - 20} more" if hint.startswith("choose") and len(entries) > 20 else ""
     return f"in {str(missing.parent)!r}, {nearest(missing.name, entries[:20]) if more else hint}{more}"
-
-
-def _check_json(path: Path) -> None:
-    """Check that a file is a JSON array, or that each of its lines is a JSON object.
-
-    Raises:
-        UserError: it is neither; the message names the first bad line.
-    """
-    if _is_array(path):
-        problem = ""
-        try:
-            json.loads(path.read_bytes())
-        except json.JSONDecodeError as error:
-            problem = f" line {error.lineno}: {error.msg}"
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            problem = f" line {line} is not {error.encoding}: {error.reason}"
-        except RecursionError:
-            problem = " is nested too deeply"
-        if problem:
-            raise UserError(f"{str(path)!r}{problem}. Write a list of objects.")
-        if path.suffix == ".json":
-            return
-    for _ in read_objects(path):
-        pass
-
-
-def _is_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1024).lstrip()[:1] == b"["

@@ -11,6 +11,7 @@ import numpy as np
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
+from datamodules.prompts.bounded import bounded
 from datamodules.prompts.schemas import REWARD_ARGUMENTS, Schema, lookup, question_of
 from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer
@@ -18,25 +19,32 @@ from datamodules.types import Prompt
 
 
 def read_pool(
-    table: Table, schema: Schema, renderer: Renderer, source: str, max_prompt_length: int | None = None
+    table: Table,
+    schema: Schema,
+    renderer: Renderer,
+    source: str,
+    max_prompt_length: int | None = None,
+    context_limit: int | None = None,
 ) -> PromptPool:
     """Return the pool of a table's usable rows, in their order, with its `ReadReport`.
 
     Dropped and counted: rows without a prompt (or without a required answer), rows with the same rendered text and
-    answer as an earlier row, prompts of more than `max_prompt_length` tokens.
+    answer as an earlier row, prompts of more than `max_prompt_length` or `context_limit` tokens.
 
     Raises:
         UserError: no row is left, or a row's prompt is neither text nor messages.
     """
-    scan = _Scan(schema, renderer, source, max_prompt_length)
-    names = table.rows([0])[0].keys() if len(table) else ()
+    limit = min((one for one in (max_prompt_length, context_limit) if one is not None), default=None)
+    by_context = limit is not None and limit != max_prompt_length
+    scan = _Scan(schema, renderer, source, limit)
     for positions, rows in batches(table.narrow(schema.sources), np.arange(len(table))):
         scan.add(positions, rows)
     described, dropped = f"{source} ({schema})", (scan.empty, scan.duplicates, scan.overlong)
-    hidden = tuple(sorted(REWARD_ARGUMENTS & set(names)))
-    report = ReadReport(described, len(table), len(scan.kept), *dropped, max_prompt_length, hidden_columns=hidden)
+    hidden = tuple(sorted(REWARD_ARGUMENTS & set(table.columns)))
+    report = ReadReport(described, len(table), len(scan.kept), *dropped, limit, by_context, hidden_columns=hidden)
     if not scan.kept:
-        raise UserError(f"No prompt is left: {report}. Give other data or raise max_prompt_length.")
+        remedy = "lower sampling.max_completion_length" if by_context else "raise max_prompt_length"
+        raise UserError(f"No prompt is left: {report}. Give other data{f' or {remedy}' if scan.overlong else ''}.")
     places = np.array([row.position for row in scan.kept], dtype=np.int64)
     ids = _unique_ids(scan.kept, schema.id_is_index)
 
@@ -71,7 +79,7 @@ class _Scan:
     schema: Schema
     renderer: Renderer
     source: str
-    max_prompt_length: int | None
+    limit: int | None
     kept: list[_Kept] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     empty: int = 0
@@ -81,33 +89,34 @@ class _Scan:
     def add(self, positions: np.ndarray, rows: Sequence[Row]) -> None:
         found: list[_Kept] = []
         texts: list[str] = []
-        for position, row in zip(positions, rows, strict=True):
-            try:
-                prompt = self.schema.prompt_of(row)
-            except ValueError as error:
-                raise UserError(f"{self.source}: row {position + 1}: {error}") from error
-            answer = self.schema.answer_of(row)
-            if prompt is None or (self.schema.answer and self.schema.answer_required and answer is None):
-                self.empty += 1
-                continue
-            text = self.renderer(prompt).text
-            written = json.dumps(answer, default=str)
-            self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
-            key = _digest(text, written)
-            if key in self.seen:
-                self.duplicates += 1
-                continue
-            self.seen.add(key)
-            raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            value = None if self.schema.id is None else lookup(row, self.schema.id)
-            name = None if value in (None, "") else str(value)
-            found.append(_Kept(int(position), name, (_digest(raw), _digest(raw, written)), key))
-            texts.append(text)
-        if self.max_prompt_length is not None:
-            limit, lengths = self.max_prompt_length, map(len, self.renderer.encode(texts))
-            fitting = [row for row, length in zip(found, lengths, strict=True) if length <= limit]
-            self.overlong += len(found) - len(fitting)
-            found = fitting
+        with bounded() as start:
+            for position, row in zip(positions, rows, strict=True):
+                start()
+                try:
+                    prompt, answer = self.schema.prompt_of(row), self.schema.answer_of(row)
+                    lacks_answer = self.schema.answer and self.schema.answer_required and answer is None
+                    text = "" if prompt is None or lacks_answer else self.renderer(prompt).text
+                except ValueError as error:
+                    raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+                if prompt is None or not text:
+                    self.empty += 1
+                    continue
+                written = json.dumps(answer, default=str)
+                self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
+                key = _digest(text, written)
+                if key in self.seen:
+                    self.duplicates += 1
+                    continue
+                self.seen.add(key)
+                raw = prompt if isinstance(prompt, str) else json.dumps(prompt)
+                value = None if self.schema.id is None else lookup(row, self.schema.id)
+                name = None if value in (None, "") else str(value)
+                found.append(_Kept(int(position), name, (_digest(raw), _digest(raw, written)), key))
+                texts.append(text)
+        if self.limit is not None:
+            fits = self.renderer.fit(texts, self.limit)
+            self.overlong += fits.count(False)
+            found = [row for row, kept in zip(found, fits, strict=True) if kept]
         self.kept += found
 
     def _check_unicode(self, position: int, *texts: str) -> None:

@@ -1,4 +1,4 @@
-"""Random access to rows, on disk or in memory, through one small interface."""
+"""Random access to rows through one small interface: Arrow tables, lines of JSON, lists, and ranges of all these."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ Row = Mapping[str, object]
 class Table(Protocol):
     """A sequence of rows; each row maps column names to values."""
 
+    @property
+    def columns(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]: ...
     def narrow(self, columns: Sequence[str]) -> Table: ...
 
 
 class DatasetTable:
-    """Rows of a `datasets.Dataset`, read from its memory-mapped file on demand."""
+    """Rows of a `datasets.Dataset`."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
         self._json = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Json)]
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self.dataset.column_names
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,19 +60,79 @@ class DatasetTable:
 
 
 class ListTable:
-    """Rows in memory."""
+    """Rows in memory. A row without a column has None there.
 
-    def __init__(self, items: Sequence[Row]) -> None:
+    Args:
+        items: the rows.
+        columns: names of all columns; None for those that occur in the rows.
+    """
+
+    def __init__(self, items: Sequence[Row], columns: Sequence[str] | None = None) -> None:
         self.items = items
+        self.columns = list(dict.fromkeys(name for row in items for name in row)) if columns is None else columns
 
     def __len__(self) -> int:
         return len(self.items)
 
     def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
-        return [self.items[int(place)] for place in positions]
+        return [dict.fromkeys(self.columns) | self.items[int(place)] for place in positions]
 
     def narrow(self, columns: Sequence[str]) -> ListTable:
         return self
+
+
+class JsonLinesTable:
+    """Lines of JSON objects, parsed when they are read: values are as in the file, and memory is the file's size.
+
+    Args:
+        content: the file's bytes.
+        places: int64 `[Q, 2]`, start and end of each row in `content`.
+        columns: names of all columns; a row without one has None there.
+    """
+
+    def __init__(self, content: bytes, places: np.ndarray, columns: Sequence[str]) -> None:
+        self.content, self.places, self.columns = content, places, columns
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
+        lines = (self.content[start:end] for start, end in self.places[np.asarray(positions, dtype=np.int64)])
+        return [dict.fromkeys(self.columns) | json.loads(line) for line in lines]
+
+    def narrow(self, columns: Sequence[str]) -> JsonLinesTable:
+        return self
+
+
+class Ranges:
+    """Ranges of rows of several tables, one after the other.
+
+    Args:
+        parts: a table and the half-open range of its rows, each.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Table, int, int]]) -> None:
+        self.parts = parts
+        self.columns: Sequence[str] = list(dict.fromkeys(name for table, _, _ in parts for name in table.columns))
+        self._ends = np.cumsum([end - start for _, start, end in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
+        places = np.asarray(positions, dtype=np.int64)
+        owners = np.searchsorted(self._ends, places, side="right")
+        found: list[Row] = []
+        for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(owners)) + 1):
+            if len(run):
+                table, start, end = self.parts[owners[run[0]]]
+                first = self._ends[owners[run[0]]] - (end - start)
+                found += [dict.fromkeys(self.columns) | row for row in table.rows(places[run] - first + start)]
+        return found
+
+    def narrow(self, columns: Sequence[str]) -> Ranges:
+        """See `DatasetTable.narrow`."""
+        return Ranges([(table.narrow(columns), start, end) for table, start, end in self.parts])
 
 
 def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Row]]]:

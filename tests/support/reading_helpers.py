@@ -21,8 +21,8 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<s>"]
 
 
-def character_tokenizer(chat: bool = False, closes: bool = False) -> PreTrainedTokenizerFast:
-    """One token per byte; `<s>` begins plain text, and `<|end|>` closes it when `closes`."""
+def character_tokenizer(chat: bool = False, closes: bool = False, begins: bool = True) -> PreTrainedTokenizerFast:
+    """One token per byte; `<s>` begins plain text when `begins`, and `<|end|>` closes it when `closes`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -32,7 +32,7 @@ def character_tokenizer(chat: bool = False, closes: bool = False) -> PreTrainedT
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
     core.post_processor = processors.TemplateProcessing(
-        single="<s> $A <|end|>" if closes else "<s> $A",
+        single="<s> " * begins + "$A" + " <|end|>" * closes,
         special_tokens=[("<s>", vocabulary["<s>"]), ("<|end|>", vocabulary["<|end|>"])],
     )
     tokenizer = PreTrainedTokenizerFast(

@@ -84,6 +84,11 @@ class Place:
 
     def run(self, *arguments: str) -> tuple[int, str]:
         """Return exit code and standard error of `dots ARGUMENTS`."""
+        code, _, said = self.run_with_output(*arguments)
+        return code, said
+
+    def run_with_output(self, *arguments: str) -> tuple[int, str, str]:
+        """Return exit code, standard output and standard error of `dots ARGUMENTS`."""
         self.capture.readouterr()
         code: int | str | None = 0
         try:
@@ -91,7 +96,8 @@ class Place:
         except SystemExit as stopped:
             code = stopped.code
         assert isinstance(code, int | None)
-        return code or 0, self.capture.readouterr().err
+        said = self.capture.readouterr()
+        return code or 0, said.out, said.err
 
     def refused(self, *arguments: str, touches: bool = False) -> str:
         """Return the one error line of the command. Assert exit code 2 and, unless it `touches` files, no changes."""

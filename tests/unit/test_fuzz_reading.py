@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from datamodules.answers import accepted, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError
 from datamodules.prompts.file import SchemaOverrides, detect
-from datamodules.prompts.files import open_dataset
+from datamodules.prompts.files import open_table
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.tables import ListTable
 from datamodules.prompts.templates import Renderer
@@ -82,7 +82,8 @@ def _opens_or_says_why(content: bytes, ending: str) -> None:
         path.write_bytes(content)
         said, rows = str(path), []
         try:
-            rows = list(open_dataset(str(path), None, "train", []))
+            table = open_table(str(path), None, "train", [])
+            rows = table.rows(range(len(table)))
         except UserError as error:
             said = str(error)
         assert str(path) in said
@@ -151,21 +152,21 @@ def test_half_a_surrogate_pair_is_named(row: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[{"prompt": "a"},\n\x80', "line 2 is not utf-8: invalid start byte"),
-        (b'[{"prompt": "a"},\n{"prompt"}]', "line 2: "),
-        (b"[" * 100_000, "nested too deeply"),
+        (b'[{"prompt": "a"},\n\x80', "line 2 is not UTF-8 .byte 0x80: invalid start byte.. Save the file as UTF-8"),
+        (b'[{"prompt": "a"},\n{"prompt"}]', "line 2: .*Write a list of objects"),
+        (b"[" * 100_000, "nested too deeply. Write a list of objects"),
     ],
 )
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 def test_a_broken_array_is_named(content: bytes, said: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{ending}"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"data{ending}'.*{said}.*Write a list of objects"):
-        open_dataset(str(path), None, "train", [])
+    with pytest.raises(UserError, match=rf"data{ending}'.*{said}"):
+        open_table(str(path), None, "train", [])
 
 
 def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": ' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"data.jsonl' line 2 is nested too deeply"):
-        open_dataset(str(path), None, "train", [])
+        open_table(str(path), None, "train", [])

@@ -31,10 +31,11 @@ ELSEWHERE = {
     "test/*",
     "time/rollout_overlapped",
     "train/loss",
+    "updates/dropout",
     "val/accuracy_*",
     "val/informative_fraction",
 }
-"""Entries of runs whose completions end before the limit, with several ranks, a server, a test, or pretraining."""
+"""Entries of runs whose completions end before the limit, with several ranks, a server, a test, adapters, or pretraining."""
 
 
 class Validated(Callback):

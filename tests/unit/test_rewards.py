@@ -3,16 +3,16 @@
 
 import json
 import pickle
-from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from app.rewards import Exact, Format, Function, Math, Numeric, ReasoningGym, Reward, RewardScorer
+from app.rewards import Exact, Format, Function, Math, Numeric, ReasoningGym, Reward, RewardScorer, SoftOverlong
 from app.rewards.numbers import find_numbers
-from app.rewards.workers.main import MAX_REPLY_BYTES, FunctionLog, checked, send
-from app.rewards.workers.task import CallResult, Reply
+from app.rewards.workers.main import FunctionLog, within_limit
+from app.rewards.workers.results import checked
+from app.rewards.workers.task import MAX_REPLY_BYTES, CallResult, Failure, Reply
 from datamodules.errors import UserError
 
 DATA = Path("../shared/data")
@@ -315,41 +315,40 @@ def test_returned_values_are_checked():
 
 
 def test_joined_results_keep_positions():
-    first = CallResult([1.0, None], {1: "crashed"}, [("m", 1.0)], {"a": ["x", "y"]})
-    second = CallResult([0.0], {0: "timed_out"}, [("m", 2.0)], {"b": [7]})
+    crashed, late = Failure("crashed", "a"), Failure("timed_out", "b")
+    first = CallResult([1.0, None], {1: crashed}, [("m", 1.0, 2.0)], {"a": ["x", "y"]})
+    second = CallResult([0.0], {0: late}, [("m", 2.0, 1.0)], {"b": [7]})
     whole = CallResult.joined([first, second])
     assert whole.scores == [1.0, None, 0.0]
-    assert whole.failures == {1: "crashed", 2: "timed_out"}
+    assert whole.failures == {1: crashed, 2: late}
     assert whole.extras == {"a": ["x", "y", None], "b": [None, None, 7]}
 
 
 def test_scorer_refuses_wrong_configurations():
     with pytest.raises(UserError, match="at least one reward"):
         RewardScorer([])
-    with pytest.raises(UserError, match="true for 2 rewards"):
-        RewardScorer([Math(correctness=True), Numeric(correctness=True)])
-    with pytest.raises(UserError, match="finite number"):
-        RewardScorer([Math(weight=float("nan"))])
-    scorer = RewardScorer([Format("a"), Format("b"), Math(correctness=True)])
-    assert scorer.names == ["format", "format_2", "math"]
-    assert scorer.names[scorer.correctness] == "math"
-    assert RewardScorer([Format("a"), Math()]).correctness == 0
+    for weight in (float("nan"), float("inf"), -1e7):
+        with pytest.raises(UserError, match="expected a number of at most 1e\\+06 in magnitude"):
+            RewardScorer([Math(weight=weight)])
+    assert RewardScorer([Format("a"), Format("b"), Math()]).names == ["format", "format_2", "math"]
 
 
-def test_a_reply_has_a_bound():
-    ours, theirs = Pipe()
-    send(theirs, Reply("scores", scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]}))
-    answer = json.loads(ours.recv_bytes())
-    assert answer["kind"] == "raised"
-    assert answer["error"] == "logged 16 MiB, more than the 16 MiB allowed; log less"
-    send(theirs, Reply("scores", scores=[1.0], invalid={"1": "nan"}, metrics=[("m", 2.0)]))
-    answer = json.loads(ours.recv_bytes())
-    assert {name: answer[name] for name in ("kind", "scores", "invalid", "metrics")} == {
-        "kind": "scores",
-        "scores": [1.0],
-        "invalid": {"1": "nan"},
-        "metrics": [["m", 2.0]],
-    }
+def test_which_rewards_measure_correctness():
+    shape, math, numeric = Format("a"), Math(), Numeric()
+    assert RewardScorer([shape, math, numeric]).correctness == [1, 2]
+    assert RewardScorer([shape, math, Numeric(correctness=True)]).correctness == [2]
+    assert RewardScorer([Math(correctness=True), shape, Numeric(correctness=True)]).correctness == [0, 2]
+    assert RewardScorer([Math(correctness=False), numeric]).correctness == [1]
+    assert RewardScorer([shape, SoftOverlong(4, 2)]).correctness == [0]
+    assert RewardScorer([Format("a", correctness=True), math]).correctness == [0]
+
+
+def test_a_reply_has_a_bound_that_costs_no_score():
+    reply = Reply("scores", row=3, scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]}, metrics=[("m", 2.0)])
+    note = "logged 16 MiB in one call, more than the 16 MiB allowed: left out"
+    assert Reply.decode(within_limit(reply)) == Reply("scores", row=3, scores=[1.0], notes=[note])
+    reply = Reply("scores", scores=[1.0, None], invalid={"1": "nan"}, metrics=[("m", 2.0)], extras={"a": [1, "x"]})
+    assert Reply.decode(within_limit(reply)) == reply
 
 
 def test_procedural_is_a_deprecated_name_that_keeps_its_logged_name(caplog):

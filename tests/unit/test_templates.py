@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from datamodules.errors import UserError
+from datamodules.prompts.reading import read_pool
+from datamodules.prompts.schemas import Schema
+from datamodules.prompts.tables import ListTable
 from datamodules.prompts.templates import Renderer, check_template
 from tests.support.reading_helpers import character_tokenizer
 
@@ -86,3 +89,143 @@ def test_refusing_chat_template_is_the_users_error() -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError, match="System role not supported"):
         Renderer(tokenizer, system_prompt="S")("x")
+
+
+def tokens(renderer: Renderer, text: str) -> list[str]:
+    (ids,) = renderer.encode([text])
+    return renderer.tokenizer.convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize("template", [None, "{question}", "<s>{question}"])
+@pytest.mark.parametrize("question", ["ab", "<s>ab"])
+def test_a_prompt_begins_once(template: str | None, question: str) -> None:
+    renderer = Renderer(character_tokenizer(), template)
+    begun = template == "<s>{question}" and question == "<s>ab"
+    # The text holds one of its own, and one more only if both the template and the question do.
+    assert tokens(renderer, renderer(question).text) == ["<s>", *["<s>"] * begun, "a", "b"]
+
+
+def test_a_chat_template_that_begins_the_text_begins_it_once() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    renderer = Renderer(tokenizer)
+    assert tokens(renderer, renderer("ab").text) == tokens(renderer, renderer("<s>ab").text) == ["<s>", "a", "b"]
+
+
+def test_a_second_first_token_is_kept_where_the_tokenizer_adds_none() -> None:
+    tokenizer = character_tokenizer(begins=False)
+    assert tokens(Renderer(tokenizer), "ab") == ["a", "b"]
+    assert tokens(Renderer(tokenizer), "<s>ab") == ["<s>", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("", ["<|end|>"]),
+        ("a", ["a"]),
+        ("<|end|>", ["<|end|>"]),
+        ("a<|end|>", ["a", "<|end|>"]),
+        ("<|end|>a", ["<|end|>", "a"]),
+    ],
+)
+def test_an_appended_end_token_goes_unless_nothing_else_is_left(text: str, read: list[str]) -> None:
+    assert tokens(Renderer(character_tokenizer(begins=False, closes=True)), text) == read
+
+
+def test_a_prompts_own_end_token_stays() -> None:
+    assert tokens(Renderer(character_tokenizer()), "a<|end|>") == ["<s>", "a", "<|end|>"]
+
+
+BROKEN = {
+    "{{ 1 // 0 }}": "ZeroDivisionError: integer division or modulo by zero",
+    "{{ messages + 1 }}": "TypeError: ",
+    "{{ {}['x'].y }}": "UndefinedError: ",
+    "{{ messages[0].content.nosuch() }}": "UndefinedError: ",
+    "{{ strftime_now(7) }}": "TypeError: ",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "RecursionError: maximum recursion depth exceeded",
+    "{% if %}": "TemplateSyntaxError: ",
+    "{{ raise_exception('no\n system') }}": "user: no system. Set a plain template",
+    "{{ ''.__class__ }}{{ ''.__class__.mro() }}": "SecurityError: ",
+    "{{ '%d' % 'x' }}": "TypeError: ",
+    "{{ 'x' * 10 ** 11 }}": "MemoryError",
+    "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}": "TimeoutError: it takes more",
+    "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}": "MemoryError",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_whatever_a_chat_template_does_is_one_line_with_its_row(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.prompts.bounded.SECONDS", 1)
+    monkeypatch.setattr("datamodules.prompts.bounded.MEMORY", 2**29)
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{% if messages[0].content != 'bad' %}fine{% else %}" + template + "{% endif %}"
+    if template == "{% if %}":
+        tokenizer.chat_template = template
+    rows = [{"question": "good" * (template != "{% if %}")}, {"question": "bad"}]
+    with pytest.raises(UserError) as raised:
+        read_pool(ListTable(rows), Schema("question"), Renderer(tokenizer), "x.jsonl")
+    assert str(raised.value).startswith("x.jsonl: row 2: The chat template rejects messages with the roles user: ")
+    assert BROKEN[template] in str(raised.value)
+
+
+def test_limits_end_with_the_reading() -> None:
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    read_pool(ListTable([{"question": "a"}]), Schema("question"), Renderer(character_tokenizer(chat=True)), "x")
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+NO_SYSTEM = "{% for message in messages %}{% if message.role != 'system' %}{{ message.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [NO_SYSTEM, "{{ messages[-1].content }}", "{{ messages | selectattr('role', 'equalto', 'user') | list }}"],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_chat_template_that_leaves_out_the_system_prompt_is_refused(template: str, own: bool) -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    messages = [{"role": "system", "content": "Be brief."}, TURNS[0]]
+    with pytest.raises(UserError, match="The chat template leaves out system messages"):
+        Renderer(tokenizer)(messages) if own else Renderer(tokenizer, system_prompt="Be brief.")("2+3?")
+    assert "2+3?" in Renderer(tokenizer)("2+3?").text
+
+
+def test_a_chat_template_may_write_the_system_prompt_as_it_likes() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages[1].content }} ({{ messages[0].content | upper | tojson }})"
+    assert Renderer(tokenizer, system_prompt="Be\nbrief.")("x").text == 'x ("BE\\nBRIEF.")'
+
+
+@pytest.mark.parametrize(
+    ("chat", "kwargs", "match"),
+    [
+        (
+            True,
+            {"enable_thinkng": False},
+            r"has 'enable_thinkng', which the chat template does not use. Did you mean 'enable_thinking'",
+        ),
+        (True, {"enable_thinking": False, "zzz": 1}, r"has 'zzz', which the chat template does not use\.$"),
+        (True, {"thinking": 1}, "does not use"),
+        (False, {"enable_thinking": False}, "no chat template is used: the tokenizer has no chat template"),
+    ],
+)
+def test_arguments_that_nothing_reads_are_refused(chat: bool, kwargs: dict[str, object], match: str) -> None:
+    tokenizer = character_tokenizer(chat)
+    if chat:
+        tokenizer.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+        assert Renderer(tokenizer, None, None, {"enable_thinking": False})("x").text.endswith("<think></think>")
+    with pytest.raises(UserError, match=match):
+        Renderer(tokenizer, None, None, kwargs)
+    with pytest.raises(UserError, match="no chat template is used: template replaces it"):
+        Renderer(tokenizer, "{question}", None, {"enable_thinking": False})
+
+
+@pytest.mark.parametrize("template", ["{question:d}", "{question!x}", "{question:{width}}", "{question:>99999999999}"])
+def test_a_format_that_cannot_be_applied_is_refused(template: str) -> None:
+    with pytest.raises(UserError, match="template '"):
+        check_template(template)

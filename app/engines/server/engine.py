@@ -65,6 +65,10 @@ class VllmServer(FleetOptions, RolloutEngine):
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
 
+    def context_length(self, positions: int | None) -> int | None:
+        """See `RolloutEngine.context_length`. A server that is given by its URL tells its own limit when it runs."""
+        return positions if self.urls else self.server.context_length(positions)
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
@@ -124,7 +128,7 @@ class VllmServer(FleetOptions, RolloutEngine):
     def _connected(self) -> ServerFleet:
         if self.fleet is None:
             atexit.register(self.close)
-            path, dtype = str(self.model.name_or_path), self.model.dtype
+            path, dtype = str(self.model.name_or_path), self.policy_dtype
             self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks)
         return self.fleet
 

@@ -37,7 +37,7 @@ class ServerFleet:
     Args:
         options: the engine's options.
         policy_path: folder that the fleet's own server loads first.
-        policy_dtype: dtype of the policy's weights.
+        policy_dtype: dtype of the policy's files.
         folder: where the log of the fleet's own server is written; None leaves its output on the terminal.
         ranks: the trainer's processes.
 
@@ -180,7 +180,7 @@ class ServerFleet:
                 time.sleep(_SETTLE_S)
             limit, advice = options.wait_s, "Start one with `dots serve`, or remove engine.url to start one in the run."
         self.loop.run(until_healthy(self.clients, self.process, limit, advice))
-        dtype, chunk_bytes = options.server.torch_dtype, options.chunk_mib * 2**20
+        dtype, chunk_bytes = options.server.torch_dtype or self._policy_dtype, options.chunk_mib * 2**20
         self._pusher = WeightPusher(
             self.loop, self.clients, options.transport, options.trainer_address, dtype, chunk_bytes
         )

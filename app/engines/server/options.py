@@ -23,7 +23,7 @@ class ServerOptions(VllmOptions):
     """Options of a vLLM server.
 
     Args:
-        dtype: of the server's weights; "auto" is the policy's own.
+        dtype: of the server's weights and of what is pushed to it; "auto" is that of the policy's files.
         gpu_memory_utilization: share of a GPU's memory that the server uses.
         tensor_parallel_size: number of GPUs (or CPU processes) that one copy of the policy is split over.
         host: address to listen on; the default can only be reached from the same machine.

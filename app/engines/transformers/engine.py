@@ -16,7 +16,7 @@ from app.engines.transformers.kv_cache import GrowingCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache
-from app.policy.model import attending, causal_lm, plain_attention
+from app.policy.model import attending, causal_lm, evaluating, plain_attention
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -71,8 +71,7 @@ class Transformers(RolloutEngine):
             return []
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions")
-        # Not inference_mode: tensors that a model caches during generation (rotary tables) must work with autograd.
-        with torch.no_grad(), _evaluating(self.model):
+        with _generating(self.model):
             return _Generation(self, prompts, sampling, seeds).run()
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **cached: object) -> torch.Tensor:
@@ -193,15 +192,13 @@ class _Generation:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode (no dropout, and no gradient checkpointing, which disables the cache), then back."""
-    modes = [(module, module.training) for module in model.modules()]
+def _generating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, without gradients."""
+    # Not inference_mode: tensors that a model caches during generation (rotary tables) must work with autograd.
     # Autocast caches weights cast without gradient; a later forward with gradient must not find them.
     torch.clear_autocast_cache()
-    model.eval()
     try:
-        yield
+        with torch.no_grad(), evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         torch.clear_autocast_cache()

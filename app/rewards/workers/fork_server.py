@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 
 from app.rewards.workers.task import COMMAND
 
@@ -45,16 +44,20 @@ class ForkServer:
             )
         self._control = ours
 
-    def fork(self) -> Connection:
+    def fork(self) -> socket.socket:
         """Return a connection to a new worker, which starts as soon as the server gets to it.
 
         Raises:
             OSError: the server has ended.
         """
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            socket.send_fds(self._control, [COMMAND.pack(b"F", 0)], [theirs.fileno()])
-            return Connection(ours.detach())
+        with theirs:
+            try:
+                socket.send_fds(self._control, [COMMAND.pack(b"F", 0)], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
 
     def kill(self, pid: int) -> None:
         """Kill a worker and its process group. Only the server can tell whether `pid` is still a child of its own."""

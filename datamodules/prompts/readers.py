@@ -1,0 +1,142 @@
+"""Readers of local files by ending: JSON Lines, JSON arrays, parquet and CSV. Every defect is named with its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datamodules.errors import UserError
+from datamodules.jsonl import MAX_LINE, check_depth, decoded, parse_object
+from datamodules.prompts.schemas import ANSWERS, PROMPTS
+from datamodules.prompts.tables import DatasetTable, JsonLinesTable, ListTable, Row, Table
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d{1,3})?", re.ASCII)
+_TRUTH = {"true": True, "True": True, "false": False, "False": False}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}). Give a readable file.") from error
+    if not content.strip():
+        raise UserError(f"{str(path)!r} is empty. Give a file of rows with a prompt column.")
+    return content
+
+
+def _read_json(path: Path, text_columns: Sequence[str]) -> Table:
+    """Read an array of objects, or one object per line."""
+    content = _content(path)
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        return ListTable(_array(path, content))
+    starts_ends: list[tuple[int, int]] = []
+    columns: dict[str, None] = {}
+    start = 0
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if line.strip():
+            columns |= dict.fromkeys(parse_object(line, f"{str(path)!r} line {number}"))
+            bom = 3 if line.startswith(b"\xef\xbb\xbf") else 0
+            starts_ends.append((start + bom, start + len(line)))
+        start += len(line)
+    return JsonLinesTable(content, np.array(starts_ends, dtype=np.int64).reshape(-1, 2), list(columns))
+
+
+def _array(path: Path, content: bytes) -> list[Row]:
+    where, problem = str(path), ""
+    try:
+        rows = json.loads(decoded(content, repr(where), is_file=True))
+    except json.JSONDecodeError as error:
+        problem = f" line {error.lineno}: {error.msg}"
+    except RecursionError:
+        problem = " is nested too deeply"
+    if problem:
+        raise UserError(f"{where!r}{problem}. Write a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{where!r} row {number}: {str(row)[:40]!r} is not an object. Write a list of objects.")
+        check_depth(row, f"{where!r} row {number}")
+    return rows
+
+
+def _read_parquet(path: Path, text_columns: Sequence[str]) -> Table:
+    try:
+        with path.open("rb") as file:  # a path would be read as a URL or a partitioned folder
+            table = pq.ParquetFile(file).read()
+        table.validate(full=True)  # text that is not UTF-8 would fail only when its row is drawn
+        return DatasetTable(datasets.Dataset(table))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if path.stat().st_size == 0:
+            raise UserError(f"{str(path)!r} is empty. Give a file of rows with a prompt column.") from error
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{str(path)!r} cannot be read as parquet: {cause}") from error
+
+
+def _read_csv(path: Path, text_columns: Sequence[str]) -> Table:
+    """Read a table whose first row names its columns, separated by commas, semicolons or tabs (RFC 4180).
+
+    Columns that hold only numbers, or only true and false, become such; prompts and answers stay as they are spelt.
+    """
+    text = decoded(_content(path), repr(str(path)), is_file=True)
+    csv.field_size_limit(MAX_LINE)
+    first = next(line for line in text.splitlines() if line.strip())
+    separator = max(",;\t", key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    records: list[list[str]] = []
+    header: list[str] = []
+    while True:
+        where = f"{str(path)!r} line {reader.line_num + 1}"
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{where} cannot be read as csv: {error}. Correct its quotes.") from error
+        if record is None:
+            break
+        if not record:
+            continue
+        if "\0" in "".join(record):
+            raise UserError(f"{where} cannot be read as csv: it holds a NUL character. Remove it.")
+        if not header:
+            header = [cell or f"Unnamed: {place}" for place, cell in enumerate(record)]
+            if repeated := [cell for cell, count in Counter(header).items() if count > 1]:
+                raise UserError(f"{where} names the column {repeated[0]!r} more than once. Rename one of them.")
+        elif len(record) != len(header):
+            raise UserError(
+                f"{where} has {len(record)} fields, but the header names {len(header)} columns. Quote fields that "
+                "hold a separator, or correct the line."
+            )
+        else:
+            records.append(record)
+    texts = {*PROMPTS, *ANSWERS, *text_columns}
+    columns = [
+        list(cells) if name in texts else _typed(cells)
+        for name, cells in zip(header, zip(*records, strict=True), strict=bool(records))
+    ]
+    return ListTable([dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)], header)
+
+
+def _typed(cells: Sequence[str]) -> Sequence[object]:
+    if all(map(_NUMBER.fullmatch, cells)):
+        return [json.loads(cell) for cell in cells]
+    if all(cell in _TRUTH for cell in cells):
+        return [_TRUTH[cell] for cell in cells]
+    return cells
+
+
+READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+"""The supported endings. A reader takes a path and the columns of a CSV file that stay text, and raises UserError."""
