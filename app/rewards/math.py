@@ -102,7 +102,7 @@ def _is_answer(answer: equality.Answer | None) -> bool:
     """Return whether a sentence as a whole is an answer, rather than text around one."""
     match answer:
         case equality.Quantity():
-            return answer.number is not None
+            return answer.number is not None or " " not in answer.text
         case equality.Words():
             return answer.words.isalpha() or ":" in answer.words or not re.search(r"\d", answer.words)
         case equality.Named():
