@@ -13,6 +13,7 @@ import numpy as np
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
 from datamodules.answers import accepted
 from datamodules.errors import UserError, nearest
+from datamodules.prompts.schemas import REWARD_ARGUMENTS
 from datamodules.types import Messages
 
 GOLD_COLUMNS = (
@@ -125,9 +126,10 @@ def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) 
     names = GOLD_COLUMNS if column is None else (column,)
     present = [name for name in names if name.split(".")[0] in columns]
     if count and not present:
-        given = ", ".join(map(repr, sorted(columns))) or "none"
-        if column is not None and columns:
-            raise UserError(f"The data has no column {column!r} for gold, only {given}: {nearest(column, columns)}")
+        own = sorted(columns.keys() - REWARD_ARGUMENTS)
+        given = ", ".join(map(repr, own)) or "none"
+        if column is not None and own:
+            raise UserError(f"The data has no column {column!r} for gold, only {given}: {nearest(column, own)}")
         raise UserError(
             f"The data has no column with reference answers (its columns: {given}). Set gold to the right column, or "
             f"give it one of the usual names: {', '.join(GOLD_COLUMNS)}."

@@ -74,13 +74,16 @@ class PromptFile(PromptSource):
     The schema is detected from the columns: TRL (`prompt`, `solution`), verl and SkyRL (`prompt`,
     `reward_model.ground_truth` or `reward_spec.ground_truth`), OpenRLHF (`input`, `label`), open-instruct (`messages`,
     `ground_truth`), NeMo-RL (`input`, `output`), GSM8K (`question`, `answer` with `####`), MATH (`problem`, `answer`
-    or `solution`). All other columns are passed to the rewards.
+    or `solution`), Alpaca (`instruction` and `input`, `output`), Dolly (`instruction` and `context`, `response`),
+    ShareGPT (`conversations`). A `context` goes before its `question`. All other columns are passed to the rewards.
 
     Args:
-        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`.
+        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`. It is never a
+            pattern.
         split: split of a hub data set or folder; slices such as `train[:10%]` are allowed.
         name: configuration of a hub data set, e.g. `main`.
-        prompt_column: column with the text or messages; a dot leads into an object (`extra_info.question`).
+        prompt_column: column with the text or messages, which then are the whole prompt; a dot leads into an object
+            (`extra_info.question`).
         answer_column: column with the reference answer, e.g. `reward_model.ground_truth`; "auto" looks for one. Rows
             without an answer are dropped; null says that rows need none (the reward uses other columns).
         answer_format: where the answer is: after `####` (gsm8k), in the last `\\boxed{}` (boxed), or the whole value

@@ -135,7 +135,7 @@ class Questions(Sequence[str]):
     """Raw question texts of some rows, read on demand; iteration reads a thousand rows at a time."""
 
     def __init__(self, table: Table, kept: np.ndarray, schema: Schema) -> None:
-        self._table = table.narrow([schema.prompt, schema.prompt.split(".")[0]])
+        self._table = table.narrow(schema.prompt_sources)
         self._kept, self._schema = kept, schema
 
     def take(self, positions: np.ndarray) -> Questions:

@@ -11,17 +11,30 @@ from datamodules.errors import UserError, nearest
 from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 
-PROMPTS = ("prompt", "messages", "input", "question", "problem")
+PROMPTS = ("prompt", "messages", "conversations", "instruction", "input", "question", "problem", "query")
 """Accepted prompt columns, in order of preference."""
+
+_CONVERSATIONS = ("messages", "conversations")
+"""Prompt columns whose messages end with a demonstrated reply."""
+
+_CONTEXT = "context"
+
+_AFTER_INSTRUCTION = ("input", _CONTEXT, "question", "problem", "query")
+"""Columns that an `instruction` is about, in order of preference: Alpaca's `input`, Dolly's `context`."""
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles."""
 
 ANSWERS = (
     "reward_model.ground_truth",
     "reward_spec.ground_truth",
     "ground_truth",
     "answer",
+    "expected_answer",
     "label",
     "solution",
     "output",
+    "response",
 )
 """Accepted answer columns, in order of preference. A dot leads into a column of objects."""
 
@@ -43,6 +56,9 @@ class Schema:
         id: path of the row's stable id; None if the data has none.
         id_is_index: whether `id` may repeat (verl counts within each data source), rather than name rows uniquely.
         answer_required: whether a row without an answer is dropped.
+        parts: columns whose texts make the prompt, in order, separated by empty lines, where it has several. Only
+            `prompt` must be there in every row.
+        unused: columns that hold a prompt in other schemas.
     """
 
     prompt: str
@@ -51,19 +67,28 @@ class Schema:
     id: str | None = None
     id_is_index: bool = False
     answer_required: bool = True
+    parts: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         written = "" if self.answer_format == "verbatim" else f" ({self.answer_format})"
-        return f"{self.prompt} -> {self.answer}{written}" if self.answer else f"{self.prompt}, no answers"
+        shown = " + ".join(self.parts or (self.prompt,))
+        shown += f" -> {self.answer}{written}" if self.answer else ", no answers"
+        return shown + (f"; not shown to the policy: {', '.join(self.unused)}" if self.unused else "")
+
+    @property
+    def prompt_sources(self) -> list[str]:
+        """Columns from which the prompt is read: paths, and their first parts."""
+        return list(dict.fromkeys(name for path in (self.prompt, *self.parts) for name in (path, path.split(".")[0])))
 
     @property
     def sources(self) -> list[str]:
-        """Columns from which prompt, answer and id are read: their paths, and the first parts of these."""
-        paths = [path for path in (self.prompt, self.answer, self.id) if path is not None]
-        return list(dict.fromkeys(name for path in paths for name in (path, path.split(".")[0])))
+        """Columns from which prompt, answer and id are read: paths, and their first parts."""
+        paths = [path for path in (self.answer, self.id) if path is not None]
+        return self.prompt_sources + [name for path in paths for name in (path, path.split(".")[0])]
 
     def prompt_of(self, row: Row) -> str | Messages | None:
-        """Return the text or messages, without a demonstrated reply at the end of `messages`; None if blank.
+        """Return the text or messages, without demonstrated replies at the end of a conversation; None if blank.
 
         Raises:
             ValueError: the prompt is neither text nor messages.
@@ -71,14 +96,14 @@ class Schema:
         value = lookup(row, self.prompt)
         if isinstance(value, list):
             messages = [_message(item) for item in value]
-            while self.prompt == "messages" and messages and messages[-1]["role"] == "assistant":
+            while self.prompt in _CONVERSATIONS and messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             return messages if question_of(messages).strip() else None
-        if value is None or isinstance(value, str):
-            return value if value and value.strip() else None
-        if isinstance(value, int | float):
-            return str(value)
-        raise ValueError(f"column {self.prompt!r} holds {_kind(value)}, not text or messages. Correct the data.")
+        main = _text(value, self.prompt)
+        if main is None or not self.parts:
+            return main
+        texts = [_text(lookup(row, part), part) for part in self.parts]
+        return "\n\n".join(text for text in texts if text is not None)
 
     def answer_of(self, row: Row) -> object:
         """Return the reference answer, with the type that it has in the data; None if there is none."""
@@ -134,6 +159,13 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
         if path is not None and path not in columns and path.split(".")[0] not in columns:
             raise UserError(f"{source} has no column {path!r}: {nearest(path, columns)}")
     prompt = overrides.prompt_column or next((path for path in PROMPTS if path in columns), None)
+    parts: list[str] = []
+    if overrides.prompt_column is None and prompt is not None:
+        texts = [name for name in columns if all(isinstance(row.get(name), str | None) for row in probe)]
+        if prompt == "instruction":
+            parts = [prompt, *[name for name in _AFTER_INSTRUCTION if name in texts][:1]]
+        elif prompt in _AFTER_INSTRUCTION and _CONTEXT in texts and prompt in texts:
+            parts = [_CONTEXT, prompt]
     if prompt is None:
         found, accepted = ", ".join(map(repr, columns)), ", ".join(map(repr, PROMPTS))
         raise UserError(
@@ -159,6 +191,10 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
         id=overrides.id_column or index or ("id" if "id" in columns else None),
         id_is_index=bool(overrides.id_column or index),
         answer_required=SUBSET_ID not in columns,
+        parts=tuple(parts) if len(parts) > 1 else (),
+        unused=()
+        if overrides.prompt_column or SUBSET_ID in columns
+        else tuple(name for name in (*PROMPTS, _CONTEXT) if name in columns and name not in (prompt, answer, *parts)),
     )
 
 
@@ -186,7 +222,18 @@ def _first_present(paths: Sequence[str], probe: Sequence[Row]) -> str | None:
     return next((path for path in paths if any(lookup(row, path) is not None for row in probe)), None)
 
 
+def _text(value: object, column: str) -> str | None:
+    """Return a value's text, or None if it is blank. Raises ValueError if it is neither text nor a number."""
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else None
+    if isinstance(value, int | float):
+        return str(value)
+    raise ValueError(f"column {column!r} holds {_kind(value)}, not text or messages. Correct the data.")
+
+
 def _message(item: object) -> dict[str, str]:
+    if isinstance(item, Mapping) and {"from", "value"} <= item.keys():
+        item = {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"]}
     if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
         raise ValueError(f"a list holds {_kind(item)}, not messages with 'role' and 'content'. Correct the data.")
     content = item["content"] or ""

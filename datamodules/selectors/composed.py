@@ -91,6 +91,13 @@ class Composed(Selector):
         self._fallbacks = 0
 
     @property
+    def _names(self) -> list[str]:
+        """Names of the filters' states: the class, then `CLASS.2`, `CLASS.3` for its further filters."""
+        classes = [type(each).__name__ for each in self.filters]
+        counts = [classes[: place + 1].count(name) for place, name in enumerate(classes)]
+        return [name if count == 1 else f"{name}.{count}" for name, count in zip(classes, counts, strict=True)]
+
+    @property
     def explored_ids(self) -> frozenset[str]:
         return frozenset(self.pool.ids[position] for position in self._explored.tolist())
 
@@ -176,7 +183,7 @@ class Composed(Selector):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "ranker": self.ranker.state_dict(),
-            "filters": {type(each).__name__: each.state_dict() for each in self.filters},
+            "filters": {name: each.state_dict() for name, each in zip(self._names, self.filters, strict=True)},
             "last_chosen": torch.from_numpy(self._last_chosen.copy()),
             "owed": self._owed,
             "explored": torch.from_numpy(self._explored.copy()),
@@ -186,11 +193,10 @@ class Composed(Selector):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.ranker.load_state_dict(state["ranker"])
-        names = [type(each).__name__ for each in self.filters]
-        if names != list(state["filters"]):
+        if self._names != list(state["filters"]):
             raise UserError(
                 f"Cannot resume: the checkpoint's selector has the filters {list(state['filters'])}, this run has "
-                f"{names}. Resume with the same data.selector or start a new run."
+                f"{self._names}. Resume with the same data.selector or start a new run."
             )
         for each, saved in zip(self.filters, state["filters"].values(), strict=True):
             each.load_state_dict(saved)

@@ -228,6 +228,26 @@ def test_own_data_over_the_quickstart_keep_the_chat_template_of_the_model(place:
     assert source(kept)["template"] == ""
     assert model(kept)["rewards"][0]["init_args"]["after"] == ""
     assert kept["trainer"]["logger"]["init_args"]["name"] == "quickstart"
-    code, out, err = place.run_with_output("fit", *configs, "--data.train.template", "<s>Q: {question}")
+    code, out, err = place.run_with_output("fit", *configs, "--data.train.template", "Q {question}")
     assert code == 0, err[-2000:]
     assert "in place of the tokenizer's chat template:\n" in out
+
+
+def test_two_filters_of_one_class_are_resumed(place: Place) -> None:
+    skip = {"class_path": "datamodules.selectors.ZeroVarianceSkip"}
+    composed = {"ranker": {"class_path": "datamodules.selectors.Uniform"}, "filters": [skip, skip]}
+    place.config(
+        lambda config: data(config).update(
+            selector={"class_path": "datamodules.selectors.Composed", "init_args": composed}
+        )
+    )
+    assert place.run(*FIT)[0] == 0
+    code, said = place.run(*FIT, "--trainer.max_steps=2", "--ckpt_path=last")
+    assert code == 0, said[-2000:]
+
+
+def test_a_typo_in_the_answers_column_lists_the_columns_of_the_data(place: Place) -> None:
+    place.config(lambda config: model(config)["rewards"][0].update(init_args={"gold": "anwser"}))
+    line = place.refused(*FIT, touches=True)
+    assert "'anwser' for gold, only 'answer', 'ground_truth', 'question', 'solution': did you mean 'answer'?" in line
+    assert "log_" not in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptFile
 from datamodules.prompts.splits import hold_out, split_pool
+from datamodules.seeding import derive_seed
 from tests.support.reading_helpers import character_tokenizer, shared, write_jsonl
 
 ROWS = [{"question": f"{a}+{a}?", "answer": str(2 * a)} for a in range(5)]
@@ -167,11 +169,12 @@ def test_repeated_index_gets_a_suffix_and_repeated_id_is_no_id(tmp_path: Path) -
     ]
     ids = load(write_jsonl(tmp_path / "verl.jsonl", verl)).ids
     assert ids[:2] == ["0", "1"]
-    assert ids[2].startswith("0-")
-    assert ids[3].startswith("1-")
+    assert re.fullmatch("0-[0-9a-f]{8}", ids[2])
+    assert re.fullmatch("1-[0-9a-f]{8}", ids[3])
     assert load(write_jsonl(tmp_path / "two.jsonl", verl[:3])).ids == ids[:3]
     grouped = [{"id": "same", **row} for row in ROWS]
     plain = load(write_jsonl(tmp_path / "plain.jsonl", ROWS))
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in plain.ids)
     assert load(write_jsonl(tmp_path / "grouped.jsonl", grouped)).ids == plain.ids
 
 
@@ -218,6 +221,8 @@ def test_split_is_disjoint_ordered_and_stable(tmp_path: Path) -> None:
     assert [prompt.index for prompt in val] == list(range(40))
     assert [prompt.question for prompt in val] == list(val.questions)
     assert val[7].id == val.ids[7]
+    ranks = {name: derive_seed(3, "validation split", name) for name in pool.ids}
+    assert set(val.ids) == set(sorted(ranks, key=ranks.__getitem__)[:40])
     assert split_pool(pool, 40, seed=3)[1].ids == val.ids
     assert split_pool(pool, 40, seed=4)[1].ids != val.ids
     assert train.report is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -38,6 +39,16 @@ SHOWN = [*USER, {"role": "assistant", "content": "It is 5."}]
         ({"question": "2+3?", "answer": "1,5"}, "2+3?", "1,5", None),
         ({"problem": "2+3?", "answer": "5", "solution": r"\boxed{7}"}, "2+3?", "5", None),
         ({"problem": "2+3?", "solution": r"not \boxed{4} but $\boxed{5}$"}, "2+3?", "5", None),
+        (
+            {"conversations": [{"from": "human", "value": "2+3?"}, {"from": "gpt", "value": "It."}], "answer": "5"},
+            USER,
+            "5",
+            None,
+        ),
+        ({"messages": [*SHOWN, *SHOWN[1:]], "ground_truth": "5"}, USER, "5", None),
+        ({"messages": [*SHOWN, *SHOWN, *SHOWN[1:] * 2], "ground_truth": "5"}, [*SHOWN, *USER], "5", None),
+        ({"query": "2+3?", "response": "5"}, "2+3?", "5", None),
+        ({"problem": "2+3?", "generated_solution": "so 6", "expected_answer": "5"}, "2+3?", "5", None),
         ({"id": "sum-1", "question": "2+3?", "answer": "5"}, "2+3?", "5", "sum-1"),
     ],
 )
@@ -51,7 +62,7 @@ def test_schemas_are_detected_from_their_columns(tmp_path: Path, row, prompt, an
         assert read.id == identity
     for name in ("solution", "ground_truth"):
         assert read.columns[name] == row.get(name, answer)
-    for name in set(row) - {"prompt", "messages", "input", "problem", "answer"}:
+    for name in set(row) - {"prompt", "messages", "conversations", "input", "problem", "query", "answer"}:
         assert read.columns[name] == row[name]
 
 
@@ -78,7 +89,7 @@ def test_overrides_beat_detection(tmp_path: Path) -> None:
 
 def test_columns_without_a_prompt_are_named() -> None:
     with pytest.raises(
-        UserError, match=r"columns are 'text', 'label'; expected one of 'prompt', 'messages', 'input', 'question'"
+        UserError, match=r"columns are 'text', 'label'; expected one of 'prompt', 'messages', 'conversations', 'instr"
     ):
         detect(["text", "label"], [{"text": "a", "label": "b"}], SchemaOverrides(), "data.csv")
     with pytest.raises(UserError, match=r"data.csv has no column 'quesion': did you mean 'question'"):
@@ -86,7 +97,7 @@ def test_columns_without_a_prompt_are_named() -> None:
 
 
 def test_unusable_prompts_are_named_by_row(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": USER}, {"prompt": [{"from": "human", "value": "hi"}]}])
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": USER}, {"prompt": [{"speaker": "human", "text": "hi"}]}])
     with pytest.raises(UserError, match=r"row 2: a list holds .*, not messages with 'role' and 'content'"):
         PromptFile(path).load(character_tokenizer(), 0)
 
@@ -209,3 +220,75 @@ def test_boxed_answers_of_math500_are_its_answer_column() -> None:
     different = [boxed_answer(row["solution"]) for row in rows if boxed_answer(row["solution"]) != row["answer"]]
     assert len(rows) == 500
     assert different == [r"\boxed{15\frac{39}{40}}, \boxed{\frac{639}{40}}"]  # one value, written twice
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "schema"),
+    [
+        (  # Alpaca
+            [
+                {"instruction": "Add them.", "input": "2 and 3", "output": "5"},
+                {"instruction": "Name a prime.", "input": "", "output": "7"},
+            ],
+            ["Add them.\n\n2 and 3", "Name a prime."],
+            "instruction + input -> output",
+        ),
+        (  # Dolly
+            [
+                {"instruction": "Who?", "context": "Ann came.", "response": "Ann", "category": "closed_qa"},
+                {"instruction": "Why?", "context": None, "response": "so", "category": "open_qa"},
+            ],
+            ["Who?\n\nAnn came.", "Why?"],
+            "instruction + context -> response",
+        ),
+        (  # SQuAD, whose answers are objects
+            [{"context": "Ann came.", "question": "Who?", "answers": {"text": ["Ann"]}}],
+            ["Ann came.\n\nWho?"],
+            "context + question, no answers",
+        ),
+        (
+            [{"instruction": "Answer in French.", "question": "Who?", "answer": "Anne"}],
+            ["Answer in French.\n\nWho?"],
+            "instruction + question -> answer",
+        ),
+        ([{"instruction": "Who?", "output": "Ann"}], ["Who?"], "instruction -> output"),
+        (  # HotpotQA: paragraphs are no text
+            [{"context": {"title": ["Ann"]}, "question": "Who?", "answer": "Ann"}],
+            ["Who?"],
+            "question -> answer; not shown to the policy: context",
+        ),
+        (
+            [{"prompt": "Who?", "question": "Who came?", "input": "Ann", "answer": "Ann"}],
+            ["Who?"],
+            "prompt -> answer; not shown to the policy: input, question",
+        ),
+        (
+            [{"problem": "Who?", "query": "Who came?", "answer": "Ann"}],
+            ["Who?"],
+            "problem -> answer; not shown to the policy: query",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_all_parts_of_a_prompt_are_shown_or_named(
+    tmp_path: Path, rows: list[dict], prompts: list[str], schema: str, ending: str
+) -> None:
+    path = tmp_path / f"data.{ending}"
+    if ending == "jsonl":
+        write_jsonl(path, rows)
+    elif ending == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif any(isinstance(value, dict) for row in rows for value in row.values()):
+        return
+    else:
+        datasets.Dataset.from_list(rows).to_csv(str(path))
+    pool = PromptFile(str(path)).load(character_tokenizer(), 0)
+    assert [prompt.question for prompt in pool] == list(pool.questions) == prompts
+    assert str(pool.report).startswith(f"{path} ({schema}): {len(rows)} rows read, {len(rows)} prompts kept")
+
+
+def test_a_named_prompt_column_is_the_whole_prompt(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Add.", "input": "2 and 3", "output": "5"}])
+    pool = PromptFile(path, prompt_column="input").load(character_tokenizer(), 0)
+    assert (pool[0].question, pool[0].columns["instruction"]) == ("2 and 3", "Add.")
+    assert "(input -> output)" in str(pool.report)

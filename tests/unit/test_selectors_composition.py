@@ -187,6 +187,25 @@ def test_checkpoints_of_another_composition_are_refused():
         ready(Composed(Uniform()), 10).load_state_dict(saved)
 
 
+def test_filters_of_one_class_keep_their_own_states():
+    def build():
+        filters = [ZeroVarianceSkip(p_easy=0.9), ZeroVarianceSkip(p_easy=0.1), ZeroVarianceSkip(p_hard=0.2)]
+        return ready(Composed(Uniform(), filters=filters), 20)
+
+    first, second = build(), build()
+    for step in range(4):
+        first.observe(outcomes(chosen(first, 6), [0.0, 1.0, 0.5, 1.0, 0.0, 1.0], step=step))
+    state = first.state_dict()
+    assert list(state["filters"]) == ["ZeroVarianceSkip", "ZeroVarianceSkip.2", "ZeroVarianceSkip.3"]
+    second.load_state_dict(state)
+    states = [[str(each.state_dict()) for each in one.filters] for one in (first, second)]
+    assert states[0] == states[1]
+    assert len(set(states[0])) == 3
+    assert [chosen(first, 6).tolist() for _ in range(4)] == [chosen(second, 6).tolist() for _ in range(4)]
+    with pytest.raises(UserError, match=r"'ZeroVarianceSkip.3'\], this run has \['ZeroVarianceSkip'\]"):
+        ready(Composed(Uniform(), filters=[ZeroVarianceSkip()]), 20).load_state_dict(state)
+
+
 def test_wrong_arguments_are_one_line_errors():
     for arguments, message in (({"cool_down": -1}, "cool_down is -1"), ({"explore": 1.2}, r"explore is 1\.2")):
         with pytest.raises(UserError, match=message):
