@@ -65,7 +65,7 @@ def print_run_table(
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for row in _run_rows(module, datamodule, callbacks, world_size, trainer.max_steps):
+    for row in [*_run_rows(module, datamodule, callbacks, world_size, trainer.max_steps), *_validation_row(trainer)]:
         table.add_row(*row)
     if with_memory:
         table.add_section()
@@ -107,6 +107,11 @@ def _run_rows(
         rows.append(("steps", "", f"{-(-max_steps // module.mini_batches):,}"))
         rows.append(("optimizer steps (trainer.max_steps)", "", f"{max_steps:,}"))
     return rows
+
+
+def _validation_row(trainer: Trainer) -> list[Row]:
+    interval = trainer.val_check_interval
+    return [("steps between validations", "", f"{interval:,}")] if isinstance(interval, int) else []
 
 
 def _replayed(callbacks: list[Callback], prompts: int) -> int:
