@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
@@ -206,6 +206,11 @@ class GRPOModule(LightningModule):
         optimizer = self.optimization.optimizer(self.policy_model)
         scheduler = self.optimization.scheduler(optimizer, self.trainer.max_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
+        self.optimization.apply(self.trainer.optimizers[0], schedule)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """Take the optimizer steps of a batch and record their metrics in it."""

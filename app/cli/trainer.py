@@ -47,6 +47,10 @@ class DotsTrainer(RunTrainer):
         self,
         *,
         callbacks: list[Callback] | Callback | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = None,
         num_sanity_val_steps: int | None = 0,
@@ -57,9 +61,15 @@ class DotsTrainer(RunTrainer):
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
+        # The limits stand here for their types: of Lightning's `Optional[Union[int, float]]` typing's cache may turn the
+        # order around, and then 1 (batch) is read as 1.0 (all of them).
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
             val_check_interval=None if in_steps else val_check_interval,
             callbacks=with_standard(
                 listed, checkpoints=enable_checkpointing is not False, progress_bar=enable_progress_bar is not False
@@ -74,9 +84,11 @@ class DotsTrainer(RunTrainer):
             **kwargs,
         )
         self._interval = val_check_interval if isinstance(val_check_interval, int | float) else None
+        if not in_steps:
+            self.val_check_interval = 1.0  # not set by Lightning, nor read
         self._validates_by_time = not in_steps
         self._options: dict[str, Any] = {
-            **kwargs, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
+            **kwargs, "limit_train_batches": limit_train_batches, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
         }  # fmt: skip
 
     def fit(  # the checks come before anything is loaded or written, which no hook of a callback does

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from app.objective.ratios import check_choice
@@ -66,3 +66,11 @@ class Optimization:
     def scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
         """Return the learning-rate schedule, to be advanced once per optimizer step."""
         return get_scheduler(self.schedule, optimizer, self.warmup_steps, max(total_steps, 1))
+
+    def apply(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+        """Set the options in an optimizer and its schedule, which a checkpoint sets to those it was saved with."""
+        for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["betas"], group["initial_lr"] = self.betas, self.learning_rate
+            group["weight_decay"] = self.weight_decay if group["params"][0].ndim >= 2 else 0.0
+            group["lr"] = self.learning_rate * factor(schedule.last_epoch)
+        schedule.base_lrs = [self.learning_rate] * len(optimizer.param_groups)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +90,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         if not self.dirpath:
             yield
             return
-        claim = Claim(folder, run.owner, take_over=True)
+        claim = Claim(folder, replace(run.owner, checkpoints=()), take_over=True)
         try:
             run.add_checkpoints(folder)
             yield
@@ -232,9 +233,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def is_over(trainer: Trainer) -> bool:
-    """Return whether the run ends as configured: all its steps are done, or a callback has stopped it."""
+    """Return whether the run ends as configured: all its steps or epochs are done, or a callback has stopped it."""
     stops = trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0)
-    return trainer.global_step >= trainer.max_steps > 0 or stops
+    last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 >= (trainer.max_epochs or 0) > 0
+    return trainer.global_step >= trainer.max_steps > 0 or stops or last_epoch
 
 
 def can_validate(trainer: Trainer) -> bool:

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
-from callbacks.upkeep.checkpoint import can_validate
+from callbacks.upkeep.checkpoint import can_validate, is_over
 from datamodules.errors import UserError
 from datamodules.types import TrainBatch
 
@@ -47,7 +47,7 @@ class EndValidation(StepCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
-        if trainer.global_step >= trainer.max_steps > 0:
+        if is_over(trainer):
             trainer.should_stop = True  # Lightning validates before it stops for this reason
 
 
