@@ -181,7 +181,7 @@ class RunTrainer(Trainer):
             if self.continued is not None:
                 return Claim(self.continued, owner)
             if runs.version is not None:
-                return Claim(runs.root / runs.version, owner, take_over=True)
+                return Claim(runs.root / runs.version, owner)
             return runs.claim_next(owner)
         except OSError as error:
             where = self.continued or runs.root

@@ -64,15 +64,18 @@ class Claim:
         self.path = path
         self._made = [each for each in (path, *path.parents) if not each.exists()] if made is None else made
         path.mkdir(parents=True, exist_ok=True)
-        known = Owner.of(path)
-        self._is_new = not (path / OWNER).exists()
         try:
-            self._file = _locked(path)
+            self._file, self._before = _locked(path)
+        except BaseException:
+            self._remove_folders()
+            raise
+        known = Owner.of(path)
+        try:
             self.owner = owner if known is None or take_over else replace(known, command=owner.command)
             if self.owner != known:
-                self._write()
+                self._write(_text(self.owner))
         except BaseException:
-            self._remove()
+            self.release(forget=True)
             raise
 
     def add_checkpoints(self, folder: Path) -> None:
@@ -81,23 +84,24 @@ class Claim:
         name = os.path.relpath(folder, self.path) if inside else str(folder.resolve())
         if name not in self.owner.checkpoints:
             self.owner = replace(self.owner, checkpoints=(*self.owner.checkpoints, name))
-            self._write()
+            self._write(_text(self.owner))
 
     def release(self, *, forget: bool = False) -> None:
-        """Let others own the folder. `forget` removes what the claim itself has made, if nothing else is in it."""
-        if forget:
-            self._remove()
+        """Let others own the folder. `forget` restores what was there before the claim."""
+        if forget and self._before:
+            self._write(self._before)
+        elif forget:
+            (self.path / OWNER).unlink(missing_ok=True)
+            self._remove_folders()
         self._file.close()
 
-    def _write(self) -> None:
+    def _write(self, text: str) -> None:
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(json.dumps(asdict(self.owner), indent=1) + "\n")
+        self._file.write(text)
         self._file.flush()
 
-    def _remove(self) -> None:
-        if self._is_new:
-            (self.path / OWNER).unlink(missing_ok=True)
+    def _remove_folders(self) -> None:
         for each in self._made:
             try:
                 each.rmdir()
@@ -110,10 +114,14 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def _locked(folder: Path) -> TextIO:
-    """Open and lock the owner's file."""
+def _text(owner: Owner) -> str:
+    return json.dumps(asdict(owner), indent=1) + "\n"
+
+
+def _locked(folder: Path) -> tuple[TextIO, str]:
+    """Open and lock the owner's file; return it with its content."""
     while True:
-        file = (folder / OWNER).open("a", encoding="utf-8")
+        file = (folder / OWNER).open("a+", encoding="utf-8", errors="replace")
         try:
             # Not `lockf`: closing any other handle of the file, such as a reader's, would drop the lock.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,10 +138,15 @@ def _locked(folder: Path) -> TextIO:
             rank_zero_warn(
                 f"The file system of {folder} has no locks ({error.strerror}): do not start this run twice at once."
             )
-            return file
+            return file, _content(file)
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / OWNER)):
-                return file
+                return file, _content(file)
         except FileNotFoundError:  # removed between opening and locking, by a run that was refused
             folder.mkdir(parents=True, exist_ok=True)
         file.close()
+
+
+def _content(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
