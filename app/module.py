@@ -217,6 +217,10 @@ class GRPOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":
+            checkpoint["callbacks"] = {}  # the state of training, which refers to the prompts of its pool
+
     def configure_model(self) -> None:
         if hasattr(self, "policy_model"):
             return

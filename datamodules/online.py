@@ -239,10 +239,9 @@ class OnlinePromptDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"selector": self.selector.state_dict(), "fresh_prompts": self.fresh_prompts}
+        return {"selector": self.selector.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.fresh_prompts = state_dict["fresh_prompts"]
         if "train" in self.pools and self.selector.is_ready:
             self.selector.load_state_dict(state_dict["selector"])
 
