@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +15,15 @@ from lightning.pytorch.loggers import Logger
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
+from app.runs.folder import run_folder
+from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
 from callbacks.stages import StepCallback
 from callbacks.standard import with_standard
 from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.upkeep.failed_step import FailedStep
 from callbacks.watching.run_table import print_run_table
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
@@ -61,6 +67,7 @@ class DotsTrainer(Trainer):
             use_distributed_sampler=use_distributed_sampler,
             **kwargs,
         )
+        raise_stop_iteration(self)
         self._options: dict[str, Any] = {
             **kwargs, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
         }  # fmt: skip
@@ -80,7 +87,13 @@ class DotsTrainer(Trainer):
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):
                 callback.check(self, module, data)
-        super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
+        made = _missing(run_folder(self)) if self.is_global_zero else []
+        try:
+            super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
+        except BaseException:
+            if not any(one.begun for one in FailedStep.all_of(self)):
+                _remove_start(made)
+            raise
 
     def describe(
         self,
@@ -215,6 +228,20 @@ class DotsTrainer(Trainer):
         return DotsTrainer(
             **{**self._options, "callbacks": kept, "logger": logger, "max_steps": max_steps, "limit_val_batches": 0}
         )
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Return those of a folder and its parents that do not exist, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove_start(made: Sequence[Path]) -> None:
+    """Remove the folder of a run that has not trained, unless it holds the log of a server, and its empty parents."""
+    if made and not (made[0] / "server.log").exists():
+        shutil.rmtree(made[0], ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in made[1:]:
+                parent.rmdir()
 
 
 def _of_a_run(model: LightningModule, datamodule: Any) -> tuple[GRPOModule, OnlinePromptDataModule]:

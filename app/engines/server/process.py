@@ -74,9 +74,3 @@ def free_port(host: str) -> int:
     with socket.create_server((host, 0)) as found:
         port: int = found.getsockname()[1]
         return port
-
-
-def import_path() -> str:
-    """Return a PYTHONPATH for children that can import what this process can, including from the current folder."""
-    entries = [os.path.abspath(entry) for entry in sys.path]
-    return os.pathsep.join(dict.fromkeys([*entries, os.getcwd()]))
