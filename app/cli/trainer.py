@@ -195,12 +195,14 @@ class DotsTrainer(Trainer):
         host: str | None = None,
         port: int | None = None,
         start_timeout_s: float = 300.0,
+        open_to_network: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Run a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
 
-        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set.
+        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set, which it
+        must be where other machines can reach the server.
 
         Args:
             model: the module of the run: its policy and, where its engine is VllmServer, how a server is started.
@@ -208,12 +210,13 @@ class DotsTrainer(Trainer):
             host: address to listen on; the engine's by default, which only this machine reaches.
             port: port to listen on; the engine's by default, and a free one where that is 0.
             start_timeout_s: seconds until the server must be healthy.
+            open_to_network: allow a server that other machines can reach to have no key.
             ckpt_path: not used: a run pushes its weights to the server before it generates.
             weights_only: not used: a checkpoint is never unpickled.
         """
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
-        serve(model, host, port, start_timeout_s)
+        serve(model, host, port, start_timeout_s, open_to_network)
 
     @property
     def _callbacks(self) -> list[Callback]:

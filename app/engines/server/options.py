@@ -49,6 +49,14 @@ class ServerOptions(VllmOptions):
             ("threads", self.threads, self.threads >= 0, "0 (the environment's choice) or a positive number"),
         )
 
+        if given := [one for one in self.arguments if len(one) > 4 and "--host".startswith(one.partition("=")[0])]:
+            raise UserError(f"server.arguments has {given[0]}, which server.host is for. Set that instead.")
+
+    def url(self, port: int) -> str:
+        """Return the URL of a server on this host, whose address may be one of IPv6."""
+        host = self.host or "localhost"  # "" listens on all addresses
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def command(self, policy_path: str, policy_dtype: torch.dtype, port: int) -> list[str]:
         """Return the command line of a server of the policy."""
         on_cpu = not torch.cuda.is_available()
