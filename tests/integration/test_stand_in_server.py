@@ -7,6 +7,7 @@ import contextlib
 import glob
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,15 +15,21 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from app.engines import Sampling, VllmServer
+from app.engines.requests import EngineError
 from app.engines.server import client, fleet
 from app.engines.server.options import ServerOptions
 from app.engines.server.process import is_local
 from app.engines.wire import shared_file
 from app.engines.worker.guard import KeyGuard, Message
 from datamodules.errors import UserError
+from datamodules.types import Prompt
+from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model
 from tests.support.stand_in_server import Spoiled, StandIn, stand_in
 
@@ -116,7 +123,7 @@ WRONG: dict[str, tuple[str, Spoiled, str]] = {
     "cut JSON": ("/v1/completions", lambda handler, body: b'{"choices": [', NOT_VLLM),
     "deep JSON": ("/v1/completions", lambda handler, body: b"[" * 100_000, NOT_VLLM),
     "token beyond the vocabulary": ("/v1/completions", choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
-    "token just beyond": ("/v1/completions", choice(token_ids=[5, 5, 512]), "but the policy has the tokens 0 to "),
+    "token just beyond": ("/v1/completions", choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
     "token of 30 digits": ("/v1/completions", choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
     "negative token": ("/v1/completions", choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
     "tokens that are text": ("/v1/completions", choice(token_ids=["a", "b", "c"]), NOT_VLLM),
@@ -139,14 +146,35 @@ WRONG: dict[str, tuple[str, Spoiled, str]] = {
 }  # fmt: skip
 
 
+THROUGH_THE_COMMAND = (
+    "HTML", "HTML for the models", "HTML for a push", "results of another form", "no success", "no choices",
+    "token beyond the vocabulary", "log-probability of +50", "log-probability that is none", "internal errors",
+    "internal errors in a push", "redirect", "answer of any size", "answer without an end",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", THROUGH_THE_COMMAND)
 def test_a_wrong_answer_is_one_line(place: Place, server: StandIn, name: str) -> None:
     path, spoiled, expected = WRONG[name]
     server.spoiled[path] = spoiled
     line = place.refused(*FIT)
     assert expected in line
     assert len(line) < 1200
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name not in THROUGH_THE_COMMAND])
+def test_a_wrong_answer_is_refused(server: StandIn, name: str) -> None:
+    path, spoiled, expected = WRONG[name]
+    server.spoiled[path] = spoiled
+    engine = VllmServer(url=server.url, max_restarts=1)
+    engine.setup(tiny_model(600, seed=0), AutoTokenizer.from_pretrained(TINY))
+    prompt = Prompt("a", 0, "1 + 1 =", "1 + 1 =", (3, 4), {})
+    try:
+        with pytest.raises(EngineError, match=re.escape(expected)):
+            engine.generate([prompt], Sampling(1, 3), np.zeros((1, 1), dtype=np.int64))
+    finally:
+        engine.close()
 
 
 # --- Who can reach a server ----------------------------------------------------------------------------------------

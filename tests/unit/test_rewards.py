@@ -205,6 +205,15 @@ def test_scorer_refuses_wrong_configurations():
     assert RewardScorer([Format("a"), Math()]).correctness == 0
 
 
+def test_a_reply_may_fill_its_bound(monkeypatch):
+    ours, theirs = Pipe()
+    reply = Reply("scores", scores=[1.0], extras={"a": ["x" * 1000]})
+    for spare, kind in ((0, "scores"), (-1, "raised")):
+        monkeypatch.setattr("app.rewards.workers.main.MAX_REPLY_BYTES", len(reply.encode()) + spare)
+        send(theirs, reply)
+        assert json.loads(ours.recv_bytes())["kind"] == kind
+
+
 def test_a_reply_has_a_bound():
     ours, theirs = Pipe()
     send(theirs, Reply("scores", scores=[1.0], extras={"a": ["x" * MAX_REPLY_BYTES]}))

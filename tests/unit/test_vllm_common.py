@@ -11,8 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer
 
 from app.engines import Sampling, Vllm
+from app.engines.base import check_request
 from app.engines.requests import Answer, EngineError, completions_of, engine_environment, environment, request_fields
 from datamodules.errors import UserError
+from datamodules.types import Prompt
 from tests.support.policies import TINY, tiny_model
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
@@ -112,3 +114,12 @@ def test_a_trainer_of_several_processes_is_sent_to_the_server() -> None:
 def test_importing_the_engines_does_not_import_vllm() -> None:
     code = "import sys, app.module, callbacks; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_prompt_may_fill_the_limit_but_not_exceed_it() -> None:
+    prompt = Prompt("p", 0, "", "", (1, 2, 3), {})
+    seeds = np.zeros((1, 2), dtype=np.int64)
+    check_request([prompt], Sampling(2, 5), seeds, 8, "the limit")
+    check_request([prompt], Sampling(2, 5), seeds, None, "the limit")
+    with pytest.raises(UserError, match="has 3 tokens and sampling.max_completion_length is 6, which together exceed"):
+        check_request([prompt], Sampling(2, 6), seeds, 8, "the limit")
