@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 _OURS = tuple(str(Path(__file__).parents[2] / name) + "/" for name in ("app", "callbacks", "datamodules"))
-_INSTALLED = tuple(path + "/" for path in {*sysconfig.get_paths().values()} if path not in ("/", "/usr"))
+_INSTALLED = tuple(sysconfig.get_path(name) + "/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _LIBRARY = "site-packages/jsonargparse/"
 _MAX_CAUSE = 300
 
@@ -120,4 +121,5 @@ def _is_ours(file: str) -> bool:
 
 
 def _is_of_user(file: str) -> bool:
-    return not file.startswith(("<", *_OURS, *_INSTALLED)) and "/site-packages/" not in file
+    # Built-in and compiled modules give no absolute path.
+    return os.path.isabs(file) and not file.startswith((*_OURS, *_INSTALLED)) and "/site-packages/" not in file

@@ -245,7 +245,7 @@ CONFIG_FILES = {
     "text of 16 bits": ("model: x\n".encode("utf-16"), "run.yaml: not a text file"),
     "aliases of aliases": (
         f"a: &a [{', '.join('x' * 9)}]\n{NESTED}".encode(),
-        "more than 200000 entries once all aliases",
+        "more than 200000 entries once aliases are",
     ),
     "aliases of aliases in the model": (f"a: &a [1]\n{NESTED}model: *j\n".encode(), "more than 200000 entries"),
     "alias of itself": (b"a: &a [*a]\n", "line 1: the alias *a stands within what it names"),

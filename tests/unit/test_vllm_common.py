@@ -121,5 +121,7 @@ def test_a_prompt_may_fill_the_limit_but_not_exceed_it() -> None:
     seeds = np.zeros((1, 2), dtype=np.int64)
     check_request([prompt], Sampling(2, 5), seeds, 8, "the limit")
     check_request([prompt], Sampling(2, 5), seeds, None, "the limit")
-    with pytest.raises(UserError, match="has 3 tokens and sampling.max_completion_length is 6, which together exceed"):
+    with pytest.raises(
+        UserError, match=r"has 3 tokens and sampling\.max_completion_length is 6, which together exceed"
+    ):
         check_request([prompt], Sampling(2, 6), seeds, 8, "the limit")
