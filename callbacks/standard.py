@@ -11,6 +11,7 @@ from callbacks.algorithm.weight_sync import WeightSync
 from callbacks.stages import StepCallback, in_order
 from callbacks.upkeep.checkpoint import RunCheckpoint
 from callbacks.upkeep.checks import RunChecks
+from callbacks.upkeep.failed_step import FailedStep
 from callbacks.upkeep.graceful_stop import GracefulStop
 from callbacks.upkeep.random_state import RandomState
 from callbacks.upkeep.run_folder import RunFolder
@@ -24,6 +25,7 @@ from datamodules.errors import UserError
 
 STANDARD: tuple[type[StepCallback], ...] = (
     RunChecks,
+    FailedStep,
     RunFolder,
     WeightSync,
     GracefulStop,

@@ -19,8 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.cli.commands import COMMANDS, epilog
+from app.cli.failures import stage
 from app.cli.parsing import DotsArgumentParser, run_or_exit
 from app.cli.trainer import DotsTrainer
+from app.import_path import hidden_files, put_user_folder_last
 from app.module import GRPOModule
 from app.policy.weights import CHECKPOINT_PREFIX
 from app.runs import changed_config
@@ -66,6 +68,24 @@ class DotsCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in _OWN_SUBCOMMANDS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with stage("reading the command line and configs"):
+            super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}, expected 0 to {2**32 - 1}. Change it.")
+        super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        with stage("building the model, data and callbacks"):
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with stage(f"running dots {subcommand}"):
+            super()._run_subcommand(subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -159,7 +179,9 @@ class DotsCLI(LightningCLI):
         own = [file.parent for file in given if file.name == "config.yaml" and is_run(file.parent)]
         found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, own[-1] if own else None)
         if self.subcommand != "fit" and found.checkpoint is None:
-            raise UserError(f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first.")
+            raise UserError(
+                f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first."
+            )
         rank_zero_only(print)(f"--ckpt_path last: {found.said}", file=sys.stderr, flush=True)
         if self.subcommand == "fit":
             self.trainer.continued = found.folder
@@ -201,9 +223,13 @@ def quiet() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command; `args` default to the process's own."""
     quiet()
-    # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    put_user_folder_last()
+    for file, installed in hidden_files():
+        rank_zero_only(print)(
+            f"dots: warning: {file} in this folder cannot be imported, because {installed} has its name. Rename it if "
+            "a config names it.",
+            file=sys.stderr,
+        )
     given = sys.argv[1:] if args is None else args
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))

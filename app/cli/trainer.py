@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.runs.folder import RunTrainer, Runs, find_last
+from app.runs.folder import Runs, RunTrainer, find_last
+from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
@@ -88,6 +89,7 @@ class DotsTrainer(RunTrainer):
         if not in_steps:
             self.val_check_interval = 1.0  # not set by Lightning, nor read
         self._validates_by_time = not in_steps
+        raise_stop_iteration(self)
         self._options: dict[str, Any] = {
             **kwargs, "limit_train_batches": limit_train_batches, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
         }  # fmt: skip
@@ -239,12 +241,14 @@ class DotsTrainer(RunTrainer):
         host: str | None = None,
         port: int | None = None,
         start_timeout_s: float = 300.0,
+        open_to_network: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Run a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
 
-        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set.
+        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set, which it
+        must be where other machines can reach the server.
 
         Args:
             model: the module of the run: its policy and, where its engine is VllmServer, how a server is started.
@@ -252,12 +256,13 @@ class DotsTrainer(RunTrainer):
             host: address to listen on; the engine's by default, which only this machine reaches.
             port: port to listen on; the engine's by default, and a free one where that is 0.
             start_timeout_s: seconds until the server must be healthy.
+            open_to_network: allow a server that other machines can reach to have no key.
             ckpt_path: not used: a run pushes its weights to the server before it generates.
             weights_only: not used: a checkpoint is never unpickled.
         """
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
-        serve(model, host, port, start_timeout_s)
+        serve(model, host, port, start_timeout_s, open_to_network)
 
     def _set_interval(self, module: GRPOModule) -> None:
         if not self._validates_by_time and not self.fast_dev_run:

@@ -20,6 +20,7 @@ from datamodules.errors import UserError
 
 LAST = "last.ckpt"
 CHECKPOINTS = "checkpoints"
+SERVER_LOG = "server.log"
 _VERSION = re.compile(r"version_(\d+)")
 _MOST_NAMED = 5
 
@@ -140,7 +141,7 @@ class RunTrainer(Trainer):
     continued: Path | None = None
     """The folder of an earlier run that this one continues; None for a folder of its own."""
     begun = False
-    """Whether the run has begun to write to its folder."""
+    """Whether the run has got as far as its first completions; what fails before is a failed start."""
 
     @property
     def log_dir(self) -> str | None:
@@ -154,7 +155,7 @@ class RunTrainer(Trainer):
     def own_folder(self, command: str) -> Iterator[Claim | None]:
         """Own a folder in the context; on ranks other than 0 do nothing.
 
-        A run that ends with an error before it has begun leaves no trace.
+        A failed start leaves no trace but the log of a server.
 
         Raises:
             UserError: another process owns the folder, or it can't be written to.
@@ -170,7 +171,7 @@ class RunTrainer(Trainer):
         try:
             yield claim
         except BaseException:
-            claim.release(forget=not self.begun)
+            claim.release(forget=not self.begun and not (claim.path / SERVER_LOG).exists())
             raise
         claim.release()
         self.continued = claim.path  # by another call with the same trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeGuard
 
@@ -84,3 +85,35 @@ def take_csv_back(logger: CSVLogger, steps: int) -> None:
 def _csv_files(logger: CSVLogger) -> tuple[Path, Path]:
     file = Path(logger.log_dir) / "metrics.csv"
     return file, file.with_name(".metrics.csv.kept")
+
+
+def raise_stop_iteration(trainer: Trainer) -> None:
+    """Have a StopIteration from a hook or a step end the run with an error.
+
+    Lightning's loops catch it as the end of the data, also when a callback or a module has raised it: the rest of the
+    step would be skipped without a word.
+    """
+    epoch = trainer.fit_loop.epoch_loop
+
+    def begun() -> bool:  # not the end of the data, which comes before the batch is counted
+        return epoch.batch_progress.current.ready != epoch.batch_progress.current.completed
+
+    _guard(epoch, "advance", begun)
+    _guard(epoch, "on_advance_end", lambda: True)
+    for loop in (epoch.val_loop, trainer.validate_loop, trainer.test_loop):
+        _guard(loop, "_evaluation_step", lambda: True)
+    _guard(trainer.predict_loop, "_predict_step", lambda: True)
+
+
+def _guard(loop: object, name: str, is_error: Callable[[], bool]) -> None:
+    method: Callable[..., object] = getattr(loop, name)
+
+    def guarded(*args: object, **kwargs: object) -> object:
+        try:
+            return method(*args, **kwargs)
+        except StopIteration as error:
+            if not is_error():
+                raise
+            raise RuntimeError(f"a hook or a step raised StopIteration({error})") from error
+
+    setattr(loop, name, guarded)

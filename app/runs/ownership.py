@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -87,11 +88,13 @@ class Claim:
             self._write(_text(self.owner))
 
     def release(self, *, forget: bool = False) -> None:
-        """Let others own the folder. `forget` restores what was there before the claim."""
+        """Let others own the folder. `forget` restores what was there before the claim: a new folder is removed."""
         if forget and self._before:
             self._write(self._before)
         elif forget:
             (self.path / OWNER).unlink(missing_ok=True)
+            if self.path in self._made:
+                shutil.rmtree(self.path, ignore_errors=True)
             self._remove_folders()
         self._file.close()
 
@@ -105,6 +108,8 @@ class Claim:
         for each in self._made:
             try:
                 each.rmdir()
+            except FileNotFoundError:
+                continue
             except OSError:  # something else is in it
                 return
 

@@ -20,7 +20,7 @@ class RunFolder(StepCallback):
 
     def setup(self, trainer: RunTrainer, pl_module: GRPOModule, stage: str) -> None:
         if run := trainer.strategy.broadcast(str(trainer.run or "")):
-            trainer.run, trainer.begun = Path(run), True
+            trainer.run = Path(run)
             self._print(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
@@ -29,11 +29,12 @@ class RunFolder(StepCallback):
                 take_csv_back(logger, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_exception(self, trainer: RunTrainer, pl_module: GRPOModule, exception: BaseException) -> None:
-        self._print(trainer)
+        if trainer.begun:  # else the folder is removed
+            self._print(trainer)
 
     def teardown(self, trainer: RunTrainer, pl_module: GRPOModule, stage: str) -> None:
         self._print(trainer)
 
     def _print(self, trainer: RunTrainer) -> None:
-        if trainer.is_global_zero and trainer.begun:
+        if trainer.is_global_zero and trainer.run is not None:
             print(f"run folder: {trainer.run}", flush=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from app.import_path import import_path
 from app.rewards.workers.task import COMMAND
 
 
@@ -24,7 +25,6 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
-        path = [os.path.abspath(entry) for entry in sys.path]
         program = [sys.executable, "-P", "-m", "app.rewards.workers.main"]
         with theirs:
             self._process = subprocess.Popen(
@@ -33,7 +33,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(dict.fromkeys([*path, os.getcwd()])),
+                    "PYTHONPATH": import_path(),
                     "PYTHONHASHSEED": "0",  # sympy's results depend on the order of sets
                     "OMP_NUM_THREADS": "1",
                     "OPENBLAS_NUM_THREADS": "1",
