@@ -48,7 +48,7 @@ class GRPOModule(LightningModule):
 
     Args:
         policy: the model to train.
-        rewards: score the completions; one of them is marked as the correctness reward.
+        rewards: score the completions; see `Reward` for which of them measure correctness.
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
         sampling: sampling of training completions.
         val_sampling: sampling of validation completions; None is `sampling`.
@@ -69,7 +69,8 @@ class GRPOModule(LightningModule):
             allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
         compile: torch.compile the decoder layers for updates, not for generation. The first update takes longer.
         reward_workers: the processes that score completions, and their time and memory limits.
-        on_reward_failure: "drop" a completion whose score timed out or crashed from its group, or score it "zero".
+        on_reward_failure: in training, "drop" a completion whose score timed out or crashed from its group, or score
+            it "zero". In validation such a completion is wrong.
     """
 
     def __init__(

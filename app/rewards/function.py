@@ -22,7 +22,8 @@ class Function(Reward):
     `f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list[float | None]`,
     all passed by keyword; a function without `**kwargs` receives only the arguments that it names. It is imported in
     the worker processes only, and is called with a few whole groups at a time (single completions after a failure),
-    not with the batch.
+    not with the batch. It returns None for a completion that it does not apply to. A generator may yield the scores one
+    by one: those before a failure are kept, and the time limit is that of one score.
 
     Args:
         path: module and function, e.g. `my_rewards.accuracy`, on the Python path or in the working directory.

@@ -159,6 +159,12 @@ class RunLedger(StepCallback):
             )
             self.evaluations = [*(one for one in self.evaluations if one.step < self.steps), evaluation]
 
+    def on_test_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        pl_module.scorer.incidents.report("Test")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        pl_module.scorer.incidents.report("Prediction")
+
     def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._write(trainer, completed=is_over(trainer))
 

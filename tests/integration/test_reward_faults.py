@@ -25,6 +25,10 @@ def sums(completions, task, **rest):
     return [float(row % 2 == 0) if one == "sum" else None for row, one in enumerate(task)]
 def words(completions, task, **rest): return [1.0 if one == "word" else None for one in task]
 def never(completions, **rest): return [None] * len(completions)
+def seldom(completions, trainer_state, **rest):
+    """Nothing has a score at first and in the third step, and then one completion in two."""
+    silent = trainer_state.global_step in (0, 2)
+    return [None if silent or row % 2 else float(row % 4 == 0) for row in range(len(completions))]
 
 def right(text): return sum(map(ord, text)) % 2 == 0
 def even(completions, **rest): return [float(right(text)) for text in completions]
@@ -292,6 +296,34 @@ def test_what_no_correctness_reward_applies_to_is_left_out_and_counted(
     assert summary(place)["failed_rewards"] == 0
     assert summary(place)["unscored_completions"] == (24 - sums) + 2 * words * len(summary(place)["evaluations"])
     assert sum("no correctness reward applies to" in line for line in warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("selector", ["Dots"])
+def test_groups_that_lose_all_their_completions_end_nothing(place: Place, selector: str) -> None:
+    algorithm = {
+        "RolloutReplay": {"capacity": 8, "admit": "all"},
+        "ReferenceRollouts": {"size": 3, "every": 1},
+        "DynamicSampling": {"max_refills": 1},
+    }
+    configured(
+        place,
+        [function("seldom")],
+        lambda c: c["trainer"]["callbacks"].extend(
+            {"class_path": f"callbacks.{name}", "init_args": options} for name, options in algorithm.items()
+        ),
+        lambda c: c["trainer"].update(val_check_interval=1),
+        lambda c: data(c).update(val_size=2, selector={"class_path": f"datamodules.selectors.{selector}"}),
+        lambda c: model(c)["sampling"].update(num_generations=4),
+        steps=5,
+    )
+    code, said = place.run(*FIT)
+    assert code == 0, said[-2000:]
+    assert summary(place)["completed"] is True
+    found = metrics(place)
+    assert found["rewards/unscored_fraction"][0] >= 0.5
+    measured = {name: values for name, values in found.items() if not name.startswith("val/")}
+    assert {name for name, values in measured.items() if not all(map(math.isfinite, values))} == set()
+    assert 0 < len(summary(place)["evaluations"]) < len(found["val/prompts"])
 
 
 @pytest.mark.parametrize("odd", ["even_or_raise", "even_or_nan", "even_or_hang"])

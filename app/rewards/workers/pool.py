@@ -107,7 +107,7 @@ class RewardWorkers:
     """Number of workers in a row that may die while loading."""
     MAX_LATE = 4
     """Completions in a row that may pass the time limit one by one, after their call as a whole has passed it, before
-    the others of the call are given up."""
+    the others of the call are given up, and so is every other call of that reward that passes it in the same `run`."""
 
     def __init__(self, rewards: Sequence[Reward], options: WorkerOptions) -> None:
         self.options = options
@@ -115,6 +115,7 @@ class RewardWorkers:
         self._server: ForkServer | None = None
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._given_up: set[int] = set()
         self._numbers = count(frames.SETUP + 1)
 
     def start(self) -> None:
@@ -147,6 +148,7 @@ class RewardWorkers:
         self._workers = []
 
     def _run(self, calls: Sequence[Call]) -> list[CallResult]:
+        self._given_up.clear()
         # Results by first completion, so that their order does not depend on the order of arrival.
         parts: list[dict[int, CallResult]] = [{} for _ in calls]
         pending = deque(
@@ -176,12 +178,15 @@ class RewardWorkers:
             job.store(CallResult(job.partial))
         request, done, late = job.request, job.answered, failure.kind == "timed_out"
         left = len(request) - done
-        if not request.one_by_one and not request.trial and left > 1:
+        given_up = request.trial or (late and request.reward in self._given_up)
+        if not request.one_by_one and not given_up and left > 1:
             rest = replace(request.rows(done, len(request)), one_by_one=True)
             return _Job(job.parts, job.first + done, rest, overran=left if late else 0)
         late_in_row = (0 if done else job.late) + 1 if late else 0
-        hopeless = late_in_row == self.MAX_LATE and not self._rewards[request.reward].one_by_one
-        lost = left if request.trial or hopeless else min(1, left)
+        if late_in_row == self.MAX_LATE and not self._rewards[request.reward].one_by_one:
+            self._given_up.add(request.reward)
+            given_up = True
+        lost = left if given_up else min(1, left)
         job.store(CallResult([None] * lost, dict.fromkeys(range(lost), failure)))
         if lost == left:
             return None
@@ -217,7 +222,8 @@ class RewardWorkers:
         """Handle a worker's messages, timeout or death. Return the failure of its job, if it has failed."""
         try:
             for number, body in worker.reader.read():
-                if number in (frames.SETUP, worker.number) and (failure := self._handle(worker, Reply.decode(body))):
+                # Any other is a late reply of a process that a reward has left behind.
+                if number == worker.number and (failure := self._handle(worker, Reply.decode(body))):
                     return failure
         except EOFError:
             return self._reap(position, worker, Failure("crashed", "its worker process ended"))

@@ -74,7 +74,8 @@ def draw_curve(folder: Path, fits: Sequence[Mapping[str, object]]) -> None:
 
     Each fit is its `method`, the number of `questions` that it learnt from, and its figures by name.
     """
-    (folder / "learning_curve.json").write_text(json.dumps(fits, indent=2) + "\n", encoding="utf-8")
+    plain = pd.DataFrame(fits).astype(object).where(lambda table: table.notna(), None).to_dict("records")  # NaN as null
+    (folder / "learning_curve.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
