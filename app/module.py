@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
@@ -118,10 +118,11 @@ class GRPOModule(LightningModule):
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
-        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations))
+        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations), self.scorer.names)
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
+        self._tried_rewards = False
 
     @property
     def policy_path(self) -> str:
@@ -196,6 +197,9 @@ class GRPOModule(LightningModule):
             self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
+        if not self._tried_rewards:  # once: `prepare_data` may have set up before
+            self._tried_rewards = True
+            self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
@@ -212,6 +216,10 @@ class GRPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":
+            checkpoint["callbacks"] = {}  # the state of training, which refers to the prompts of its pool
 
     def configure_model(self) -> None:
         if hasattr(self, "policy_model"):
@@ -230,6 +238,12 @@ class GRPOModule(LightningModule):
         scheduler = self.optimization.scheduler(optimizer, self.optimizer_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def on_train_start(self) -> None:
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        assert isinstance(scheduler, LambdaLR)
+        self.optimization.apply(optimizer, scheduler)
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """Take the optimizer steps of a batch and record their metrics in it."""
         optimizer, scheduler, strategy = self.optimizers(), self.lr_schedulers(), self.trainer.strategy
@@ -246,7 +260,6 @@ class GRPOModule(LightningModule):
                 no_sync=strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext,
             )  # fmt: skip
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
-        batch.metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout
 
@@ -255,7 +268,7 @@ class GRPOModule(LightningModule):
         self._updates.guard.check(batch.step)
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        self.measured.update(batch.groups)
+        self.measured.update(batch.groups, batch.ledger.counts)
         named = self.measured.named("test" if self.trainer.testing else "val")
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=max(1, len(batch.groups)))
 

@@ -11,19 +11,21 @@ from callbacks.upkeep.checks import RunChecks
 from callbacks.upkeep.clock_budget import ClockBudget
 from callbacks.upkeep.graceful_stop import GracefulStop
 from callbacks.upkeep.random_state import RandomState
+from callbacks.upkeep.run_folder import RunFolder
 from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
-from callbacks.watching.start_validation import StartValidation
+from callbacks.watching.validation import EndValidation, StartValidation
 
 __all__ = [
     "Balanced",
     "ClockBudget",
     "CompletionsLog",
     "DynamicSampling",
+    "EndValidation",
     "GracefulStop",
     "RandomState",
     "ReferenceRollouts",
@@ -32,6 +34,7 @@ __all__ = [
     "Rollouts",
     "RunCheckpoint",
     "RunChecks",
+    "RunFolder",
     "RunLedger",
     "RunProgress",
     "RunTable",

@@ -11,18 +11,22 @@ from callbacks.algorithm.weight_sync import WeightSync
 from callbacks.stages import StepCallback, in_order
 from callbacks.upkeep.checkpoint import RunCheckpoint
 from callbacks.upkeep.checks import RunChecks
+from callbacks.upkeep.failed_step import FailedStep
 from callbacks.upkeep.graceful_stop import GracefulStop
 from callbacks.upkeep.random_state import RandomState
+from callbacks.upkeep.run_folder import RunFolder
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
-from callbacks.watching.start_validation import StartValidation
+from callbacks.watching.validation import EndValidation, StartValidation
 from datamodules.errors import UserError
 
 STANDARD: tuple[type[StepCallback], ...] = (
     RunChecks,
+    FailedStep,
+    RunFolder,
     WeightSync,
     GracefulStop,
     Rollouts,
@@ -32,6 +36,7 @@ STANDARD: tuple[type[StepCallback], ...] = (
     RandomState,
     RunLedger,
     StartValidation,
+    EndValidation,
     RunProgress,
     RunCheckpoint,
 )
@@ -53,7 +58,8 @@ def with_standard(
     listed = list(callbacks)
     kinds = [type(one) for one in listed if isinstance(one, StepCallback)]
     for kind in kinds:
-        if sum(issubclass(other, kind) for other in kinds) > 1:
+        # Each RunCheckpoint has a folder of its own.
+        if sum(issubclass(other, kind) for other in kinds) > 1 and not issubclass(kind, RunCheckpoint):
             raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
     left_out = {RunCheckpoint: not checkpoints, RunProgress: not progress_bar}
     missing = [

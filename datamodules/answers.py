@@ -109,7 +109,7 @@ def last_boxes(text: str) -> list[str]:
     first = len(text)
     for start, end, content in sorted(spans, reverse=True):
         between = text[end:first] if 0 <= first - end <= _MAX_JOIN else None
-        if contents and (between is None or "\n\n" in between or not _JOIN.fullmatch(between)):
+        if contents and (not any(contents) or between is None or "\n\n" in between or not _JOIN.fullmatch(between)):
             break
         if content.strip() not in contents:
             contents.insert(0, content.strip())

@@ -112,8 +112,9 @@ class OnlinePromptDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if prompts_per_step < 1:
-            raise UserError(f"data.prompts_per_step is {prompts_per_step}, expected at least 1. Raise it.")
+        for name, given in (("prompts_per_step", prompts_per_step), ("val_batch_size", val_batch_size)):
+            if given < 1:
+                raise UserError(f"data.{name} is {given}, expected at least 1. Raise it.")
         self.sources = {"train": train, "val": val, "test": test}
         self.selector = selector or Uniform()
         self.prompts_per_step, self.val_size, self.val_batch_size = prompts_per_step, val_size, val_batch_size
@@ -239,10 +240,9 @@ class OnlinePromptDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"selector": self.selector.state_dict(), "fresh_prompts": self.fresh_prompts}
+        return {"selector": self.selector.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.fresh_prompts = state_dict["fresh_prompts"]
         if "train" in self.pools and self.selector.is_ready:
             self.selector.load_state_dict(state_dict["selector"])
 

@@ -9,7 +9,7 @@ correctness reward, its difficulty `d = 1 - p`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -74,12 +74,15 @@ class RolloutGroup:
     """The scored completions of one prompt, relative to which its advantages are computed.
 
     Attributes:
-        completions: `G` completions, or fewer if some were left out because their score failed.
-        rewards: float32 `[G]`: weighted sum of all rewards, which is optimized.
-        correctness: float32 `[G]`: the reward marked as correctness, which difficulty and filters refer to.
-        components: float32 `[G]` by reward name; NaN where a function returned None.
+        completions: `G` completions, or fewer if some were left out because their score failed or is missing.
+        rewards: float32 `[G]`: weighted sum of the rewards that apply, which is optimized.
+        correctness: float32 `[G]`: score of the first correctness reward that applies, which difficulty and filters
+            refer to.
+        components: float32 `[G]` by reward name; NaN where the reward does not apply.
         source: "fresh", "reference" (rolled out to measure difficulty), or "replay".
         birth_step: step in which it was generated.
+        extras: `G` values by column that reward functions logged for the table of completions; not kept by a replay
+            buffer or a checkpoint.
     """
 
     prompt: Prompt
@@ -89,6 +92,7 @@ class RolloutGroup:
     components: Mapping[str, np.ndarray]
     source: Source
     birth_step: int
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def success_rate(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
+from app.cli.failures import stage
 from app.cli.parsing import DotsArgumentParser
 
 
@@ -24,7 +25,8 @@ class Command:
     def run(self, args: list[str]) -> None:
         """Import the subcommand and call it with the arguments after its name."""
         entry: Callable[[list[str]], None] = resolve_name(self.target)
-        entry(args)
+        with stage(f"running the command to {self.summary}"):
+            entry(args)
 
 
 COMMANDS = {

@@ -11,6 +11,7 @@ from typing import Protocol
 from datamodules.errors import nearest
 
 _MAX_LENGTH = 400
+_MAX_VALUE = 120
 _MAX_CHOICES = 20
 _LEVEL = (
     r"""[ -]*(?:Parser key "(?P<option>[^"]+)"(?: element \d+)?:|Problem with given class_path '(?P<path>[^']+)':)"""
@@ -58,6 +59,7 @@ def explain(message: str, parser: KnownNames) -> str:
     cause = "\n".join([lines[0], *takewhile(lambda line: not line or _indent(line) > depth, lines[1:])])
     option = prefix.rstrip(".")
     value = found[1] if (found := re.search(r"(?:Got|Given) value: (.*)", cause)) else ""
+    value = value if len(value) <= _MAX_VALUE else value[:_MAX_VALUE] + " ..."
 
     if cause.startswith("Unexpected config"):
         return "expected a YAML mapping of options, e.g. 'trainer: {max_steps: 10}'"
@@ -86,6 +88,9 @@ def explain(message: str, parser: KnownNames) -> str:
         known = classes if "." in given else [path.rpartition(".")[2] for path in classes]
         said = reason[0].replace("dot import path string", "no class of this name is known")
         return f"{option}={given}: {said}.{_hint(given, known)}"
+    if found := re.search(r"Key must be a string, got: (.+)\.", cause):
+        where = f" of {option}" if option else ""
+        return f"the key {found[1]}{where} is not text, but keys are names of options. Quote or remove it."
     if expected := re.findall(
         r"(?:Expected an? (?!path)|Not a valid (?=subclass))(.+?)(?:\. Got value: .*)?$", cause, re.MULTILINE
     ):

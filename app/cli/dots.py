@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from app.cli.commands import COMMANDS, epilog
+from app.cli.failures import stage
 from app.cli.parsing import DotsArgumentParser, run_or_exit
 from app.cli.trainer import DotsTrainer
+from app.import_path import hidden_files, put_user_folder_last
 from app.module import GRPOModule
 from app.policy.weights import CHECKPOINT_PREFIX
 from app.runs import changed_config
 from app.runs.checkpoint_files import OnDamage
 from app.runs.checkpoint_files import check as check_files
 from app.runs.checkpoint_files import read as read_checkpoint
-from app.runs.folder import find_last
+from app.runs.folder import Runs, find_last, is_run
 from app.runs.identity import check_weights
 from app.runs.sharded_checkpoint import read_rest
 from callbacks import CompletionsLog, RunCheckpoint, SelectionMonitor, StartValidation
@@ -65,6 +69,24 @@ class DotsCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in _OWN_SUBCOMMANDS}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with stage("reading the command line and configs"):
+            super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}, expected 0 to {2**32 - 1}. Change it.")
+        super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        with stage("building the model, data and callbacks"):
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with stage(f"running dots {subcommand}"):
+            super()._run_subcommand(subcommand)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--on_damaged_checkpoint",
@@ -81,13 +103,6 @@ class DotsCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.get("ckpt_path") == "last":
-            self._resume_last(config)
-        self._resumed = _read_checkpoint(config)
-        if self._resumed is not None and self.subcommand == "fit":
-            given = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-            if changed := changed_config.report(Path(config.ckpt_path), given):
-                print(changed, file=sys.stderr, flush=True)
         if "weights_only" in config:
             if config.weights_only is False:
                 raise UserError(
@@ -96,10 +111,6 @@ class DotsCLI(LightningCLI):
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
-        if self.subcommand in _OWN_SUBCOMMANDS:
-            config.trainer.logger = (
-                False  # they leave no run folder; the warm-up of a selection has a logger of its own
-            )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
@@ -122,33 +133,59 @@ class DotsCLI(LightningCLI):
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def after_instantiate_classes(self) -> None:
-        if self._resumed is not None and isinstance(self.model, GRPOModule):
-            # The weights of a sharded checkpoint, a folder, are compared when they are read.
-            if not Path(self.config[self.subcommand].ckpt_path).is_dir():
-                check_weights(self.model.policy.on_meta(), self._resumed["state_dict"], CHECKPOINT_PREFIX)
-            self.model.resumed = self._resumed.get("run_identity", {})
-        self._resumed = None
-
-    def _resume_last(self, config: Any) -> None:
-        """Find the newest run of the logger's name and, when training, resume it in its own folder.
-
-        Without such a run training starts from the beginning, so that one command serves for every start of a run.
-        """
-        logger = config.trainer.logger
-        options = getattr(logger, "init_args", None)
-        save_dir, name = getattr(options, "save_dir", None), getattr(options, "name", None)
-        runs = Path(save_dir or "."), name or "lightning_logs"
-        found = find_last(*runs, config.on_damaged_checkpoint)
-        if found is None:
-            if self.subcommand != "fit":
-                raise UserError(f"--ckpt_path last: no run under {runs[0] / runs[1]}. Train one first, or name a file.")
-            print(f"--ckpt_path last: no run under {runs[0] / runs[1]} yet, starting a new one", file=sys.stderr)
-            config.ckpt_path = None
+        config = self.config[self.subcommand]
+        # The parsed configuration is what is saved and compared, the instantiated one is what the subcommand is given.
+        if config.get("ckpt_path") == "last":
+            found = self._find_last(config)
+            config.ckpt_path = self.config_init[self.subcommand].ckpt_path = found
+        if self.subcommand in _OWN_SUBCOMMANDS:
+            self.trainer.loggers = []  # they leave no run folder; the warm-up of a selection has a logger of its own
+        resumed = _read_checkpoint(config)
+        if resumed is None:
             return
-        version, checkpoint = found
-        config.ckpt_path = str(checkpoint)
-        if options is not None and self.subcommand == "fit":
-            options.version = version
+        if self.subcommand == "fit":
+            given = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            if changed := changed_config.report(Path(config.ckpt_path), given):
+                print(changed, file=sys.stderr, flush=True)
+        if isinstance(self.model, GRPOModule):
+            # The weights of a sharded checkpoint, a folder, are compared when they are read.
+            if not Path(config.ckpt_path).is_dir():
+                check_weights(self.model.policy.on_meta(), resumed["state_dict"], CHECKPOINT_PREFIX)
+            self.model.resumed = resumed.get("run_identity", {})
+
+    def before_validate(self) -> None:
+        self._owned = ExitStack()
+        if isinstance(self.trainer, DotsTrainer):
+            self._owned.enter_context(self.trainer.own_folder(str(self.subcommand)))
+
+    before_test = before_predict = before_validate
+
+    def after_validate(self) -> None:
+        self._owned.close()
+
+    after_test = after_predict = after_validate
+
+    def _find_last(self, config: Any) -> str | None:
+        """Return the checkpoint of `--ckpt_path last`, and have a training run continue in the folder of its run.
+
+        Without one training starts from the beginning, so that one command serves for every start of a run.
+        """
+        if not isinstance(self.trainer, DotsTrainer):
+            raise UserError(
+                f"--ckpt_path last finds runs of app.module.GRPOModule, but the model is {type(self.model).__name__}. "
+                "Name the checkpoint's file."
+            )
+        given = [Path(str(one)).resolve() for one in config.get("config") or []]
+        own = [file.parent for file in given if file.name == "config.yaml" and is_run(file.parent)]
+        found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, own[-1] if own else None)
+        if self.subcommand != "fit" and found.checkpoint is None:
+            raise UserError(
+                f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first."
+            )
+        rank_zero_only(print)(f"--ckpt_path last: {found.said}", file=sys.stderr, flush=True)
+        if self.subcommand == "fit":
+            self.trainer.continued = found.folder
+        return None if found.checkpoint is None else str(found.checkpoint)
 
 
 def _read_checkpoint(config: Any) -> dict[str, Any] | None:
@@ -177,6 +214,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
+    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # kept here
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
     )
@@ -185,9 +223,13 @@ def quiet() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command; `args` default to the process's own."""
     quiet()
-    # A console script, unlike `python -m`, does not look in the current folder, where users keep their rewards.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    put_user_folder_last()
+    for file, installed in hidden_files():
+        rank_zero_only(print)(
+            f"dots: warning: {file} in this folder cannot be imported, because {installed} has its name. Rename it if "
+            "a config names it.",
+            file=sys.stderr,
+        )
     given = sys.argv[1:] if args is None else args
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))

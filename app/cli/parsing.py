@@ -1,9 +1,10 @@
 """The command's parser: anything wrong with the input becomes one line on stderr and exit code 2.
 
 The only file that uses private names of jsonargparse, which has no public way to list the classes that an option
-accepts: `ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`, nor one to choose what a change of class keeps:
-`discard_init_args_on_class_path_change`. `_actions` and `_SubParsersAction` are
-argparse's, which cannot list the options of a parser otherwise.
+accepts (`ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`), nor to call the loader that `set_loader`
+replaces (`yaml_load`), nor one to choose what a change of class keeps (`discard_init_args_on_class_path_change`); its
+`indent_text` fails for an exception without a message. `_actions` and `_SubParsersAction` are argparse's, which cannot
+list the options of a parser otherwise.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from jsonargparse import Namespace, _typehints
+import yaml
+from jsonargparse import Namespace, _typehints, set_loader
+from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from app.cli.config_text import check_text
 from app.cli.diagnosis import explain
+from app.cli.failures import chain, describe, notes_of, passed_user_code, raised_by_user
+from callbacks.upkeep.failed_step import NOTE
 from datamodules.errors import UserError
 
 DEBUG_FLAG = "--debug"
@@ -36,6 +42,20 @@ MOVED = {
 }
 """Class paths of earlier versions, which configs of users and the config.yaml of old runs may still name."""
 _DISK_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+_MAX_LINE = 2000
+
+
+def _load(text: str) -> Any:
+    check_text(text)
+    return yaml_load(text)
+
+
+def _indented(text: str, first_line: bool = True) -> str:
+    return _indent_text(text or "-", first_line)
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+_indent_text, _typehints.indent_text = _typehints.indent_text, _indented
 
 # Lightning uses names that jsonargparse has deprecated; the user cannot change that.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -70,6 +90,8 @@ class DotsArgumentParser(LightningArgumentParser):
             return super().parse_path(path, *rest, **kwargs)
         except UnicodeDecodeError as error:
             self.error(f"not a text file: {error}", error)
+        except OSError as error:
+            self.error(f"cannot be read ({error.strerror})", error)
         finally:
             self._config_file = ""
 
@@ -77,7 +99,9 @@ class DotsArgumentParser(LightningArgumentParser):
         if debugging() or not self.exit_on_error:  # the outermost parser reports an error in a nested class
             super().error(message, ex)
         inner = find_user_error(ex)
-        line = str(inner) if inner else explain(message, self)
+        # An import of the user's module that fails is reported as if its class did not exist.
+        failed = next((one for one in chain(ex) if passed_user_code(one)), None)
+        line = str(inner) if inner else describe(failed) if failed else explain(message, self)
         print_and_exit(f"{self._config_file}: {line}" if self._config_file else line)
 
     def option_names(self) -> set[str]:
@@ -156,20 +180,38 @@ def debugging() -> bool:
 
 
 def run_or_exit(run: Callable[[], Any]) -> None:
-    """Call `run`; turn a UserError, even one wrapped by a parser or trainer, into one line and exit code 2."""
+    """Call `run`; turn an exception into one line and exit code 2, unless it ends a training that has begun.
+
+    Such a training ends with the traceback, whose last line names the step, and exit code 1. Ctrl-C, `--debug` and
+    exits of the command itself are left as they are.
+    """
     try:
         run()
-    except Exception as error:
-        inner = find_user_error(error) or _configuration_or_disk_error(error)
-        if inner is None or debugging():
-            if dist.is_available() and dist.is_initialized():
-                error.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        of_command = isinstance(error, SystemExit) and not raised_by_user(error)
+        if of_command or debugging():
+            _add_rank(error)
             raise
-        print_and_exit(str(inner))
+        if inner := find_user_error(error) or _configuration_or_disk_error(error):
+            print_and_exit(str(inner))
+        stopped = next((note for note in notes_of(error) if note.startswith(NOTE)), None)
+        if stopped is None:
+            print_and_exit(describe(error))
+        _add_rank(error)
+        if isinstance(error, SystemExit):  # of the user's code: it has no traceback and may have any code
+            print_and_exit(f"{describe(error)} {stopped}", code=1)
+        raise
+
+
+def _add_rank(error: BaseException) -> None:
+    if dist.is_available() and dist.is_initialized():
+        error.add_note(f"on rank {dist.get_rank()} of {dist.get_world_size()}")
 
 
 def _configuration_or_disk_error(error: BaseException) -> UserError | None:
-    for each in _chain(error):
+    for each in chain(error):
         if isinstance(each, MisconfigurationException):
             return UserError(f"{each} (Lightning rejects these options: change them in the config or as --trainer....)")
         if isinstance(each, OSError) and each.errno in _DISK_ERRORS and each.filename is not None:
@@ -177,24 +219,19 @@ def _configuration_or_disk_error(error: BaseException) -> UserError | None:
     return None
 
 
-def print_and_exit(message: str) -> NoReturn:
-    """Print `dots: error: message` as one line on stderr, with the rank if there are several, and exit with code 2."""
+def print_and_exit(message: str, code: int = 2) -> NoReturn:
+    """Print `dots: error: message` as one line on stderr, with the rank if there are several, and exit.
+
+    Characters that a terminal cannot show or would act on are escaped, and a very long line is cut.
+    """
     rank = f"rank {dist.get_rank()}:" if dist.is_available() and dist.is_initialized() else ""
-    print(*filter(None, ["dots: error:", rank, " ".join(message.split())]), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    line = " ".join(message.split())
+    line = line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
+    line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+    print(*filter(None, ["dots: error:", rank, line]), file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
     """Return the first UserError among an exception, its causes and the exceptions it was raised in handling."""
-    return next((each for each in _chain(error) if isinstance(each, UserError)), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    pending, seen = [error], set()
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        pending += [current.__context__, current.__cause__]
+    return next((each for each in chain(error) if isinstance(each, UserError)), None)

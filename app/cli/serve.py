@@ -10,27 +10,38 @@ from app.engines import VllmServer
 from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient, until_healthy
 from app.engines.server.options import FleetOptions, full_environment, shown
-from app.engines.server.process import ServerProcess, free_port
+from app.engines.server.process import ServerProcess, free_port, is_local
 from app.module import GRPOModule
+from datamodules.errors import UserError
 
 
-def serve(module: GRPOModule, host: str | None, port: int | None, start_timeout_s: float) -> None:
+def serve(
+    module: GRPOModule, host: str | None, port: int | None, start_timeout_s: float, open_to_network: bool
+) -> None:
     """Run the server until it exits or Ctrl-C is pressed, and print the command that starts it.
 
-    Raises EngineError when the server does not become healthy, or exits on its own.
+    Raises:
+        UserError: other machines could reach the server, which has no key, and nobody has asked for that.
+        EngineError: the server does not become healthy, or exits on its own.
     """
     engine = module.engine
     fleet = engine if isinstance(engine, VllmServer) else FleetOptions()
     options, variable = fleet.server, fleet.api_key_variable
-    options.host = host or options.host
+    options.host = options.host if host is None else host
     key = os.environ.get(variable, "")
+    if not key and not open_to_network and not is_local(options.host):
+        raise UserError(
+            f"server.host is {options.host!r}, which other machines can reach, and the server would have no key: they "
+            f"could replace its weights and use its development endpoints. Set {variable} to a key, or allow it with "
+            "--open_to_network true."
+        )
     listening = port if port is not None else options.port or free_port(options.host)
     command = options.command(module.policy_path, module.policy.stored_dtype(), listening)
     print(shown(command, options.environment()), flush=True)
     started = time.monotonic()
     process = ServerProcess(command, full_environment(options.environment(), key), log=None)
     try:
-        url = f"http://{options.host}:{listening}"
+        url = options.url(listening)
         asyncio.run(_healthy(ServerClient(url, key, variable, 1, 5.0), process, start_timeout_s))
         access = f"key in {variable}" if key else f"no key: set {variable} to require one"
         print(f"healthy after {time.monotonic() - started:.0f} s at {url} ({access}); Ctrl-C stops it", flush=True)

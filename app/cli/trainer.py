@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
+from app.runs.folder import Runs, RunTrainer, find_last
+from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
@@ -20,11 +26,14 @@ from callbacks.stages import StepCallback
 from callbacks.standard import with_standard
 from callbacks.upkeep.checkpoint import RunCheckpoint
 from callbacks.watching.run_table import print_run_table
+from callbacks.watching.validation import validation_interval
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-class DotsTrainer(Trainer):
+
+class DotsTrainer(RunTrainer):
     """Lightning's Trainer for a `GRPOModule` and its prompts; its arguments are Lightning's.
 
     It supplies the standard callbacks (`callbacks.standard`): only what makes the algorithm, and what is not to run
@@ -32,13 +41,19 @@ class DotsTrainer(Trainer):
     sorted by their stage in a step. `enable_checkpointing=False` and `enable_progress_bar=False` leave out the
     callbacks for these.
 
-    Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end.
+    Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end:
+    a fraction as `val_check_interval` is one of the run's steps, by default a tenth.
     """
 
     def __init__(
         self,
         *,
         callbacks: list[Callback] | Callback | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = None,
         num_sanity_val_steps: int | None = 0,
         log_every_n_steps: int | None = 1,
@@ -48,8 +63,16 @@ class DotsTrainer(Trainer):
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
+        # The limits stand here for their types: of Lightning's `Optional[Union[int, float]]` typing's cache may turn the
+        # order around, and then 1 (batch) is read as 1.0 (all of them).
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            val_check_interval=None if in_steps else val_check_interval,
             callbacks=with_standard(
                 listed, checkpoints=enable_checkpointing is not False, progress_bar=enable_progress_bar is not False
             ),
@@ -62,8 +85,13 @@ class DotsTrainer(Trainer):
             use_distributed_sampler=use_distributed_sampler,
             **kwargs,
         )
+        self._interval = val_check_interval if isinstance(val_check_interval, int | float) else None
+        if not in_steps:
+            self.val_check_interval = 1.0  # not set by Lightning, nor read
+        self._validates_by_time = not in_steps
+        raise_stop_iteration(self)
         self._options: dict[str, Any] = {
-            **kwargs, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
+            **kwargs, "limit_train_batches": limit_train_batches, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
         }  # fmt: skip
 
     def fit(  # the checks come before anything is loaded or written, which no hook of a callback does
@@ -78,10 +106,29 @@ class DotsTrainer(Trainer):
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         module, data = _of_a_run(model, datamodule)
+        self._set_interval(module)
+        if ckpt_path == "last":
+            found = find_last(Runs.of(self))
+            rank_zero_info(f"ckpt_path last: {found.said}")
+            self.continued, ckpt_path = found.folder, found.checkpoint
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):
                 callback.check(self, module, data)
-        super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
+        with ExitStack() as owned:
+            run = owned.enter_context(self.own_folder("fit"))
+            if run is not None:
+                resumed = None if ckpt_path is None else Path(ckpt_path)
+                for one in RunCheckpoint.all_of(self):
+                    owned.enter_context(one.own_folder(self, run, resumed))
+            try:
+                super().fit(module, train_dataloaders, val_dataloaders, data, ckpt_path, weights_only)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                raise UserError(
+                    f"{error.filename or self.run} cannot be written ({error.strerror}). Checkpoints that were saved "
+                    "are intact: free disk space, then repeat the command with --ckpt_path last."
+                ) from error
 
     def describe(
         self,
@@ -101,6 +148,7 @@ class DotsTrainer(Trainer):
             weights_only: not used; the config.yaml of a run names it.
         """
         module, data = _of_a_run(model, datamodule)
+        self._set_interval(module)
         print_run_table(
             self,
             module,
@@ -193,12 +241,14 @@ class DotsTrainer(Trainer):
         host: str | None = None,
         port: int | None = None,
         start_timeout_s: float = 300.0,
+        open_to_network: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Run a vLLM server of the config's policy until Ctrl-C; runs use it by `--model.engine.url`.
 
-        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set.
+        The plain command that it runs is printed. The server asks for the key in VLLM_API_KEY if that is set, which it
+        must be where other machines can reach the server.
 
         Args:
             model: the module of the run: its policy and, where its engine is VllmServer, how a server is started.
@@ -206,12 +256,17 @@ class DotsTrainer(Trainer):
             host: address to listen on; the engine's by default, which only this machine reaches.
             port: port to listen on; the engine's by default, and a free one where that is 0.
             start_timeout_s: seconds until the server must be healthy.
+            open_to_network: allow a server that other machines can reach to have no key.
             ckpt_path: not used: a run pushes its weights to the server before it generates.
             weights_only: not used: a checkpoint is never unpickled.
         """
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
-        serve(model, host, port, start_timeout_s)
+        serve(model, host, port, start_timeout_s, open_to_network)
+
+    def _set_interval(self, module: GRPOModule) -> None:
+        if not self._validates_by_time and not self.fast_dev_run:
+            self.val_check_interval = validation_interval(self._interval, self.max_steps, module.mini_batches)
 
     @property
     def _callbacks(self) -> list[Callback]:

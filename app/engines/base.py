@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Sampling:
         check_counts("sampling", self, "num_generations", "max_completion_length")
         check_options(
             "sampling",
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or a positive number"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number"),
         )

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines.ahead import Groups
 from app.engines.base import Sampling, check_counts, check_options, nonfinite_policy
@@ -21,6 +21,8 @@ _PREFIX_BLOCK = 32
 """Tokens per block of the key-value cache: the unit of prefix caching, and a size that the CPU kernels support."""
 
 _MIN_TEMPERATURE = 0.01
+_MAX_LOGPROB = 0.01
+"""Above 0 only by rounding."""
 _FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -174,13 +176,26 @@ class Answer:
     finish_reason: str | None
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return the number of tokens that the policy has an embedding for, padding included."""
+    rows: int = model.get_input_embeddings().num_embeddings
+    return rows
+
+
 def completions_of(
-    answers: Sequence[Answer], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, version: int
+    answers: Sequence[Answer], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, version: int, vocabulary: int
 ) -> Groups:
     """Build groups of `G` completions from `B * G` answers, which are ordered by prompt and then by sample.
 
+    Args:
+        answers: of the engine, which may be a server that is not the policy's.
+        sampling: `G`, the maximum length and the temperature.
+        tokenizer: decodes the tokens.
+        version: of the policy that generated them.
+        vocabulary: number of tokens that the policy has an embedding for.
+
     Raises:
-        EngineError: an answer is missing or incomplete.
+        EngineError: an answer is missing or incomplete, or has a token or log-probability that the policy cannot give.
         FloatingPointError: a log-probability is NaN or infinite, and so are the policy's logits.
     """
     group = sampling.num_generations
@@ -188,9 +203,8 @@ def completions_of(
         raise EngineError(
             f"vLLM returned {len(answers)} completions instead of a multiple of {group}. See vLLM's log for the cause."
         )
-    texts = tokenizer.batch_decode([list(answer.token_ids) for answer in answers], skip_special_tokens=True)
     completions = []
-    for answer, text in zip(answers, texts, strict=True):
+    for answer in answers:
         logprobs = np.array(answer.logprobs, dtype=np.float32)
         reason = _FINISH_REASONS.get(answer.finish_reason)
         if reason is None or not 0 < len(answer.token_ids) == len(logprobs) <= sampling.max_completion_length:
@@ -199,11 +213,22 @@ def completions_of(
                 f"{len(logprobs)} log-probabilities instead of 'stop' or 'length', and 1 to "
                 f"{sampling.max_completion_length} of each. See vLLM's log for the cause."
             )
+        if not 0 <= min(answer.token_ids) <= max(answer.token_ids) < vocabulary:
+            raise EngineError(
+                f"vLLM returned tokens from {min(answer.token_ids)} to {max(answer.token_ids)}, but the policy has the "
+                f"tokens 0 to {vocabulary - 1}. Let it serve this policy."
+            )
+        if (highest := logprobs[~np.isnan(logprobs)].max(initial=-np.inf)) > _MAX_LOGPROB:
+            raise EngineError(
+                f"vLLM returned a log-probability of {highest:g}, but none is above 0. Let it serve this policy, with "
+                "--logprobs-mode processed_logprobs."
+            )
         if not np.isfinite(logprobs).all():
             raise nonfinite_policy(version)
         if sampling.temperature == 0:
             # vLLM reports the full distribution's log-probability, but a greedy draw is certain.
             logprobs[:] = 0
         token_ids = np.array(answer.token_ids, dtype=np.int32)
+        text = tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)
         completions.append(Completion(token_ids, logprobs, reason, policy_version=version, text=text))
     return [tuple(completions[start : start + group]) for start in range(0, len(completions), group)]

@@ -16,6 +16,7 @@ On policy, `mu = pi_old` and both are GRPO (arXiv 2402.03300, equation 3).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,16 +94,17 @@ class SurrogateOptions:
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
             check_choice(f"surrogate.{name}", getattr(self, name), valid)
-        dual_clip_fits = self.dual_clip is None or self.dual_clip > 1 + self.epsilon_high
+        dual_clip_fits = self.dual_clip is None or 1 + self.epsilon_high < self.dual_clip < math.inf
         for name, fits, expected in [
             ("epsilon_low", 0 <= self.epsilon_low <= 1, "a number in [0, 1]"),
             ("epsilon_high", self.epsilon_high >= 0, "0 or more"),
             ("dual_clip", dual_clip_fits, "null or a number above 1 + epsilon_high"),
             ("cispo_cap", self.cispo_cap > 0, "a number above 0"),
-            ("sapo_tau_positive", self.sapo_tau_positive > 0, "a number above 0"),
-            ("sapo_tau_negative", self.sapo_tau_negative > 0, "a number above 0"),
+            ("sapo_tau_positive", 0 < self.sapo_tau_positive < math.inf, "a number above 0"),
+            ("sapo_tau_negative", 0 < self.sapo_tau_negative < math.inf, "a number above 0"),
             ("importance_cap", self.importance_cap > 0, "a number above 0"),
-            ("beta", self.beta >= 0, "0 (no reference) or more"),
+            ("beta", 0 <= self.beta < math.inf, "0 (no reference) or more"),
+            ("entropy_coef", math.isfinite(self.entropy_coef), "a number; 0 is off"),
         ]:
             if not fits:
                 raise UserError(f"surrogate.{name} is {getattr(self, name)}; set it to {expected}.")

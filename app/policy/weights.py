@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -16,6 +17,7 @@ from app.policy.model import causal_lm, tied_weight_names
 from app.policy.scoring import adapted_weight
 from app.runs import checkpoint_files
 from app.runs.sharded_checkpoint import whole_weights
+from datamodules.errors import UserError
 
 CHECKPOINT_PREFIX = "policy_model."
 """Prefix of the policy's tensors in a checkpoint."""
@@ -96,7 +98,10 @@ def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     place = next(parent for parent in folder.parents if parent.exists())
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as temporary:
         written = Path(temporary) / "policy"
-        lm.save_pretrained(written)
+        try:
+            lm.save_pretrained(written)
+        except SafetensorError as error:
+            raise UserError(f"{folder} cannot be written ({error}). Free disk space or give another folder") from error
         if generation is not None:
             generation.to_json_file(written / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(written)

@@ -92,13 +92,19 @@ def compiled(pattern: str) -> re.Pattern[str]:
 class AnswerReward(Reward):
     """Base of rewards that compare each completion with the reference answers of its row, from the column `gold`."""
 
+    one_by_one = True
+
     def __init__(self, weight: float, correctness: bool | None, name: str | None, gold: str | None) -> None:
         super().__init__(weight, correctness, name)
         self.gold = gold
 
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         answers = gold_answers(columns, len(completions), self.gold)
         return [self.score(text_of(text), gold) for text, gold in zip(completions, answers, strict=True)]
+
+    def can_read(self, gold: str) -> bool:
+        """Return whether a reference answer says something that this reward can compare with."""
+        return bool(gold)
 
     @abstractmethod
     def score(self, text: str, gold: list[str]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from datamodules.types import Messages
@@ -29,6 +29,9 @@ class Reward(ABC):
 
     preload: ClassVar[tuple[str, ...]] = ()
     """Slow, fork-safe modules that `load` needs. They are imported once, before the workers are forked."""
+    one_by_one: ClassVar[bool] = False
+    """Whether a worker calls the reward with one completion at a time, under the time limit for each, so that a failure
+    costs no other score. For rewards whose scores depend on nothing but their own row."""
 
     def __init__(self, weight: float = 1.0, correctness: bool | None = None, name: str | None = None) -> None:
         self.weight = weight
@@ -38,9 +41,16 @@ class Reward(ABC):
     def load(self) -> None:
         """Import what scoring needs. Called once per worker before its first score, outside the time limit."""
 
+    @property
+    def receiver(self) -> Callable[..., object]:
+        """What is called with the columns of the data in the end, for messages about its signature. Loads nothing."""
+        return self.__call__
+
     @abstractmethod
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         """Return one score per completion; None where this reward does not apply.
+
+        A score is at most 1e6 in magnitude (`workers.task.MAX_SCORE`).
 
         Args:
             prompts: `N` rendered prompts, or message lists for conversational data.

@@ -17,11 +17,13 @@ class Format(Reward):
         name: name in logged metrics.
     """
 
+    one_by_one = True
+
     def __init__(self, pattern: str, weight: float = 1.0, correctness: bool = False, name: str | None = None) -> None:
         super().__init__(weight, correctness, name)
         self.pattern = compiled(pattern)
 
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         return [float(self.pattern.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 
@@ -38,6 +40,8 @@ class SoftOverlong(Reward):
         name: name in logged metrics.
     """
 
+    one_by_one = True
+
     def __init__(self, max_completion_length: int, buffer: int, weight: float = 1.0, name: str | None = None) -> None:
         super().__init__(weight, False, name)
         if not 0 < buffer <= max_completion_length:
@@ -48,6 +52,6 @@ class SoftOverlong(Reward):
         self.max_completion_length = max_completion_length
         self.buffer = buffer
 
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         free = self.max_completion_length - self.buffer
         return [max(min((free - len(ids)) / self.buffer, 0.0), -1.0) for ids in completion_ids]

@@ -64,7 +64,12 @@ class Function(Reward):
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         self._accepted = None if takes_all else {parameter.name for parameter in parameters}
 
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    @property
+    def receiver(self) -> RewardFunction:
+        assert self._call is not None
+        return self._call
+
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         if self._call is None:
             self.load()
         assert self._call is not None

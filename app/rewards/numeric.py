@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 
+from app.rewards import equality
 from app.rewards.answers import AnswerReward, AnswerSpan
+from app.rewards.numbers import Number, find_numbers
+from datamodules.answers import boxed_answer
 from datamodules.errors import UserError
 
-# A sign is part of a number unless the sign subtracts from what precedes it.
-NUMBER = re.compile(
-    r"(?<![^\W_])(?<!\d\.)(?:(?<![\w)\]}])[-+])?"
-    r"(?P<mantissa>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w)|\s?/\s?(?P<denominator>\d+(?:\.\d+)?)(?![\d,/]))?"
-)
-MAX_DIGITS = 1000
-"""Longer numbers are ignored: exact arithmetic on them would take seconds."""
-
-
-def find_numbers(text: str) -> list[Fraction]:
-    """Return all numbers in `text`, exactly: `-3`, `+2.50`, `1,234`, `3/4`, `1e-3`; a Unicode minus is a minus.
-
-    `5-3` contains 5 and 3, `x=-3` contains -3. Numbers that are part of a word (`x2`), fractions over zero and numbers
-    of more than `MAX_DIGITS` digits are ignored.
-    """
-    numbers = []
-    for match in NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")):
-        mantissa, exponent, denominator = match["mantissa"].replace(",", ""), match["exponent"], match["denominator"]
-        if len(match[0]) > MAX_DIGITS or (exponent and (len(exponent) > 4 or abs(int(exponent)) > MAX_DIGITS)):
-            continue
-        value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-        if denominator:
-            if not Fraction(denominator):
-                continue
-            value /= Fraction(denominator)
-        numbers.append(-value if match[0].startswith("-") else value)
-    return numbers
+_SENTENCE = re.compile(r"[A-Za-z]{2,}[^\\_^=]*[ :]")
+"""Text around a number, rather than a formula that holds one."""
 
 
 class Numeric(AnswerReward):
-    """1 if the number given as the answer equals the reference, else 0; None if the reference has no number.
+    """1 if the number given as the answer equals the reference, else 0; None if the reference is not a number.
 
     The answer is the last number of the completion; with `after`, the first number after the last `after`; with
-    `pattern`, the last number of the match. `1,000`, `1000.0`, `+1000` and `2000/2` are the same number.
+    `pattern`, the last number of the match. `1,000`, `1000.0`, `+1000` and `2000/2` are the same number, and so are
+    `1 1/2` and `1.5`. Units, currency and percent signs are ignored: `12 km^2` is 12. A reference is one number or
+    a text whose last number counts; formulas, lists (`3,5`) and numbers in another base are none.
 
     Args:
         weight: factor of this reward in the optimised sum.
@@ -52,7 +32,8 @@ class Numeric(AnswerReward):
             `solution` and the like.
         after: string before the answer, e.g. `####` or `=`; a completion without it scores 0.
         pattern: regular expression whose last match (its first group, if it has one) contains the answer.
-        tolerance: largest accepted difference, relative to the reference where that exceeds 1 in absolute value.
+        tolerance: largest accepted difference, relative to the reference. By default integers and fractions are exact,
+            and decimals may be rounded (1e-6 relative, and one unit of the last place that is written).
     """
 
     def __init__(
@@ -63,29 +44,47 @@ class Numeric(AnswerReward):
         gold: str | None = None,
         after: str = "",
         pattern: str = "",
-        tolerance: float = 1e-6,
+        tolerance: float | None = None,
     ) -> None:
         super().__init__(weight, correctness, name, gold)
-        if not 0 <= tolerance < float("inf"):
+        if tolerance is not None and not 0 <= tolerance < float("inf"):
             raise UserError(f"tolerance is {tolerance}, which is not in [0, inf). Use 0 (exact) or a small number.")
         self.span = AnswerSpan(after, pattern)
-        self.tolerance = Fraction(tolerance)
+        self.tolerance = None if tolerance is None else Fraction(tolerance)
+
+    def can_read(self, gold: str) -> bool:
+        return _reference(gold) is not None
 
     def score(self, text: str, gold: list[str]) -> float | None:
-        accepted = [numbers[-1] for numbers in map(find_numbers, gold) if numbers]
-        if not accepted:
+        references = [number for number in map(_reference, gold) if number is not None]
+        if not references:
             return None
         found = find_numbers(self.span(text) or "")
         if not found:
             return 0.0
         given = found[0] if self.span.after else found[-1]
-        return float(any(abs(given - right) <= self.tolerance * max(Fraction(1), abs(right)) for right in accepted))
+        if self.tolerance is None:
+            return float(any(right.equals(given) for right in references))
+        return float(any(abs(given.value - one.value) <= self.tolerance * abs(one.value) for one in references))
+
+
+@lru_cache(maxsize=1024)
+def _reference(text: str) -> Number | None:
+    """Return the number that a reference answer is, or the last one in its text; None if it is something else."""
+    answer = equality.read(text)
+    while isinstance(answer, equality.Named):
+        answer = answer.value
+    if isinstance(answer, equality.Quantity) and answer.number is not None:
+        return answer.number
+    in_text = isinstance(answer, equality.Quantity | equality.Words) and _SENTENCE.search(text)
+    found = find_numbers(text) if in_text else []
+    return found[-1] if found else None
 
 
 class Exact(AnswerReward):
     """1 if the answer is one of the reference strings, else 0; None without a reference.
 
-    Surrounding whitespace and a final full stop are ignored, and inner whitespace counts as one space.
+    Surrounding whitespace, a box and a final full stop are ignored, and inner whitespace counts as one space.
 
     Args:
         weight: factor of this reward in the optimised sum.
@@ -118,5 +117,7 @@ class Exact(AnswerReward):
         return float(answer is not None and self._normal(answer) in {self._normal(right) for right in gold})
 
     def _normal(self, text: str) -> str:
+        if text.strip().startswith((r"\boxed", r"\fbox")):
+            text = boxed_answer(text) or text
         text = " ".join(text.split()).removesuffix(".").rstrip()
         return text.casefold() if self.ignore_case else text

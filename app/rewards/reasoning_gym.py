@@ -27,6 +27,7 @@ class ReasoningGym(Reward):
     """
 
     preload = ("reasoning_gym",)
+    one_by_one = True
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ReasoningGym(Reward):
     def load(self) -> None:
         import reasoning_gym  # noqa: F401
 
-    def __call__(self, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         for needed in ("answer", "metadata"):
             if completions and needed not in columns:
                 given = ", ".join(map(repr, sorted(columns))) or "none"

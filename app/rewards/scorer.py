@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from app.rewards.base import Reward
+from app.rewards.incidents import Incidents
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
-from app.rewards.workers.task import Call, CallResult, FailureKind, TrainerState
+from app.rewards.workers.task import Call, CallResult, TrainerState
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
 from datamodules.types import Completion, Prompt, RolloutGroup, Source
 
+logger = logging.getLogger("dots.rewards")
+
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
 """Arguments of reward functions, which a column of the data must not replace."""
+
+
+MAX_WEIGHT = 1e6
+"""Largest magnitude of a weight: the square of a weighted sum of scores must fit into float32, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,37 +38,39 @@ class ScoreResult:
     Attributes:
         groups: one per prompt, in order, without the completions that were left out (possibly all of them).
         timed_out: scores that took too long.
-        crashed: scores lost to an exception, a dead worker, or a value that is not a finite number.
-        unscored: correctness scores that are None; they count as failures, because difficulty is undefined without.
+        crashed: scores lost to an exception, a dead worker, or a value that is not a number within bounds.
+        failed: completions with a score that timed out or crashed.
+        unscored: completions to which no correctness reward applies. They are always left out.
         dropped: completions left out.
-        extras: values given to `log_extra` by column: one per remaining completion in the order of `groups`, None where
-            none was logged.
+        failed_by_reward: completions whose score by a reward failed, by the name of the reward.
         logged: values given to `log_metric`, by `<reward name>/<metric>`, averaged over completions.
     """
 
     groups: list[RolloutGroup]
     timed_out: int
     crashed: int
+    failed: int
     unscored: int
     dropped: int
-    extras: Mapping[str, list[Any]]
+    failed_by_reward: Mapping[str, int]
     logged: Mapping[str, WeightedMean]
 
 
 class RewardScorer:
     """Scores completions by several rewards, in worker processes.
 
-    The optimized reward is the weighted sum; a reward that returns None contributes nothing (as in TRL).
+    The optimized reward is the weighted sum; a reward that returns None contributes nothing (as in TRL). A completion's
+    correctness, which defines how difficult its prompt is, is the score of the first correctness reward (see `Reward`)
+    that applies to it.
 
     Args:
-        rewards: rewards, one of which defines how difficult a prompt is: the one marked `correctness`, or else the
-            first.
-        on_failure: what happens to a completion whose score timed out or crashed: "drop" leaves it out of its group,
-            "zero" scores it 0 in the reward that failed.
+        rewards: the rewards.
+        on_failure: what happens in training to a completion whose score timed out or crashed: "drop" leaves it out of
+            its group, "zero" scores it 0 in the reward that failed.
         workers: worker processes and their limits.
 
     Raises:
-        UserError: no rewards, several marked as correctness, or a weight that is not a finite number.
+        UserError: no rewards, or a weight that is not a number within `MAX_WEIGHT`.
     """
 
     def __init__(
@@ -74,23 +83,22 @@ class RewardScorer:
                 "rewards is an empty list, expected at least one reward. Add one, e.g. class_path: app.rewards.Math."
             )
         for reward in rewards:
-            if not math.isfinite(reward.weight):
+            if not abs(reward.weight) <= MAX_WEIGHT:
                 raise UserError(
-                    f"The weight of reward {reward.name!r} is {reward.weight}, expected a finite number. Change it."
+                    f"The weight of reward {reward.name!r} is {reward.weight}, expected a number of at most "
+                    f"{MAX_WEIGHT:g} in magnitude. Change it."
                 )
         self.rewards = list(rewards)
         self.names = _unique_names(self.rewards)
         self.weights = np.array([reward.weight for reward in rewards], dtype=np.float32)
         marked = [position for position, reward in enumerate(rewards) if reward.correctness]
-        if len(marked) > 1:
-            names = ", ".join(repr(rewards[position].name) for position in marked)
-            raise UserError(
-                f"correctness is true for {len(marked)} rewards ({names}), expected one. Remove it from the others."
-            )
-        self.correctness = marked[0] if marked else 0
+        unmarked = [position for position, reward in enumerate(rewards) if reward.correctness is None]
+        self.correctness = marked or unmarked or [0]
+        """Positions of the correctness rewards."""
         self.on_failure = on_failure
         self.options = workers or WorkerOptions()
         self._workers = RewardWorkers(self.rewards, self.options)
+        self._incidents = Incidents(self.names, self.options)
 
     def start(self) -> None:
         """Start the workers without waiting, so that the first scores do not wait for their imports."""
@@ -104,6 +112,35 @@ class RewardScorer:
         """Stop the workers. May be called twice."""
         self._workers.close()
 
+    def try_out(self, prompts: Sequence[Prompt]) -> None:
+        """Score the reference answers of prompts, so that a reward that cannot work is refused before any rollout.
+
+        Raises:
+            UserError: the signature of a reward, the columns it reads, or what it returns is wrong. What it raises
+                otherwise, and that it takes too long, is told in a line.
+        """
+        calls, tried = [], []
+        for reward, name in enumerate(self.names):
+            for prompt in prompts:
+                answers = (prompt.columns.get(column) for column in ("answer", "solution", "ground_truth"))
+                text = str(next((answer for answer in answers if answer is not None), prompt.question))
+                ids, logprobs = np.array(prompt.token_ids[-1:], np.int32), np.zeros(1, np.float32)
+                one = Completion(ids, logprobs, "stop", 0, text)
+                # Two, so that a reward which returns a single score is noticed.
+                calls.append(replace(_call([prompt], [(one, one)], reward, TrainerState(), seed=0), trial=True))
+                tried.append((name, f"prompt {prompt.id!r}, its reference answer {text[:80]!r}"))
+        for (name, where), result in zip(tried, self._workers.run(calls), strict=True):
+            if failure := result.failures.get(0):
+                logger.warning(
+                    "Reward %r fails on a trial completion of %s: %s. The run goes on, and ends if the reward fails on "
+                    "every completion of a step.", name, where, failure.error,
+                )  # fmt: skip
+
+    @property
+    def incidents(self) -> Incidents:
+        """What has gone wrong since the last report."""
+        return self._incidents
+
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -112,6 +149,7 @@ class RewardScorer:
         source: Source,
         step: int,
         state: TrainerState | None = None,
+        measured: bool = False,
     ) -> ScoreResult:
         """Score the completions of every prompt.
 
@@ -121,6 +159,8 @@ class RewardScorer:
             source: source of the groups.
             step: step in which the completions were generated.
             state: passed to functions as `trainer_state`; by default one that holds only the step.
+            measured: the groups are measured and not trained on, so that a failed score counts as 0 and never as
+                absent, whatever `on_failure` is.
 
         Raises:
             UserError: a reward cannot be loaded, or rejects its configuration or the columns of the data.
@@ -148,13 +188,23 @@ class RewardScorer:
         failed = np.zeros(scores.shape, dtype=bool)
         for reward, result in enumerate(by_reward):
             failed[reward, list(result.failures)] = True
-        unscored = np.isnan(scores[self.correctness]) & ~failed[self.correctness]
-        failed[self.correctness] |= unscored
         scores[failed] = 0.0
-        kept: np.ndarray = (
-            np.logical_not(failed.any(axis=0)) if self.on_failure == "drop" else np.ones(count, dtype=bool)
-        )
-        kinds: list[FailureKind] = [kind for result in by_reward for kind in result.failures.values()]
+        correctness = np.full(count, np.nan, dtype=np.float32)
+        for reward in reversed(self.correctness):
+            applies = ~np.isnan(scores[reward])
+            correctness[applies] = scores[reward, applies]
+        unscored = np.isnan(correctness)
+        any_failed = failed.any(axis=0)
+        kept = ~unscored if measured or self.on_failure == "zero" else ~(unscored | any_failed)
+        kinds = [failure.kind for result in by_reward for failure in result.failures.values()]
+        texts = [completion.text for group in completions for completion in group]
+        labels = [label for call in calls[:size] for label in call.labels]
+        self._incidents.add(by_reward, labels, texts, unscored)
+        extras: dict[str, list[Any]] = {}
+        for result in by_reward:
+            for column, values in result.extras.items():
+                known = extras.get(column, values)
+                extras[column] = [new if old is None else old for old, new in zip(known, values, strict=True)]
         logged = Ledger()
         for name, result in zip(self.names, by_reward, strict=True):
             for metric, value, weight in result.metrics:
@@ -168,22 +218,21 @@ class RewardScorer:
                     prompt=prompt,
                     completions=tuple(sampled[row - start] for row in rows),
                     rewards=total[rows],
-                    correctness=scores[self.correctness, rows],
+                    correctness=correctness[rows],
                     components={name: scores[reward, rows] for reward, name in enumerate(self.names)},
                     source=source,
                     birth_step=step,
+                    extras={column: [values[row] for row in rows] for column, values in extras.items()},
                 )
             )
-        rows = np.flatnonzero(kept)
         return ScoreResult(
             groups=groups,
             timed_out=kinds.count("timed_out"),
             crashed=kinds.count("crashed"),
+            failed=int(any_failed.sum()),
             unscored=int(unscored.sum()),
             dropped=int(count - kept.sum()),
-            extras={
-                name: [values[row] for row in rows] for result in by_reward for name, values in result.extras.items()
-            },
+            failed_by_reward=dict(zip(self.names, failed.sum(axis=1).tolist(), strict=True)),
             logged=logged.reward_metrics,
         )
 

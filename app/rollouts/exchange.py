@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -59,7 +59,13 @@ def exchange(ranks: Ranks, prompts: Sequence[Prompt], shares: Sequence[Sequence[
     asked = blake2b("\n".join(prompt.id for prompt in prompts).encode(), digest_size=16).hexdigest()
     packed = pack_groups(mine.groups)
     arrays = packed.pop("arrays")
-    header = {"asked": asked, "groups": packed, "counts": dict(mine.counts), "logged": dict(mine.logged)}
+    header = {
+        "asked": asked,
+        "groups": packed,
+        "counts": dict(mine.counts),
+        "logged": dict(mine.logged),
+        "extras": [dict(group.extras) for group in mine.groups],
+    }
     text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8).copy()
     messages = ranks.gather(save(arrays | {"header": torch.from_numpy(text)}), "rollouts")
     groups: list[RolloutGroup | None] = [None] * len(prompts)
@@ -74,8 +80,9 @@ def exchange(ranks: Ranks, prompts: Sequence[Prompt], shares: Sequence[Sequence[
                 "data, configuration and package versions on all ranks."
             )
         pool = PromptPool.of([prompts[position] for position in share])
-        for position, group in zip(share, unpack_groups(header["groups"] | {"arrays": arrays}, pool), strict=True):
-            groups[position] = group
+        unpacked = unpack_groups(header["groups"] | {"arrays": arrays}, pool)
+        for position, group, extras in zip(share, unpacked, header["extras"], strict=True):
+            groups[position] = replace(group, extras=extras)
         counts.update(header["counts"])
         for name, mean in header["logged"].items():
             logged.average(name, WeightedMean(*mean))

@@ -98,7 +98,10 @@ class RolloutPipeline:
         if self.ranks.size > 1:
             with ledger.phase(_phase(purpose)):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
-        return rolled.account(ledger)
+        groups = rolled.account(ledger)
+        if purpose != "validate":  # whose batches may be as small as one prompt
+            self.stop_if_a_reward_fails(ledger, f"Step {step}")
+        return groups
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
         """Start to roll out the prompts of a later step with the current policy, for `finish`.
@@ -114,7 +117,9 @@ class RolloutPipeline:
         """
         with ledger.phase("rollout"):
             completions = ahead.result()
-        return self._scored(prompts, completions, ledger, "train", birth_step, "fresh").account(ledger)
+        groups = self._scored(prompts, completions, ledger, "train", birth_step, "fresh").account(ledger)
+        self.stop_if_a_reward_fails(ledger, f"Step {birth_step + 1}")
+        return groups
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)
@@ -130,17 +135,43 @@ class RolloutPipeline:
     ) -> Rolled:
         phase = _phase(purpose)
         with ledger.phase("reward" if phase == "rollout" else phase):
-            result = self.scorer.score(prompts, completions, source=source, step=step, state=self.trainer_state())
+            result = self.scorer.score(
+                prompts, completions, source=source, step=step, state=self.trainer_state(),
+                measured=purpose == "validate",
+            )  # fmt: skip
         counts = {
             f"{purpose}/prompts": len(prompts),
             f"{purpose}/completions": sum(len(group) for group in completions),
             f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+            "rewards/completions": sum(len(group) for group in completions),
             "rewards/timed_out": result.timed_out,
             "rewards/crashed": result.crashed,
+            "rewards/failed": result.failed,
             "rewards/unscored": result.unscored,
             "rewards/dropped": result.dropped,
         }
+        counts |= {f"rewards/failed/{name}": failed for name, failed in result.failed_by_reward.items()}
         return Rolled(result.groups, counts, result.logged)
+
+    def stop_if_a_reward_fails(self, ledger: Ledger, where: str) -> None:
+        """End the run when every score of a reward that a ledger counts has failed.
+
+        Args:
+            ledger: of a step or a validation.
+            where: the beginning of the message, e.g. "Step 3".
+
+        Raises:
+            UserError: names the first cause. The same on every rank, which knows the causes of its own share.
+        """
+        count = int(ledger.counts["rewards/completions"])
+        for name in self.scorer.names:
+            if count and ledger.counts[f"rewards/failed/{name}"] == count:
+                cause = self.scorer.incidents.first_cause(name) or "on another rank, whose message tells the cause"
+                raise UserError(
+                    f"{where}: every score of reward {name!r} failed, those of {count} completions; first on {cause}. "
+                    "Correct the reward or the data, or raise the limit that is named, and start again or resume: "
+                    "checkpoints of earlier steps are kept."
+                )
 
 
 def _phase(purpose: str) -> str:

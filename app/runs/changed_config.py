@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,13 +11,19 @@ import yaml
 _MAX_SHOWN = 20
 _CHANGED_BY_RESUME = ("ckpt_path", "weights_only", "trainer.logger.init_args.version", "on_damaged_checkpoint")
 _ABSENT = "(not set)"
+_KEPT = {
+    r"data\..*\.p_(easy|hard)": "stays as it was: the selector has moved it since",
+    r"trainer\.callbacks.*\.patience": "stays as it was: the callback saves it",
+    r"model\..*policy\.path": "the weights are those of the checkpoint",
+}
+"""Settings that a checkpoint brings with it, with what is said of them. All others take effect with the next step."""
 
 
 def changes(saved: Mapping[str, object], given: Mapping[str, object]) -> list[str]:
     """Return `name: before -> now` for every setting that differs, in the order of the settings."""
     before, now = dict(_flatten(saved)), dict(_flatten(given))
     return [
-        f"{name}: {before.get(name, _ABSENT)} -> {now.get(name, _ABSENT)}"
+        f"{name}: {before.get(name, _ABSENT)} -> {now.get(name, _ABSENT)}{_remark(name)}"
         for name in {**before, **now}
         if name not in _CHANGED_BY_RESUME and before.get(name, _ABSENT) != now.get(name, _ABSENT)
     ]
@@ -41,6 +48,10 @@ def report(checkpoint: Path, given: Mapping[str, object]) -> str | None:
     more = [f"and {len(found) - _MAX_SHOWN} more"] if len(found) > _MAX_SHOWN else []
     lines = [f"  {line}" for line in [*found[:_MAX_SHOWN], *more]]
     return "\n".join([f"resuming from {checkpoint.name} with other settings than its run had:", *lines])
+
+
+def _remark(name: str) -> str:
+    return next((f" ({said})" for pattern, said in _KEPT.items() if re.fullmatch(pattern, name)), "")
 
 
 def _flatten(node: object, path: str = "") -> Iterator[tuple[str, object]]:

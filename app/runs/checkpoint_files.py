@@ -10,7 +10,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,18 +113,18 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_whole(folder: Path, on_damage: OnDamage = "previous") -> Path:
-    """Return the newest intact checkpoint of a run's folder; log a warning about every damaged one that is newer.
+def newest_whole(folders: Sequence[Path], on_damage: OnDamage = "previous") -> Path:
+    """Return the newest intact checkpoint of a run; log a warning about every damaged one that is newer.
 
     Args:
-        folder: the `checkpoints` folder of one run.
+        folders: the folders that hold the checkpoints of the run.
         on_damage: "previous" falls back to the checkpoint before a damaged one, "stop" raises.
 
     Raises:
         DamagedCheckpointError: no checkpoint is intact, or the newest is damaged and `on_damage` is "stop".
     """
     damaged = ""
-    for path in by_age(folder):
+    for path in by_age(*folders):
         try:
             check(path)
         except DamagedCheckpointError as error:
@@ -134,13 +134,19 @@ def newest_whole(folder: Path, on_damage: OnDamage = "previous") -> Path:
             logger.warning("%s. The checkpoint before it is used", error)
             continue
         return path
-    raise DamagedCheckpointError(f"{damaged}; no other checkpoint in {folder} is intact. Start a new run")
+    raise DamagedCheckpointError(f"{damaged}; no other checkpoint in {folders[0]} is intact. Start a new run")
 
 
-def by_age(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*.ckpt") if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+def by_age(*folders: Path) -> list[Path]:
+    """Return the checkpoints in a run's folders, newest first."""
+    found = [path for folder in folders for path in folder.glob("step_*.ckpt") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the number of steps after which a checkpoint was written; -1 if its name doesn't say."""
+    match = _STEP.fullmatch(path.name)
+    return -1 if match is None else int(match[1])
 
 
 def _check_seal(path: Path) -> None:

@@ -59,6 +59,8 @@ class RunSummary:
         rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`).
         config_sha256: hash of the run's config.yaml, or None if it has none.
         completed: whether the run ended as configured.
+        unscored_completions: number of completions that were left out because no correctness reward applies to them;
+            0 in a file of an earlier version, which did not count them.
     """
 
     steps: int
@@ -82,6 +84,7 @@ class RunSummary:
     seed: int
     config_sha256: str | None
     completed: bool
+    unscored_completions: int = 0
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:
@@ -106,5 +109,5 @@ class RunSummary:
     def write(self, path: Path) -> None:
         """Write a `summary.json`, replacing an older one as a whole."""
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, path)

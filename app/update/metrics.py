@@ -63,6 +63,7 @@ def update_metrics(updates: Sequence[Update], parts: Sequence[MiniBatch]) -> dic
     metrics = {
         "loss": float(np.mean([float(one.loss) for one in seen])),
         "grad_norm": float(np.mean(norms)),
+        "learning_rate": updates[-1].learning_rate,
         "updates/skipped": float(sum(update.skipped for update in updates)),
         "updates/empty": float(sum(not part.sequences for part in parts)),
         "updates/zero_advantage_token_fraction": sum(part.skipped_tokens for part in parts) / max(1, tokens),

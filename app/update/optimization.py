@@ -44,7 +44,8 @@ class Optimization:
             return all(map(math.isfinite, values))
 
         checks = [
-            ("learning_rate", finite(self.learning_rate) and self.learning_rate > 0, "a number above 0"),
+            # AdamW cannot compute with a rate beyond float32's range.
+            ("learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30"),
             ("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of 0 or more and below 1"),
             ("clip_norm", finite(self.clip_norm) and self.clip_norm >= 0, "0 (off) or more"),
@@ -75,6 +76,14 @@ class Optimization:
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
 
+    def apply(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
+        """Make an optimizer and a schedule that a checkpoint has restored follow these options, not those saved."""
+        rate = self.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group in optimizer.param_groups:
+            decay = self.weight_decay if group["params"][0].ndim >= 2 else 0.0
+            group |= {"lr": rate, "initial_lr": self.learning_rate, "betas": self.betas, "weight_decay": decay}
+        scheduler.base_lrs = [self.learning_rate] * len(optimizer.param_groups)
+
     def clip(self, model: torch.nn.Module) -> torch.Tensor:
         """Scale gradients with a larger norm down to the clip norm; return the norm before clipping."""
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -82,17 +91,17 @@ class Optimization:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def check_weights(self, model: torch.nn.Module, ranks: Ranks, step: int) -> None:
-        """Raise UserError if a trained weight is not finite after an optimizer step. Collective if sharded.
+        """Raise UserError if the norm of the trained weights is not finite after an optimizer step.
 
-        Nothing can be saved then: the weights before the step are in the last checkpoint only.
+        Nothing can be saved then: the weights before the step are in the last checkpoint only. Collective if the policy
+        is sharded.
         """
         trained = [own_part(one.detach()) for one in model.parameters() if one.requires_grad]
-        largest = torch.nn.utils.get_total_norm([one for one in trained if one.numel()], norm_type=math.inf)
-        infinite = not bool(torch.isfinite(largest))
+        infinite = not bool(torch.isfinite(torch.nn.utils.get_total_norm(trained)))
         if ranks.any(infinite) if any(isinstance(one, DTensor) for one in model.parameters()) else infinite:
             raise UserError(
-                f"Stopped at step {step}: the update made weights NaN or infinite. The last checkpoint has the weights "
-                f"before it: resume with model.optimization.learning_rate below {self.learning_rate:g}."
+                f"Stopped at step {step}: the update made the norm of the weights NaN or infinite. The last checkpoint "
+                f"has weights from before it: resume with model.optimization.learning_rate below {self.learning_rate}."
             )
 
     def check_length(self, total_steps: int | None) -> None:

@@ -74,11 +74,13 @@ class Update:
     Attributes:
         seen: totals of its forward passes, over all ranks.
         grad_norm: scalar, before clipping.
+        learning_rate: the rate of the step.
         skipped: the loss or the gradient was not finite, so the weights did not change.
         imbalance: excess of the busiest rank's tokens over the mean; None in a run of one process.
     """
 
     seen: Seen
     grad_norm: Tensor
+    learning_rate: float
     skipped: bool
     imbalance: float | None

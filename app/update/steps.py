@@ -84,10 +84,12 @@ class Updates:
                 self.guard.passed()
             # Without gradients (nothing to learn, or not finite) AdamW changes no weight, but the schedule and
             # Lightning's step counter must advance.
+            rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             self.optimization.check_weights(learner.policy, ranks, step)
             scheduler.step()
-            updates.append(Update(seen, norm, not finite, token_imbalance(all_shares) if ranks.size > 1 else None))
+            imbalance = token_imbalance(all_shares) if ranks.size > 1 else None
+            updates.append(Update(seen, norm, rate, not finite, imbalance))
         return updates
 
 

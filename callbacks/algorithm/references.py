@@ -53,7 +53,8 @@ class ReferenceRollouts(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self._restored:
-            self._measure(pl_module, self._before_first, step=0)
+            # A run that resumes without having measured references begins with them now.
+            self._measure(pl_module, self._before_first, step=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         batch.ledger.add(self._before_first)
@@ -72,7 +73,7 @@ class ReferenceRollouts(StepCallback):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
-        if step % self.every == 0 and trainer.global_step < trainer.max_steps:
+        if step % self.every == 0 and not trainer.global_step >= trainer.max_steps > 0:
             self._measure(pl_module, batch.ledger, step)
 
     def _measure(self, pl_module: GRPOModule, ledger: Ledger, step: int) -> None:

@@ -114,6 +114,9 @@ class RolloutReplay(StepCallback):
             )
         # Now, since the number of prompts chosen for the next step depends on the groups that remain.
         batch.metrics["replay/dropped_old"] = float(self.buffer.expire(batch.step + 1))
+        self._set_fresh_prompts()
+
+    def _set_fresh_prompts(self) -> None:
         prompts = self._data.prompts_per_step
         self._data.fresh_prompts = prompts - min(self.replayed_per_step(prompts), len(self.buffer))
 
@@ -122,3 +125,4 @@ class RolloutReplay(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state_dict, self._data.pools["train"])
+        self._set_fresh_prompts()

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
+from datamodules.ledger import Ledger
 from datamodules.online import OnlinePromptDataModule
 from datamodules.selectors import Selector
 from datamodules.types import Outcomes, Prompt, TrainBatch
@@ -43,9 +44,20 @@ class Rollouts(StepCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        roll, sampling = pl_module.pipeline.roll, pl_module.val_sampling
-        batch.add(roll(batch.prompts, sampling, batch.ledger, purpose="validate", step=0, source="fresh"))
+        pipeline, sampling = pl_module.pipeline, pl_module.val_sampling
+        batch.add(pipeline.roll(batch.prompts, sampling, batch.ledger, purpose="validate", step=0, source="fresh"))
+        self._measured.add(batch.ledger)
+        if self._measured.counts["validate/prompts"] > 1:
+            pipeline.stop_if_a_reward_fails(self._measured, "Validation")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._measured = Ledger()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        pl_module.pipeline.stop_if_a_reward_fails(self._measured, "Validation")
 
     # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
     on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
+    on_test_start = on_predict_start = on_validation_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

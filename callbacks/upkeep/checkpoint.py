@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
-from app.runs.checkpoint_files import by_age, flush, remove, seal, seal_of
-from app.runs.folder import LAST, run_folder
+from app.runs.checkpoint_files import DamagedCheckpointError, by_age, flush, remove, seal, seal_of, step_of
+from app.runs.checkpoint_files import check as check_files
+from app.runs.folder import CHECKPOINTS, LAST, RunTrainer, owner_id, run_folder
+from app.runs.ownership import Claim
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
@@ -22,12 +26,13 @@ from datamodules.types import TrainBatch
 
 
 class RunCheckpoint(StepCallback, Checkpoint):
-    """Saves every `every` steps, after the last step, when an update is not finite, and at the end of the step in which
-    Ctrl-C or SIGTERM arrives.
+    """Saves every `every` steps, after the step in which the run ends or is stopped, whatever stops it, and when an
+    update is not finite.
 
     A checkpoint is written under a temporary name, flushed to disk and renamed; its SHA-256 is stored next to it. It is
     written when the step has updated all state, including the validation due after it, so that a resumed run continues
-    as if it had never stopped.
+    as if it had never stopped. A folder holds the checkpoints of one run: that of another run is refused. Several of
+    these callbacks, each with a folder of its own, keep checkpoints independently.
 
     Args:
         every: steps between two checkpoints.
@@ -55,36 +60,98 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self.on_write_error = on_write_error
         self.seconds = 0.0
         self._due: int | None = None
-        self._is_last = False
         self._step = 0
+        self._saved = 0
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        others = [one for one in self.all_of(trainer) if one is not self]
+        if any(_place(one.dirpath) == _place(self.dirpath) for one in others):
+            raise UserError(
+                f"Two callbacks.RunCheckpoint write to {self.dirpath or 'the folder of the run'}, but each needs a "
+                "folder of its own. Set another dirpath, or list one of them."
+            )
+        if trainer.is_global_zero and self.dirpath:
+            _check_writable(Path(self.dirpath))
+
+    @contextlib.contextmanager
+    def own_folder(self, trainer: RunTrainer, run: Claim, resumed: Path | None) -> Iterator[None]:
+        """Own the folder of the checkpoints in the context, which is the run's own unless `dirpath` is set.
+
+        Args:
+            trainer: the trainer of the run.
+            run: the run's claim to its folder.
+            resumed: the checkpoint that the run resumes from.
+
+        Raises:
+            UserError: the folder has checkpoints of another run, or later ones than the run resumes from.
+        """
+        folder = self._folder(trainer)
+        self._check_owner(folder, run, resumed, continues=trainer.continued is not None)
+        if not self.dirpath:
+            yield
+            return
+        claim = Claim(folder, replace(run.owner, checkpoints=()), take_over=True)
+        try:
+            run.add_checkpoints(folder)
+            yield
+        finally:
+            claim.release(forget=not trainer.begun)
+
+    def _check_owner(self, folder: Path, run: Claim, resumed: Path | None, *, continues: bool) -> None:
+        saved = by_age(folder)
+        if not saved:
+            return
+        option = "callbacks.RunCheckpoint.dirpath" if self.dirpath else "the version of the first logger"
+        here = owner_id(folder)
+        ours = continues and here == run.owner.id
+        if resumed is not None:
+            resumed = resumed.resolve()
+            ours = ours or resumed.parent == folder.resolve() or (here is not None and here == owner_id(resumed.parent))
+        if not ours:
+            raise UserError(
+                f"{folder} has checkpoints of another run ({saved[0].name}), which this run would mix with its own. "
+                f"Resume that run with --ckpt_path {saved[0]}, or set {option} to another folder."
+            )
+        later = [one for one in saved if resumed is not None and step_of(one) > step_of(resumed) >= 0 and _intact(one)]
+        if later:
+            raise UserError(
+                f"{folder} has {later[0].name}, which is later than the checkpoint that is resumed ({resumed}) and "
+                f"would be mixed with what follows. Resume from {later[0].name}, or set {option} to another folder."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self._saved = self._step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if trainer.is_global_zero:
-            _check_writable(self._folder(trainer))
+            for part in self._folder(trainer).glob(".*.tmp"):  # of an earlier start that was killed while it wrote
+                remove(part)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
-        step = batch.step + 1
-        last = is_over(trainer)
-        if step % self.every == 0 or last or trainer.received_sigterm or pl_module.diverged:
-            self._due, self._is_last = step, last or trainer.received_sigterm or pl_module.diverged
-            if pl_module.diverged or not validation_follows(trainer, batch_idx):
-                self._save(trainer, pl_module)
-        self._step = step
+        self._step = batch.step + 1
+        self._due = self._step if self._step % self.every == 0 or pl_module.diverged else None
+        if pl_module.diverged or not validation_follows(trainer, batch_idx):
+            self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        if trainer.received_sigterm and self._step and self._due is None:
-            self._due, self._is_last = self._step, True
         self._save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if not pl_module.diverged:
+            self._save(trainer, pl_module, ends=True)  # what stopped it came after the hooks of its last step
+
+    def _save(self, trainer: Trainer, pl_module: GRPOModule, *, ends: bool = False) -> None:
+        ends = ends or is_over(trainer) or trainer.received_sigterm or pl_module.diverged
+        if ends and self._step > self._saved:
+            self._due = self._step
         if self._due is None:
             return
         pl_module.ranks.barrier("checkpoint")
         started = time.perf_counter()
         path = self._folder(trainer) / f"step_{self._due:08d}.ckpt"
-        self._due = None
+        self._due, self._saved = None, self._step
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to a checkpoint survives a kill after it
         temporary = _temporary(path)
         try:
             _write(trainer, path, temporary)
@@ -94,7 +161,9 @@ class RunCheckpoint(StepCallback, Checkpoint):
                 link.unlink(missing_ok=True)
                 link.symlink_to(path.name)
                 os.replace(link, path.with_name(LAST))
-                for old in by_age(path.parent)[self.keep :]:
+                # Later ones are damaged: the run has resumed from one before them.
+                earlier = [one for one in by_age(path.parent) if step_of(one) <= step_of(path)]
+                for old in earlier[self.keep :]:
                     remove(old)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
@@ -104,13 +173,25 @@ class RunCheckpoint(StepCallback, Checkpoint):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             message = f"Checkpoint {path} cannot be written ({reason}); older checkpoints are intact."
             remedy = "Free disk space or set RunCheckpoint.dirpath to another folder"
-            if self._is_last or trainer.world_size > 1 or self.on_write_error == "stop":
+            if ends or trainer.world_size > 1 or self.on_write_error == "stop":
                 raise UserError(f"{message} {remedy}, then resume.") from error
             rank_zero_warn(f"{message} Training continues, and the next one is due in {self.every} steps. {remedy}.")
         self.seconds += time.perf_counter() - started
 
     def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath) if self.dirpath else run_folder(trainer) / "checkpoints"
+        return Path(self.dirpath) if self.dirpath else run_folder(trainer) / CHECKPOINTS
+
+
+def _place(dirpath: str | None) -> Path | None:
+    return None if dirpath is None else Path(dirpath).resolve()
+
+
+def _intact(path: Path) -> bool:
+    try:
+        check_files(path)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _temporary(path: Path) -> Path:
@@ -152,11 +233,19 @@ def _check_writable(folder: Path) -> None:
 
 
 def is_over(trainer: Trainer) -> bool:
-    """Return whether the run ends as configured: all its steps are done, or a callback has stopped it."""
-    return trainer.global_step >= trainer.max_steps > 0 or trainer.should_stop
+    """Return whether the run ends as configured: all its steps or epochs are done, or a callback has stopped it."""
+    stops = trainer.should_stop and trainer.global_step >= (trainer.min_steps or 0)
+    last_epoch = trainer.is_last_batch and trainer.current_epoch + 1 >= (trainer.max_epochs or 0) > 0
+    return trainer.global_step >= trainer.max_steps > 0 or stops or last_epoch
+
+
+def can_validate(trainer: Trainer) -> bool:
+    """Return whether the run has validation prompts, and validates on them."""
+    return bool(trainer.enable_validation and any(trainer.num_val_batches))
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Return whether a validation follows the step that is ending."""
+    """Return whether a validation follows the step that is ending: at its interval, and when the run ends."""
     interval = trainer.val_check_batch
-    return bool(trainer.enable_validation and isinstance(interval, int) and (batch_idx + 1) % interval == 0)
+    due = is_over(trainer) or (isinstance(interval, int) and (batch_idx + 1) % interval == 0)
+    return due and can_validate(trainer)

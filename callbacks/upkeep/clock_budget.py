@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
-from callbacks.upkeep.checkpoint import validation_follows
+from callbacks.upkeep.checkpoint import can_validate, validation_follows
 from callbacks.watching.run_ledger import RunLedger
 from datamodules.errors import UserError
 from datamodules.types import TrainBatch
@@ -41,9 +41,8 @@ class ClockBudget(StepCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
-        interval = trainer.val_check_batch
-        # Without an interval below the length of the endless loader, no validation will ever follow a step.
-        validates = trainer.enable_validation and isinstance(interval, int) and interval < trainer.num_training_batches
+        # With an interval of time, a validation follows when the run stops.
+        validates = can_validate(trainer) and isinstance(trainer.val_check_batch, int)
         if self._is_over() and (validation_follows(trainer, batch_idx) or not validates):
             trainer.should_stop = True
 

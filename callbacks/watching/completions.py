@@ -25,7 +25,8 @@ class CompletionsLog(StepCallback):
     """Writes `completions/step_*.parquet`, and a few completions with their rewards to TensorBoard.
 
     A file contains all completions that its step trained on and, without `advantage`, those of groups that a filter
-    dropped or the batch had no place for. `dots predict` writes all its completions to `completions/predict.parquet`.
+    dropped or the batch had no place for. What reward functions give to `log_extra` are further columns.
+    `dots predict` writes all its completions to `completions/predict.parquet`.
 
     Args:
         every: steps between two files.
@@ -94,6 +95,9 @@ def _rows(groups: Sequence[RolloutGroup], advantages: Sequence[np.ndarray], step
                 "completion_tokens": len(completion.token_ids),
             }
             row |= {f"reward/{name}": float(values[sample]) for name, values in group.components.items()}
+            row |= {
+                name if name not in row else f"extra/{name}": values[sample] for name, values in group.extras.items()
+            }
             yield row
 
 
@@ -101,7 +105,18 @@ def _write(trainer: Trainer, name: str, rows: list[dict[str, Any]]) -> None:
     if rows and trainer.is_global_zero:
         folder = run_folder(trainer) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        names = dict.fromkeys(column for row in rows for column in row)
+        table = pa.table({column: _column([row.get(column) for row in rows]) for column in names})
+        pq.write_table(table, folder / f"{name}.parquet")
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Return values as a column; as text if reward functions logged values of several types, or what no type holds."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeError, OverflowError):
+        texts = (None if value is None else str(value).encode("utf-8", "replace").decode() for value in values)
+        return pa.array(texts, pa.string())
 
 
 def _text(prompt: str | Messages) -> str:

@@ -119,6 +119,10 @@ class RunLedger(StepCallback):
             "rewards/timed_out": counts["rewards/timed_out"],
             "rewards/crashed": counts["rewards/crashed"],
         }
+        if completions := counts["rewards/completions"]:
+            batch.metrics["rewards/unscored_fraction"] = counts["rewards/unscored"] / completions
+            batch.metrics["rewards/failed_fraction"] = counts["rewards/failed"] / completions
+        pl_module.scorer.incidents.report(f"Step {batch.step}")
         for name, mean in batch.ledger.reward_metrics.items():
             full = f"rewards/{name}"
             if full not in batch.metrics:
@@ -143,13 +147,15 @@ class RunLedger(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         # Validation is not part of the next step's time.
         self.clock.start()
-        if trainer.state.fn == "fit" and "val/accuracy" in trainer.callback_metrics:
+        pl_module.scorer.incidents.report("Validation")
+        accuracy = float(trainer.callback_metrics.get("val/accuracy", math.nan))
+        if trainer.state.fn == "fit" and not math.isnan(accuracy):  # it is where no completion has been scored
             evaluation = Evaluation(
                 step=self.steps,
                 seconds=round(self.clock.seconds, 3),
                 completions=self._rolled_out("completions"),
                 completion_tokens=self._rolled_out("tokens"),
-                accuracy=float(trainer.callback_metrics["val/accuracy"]),
+                accuracy=accuracy,
             )
             self.evaluations = [*(one for one in self.evaluations if one.step < self.steps), evaluation]
 
@@ -219,6 +225,7 @@ class RunLedger(StepCallback):
             seed=run_seed(),
             config_sha256=hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
             completed=completed,
+            unscored_completions=int(counts["rewards/unscored"]),
         )
 
     def state_dict(self) -> dict[str, Any]:

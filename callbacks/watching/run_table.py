@@ -73,6 +73,7 @@ def print_run_table(
         ("weights" if held == stored else f"weights (in the file {_name(stored)})", "", _name(held)),
         ("precision of computation (trainer.precision)", "", str(trainer.precision)),
         *_run_rows(module, datamodule, callbacks, world_size, trainer.max_steps),
+        *_validation_row(trainer),
     ):
         table.add_row(*row)
     if with_memory:
@@ -138,6 +139,11 @@ def _run_rows(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _validation_row(trainer: Trainer) -> list[Row]:
+    interval = trainer.val_check_interval
+    return [("steps between validations", "", f"{interval:,}")] if isinstance(interval, int) else []
 
 
 def _replayed(callbacks: list[Callback], prompts: int) -> int:

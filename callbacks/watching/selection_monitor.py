@@ -81,7 +81,7 @@ class UninformativeSteps:
 
     def _advice(self) -> str:
         if not self._correct:
-            return "No completion was scored: see the warnings about the reward, and rewards/crashed and timed_out."
+            return "No completion was scored: see the warnings, rewards/failed_fraction and rewards/unscored_fraction."
         correct, truncated = float(np.mean(self._correct)), float(np.mean(self._truncated))
         outcome = (
             f"{correct:.0%} of their completions were correct, {truncated:.0%} were truncated at the length limit: "

@@ -11,6 +11,7 @@ import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "select by an unknown method": (
         ("select", "--config", "run.yaml", "--method", "uof", "--keep", "2", "--out", "s.jsonl"),
         "method=uof: expected one of 'learnalign', 'ufo'. Did you mean 'ufo'?",
+    ),
+    "config without a name": (("fit", "--config"), "--config: expected one argument"),
+    "config of no text": (("fit", "--config", ""), "expected a YAML mapping of options"),
+    "folder as config": (("fit", "--config", "."), "Path is not a file"),
+    "device as config": (("fit", "--config", "/dev/null"), "Path is not a file"),
+    "config that cannot be read": (("fit", "--config", "/proc/self/mem"), "/proc/self/mem: cannot be read ("),
+    "seed": ((*FIT, "--seed_everything=-1"), "seed_everything is -1, expected 0 to 4294967295. Change it."),
+    "large seed": ((*FIT, "--seed_everything=4294967296"), "seed_everything is 4294967296, expected 0 to"),
+    "selector as a callback": (
+        (*FIT, "--trainer.callbacks+=datamodules.selectors.Uniform"),
+        "trainer.callbacks=datamodules.selectors.Uniform: does not correspond to a subclass of Callback.",
+    ),
+    "number as a callback": ((*FIT, "--trainer.callbacks+=5"), "trainer.callbacks=5: no class of this name is known"),
+    "function as a callback": ((*FIT, "--trainer.callbacks+=os.getcwd"), "does not correspond to a subclass of"),
+    "export to a place that cannot be": (
+        ("export", "--config", "run.yaml", "--out", "/proc/x", "--ckpt_path", "x"),
+        "x: no such file",
     ),
     "study of nothing": (("forecast", "--tracs", "x"), "tracs"),
 }
@@ -161,12 +179,6 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "pattern='(' is not a valid regular expression",
     ),
     "no rewards": (lambda c: model(c).update(rewards=[]), "rewards is an empty list, expected at least one reward"),
-    "two correctness rewards": (
-        lambda c: model(c).update(
-            rewards=[{"class_path": "app.rewards.Numeric", "init_args": {"correctness": True}}] * 2
-        ),
-        "correctness is true for 2 rewards",
-    ),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
         "Reward function 'mine' is not of the form 'module.function'. Write e.g. 'my_rewards.f'.",
@@ -178,6 +190,18 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     "a callback twice": (
         lambda c: c["trainer"]["callbacks"].append({"class_path": "callbacks.RolloutReplay"}),
         "trainer.callbacks lists callbacks.RolloutReplay more than once",
+    ),
+    "a callback of Lightning twice": (
+        lambda c: c["trainer"]["callbacks"].extend([{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}] * 2),
+        "Found more than one stateful callback of type `ModelCheckpoint`",
+    ),
+    "no prompts per validation batch": (
+        lambda c: data(c).update(val_size=2, val_batch_size=0),
+        "data.val_batch_size is 0, expected at least 1. Raise it.",
+    ),
+    "number as a key": (
+        lambda c: data(c).update({5: 6}),
+        "the key 5 of data is not text, but keys are names of options",
     ),
     "folder of checkpoints": (
         lambda c: callback(c, "RunCheckpoint").update(dirpath="/proc/nowhere"),
@@ -203,10 +227,37 @@ def test_config(place: Place, name: str) -> None:
     assert expected in place.refused(*FIT)
 
 
+NESTED = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghij"))
 CONFIG_FILES = {
     "broken YAML": (b"model:\n  lr: [1\nb: 2\n", "run.yaml: Problems parsing config: "),
     "list": (b"- 1\n- 2\n", "run.yaml: expected a YAML mapping of options"),
     "bytes": (b"\xff\xfe\x00\x01", "run.yaml: "),
+    "nothing": (b"# a comment\n", "run.yaml: expected a YAML mapping of options"),
+    "number": (b"5\n", "run.yaml: expected a YAML mapping of options"),
+    "tab": (b"trainer:\n\tmax_steps: 1\n", "line 2"),
+    "text of another encoding": ("model: é\n".encode("latin1"), "run.yaml: not a text file"),
+    "text of 16 bits": ("model: x\n".encode("utf-16"), "run.yaml: not a text file"),
+    "aliases of aliases": (
+        f"a: &a [{', '.join('x' * 9)}]\n{NESTED}".encode(),
+        "more than 200000 entries once aliases are",
+    ),
+    "aliases of aliases in the model": (f"a: &a [1]\n{NESTED}model: *j\n".encode(), "more than 200000 entries"),
+    "alias of itself": (b"a: &a [*a]\n", "line 1: the alias *a stands within what it names"),
+    "alias of nothing": (b"a: *b\n", "undefined alias"),
+    "deep lists": (b"model: " + b"[" * 100_000, "lists and mappings are nested more than 64 deep"),
+    "deep mappings": (b"model: " + b"{x: " * 5000 + b"}" * 5000, "are nested more than 64 deep"),
+    "key twice": (
+        b"trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}\n",
+        "line 3: the key 'trainer' was given on line 1 already, and one of the two would be ignored. Remove one",
+    ),
+    "option twice": (b"trainer:\n  max_steps: 1\n  devices: 1\n  'max_steps': 2\n", "line 4: the key 'max_steps' was"),
+    "key that is a list": (b"? [1, 2]\n: 3\n", "line 1: a key is a list or mapping, but keys are names of options"),
+    "class_path of a number": (b"model:\n  class_path: 5\n", "line 2: class_path is '5', but expected the dotted name"),
+    "class_path of a list": (b"model:\n  class_path: [a]\n", "line 2: class_path is a list, but expected the dotted"),
+    "class_path of a mapping": (b"model: {class_path: {a: 1}}\n", "line 1: class_path is a mapping, but expected"),
+    "class_path of nothing": (b"model:\n  class_path:\n", "line 2: class_path is '', but expected the dotted name"),
+    "init_args of a number": (b"model: {class_path: a.B, init_args: 5}\n", "init_args is '5', but expected a mapping"),
+    "init_args of a list": (b"model: {class_path: a.B, init_args: [1]}\n", "init_args is a list, but expected a map"),
     "tags that make objects": (b"model: !!python/object/apply:os.system [id]\n", "run.yaml"),
 }
 

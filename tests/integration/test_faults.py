@@ -44,7 +44,6 @@ def act(what, log_extra, count):
 
 def alternate(completions, **rest): return [float(number % 2) for number in range(len(completions))]
 def constant(completions, **rest): return [float(os.environ["DOTS_TEST_SCORE"])] * len(completions)
-def broken(completions, **rest): return 1 / 0
 '''
 FAULTS = ("raise", "hang", "exit", "leave", "memory", "huge", "nan", "inf", "text", "none", "list", "short")
 ENGINES = '''
@@ -134,9 +133,11 @@ def test_every_fault_of_a_reward_costs_one_score(place: Place, caplog: pytest.Lo
         kept[row["question"].rstrip("?")] = kept.get(row["question"].rstrip("?"), 0) + 1
     assert kept["fine"] == 2
     # Scored one at a time after a failure, a function that fails for its prompt fails for both completions.
-    assert all(kept.get(what, 0) <= 1 for what in FAULTS)
-    assert summary(place)["failed_rewards"] >= len(FAULTS) - 1  # None is no failure of the reward
-    assert "took more than 1 s" in caplog.text
+    assert all(kept.get(what, 0) <= 1 for what in FAULTS if what != "huge")
+    assert kept["huge"] == 2  # what it logs is left out, and costs no score
+    assert summary(place)["failed_rewards"] >= len(FAULTS) - 2  # nor is None a failure of the reward
+    assert summary(place)["unscored_completions"] >= 1
+    assert "4 took too long" in caplog.text
     assert len(caplog.text) < 200_000
 
 
@@ -162,16 +163,6 @@ def test_prompts_that_teach_nothing_are_told_apart(
     lines = [str(one.message) for one in warned if "was informative" in str(one.message)]
     assert [line.split(":")[0] for line in lines] == ["Step 9", "Step 19"]
     assert all(advice in line for line in lines)
-
-
-@pytest.mark.long
-def test_a_reward_that_always_fails_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(place.path)
-    configured(place, rewards("broken"), lambda c: c["trainer"].update(max_steps=10))
-    with pytest.warns(UserWarning, match="No completion was scored: see the warnings about the reward"):
-        code, said = place.run(*FIT)
-    assert code == 0, said[-2000:]
-    assert summary(place)["failed_rewards"] == 10 * 2 * 2
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """Rewards in their worker processes: hostile functions, hostile completions, and the speed of plain ones."""
 
-import logging
 import os
 import time
 from contextlib import contextmanager
@@ -92,15 +91,18 @@ def test_only_the_guilty_completion_is_left_out(word, caplog):
         result = score(scorer, batch)
         assert texts(result) == [["ok", "wrong"], ["ok", "ok"]]
         assert [group.correctness.tolist() for group in result.groups] == [[1, 0], [1, 1]]
-        counts = (result.timed_out, result.crashed, result.unscored, result.dropped)
-        kinds = {"sleep": (1, 0, 0, 1), "none": (0, 0, 1, 1)}
-        assert counts == kinds.get(word, (0, 1, 0, 1))
+        counts = (result.timed_out, result.crashed, result.failed, result.unscored, result.dropped)
+        kinds = {"sleep": (1, 0, 1, 0, 1), "none": (0, 0, 0, 1, 1)}
+        assert counts == kinds.get(word, (0, 1, 1, 0, 1))
+        scorer.incidents.report("Step 3")
         again = score(scorer, data(("wrong", "ok")))
         assert again.groups[0].correctness.tolist() == [0, 1]
-    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == (word != "none")
-    assert all("prompt 'p0', completion 1" in record.getMessage() for record in warnings)
-    assert ("first traceback" in caplog.text) == (word in ("memory", "raise", "leave"))
+        scorer.incidents.report("Step 4")
+    lines = [record.getMessage() for record in caplog.records if "raceback" not in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("Step 3: ")
+    assert "prompt 'p0', completion 1" in lines[0]
+    assert ("First traceback" in caplog.text) == (word in ("memory", "raise", "leave"))
 
 
 def test_failed_scores_can_count_as_zero_and_a_group_can_lose_all():
@@ -131,7 +133,8 @@ def test_a_wrong_number_of_scores_fails_all_of_them(caplog):
     with scoring(Function("dots_functions.short")) as scorer:
         result = score(scorer, data(("a", "b")))
     assert (texts(result), result.crashed) == ([[]], 2)
-    assert "prompt 'p0', completion 1: returned 1 scores for 2 completions" in caplog.text
+    scorer.incidents.report("Step 1")
+    assert "prompt 'p0', completion 0 ('a'): returned 1 scores for 2 completions" in caplog.text
 
 
 def test_processes_started_by_a_killed_worker_die_too():
@@ -243,7 +246,7 @@ def test_journal_and_trainer_state():
         result = score(scorer, batch, step=4, state=TrainerState(global_step=4, max_steps=10))
     assert [group.rewards.tolist() for group in result.groups] == [[14.25, 14.25], [14.5, 14.5]]
     assert {name: mean.value for name, mean in result.logged.items()} == {"journal/length": 7 / 4}
-    assert dict(result.extras) == {"size": [1, 3, 2, 1]}
+    assert [group.extras for group in result.groups] == [{"size": [1, 3]}, {"size": [2, 1]}]
 
 
 def test_results_do_not_depend_on_the_number_of_workers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from app.cli import DotsTrainer
 from app.module import GRPOModule
-from app.policy.model import Policy
-from app.policy.weights import checkpoint_weights
+from app.policy.model import Lora, Policy
+from app.policy.weights import checkpoint_weights, plain_weights
 from app.rewards import Numeric
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
-from tests.support.refusal import TINY, Place, data, model, source, write_pool
+from tests.support.command import logged
+from tests.support.refusal import TINY, Place, data, files, model, source, write_pool
 
 FIT = ("fit", "--config", "run.yaml")
 SUM = "State the final answer to the following arithmetic problem: {} + {} ="
@@ -134,3 +136,131 @@ def test_adapters_are_float32_over_weights_in_the_dtype_of_the_file(place: Place
     # Bitwise: rollouts and pushes leave no rounding error in the frozen weights.
     assert all(torch.equal(frozen[name], one) for name, one in before.items())
     assert all(one.abs().max() > 0 for name, one in adapters.items() if "lora_B" in name)
+
+
+TIED = {
+    "embedding": "[q_proj, embed_tokens]",
+    "head": "[lm_head]",
+    "both": "[embed_tokens, lm_head, v_proj]",
+    "head by path": "[model.layers.0.self_attn.q_proj, lm_head]",
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("command", ["fit", "describe"])
+def test_an_adapter_of_a_shared_tensor_is_refused(place: Place, name: str, command: str) -> None:
+    line = place.refused(command, "--config=run.yaml", f"--model.policy.lora.target_modules={TIED[name]}")
+    assert "are one tensor" in line
+    assert "model.embed_tokens.weight" in line
+    assert "lm_head.weight" in line
+
+
+def test_adapters_of_an_embedding_and_a_head_of_their_own_are_exported(place: Place) -> None:
+    folder = place.path / "policy"
+    shutil.copytree(TINY, folder)
+    lm = AutoModelForCausalLM.from_pretrained(TINY)
+    lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())
+    lm.config.tie_word_embeddings = False
+    lm.save_pretrained(folder)
+    lora = {"rank": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    sums(
+        place, policy={"path": str(folder), "lora": lora}, optimization={"learning_rate": 2e-3},
+        surrogate={"beta": 0.1},
+    )  # fmt: skip
+    code, said = place.run(*FIT, "--trainer.max_steps=2")
+    assert code == 0, said[-2000:]
+    # The reference is the policy without its adapters, that of the head too.
+    assert 1e-5 < logged(place.path / "runs/small/version_0")["kl"][1] < 1
+    policy = Policy(str(folder), lora=Lora(**lora)).load().eval()  # type: ignore[arg-type]
+    policy.load_state_dict(last(place))
+    assert place.run("export", "--config=run.yaml", "--ckpt_path=last", "--out=out")[0] == 0
+    exported = AutoModelForCausalLM.from_pretrained(place.path / "out")
+    ids = torch.arange(3, 40)[None]
+    assert torch.allclose(exported(ids).logits, policy(input_ids=ids).logits, atol=1e-5)
+    pushed = dict(plain_weights(policy))
+    assert all(torch.allclose(one, pushed[name], atol=1e-6) for name, one in exported.state_dict().items())
+
+
+# --- Weights that are not finite -------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "learning rate inf": "--model.optimization.learning_rate=.inf",
+    "learning rate 1e38": "--model.optimization.learning_rate=1.0e+38",
+    "learning rate nan": "--model.optimization.learning_rate=.nan",
+    "betas": "--model.optimization.betas=[1, 1]",
+    "negative decay": "--model.optimization.weight_decay=-0.1",
+    "decay nan": "--model.optimization.weight_decay=.nan",
+    "clip nan": "--model.optimization.clip_norm=.nan",
+    "beta of the KL": "--model.surrogate.beta=.nan",
+    "beta inf": "--model.surrogate.beta=.inf",
+    "entropy": "--model.surrogate.entropy_coef=.nan",
+    "clip range": "--model.surrogate.epsilon_high=.nan",
+    "dual clip": "--model.surrogate.dual_clip=.inf",
+    "cap": "--model.surrogate.importance_cap=.nan",
+    "temperature": "--model.sampling.temperature=.inf",
+    "dropout": "--model.policy.lora.dropout=1",
+    "dropout nan": "--model.policy.lora.dropout=.nan",
+    "alpha": "--model.policy.lora.alpha=.inf",
+    "rank": "--model.policy.lora.rank=0",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_numbers_that_cannot_train_are_refused(place: Place, name: str) -> None:
+    option, _, given = OPTIONS[name].removeprefix("--model.").partition("=")
+    shown = given.removeprefix(".").replace("[1, 1]", "(1.0, 1.0)").replace("1.0e+38", "1e+38")
+    line = place.refused(*FIT, OPTIONS[name])
+    assert option.rpartition(".")[0] in line
+    assert option.rpartition(".")[2] in line
+    assert shown in line
+
+
+def test_weights_that_are_not_finite_are_never_saved(place: Place) -> None:
+    # The warm-up's first rate is 0, so that the first step is saved; the second one makes weights infinite.
+    optimization = {"learning_rate": 1e30, "schedule": "constant_with_warmup", "warmup_steps": 1}
+    sums(place, policy={"path": str(TINY)}, optimization=optimization)
+    line = place.refused(*FIT, "--trainer.max_steps=4", "--checkpoint.every=1", touches=True)
+    assert "the update made the norm of the weights NaN or infinite" in line
+    assert all(one.isfinite().all() for one in last(place).values())
+    # As the line advises: the new rate, not the checkpoint's, is that of the resumed run.
+    rate = "--model.optimization.learning_rate=1e-6"
+    code, said = place.run(*FIT, "--trainer.max_steps=2", "--ckpt_path=last", rate)
+    assert code == 0, said[-2000:]
+    assert logged(place.path / "runs/small/version_0")["learning_rate"][1] == pytest.approx(1e-6)
+
+
+# --- Exports ---------------------------------------------------------------------------------------------------------
+
+GENERATION = (
+    {"temperature": 0.6},
+    {"top_p": 0.9, "top_k": 20},
+    {"early_stopping": True, "length_penalty": 2.0},
+    {"typical_p": 0.5, "min_p": 0.1, "epsilon_cutoff": 3e-4, "repetition_penalty": 1.1, "eos_token_id": [0, 1]},
+    {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "bos_token_id": 1},
+)
+
+
+def test_an_export_keeps_the_policys_own_generation_settings_and_is_whole_or_absent(place: Place) -> None:
+    folder = place.path / "policy"
+    shutil.copytree(TINY, folder)
+    place.config(lambda config: model(config)["policy"].update(path=str(folder)))
+    assert place.run(*FIT)[0] == 0
+    export = ("export", "--config=run.yaml", "--ckpt_path=last")
+    for number, settings in enumerate(GENERATION):
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        code, said = place.run(*export, f"--out=deep/{number}")
+        assert code == 0, said[-2000:]
+        written = json.loads((place.path / f"deep/{number}/generation_config.json").read_text())
+        assert settings.items() <= written.items()
+        AutoModelForCausalLM.from_pretrained(place.path / f"deep/{number}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # the weights take 3.5 MB
+    try:
+        line = place.refused(*export, "--out=new/place/export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "new/place/export cannot be written (" in line
+    assert place.run(*export, "--out=new/place/export")[0] == 0
+    before = files(place.path)
+    assert "is not an empty folder" in place.refused(*export, "--out=new/place/export")
+    assert files(place.path) == before

@@ -12,7 +12,7 @@ import torch
 from callbacks import Balanced, DynamicSampling, ReferenceRollouts, RolloutReplay, Rollouts, RunLedger, WeightSync
 from datamodules.errors import UserError
 from datamodules.selectors import SelectionContext, Uniform
-from datamodules.types import TrainBatch
+from datamodules.types import REWARD_TOLERANCE, TrainBatch
 from tests.support.builders import group, pool, prompt
 from tests.support.scripted_run import HALF, QUARTER, RIGHT, WRONG, names, scripted_run
 
@@ -233,3 +233,18 @@ def test_correctness_decides_not_the_shaped_sum(tmp_path, monkeypatch):
     assert all(int(name[1:]) % 2 == 0 for name in names(step.dropped))
     assert len(step.groups) == 4
     assert {float(np.ptp(one.rewards)) for one in step.groups} == {0.0}
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_a_rate_just_at_the_tolerance_of_a_border_passes(rate):
+    found = group(prompt(0), [rate - 0.25, rate + 0.25])
+    assert found.success_rate == rate
+    low, high = rate + REWARD_TOLERANCE, rate - REWARD_TOLERANCE
+    assert low - REWARD_TOLERANCE == rate == high + REWARD_TOLERANCE
+    assert DynamicSampling(low=low).passes(found) and DynamicSampling(high=high).passes(found)
+    assert not DynamicSampling(low=low + REWARD_TOLERANCE).passes(found)
+    assert not DynamicSampling(high=high - REWARD_TOLERANCE).passes(found)
+
+
+def test_a_band_of_one_rate_is_a_band():
+    assert DynamicSampling(low=0.5, high=0.5).passes(group(prompt(0), [0, 1]))

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from app.cli.parsing import MOVED, DotsArgumentParser, MovedModule, run_or_exit
+from callbacks.upkeep.failed_step import NOTE
 from datamodules.errors import UserError
 
 HERE = "tests.support.parsing_classes"
@@ -281,12 +282,32 @@ def test_debug_flag_gives_the_traceback(tmp_path: Path) -> None:
         run_or_exit(lambda: command(["validate", "--config", path, "--debug"]))
 
 
-def test_other_errors_pass_through() -> None:
-    def broken() -> None:
-        raise ZeroDivisionError("a bug")
+def _fail(error: BaseException) -> None:
+    raise error
 
+
+def test_any_other_error_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_or_exit(lambda: _fail(ZeroDivisionError("a bug\nof ours")))
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("dots: error: ZeroDivisionError: a bug of ours (at ")
+    assert line.endswith(f"{Path(__file__).name}:{_fail.__code__.co_firstlineno + 1} in _fail). Run again with --debug "
+                         "for the traceback.\n")  # fmt: skip
+
+
+def test_an_error_of_a_training_that_has_begun_passes_through() -> None:
+    error = ZeroDivisionError("a bug")
+    error.add_note(f"{NOTE} 3 with prompts a, b.")
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        run_or_exit(broken)
+        run_or_exit(lambda: _fail(error))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(0)], ids=["Ctrl-C", "--help"])
+def test_exits_of_the_command_itself_pass_through(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cli.failures._OURS", (str(Path(__file__).parent),))  # raised by a file of the command
+    with pytest.raises(type(error)):
+        run_or_exit(lambda: _fail(error))
 
 
 def test_wrapped_user_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

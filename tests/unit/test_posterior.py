@@ -15,6 +15,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.posterior.model import Constants
 from datamodules.selectors import Composed, Mopps, Posterior, SelectionContext
+from datamodules.types import Outcomes
 from tests.support.selector_builders import outcomes, pool_of, saved_and_loaded
 
 SIZE, WIDTH = 200, 8
@@ -318,3 +319,24 @@ def test_a_million_prompts(monkeypatch):
     print(f"seconds of processor per choice {np.round(seconds, 2)}, {peak / 2**20:.0f} + {state / 2**20:.0f} MiB")
     assert min(seconds) < 2
     assert peak + state < 2 * 2**30
+
+
+def test_groups_of_another_size_have_another_table(embeddings, context):
+    one = ready(Posterior(learn_constants=False, temperature=1.0), context)
+    one.choose(4)
+    one.observe(outcomes([0, 1, 2], [0.0, 0.5, 1.0]))  # groups of 8
+    before = one.priorities(4, np.random.default_rng(0))
+    pairs = Outcomes(1, ["p3"], np.array([0.5]), np.array([2]), "fresh", np.array([0.5]))
+    one.observe(pairs)
+    two = ready(Posterior(learn_constants=False, temperature=1.0), context)
+    two.load_state_dict(saved_and_loaded(one.state_dict()))  # builds its table for groups of 2
+    found = one.priorities(4, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, two.priorities(4, np.random.default_rng(0)))
+    assert np.abs(found - before)[10:].max() > 0.1  # a pair is less often informative than a group of 8
+
+
+def test_a_shaped_correctness_reward_counts_as_the_nearest_rate(embeddings, context):
+    shaped, plain = (ready(Posterior(learn_constants=False), context) for _ in range(2))
+    shaped.observe(outcomes([0, 1, 2], [-0.5, 1.75, 0.5]))
+    plain.observe(outcomes([0, 1, 2], [0.0, 1.0, 0.5]))
+    np.testing.assert_array_equal(shaped.forecast(), plain.forecast())

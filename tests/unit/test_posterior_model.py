@@ -275,3 +275,24 @@ def test_priorities_are_the_three_terms():
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     plain = Acquisition(0.0, 0.0).priorities(table, cells, 0.1, memory=12.0, n=2, step=5)
     np.testing.assert_array_equal(plain, informative)
+
+
+def test_steps_without_outcomes_pass_too():
+    """The courses forget and the drift widens by the whole gap between two batches, replayed or not."""
+    constants, features = Constants(memory=5.0, drift=0.1), np.zeros((3, 0), dtype=np.float32)
+    log = Log.empty().extended(1, np.array([0]), np.array([6.0]), np.array([8.0]))
+    log = log.extended(4, np.array([1]), np.array([2.0]), np.array([8.0]))
+    replayed = replay(features, constants, list(log.batches()))[0]
+    model = PosteriorModel(features, constants)
+    model.advance()
+    model.observe(np.array([0]), np.array([6.0]), np.array([8.0]))
+    variance, far = model.drift.variance, model.beliefs().mean[0]
+    for _ in range(3):
+        model.advance()
+    assert model.step == 4
+    assert model.drift.variance == pytest.approx(variance + 3 * 0.1)
+    assert abs(model.beliefs().mean[0]) < abs(far)  # forgotten in part
+    model.observe(np.array([1]), np.array([2.0]), np.array([8.0]))
+    assert replayed.step == model.step
+    np.testing.assert_allclose(replayed.beliefs().mean, model.beliefs().mean)
+    np.testing.assert_allclose(replayed.beliefs().variance, model.beliefs().variance)

@@ -148,6 +148,7 @@ def test_gsm8k_answer_is_the_last_line() -> None:
         (r"\boxed{x = \boxed{4}}", ["4"]),
         (r"\boxed{4} and \boxed{", ["4"]),
         (r"\boxed{}", [""]),
+        (r"\boxed{4} or \boxed{}", [""]),
     ],
 )
 def test_boxes_that_are_one_answer_belong_together(text: str, expected: list[str]) -> None:

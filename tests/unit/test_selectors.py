@@ -219,3 +219,27 @@ def test_recorded_pass_rates_are_forecast(tmp_path):
     assert np.mean(pearson) > 0.27
     uniform = np.mean((rates > 0) & (rates < 1))
     assert np.mean(informative) > uniform + 0.03
+
+
+def test_a_shaped_correctness_reward_is_no_rate_beyond_0_and_1(embeddings, context):
+    dots = ready(Dots(calibration="none"), context)
+    dots.observe(outcomes([5, 1, 33], [-0.5, 1.75, 0.5], "reference"))
+    assert dots.forecast()[[5, 1, 33]].tolist() == [0.0, 1.0, 0.5]
+    assert dots.predicted().min() >= 0 and dots.predicted().max() <= 1
+    dots.observe(outcomes([7, 8], [-3.0, 2.0], "fresh"))
+    assert dots.forecast()[[7, 8]].tolist() == [0.0, 1.0]
+
+
+def test_ties_are_broken_at_random_and_come_after_what_is_larger():
+    rng = np.random.default_rng(0)
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(3000):
+        order = tuple(top_k(np.array([1.0, 2.0, 1.0, 0.0, 1.0, 2.0]), 3, rng).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    expected = {(first, 6 - first, tied) for first in (1, 5) for tied in (0, 2, 4)}
+    assert counts.keys() == expected
+    assert all(abs(count - 500) < 100 for count in counts.values())  # 4.9 standard deviations
+    among = np.array([True, False, True, False, False, False])
+    found = {tuple(top_k(np.array([1.0, 2.0, 1.0, 3.0, 1.0, 2.0]), 2, rng, among).tolist()) for _ in range(50)}
+    assert found == {(0, 2), (2, 0)}
+    assert top_k(np.array([-np.inf, 0.0, -np.inf]), 3, rng)[0] == 1

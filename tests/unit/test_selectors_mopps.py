@@ -95,3 +95,9 @@ def test_wrong_arguments_are_one_line_errors():
     ):
         with pytest.raises(UserError, match=message):
             Mopps(**arguments)
+
+
+def test_a_shaped_correctness_reward_adds_no_more_than_its_completions():
+    mopps = ready(Mopps(), 3)
+    mopps.observe(outcomes([0, 1], [1.5, -0.5]))  # of 8 each: (a, b) = (1 + 8, 1 + 0) and (1 + 0, 1 + 8)
+    np.testing.assert_allclose(mopps.forecast(), [0.9, 0.1, 0.5])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,6 +23,9 @@ _KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 10.0
 _PROBE_INTERVAL_S = 1.0
 _POLL_S = 0.25
+_BODY_TIMEOUT_S = 60.0
+_MAX_BODY_BYTES = 64 * 2**20
+_SHOWN = 200
 _FAILED_PROBES = 3
 """Consecutive failures after which a server counts as lost: a busy server may be late once."""
 
@@ -99,21 +104,29 @@ class ServerClient:
 
     async def max_model_len(self) -> int:
         """Return the maximum number of tokens of a prompt and its completion together."""
-        return int((await self._request("GET", "/v1/models"))["data"][0]["max_model_len"])
+        answer = await self._request("GET", "/v1/models")
+        with self._form_of("/v1/models", answer):
+            return int(answer["data"][0]["max_model_len"])
 
     async def world_size(self) -> int:
         """Return the server's number of workers."""
-        return int((await self._request("GET", "/get_world_size"))["world_size"])
+        answer = await self._request("GET", "/get_world_size")
+        with self._form_of("/get_world_size", answer):
+            return int(answer["world_size"])
 
     async def complete(self, fields: Mapping[str, object]) -> Answer:
         """Return one sample of a prompt of token ids."""
         body = {**fields, **_NEUTRAL}
         try:
-            choice = (await self._request("POST", "/v1/completions", json=body))["choices"][0]
+            answer = await self._request("POST", "/v1/completions", json=body)
         except _NonFiniteAnswerError:
             return Answer([0], [math.nan], "length")
-        logprobs = [math.nan if one is None else one for one in choice["logprobs"]["token_logprobs"]]
-        return Answer(choice["token_ids"], logprobs, choice["finish_reason"])
+        with self._form_of("/v1/completions", answer):
+            (choice,) = answer["choices"]
+            logprobs = [math.nan if one is None else float(one) for one in choice["logprobs"]["token_logprobs"]]
+            if not all(type(one) is int for one in choice["token_ids"]):
+                raise TypeError("token_ids holds more than whole numbers")
+            return Answer(list(choice["token_ids"]), logprobs, str(choice["finish_reason"]))
 
     async def call(self, method: str, **arguments: object) -> list[str]:
         """Call a method of the worker extension and return every worker's result as text.
@@ -123,12 +136,13 @@ class ServerClient:
         """
         body = {"method": method, "kwargs": {name: str(value) for name, value in arguments.items()}}
         try:
-            results = (await self._request("POST", "/collective_rpc", json=body))["results"]
+            answer = await self._request("POST", "/collective_rpc", json=body)
         except _FailedRequestError as failed:
             if await self.healthy():
                 raise EngineError(f"{method} failed in vLLM's worker: {failed}. See the server's log.") from failed
             raise
-        return [str(result) for result in results]
+        with self._form_of("/collective_rpc", answer):
+            return [str(result) for result in answer["results"]]
 
     async def pause(self) -> None:
         """Wait for running requests, and start no further ones until `resume`."""
@@ -139,19 +153,49 @@ class ServerClient:
 
     async def reset_prefix_cache(self) -> bool:
         """Drop the keys and values of earlier weights. Return False if some are still in use."""
-        return bool((await self._request("POST", "/reset_prefix_cache"))["success"])
+        answer = await self._request("POST", "/reset_prefix_cache")
+        with self._form_of("/reset_prefix_cache", answer):
+            return bool(answer["success"])
 
     async def _request(self, verb: str, path: str, **options: Any) -> Any:
-        """Send a request and return the decoded JSON of the answer."""
+        """Send a request and return the decoded JSON of the answer, None for an empty one."""
         requests, _ = self._connect()
         try:
-            async with requests.request(verb, self.url + path, **options) as response:
-                if response.status != 200:
-                    self._raise_for_status(path, response.status, await response.text())
-                return await response.json(content_type=None)
+            # A redirect would take the prompts, and for some hosts the key, to another server.
+            async with requests.request(verb, self.url + path, allow_redirects=False, **options) as response:
+                status, body = response.status, await self._body(path, response)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise LostServerError(f"{self.url}{path}: {reason}") from error
+        text = body.decode(errors="replace")
+        if status != 200:
+            self._raise_for_status(path, status, text)
+        with self._form_of(path, text):
+            return json.loads(text) if text.strip() else None
+
+    async def _body(self, path: str, response: aiohttp.ClientResponse) -> bytes:
+        """Read an answer that has begun, within limits of time and size: vLLM sends it whole."""
+        body = bytearray()
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for chunk in response.content.iter_chunked(2**16):
+                body += chunk
+                if len(body) > _MAX_BODY_BYTES:
+                    raise EngineError(
+                        f"{self.url}{path}: the answer has more than {_MAX_BODY_BYTES} bytes. Is this a vLLM server?"
+                    )
+        return bytes(body)
+
+    @contextmanager
+    def _form_of(self, path: str, answer: object) -> Iterator[None]:
+        """Raise an EngineError that shows the answer when its form is not that of a vLLM server's."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            shown = " ".join(str(answer)[:1000].split())[:_SHOWN] or "nothing"
+            raise EngineError(
+                f"{self.url}{path}: the answer is not that of a vLLM server ({type(error).__name__}: "
+                f"{str(error)[:_SHOWN]}): {shown}. Check engine.url, or start a server with `dots serve`."
+            ) from error
 
     def _raise_for_status(self, path: str, status: int, text: str) -> None:
         said = " ".join(text.split())[:300]
@@ -164,6 +208,10 @@ class ServerClient:
             raise UserError(
                 f"{self.url}{path}: not found (404), but expected a server with VLLM_SERVER_DEV_MODE=1 and the worker "
                 "extension. Start it with `dots serve`."
+            )
+        if 300 <= status < 400:
+            raise EngineError(
+                f"{self.url}{path}: the server redirects elsewhere ({status}). Set engine.url to the server itself."
             )
         if "not JSON compliant" in said:
             raise _NonFiniteAnswerError

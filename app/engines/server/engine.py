@@ -12,7 +12,7 @@ import torch
 
 from app.engines.ahead import Ahead, Groups, timed
 from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
-from app.engines.requests import Answer, completions_of, request_fields
+from app.engines.requests import Answer, completions_of, request_fields, vocabulary_of
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
 from app.engines.server.fleet import ServerFleet
 from app.engines.server.options import FleetOptions
@@ -90,7 +90,7 @@ class VllmServer(FleetOptions, RolloutEngine):
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
         found = [answer for answer in answers if answer is not None]
-        return completions_of(found, sampling, self.tokenizer, version)
+        return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
         """See `RolloutEngine.start`. Raises like `generate`.
@@ -108,7 +108,8 @@ class VllmServer(FleetOptions, RolloutEngine):
                 return self.generate(prompts, sampling, seeds)
             if failure is not None:
                 raise failure
-            return completions_of([one for one in answers if one is not None], sampling, self.tokenizer, version)
+            found = [one for one in answers if one is not None]
+            return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
 
         work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
         self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)

@@ -195,7 +195,7 @@ class ServerFleet:
         if self._log is not None:
             self._log.parent.mkdir(parents=True, exist_ok=True)
         self.process = ServerProcess(command, full_environment(server.environment(), self._key), self._log)
-        self.clients = [self._client(f"http://{server.host}:{port}")]
+        self.clients = [self._client(server.url(port))]
 
     def _client(self, url: str) -> ServerClient:
         options = self.options

@@ -13,8 +13,8 @@ import torch
 
 from app.engines.base import check_counts, check_options
 from app.engines.requests import VllmOptions, engine_environment
-from app.engines.server.process import import_path
 from app.engines.wire.push import Transport
+from app.import_path import import_path
 from datamodules.errors import UserError
 
 
@@ -49,6 +49,14 @@ class ServerOptions(VllmOptions):
             ("threads", self.threads, self.threads >= 0, "0 (the environment's choice) or a positive number"),
         )
 
+        if given := [one for one in self.arguments if len(one) > 4 and "--host".startswith(one.partition("=")[0])]:
+            raise UserError(f"server.arguments has {given[0]}, which server.host is for. Set that instead.")
+
+    def url(self, port: int) -> str:
+        """Return the URL of a server on this host, whose address may be one of IPv6."""
+        host = self.host or "localhost"  # "" listens on all addresses
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def command(self, policy_path: str, policy_dtype: torch.dtype, port: int) -> list[str]:
         """Return the command line of a server of the policy."""
         on_cpu = not torch.cuda.is_available()
@@ -75,7 +83,8 @@ class ServerOptions(VllmOptions):
         own = engine_environment(not torch.cuda.is_available(), self.cpu_cache_gib, self.tensor_parallel_size)
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         # The endpoints that load weights only exist in vLLM's development mode.
-        dev_mode = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": import_path()}
+        # PYTHONSAFEPATH: `-m` would look in the working folder first.
+        dev_mode = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": import_path(), "PYTHONSAFEPATH": "1"}
         return own | threads | {"VLLM_LOGGING_LEVEL": "WARNING"} | dev_mode
 
 
@@ -123,7 +132,7 @@ class FleetOptions:
 
 def shown(command: list[str], environment: Mapping[str, str]) -> str:
     """Return the command as typed into a shell. Keys are not included."""
-    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if name != "PYTHONPATH"]
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if not name.startswith("PYTHON")]
     return " ".join([*variables, shlex.join(command)])
 
 

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from app.engines.server import watch
+from datamodules.errors import UserError
 
 
 class ServerProcess:
@@ -70,13 +72,32 @@ class ServerProcess:
 
 
 def free_port(host: str) -> int:
-    """Return a port of this machine that is currently free."""
-    with socket.create_server((host, 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
+    """Return a port that is currently free on an address of this machine.
+
+    Raises:
+        UserError: this machine has no such address.
+    """
+    try:
+        with socket.create_server((host, 0), family=_addresses(host)[0][0]) as found:
+            port: int = found.getsockname()[1]
+            return port
+    except OSError as error:
+        raise UserError(f"server.host is {host}, but cannot be listened on ({error.strerror}). Change it.") from error
 
 
-def import_path() -> str:
-    """Return a PYTHONPATH for children that can import what this process can, including from the current folder."""
-    entries = [os.path.abspath(entry) for entry in sys.path]
-    return os.pathsep.join(dict.fromkeys([*entries, os.getcwd()]))
+def is_local(host: str) -> bool:
+    """Return whether a server that listens on an address or host name can only be reached from this machine."""
+    return all(ip_address(address).is_loopback for _, address in _addresses(host))
+
+
+def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Return family and address of every address that a server of this host listens on; "" is all of the machine's.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"server.host is {host!r}, which is no address ({error}). Change it.") from error
+    return [(family, str(where[0]).partition("%")[0]) for family, *_, where in found]

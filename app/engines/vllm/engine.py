@@ -22,6 +22,7 @@ from app.engines.requests import (
     engine_environment,
     environment,
     request_fields,
+    vocabulary_of,
 )
 from datamodules.errors import UserError
 from datamodules.types import Prompt
@@ -116,7 +117,7 @@ class Vllm(VllmOptions, RolloutEngine):
             if self.sleep_level:
                 self._llm.sleep(level=self.sleep_level)
                 self._asleep = True
-        return completions_of(answers, sampling, self.tokenizer, self.version)
+        return completions_of(answers, sampling, self.tokenizer, self.version, vocabulary_of(self.model))
 
     def close(self) -> None:
         if self._llm is None:

@@ -19,7 +19,7 @@ from app.engines.server.client import ServerClient, gather_while_healthy
 from app.engines.server.loop_thread import LoopThread
 from app.engines.wire.chunks import TensorSpec, chunks, to_json
 from app.engines.wire.group import WeightGroup, open_store
-from app.engines.wire.shared_file import shared_chunk
+from app.engines.wire.shared_file import remove_abandoned, shared_chunk
 from datamodules.errors import UserError
 
 T = TypeVar("T")
@@ -54,6 +54,8 @@ class WeightPusher:
         self.transport = ("shared_memory" if local else "process_group") if transport == "auto" else transport
         self._address, self._dtype, self._chunk_bytes = address, dtype, chunk_bytes
         self._group: WeightGroup | None = None
+        if self.transport == "shared_memory":
+            remove_abandoned()
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """Send the weights, and return when every worker generates with them and has no cache of earlier ones.

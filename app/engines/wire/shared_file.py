@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -24,9 +26,13 @@ def shared_chunk(chunk: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
     """
     specs = [TensorSpec.of(name, tensor) for name, tensor in chunk]
     starts, size = layout(specs)
-    path = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    name = f"{os.getpid()}-{secrets.token_hex(8)}"
+    path, unlocked = f"{_PREFIX}{name}", f"{FOLDER}/.dots-{name}"
+    descriptor = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
+        # Named only once it is locked, so that `remove_abandoned` of another process never finds it unlocked.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.rename(unlocked, path)
         # Reserve the space first: a full file system is an error here, but a SIGBUS in a mapping.
         os.posix_fallocate(descriptor, 0, max(size, 1))
         for start, (_, tensor) in zip(starts, chunk, strict=True):
@@ -39,6 +45,19 @@ def shared_chunk(chunk: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
         os.close(descriptor)
         with suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def remove_abandoned() -> None:
+    """Remove the chunks of processes that were killed in a push. A chunk is locked for as long as its process lives."""
+    for path in glob.glob(f"{glob.escape(_PREFIX)}*"):
+        with suppress(OSError):  # another user's, locked, or removed meanwhile
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path)
+            finally:
+                os.close(descriptor)
 
 
 def read_chunk(path: str, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:

@@ -14,11 +14,12 @@ Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 _OPEN = "/health"
+_POLICY_VIOLATION = 1008
 _REFUSAL = b'{"error": "a key is required: Authorization: Bearer ..."}'
 
 
 class KeyGuard:
-    """Rejects requests without the key in the server's `VLLM_API_KEY`. If that is not set, all requests pass."""
+    """Rejects requests and websockets without the key in the server's `VLLM_API_KEY`. Without one all of them pass."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -31,9 +32,14 @@ class KeyGuard:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        if self._expected is not None and scope["type"] == "http" and scope["path"] != _OPEN:
+        # "lifespan" is the server's own start and end, and no client's.
+        is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == _OPEN)
+        if self._expected is not None and not is_open:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
+                if scope["type"] != "http":
+                    await send({"type": "websocket.close", "code": _POLICY_VIOLATION})  # refused before it is accepted
+                    return
                 headers = [(b"content-type", b"application/json")]
                 await send({"type": "http.response.start", "status": 401, "headers": headers})
                 await send({"type": "http.response.body", "body": _REFUSAL})

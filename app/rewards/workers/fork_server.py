@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 
+from app.import_path import import_path
 from app.rewards.workers.task import COMMAND
 
 
@@ -25,7 +25,6 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
-        path = [os.path.abspath(entry) for entry in sys.path]
         program = [sys.executable, "-P", "-m", "app.rewards.workers.main"]
         with theirs:
             self._process = subprocess.Popen(
@@ -34,7 +33,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(dict.fromkeys([*path, os.getcwd()])),
+                    "PYTHONPATH": import_path(),
                     "PYTHONHASHSEED": "0",  # sympy's results depend on the order of sets
                     "OMP_NUM_THREADS": "1",
                     "OPENBLAS_NUM_THREADS": "1",
@@ -45,16 +44,20 @@ class ForkServer:
             )
         self._control = ours
 
-    def fork(self) -> Connection:
+    def fork(self) -> socket.socket:
         """Return a connection to a new worker, which starts as soon as the server gets to it.
 
         Raises:
             OSError: the server has ended.
         """
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            socket.send_fds(self._control, [COMMAND.pack(b"F", 0)], [theirs.fileno()])
-            return Connection(ours.detach())
+        with theirs:
+            try:
+                socket.send_fds(self._control, [COMMAND.pack(b"F", 0)], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
 
     def kill(self, pid: int) -> None:
         """Kill a worker and its process group. Only the server can tell whether `pid` is still a child of its own."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field, replace
+from itertools import count
+from multiprocessing.connection import wait
 
 from app.rewards.base import Reward
+from app.rewards.workers import frames
 from app.rewards.workers.fork_server import ForkServer
-from app.rewards.workers.task import Call, CallResult, FailureKind, Reply, Setup
+from app.rewards.workers.task import MAX_REPLY_BYTES, Call, CallResult, Failure, Reply, Setup
 from datamodules.errors import UserError
 
 logger = logging.getLogger("dots.rewards")
@@ -24,8 +27,9 @@ class WorkerOptions:
 
     Args:
         num_workers: number of processes.
-        time_limit_s: seconds that a worker may spend on one chunk. A chunk that takes longer is scored again one
-            completion at a time, each under the same limit.
+        time_limit_s: seconds that a worker may take to the next score: that of one completion, for the built-in rewards
+            and a function that yields its scores, else all scores of a chunk. A chunk that takes longer is scored again
+            one completion at a time, each under the same limit, until a few in a row have passed it.
         memory_limit_mb: address space of one worker, in MiB (`RLIMIT_AS`).
         load_limit_s: seconds that a worker may spend on importing what its rewards need.
         chunk_size: completions sent to a worker at once. Groups are kept together, so a larger group makes a larger
@@ -44,36 +48,49 @@ class WorkerOptions:
                 raise UserError(f"workers.{name} is {value}, but must be above 0. Raise it or leave it out.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """A unit of work: call number `call` of a batch, or its completion `item` alone."""
+    """A unit of work: the completions of call number `call` from `first` on, whole or one by one.
 
-    call: int
-    item: int | None
+    Attributes:
+        parts: results by first completion of the call; shared by all its jobs.
+        first: position of the first completion in the call.
+        request: the call for these completions.
+        late: completions in a row before the first that have passed the time limit one by one.
+        overran: completions of the job whose time limit this one repeats.
+        answered: number of completions, from the first on, that have a score.
+        partial: scores that a generator has yielded so far, from the first on.
+    """
+
+    parts: dict[int, CallResult]
+    first: int
     request: Call
+    late: int = 0
+    overran: int = 0
+    answered: int = 0
+    partial: list[float | None] = field(default_factory=list)
+
+    def store(self, result: CallResult) -> None:
+        """Store the result of the next completions."""
+        result.overran, self.overran = self.overran, 0
+        self.parts[self.first + self.answered] = result
+        self.answered += len(result.scores)
 
 
 @dataclass
 class _Worker:
-    connection: Connection
+    connection: socket.socket
+    reader: frames.FrameReader
     deadline: float
     pid: int | None = None
     loading: int | None = None
     ready: bool = False
     job: _Job | None = None
+    number: int = 0
 
     @property
     def busy(self) -> bool:
         return not self.ready or self.job is not None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A job without scores: it timed out, raised an exception or its worker died."""
-
-    kind: FailureKind
-    error: str
-    traceback: str = ""
 
 
 class RewardWorkers:
@@ -88,6 +105,9 @@ class RewardWorkers:
 
     MAX_FAILED_STARTS = 3
     """Number of workers in a row that may die while loading."""
+    MAX_LATE = 4
+    """Completions in a row that may pass the time limit one by one, after their call as a whole has passed it, before
+    the others of the call are given up."""
 
     def __init__(self, rewards: Sequence[Reward], options: WorkerOptions) -> None:
         self.options = options
@@ -95,7 +115,7 @@ class RewardWorkers:
         self._server: ForkServer | None = None
         self._workers: list[_Worker] = []
         self._failed_starts = 0
-        self._traceback_shown: set[int] = set()
+        self._numbers = count(frames.SETUP + 1)
 
     def start(self) -> None:
         """Start the processes without waiting for them, unless they are running."""
@@ -127,10 +147,13 @@ class RewardWorkers:
         self._workers = []
 
     def _run(self, calls: Sequence[Call]) -> list[CallResult]:
-        pending = deque(_Job(index, None, call) for index, call in enumerate(calls) if len(call))
-        # Results by call, whole or by completion, so that their order does not depend on the order of arrival.
-        whole = [None if len(call) else CallResult([]) for call in calls]
-        single: list[dict[int, CallResult]] = [{} for _ in calls]
+        # Results by first completion, so that their order does not depend on the order of arrival.
+        parts: list[dict[int, CallResult]] = [{} for _ in calls]
+        pending = deque(
+            _Job(found, 0, replace(call, one_by_one=self._rewards[call.reward].one_by_one and not call.trial))
+            for call, found in zip(calls, parts, strict=True)
+            if len(call)
+        )
         while (
             pending
             or any(worker.job for worker in self._workers)
@@ -140,36 +163,38 @@ class RewardWorkers:
                 if pending and worker.ready and worker.job is None:
                     self._assign(position, pending)
             for position, worker in self._wait_for_events():
-                outcome = self._receive(position, worker)
-                if outcome is None:
-                    continue
-                job, result = outcome
-                if isinstance(result, _Failure):
-                    if len(job.request) > 1:  # retry one completion at a time
-                        items = reversed(range(len(job.request)))
-                        pending.extendleft(_Job(job.call, item, job.request.only(item)) for item in items)
-                        continue
-                    failure, reward = result, job.request.reward
-                    self._warn(job.request, 0, failure.kind, failure.error)
-                    if failure.traceback and reward not in self._traceback_shown:
-                        self._traceback_shown.add(reward)
-                        logger.error("first traceback of reward %r:\n%s", self._rewards[reward].name, failure.traceback)
-                    result = CallResult([None], {0: failure.kind})
-                if job.item is None:
-                    whole[job.call] = result
-                else:
-                    single[job.call][job.item] = result
-        return [
-            found or CallResult.joined([parts[item] for item in sorted(parts)])
-            for found, parts in zip(whole, single, strict=True)
-        ]
+                if failure := self._receive(position, worker):
+                    assert worker.job is not None
+                    if (rest := self._after_failure(worker.job, failure)) is not None:
+                        pending.appendleft(rest)
+                    worker.job = None
+        return [CallResult.joined([found[first] for first in sorted(found)]) for found in parts]
+
+    def _after_failure(self, job: _Job, failure: Failure) -> _Job | None:
+        """Store what a failed job has to say, and return the job for the completions that are to be scored again."""
+        if job.partial:
+            job.store(CallResult(job.partial))
+        request, done, late = job.request, job.answered, failure.kind == "timed_out"
+        left = len(request) - done
+        if not request.one_by_one and not request.trial and left > 1:
+            rest = replace(request.rows(done, len(request)), one_by_one=True)
+            return _Job(job.parts, job.first + done, rest, overran=left if late else 0)
+        late_in_row = (0 if done else job.late) + 1 if late else 0
+        hopeless = late_in_row == self.MAX_LATE and not self._rewards[request.reward].one_by_one
+        lost = left if request.trial or hopeless else min(1, left)
+        job.store(CallResult([None] * lost, dict.fromkeys(range(lost), failure)))
+        if lost == left:
+            return None
+        rest = replace(request.rows(done + 1, len(request)), one_by_one=True)
+        return _Job(job.parts, job.first + done + 1, rest, late=late_in_row)
 
     def _assign(self, position: int, pending: deque[_Job]) -> None:
         """Send the next job to an idle worker, or replace the worker if it has died."""
         worker, job = self._workers[position], pending[0]
         message = pickle.dumps(job.request, protocol=pickle.HIGHEST_PROTOCOL)
+        worker.number = next(self._numbers)
         try:
-            worker.connection.send_bytes(message)
+            frames.send(worker.connection, worker.number, message, self.options.load_limit_s)
         except OSError:
             self._workers[position] = self._replace(worker)
             return
@@ -177,7 +202,7 @@ class RewardWorkers:
         worker.deadline = time.monotonic() + self.options.time_limit_s
 
     def _wait_for_events(self) -> list[tuple[int, _Worker]]:
-        """Wait until a worker sends a message or exceeds its deadline, and return all workers that have done so."""
+        """Wait until a worker sends something or exceeds its deadline, and return all workers that have done so."""
         deadlines = [worker.deadline for worker in self._workers if worker.busy]
         timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else 0.0
         readable = wait([worker.connection for worker in self._workers], timeout)
@@ -188,21 +213,29 @@ class RewardWorkers:
             if worker.connection in readable or (worker.busy and now >= worker.deadline)
         ]
 
-    def _receive(self, position: int, worker: _Worker) -> tuple[_Job, CallResult | _Failure] | None:
-        """Handle a worker's message, timeout or death. Return its job and the outcome if that ends the job."""
-        if not worker.connection.poll():
-            if not worker.ready:
-                raise UserError(
-                    f"{self._describe(worker)} did not load within load_limit_s={self.options.load_limit_s:g} s. "
-                    "Make its import faster or raise the limit."
-                )
-            self._workers[position] = self._replace(worker)
-            assert worker.job is not None
-            return worker.job, _Failure("timed_out", f"took more than {self.options.time_limit_s:g} s")
+    def _receive(self, position: int, worker: _Worker) -> Failure | None:
+        """Handle a worker's messages, timeout or death. Return the failure of its job, if it has failed."""
         try:
-            reply = Reply.decode(worker.connection.recv_bytes())
-        except (EOFError, OSError):
-            return self._reap(position, worker)
+            for number, body in worker.reader.read():
+                if number in (frames.SETUP, worker.number) and (failure := self._handle(worker, Reply.decode(body))):
+                    return failure
+        except EOFError:
+            return self._reap(position, worker, Failure("crashed", "its worker process ended"))
+        except frames.GarbledError:
+            return self._reap(position, worker, Failure("crashed", "something else wrote to its worker's socket"))
+        if not worker.busy or time.monotonic() < worker.deadline:
+            return None
+        if not worker.ready:
+            raise UserError(
+                f"{self._describe(worker)} did not load within "
+                f"model.reward_workers.load_limit_s={self.options.load_limit_s:g} s. Make its import faster or raise "
+                "the limit."
+            )
+        late = f"took more than model.reward_workers.time_limit_s={self.options.time_limit_s:g} s"
+        return self._reap(position, worker, Failure("timed_out", late))
+
+    def _handle(self, worker: _Worker, reply: Reply) -> Failure | None:
+        """Handle a message. Return the failure of the worker's job, if that is what it says."""
         if reply.kind == "unusable":
             raise UserError(reply.error)
         if reply.kind == "unloadable":
@@ -214,37 +247,47 @@ class RewardWorkers:
             worker.loading = reply.reward
         elif reply.kind == "ready":
             worker.ready, self._failed_starts = True, 0
-        elif worker.job is not None:
-            job, worker.job = worker.job, None
-            if reply.kind == "raised":
-                return job, _Failure("crashed", reply.error, reply.traceback)
-            errors = {int(item): error for item, error in reply.invalid.items()}
-            for item, error in errors.items():
-                self._warn(job.request, item, "crashed", error)
-            failures: dict[int, FailureKind] = dict.fromkeys(errors, "crashed")
-            calls = Counter(name for name, _ in reply.metrics)
-            metrics = [(name, value, len(job.request) / calls[name]) for name, value in reply.metrics]
-            return job, CallResult(reply.scores, failures, metrics, reply.extras)
+        elif (job := worker.job) is not None:
+            raised = Failure("crashed", reply.error, reply.traceback) if reply.kind == "raised" else None
+            if raised and not job.request.one_by_one:
+                return raised
+            worker.deadline = time.monotonic() + self.options.time_limit_s
+            if reply.kind == "partial":
+                if job.request.one_by_one:
+                    return None
+                if reply.row != len(job.partial) or len(reply.scores) != 1 or reply.row >= len(job.request):
+                    raise frames.GarbledError
+                job.partial += reply.scores
+                return None
+            expected = 1 if job.request.one_by_one else len(job.request)
+            if reply.row != job.answered or not (raised or len(reply.scores) == expected):
+                raise frames.GarbledError
+            failures = {int(item): Failure("crashed", error) for item, error in reply.invalid.items()}
+            metrics = [(name, value, float(expected)) for name, value in reply.metrics]
+            job.store(
+                CallResult([None], {0: raised})
+                if raised
+                else CallResult(reply.scores, failures, metrics, reply.extras, reply.notes)
+            )
+            if job.answered == len(job.request):
+                worker.job = None
         return None
 
-    def _reap(self, position: int, worker: _Worker) -> tuple[_Job, _Failure] | None:
-        """Replace a worker that has died, and return the job that dies with it."""
+    def _reap(self, position: int, worker: _Worker, failure: Failure) -> Failure | None:
+        """Replace a worker that has died or has to. Return the failure if it had a job."""
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= self.MAX_FAILED_STARTS:
                 raise UserError(
-                    f"{self._describe(worker)}: {self._failed_starts} workers in a row died while loading it. "
-                    f"Raise memory_limit_mb={self.options.memory_limit_mb}, or check what its import does."
+                    f"{self._describe(worker)}: {self._failed_starts} workers in a row died while loading it. Raise "
+                    f"model.reward_workers.memory_limit_mb={self.options.memory_limit_mb}, or check what its import "
+                    "does."
                 )
         self._workers[position] = self._replace(worker)
-        return (worker.job, _Failure("crashed", "its worker died")) if worker.job else None
+        return failure if worker.job else None
 
     def _describe(self, worker: _Worker) -> str:
         return "The reward worker" if worker.loading is None else f"Reward {self._rewards[worker.loading].name!r}"
-
-    def _warn(self, call: Call, item: int, kind: FailureKind, error: str) -> None:
-        name = self._rewards[call.reward].name
-        logger.warning("reward %r %s on %s: %s", name, kind.replace("_", " "), call.labels[item], error)
 
     def _spawn(self) -> _Worker:
         pickled = []
@@ -259,8 +302,10 @@ class RewardWorkers:
                 self._server = ForkServer(sorted({module for reward in self._rewards for module in reward.preload}))
             try:
                 connection = self._server.fork()
-                connection.send(Setup(tuple(pickled), self.options.memory_limit_mb))
-                return _Worker(connection, time.monotonic() + self.options.load_limit_s)
+                setup = pickle.dumps(Setup(tuple(pickled), self.options.memory_limit_mb))
+                frames.send(connection, frames.SETUP, setup, self.options.load_limit_s)
+                reader = frames.FrameReader(connection, MAX_REPLY_BYTES)
+                return _Worker(connection, reader, time.monotonic() + self.options.load_limit_s)
             except OSError:  # the server died, and all workers with it
                 self._server.close()
                 self._server = None

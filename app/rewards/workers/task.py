@@ -11,10 +11,18 @@ from typing import Literal
 import numpy as np
 
 from app.rewards.base import Column, Scores, Texts
+from app.rewards.workers.frames import GarbledError
 
 COMMAND = struct.Struct("!cq")
 """A command to the fork server: `F` and 0 with a socket attached (fork), or `K` and a process id (kill)."""
 
+MAX_SCORE = 1e6
+"""Largest magnitude of a score. Sums and squares of a batch stay far within the range of float32, whose 24 bits still
+resolve 1/16 at this size."""
+MAX_METRIC = 3e38
+"""Largest magnitude of a value given to `log_metric`, which loggers store as float32."""
+MAX_REPLY_BYTES = 16 * 2**20
+"""Keeps what a function logs from filling the trainer's memory; the scores of a chunk take a few hundred bytes."""
 FailureKind = Literal["timed_out", "crashed"]
 Loggable = str | int | float | bool | None
 
@@ -45,22 +53,28 @@ class Reply:
     """A message from a worker.
 
     Attributes:
-        kind: "started" (with `pid`), "loading" (with `reward`, a position), "ready" and "scores" in the normal course;
-            "unusable" (the configuration or data is wrong), "unloadable" and "raised" after an exception.
-        scores: `N` scores, None where the reward does not apply or the value was invalid.
+        kind: "started" (with `pid`), "loading" (with `reward`, a position), "ready", "scores" and "partial" in the
+            normal course; "unusable" (the configuration or data is wrong), "unloadable" and "raised" after an
+            exception.
+        row: position in the call of the first score. A call that is scored one by one is answered by one message per
+            completion, any other by one with all scores. "partial" holds the score that a generator has just yielded.
+        scores: a number, or None where the reward does not apply or the value was invalid, per completion.
         invalid: what is wrong with a returned score, by position (as text: JSON has no other keys).
         metrics: (name, value) pairs that the function logged.
-        extras: `N` values by column name that the function logged.
+        extras: values by column name that the function logged, one per score.
+        notes: what is wrong with what the function logged.
         error: one line.
     """
 
-    kind: Literal["started", "loading", "ready", "scores", "unusable", "unloadable", "raised"]
+    kind: Literal["started", "loading", "ready", "scores", "partial", "unusable", "unloadable", "raised"]
     pid: int = 0
     reward: int = 0
+    row: int = 0
     scores: Scores = field(default_factory=list)
     invalid: dict[str, str] = field(default_factory=dict)
     metrics: list[tuple[str, float]] = field(default_factory=list)
     extras: dict[str, list[Loggable]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     error: str = ""
     traceback: str = ""
 
@@ -69,7 +83,24 @@ class Reply:
 
     @classmethod
     def decode(cls, message: bytes) -> Reply:
-        return cls(**json.loads(message))
+        """Restore a reply. Raises GarbledError for anything that no worker of ours sends."""
+        try:
+            reply = cls(**json.loads(message))
+            scores = [None if score is None else float(score) for score in reply.scores]
+            metrics = [(str(name), float(value)) for name, value in reply.metrics]
+            well_formed = (
+                isinstance(reply.pid, int)
+                and isinstance(reply.row, int)
+                and all(score is None or abs(score) <= MAX_SCORE for score in scores)
+                and all(abs(value) <= MAX_METRIC for _, value in metrics)
+                and all(len(values) == len(scores) for values in reply.extras.values())
+                and all(0 <= int(position) < len(scores) for position in reply.invalid)
+            )
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise GarbledError from error
+        if not well_formed:
+            raise GarbledError
+        return replace(reply, scores=scores, metrics=metrics)
 
 
 @dataclass(frozen=True)
@@ -85,6 +116,8 @@ class Call:
         state: passed on to functions.
         labels: `N` names for log messages, e.g. "prompt 'a1', completion 3".
         seed: seed of Python's and NumPy's global generators while the reward runs.
+        one_by_one: call the reward with one completion at a time and answer each.
+        trial: refuse a reward whose signature, columns or returned values are wrong, and do not score again.
     """
 
     reward: int
@@ -95,21 +128,32 @@ class Call:
     state: TrainerState
     labels: Sequence[str]
     seed: int = 0
+    one_by_one: bool = False
+    trial: bool = False
 
     def __len__(self) -> int:
         return len(self.completions)
 
-    def only(self, item: int) -> Call:
-        """Return the same call for one of its completions."""
-        one = slice(item, item + 1)
+    def rows(self, first: int, last: int) -> Call:
+        """Return the same call for its completions `first` to `last - 1`."""
+        some = slice(first, last)
         return replace(
             self,
-            prompts=self.prompts[one],
-            completions=self.completions[one],
-            completion_ids=self.completion_ids[one],
-            columns={name: values[one] for name, values in self.columns.items()},
-            labels=self.labels[one],
+            prompts=self.prompts[some],
+            completions=self.completions[some],
+            completion_ids=self.completion_ids[some],
+            columns={name: values[some] for name, values in self.columns.items()},
+            labels=self.labels[some],
         )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a completion has no score."""
+
+    kind: FailureKind
+    error: str
+    traceback: str = ""
 
 
 @dataclass
@@ -118,15 +162,19 @@ class CallResult:
 
     Attributes:
         scores: `N` scores; None where the reward does not apply or failed.
-        failures: kind of failure by position.
+        failures: failures by position.
         metrics: (name, value, weight) as the function logged them; the weights of a name sum to the completions.
         extras: as in `Reply`.
+        notes: as in `Reply`.
+        overran: completions of calls that passed the time limit and were scored again one by one.
     """
 
     scores: Scores
-    failures: dict[int, FailureKind] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
     metrics: list[tuple[str, float, float]] = field(default_factory=list)
     extras: dict[str, list[Loggable]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    overran: int = 0
 
     @classmethod
     def joined(cls, parts: Sequence[CallResult]) -> CallResult:
@@ -135,8 +183,10 @@ class CallResult:
         for part in parts:
             start = len(whole.scores)
             whole.scores += part.scores
-            whole.failures |= {start + item: kind for item, kind in part.failures.items()}
+            whole.failures |= {start + item: failure for item, failure in part.failures.items()}
             whole.metrics += part.metrics
+            whole.notes += part.notes
+            whole.overran += part.overran
             for name in [*whole.extras, *(name for name in part.extras if name not in whole.extras)]:
                 column = whole.extras.setdefault(name, [None] * start)
                 column += part.extras.get(name, [None] * len(part.scores))

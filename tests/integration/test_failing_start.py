@@ -1,0 +1,99 @@
+"""Whatever user code raises: before the first step it is one line and no file, afterwards the step is named."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.failing import MODULE
+from tests.support.refusal import Place, data, model
+
+pytestmark = pytest.mark.slow
+
+FIT = ("fit", "--config", "run.yaml")
+NAME = "dots_failing_code"
+
+
+def _user_code(config: dict[str, Any]) -> None:
+    """Name a class of the user's module wherever a config can name one."""
+    config["model"]["class_path"] = f"{NAME}.Model"
+    config["data"]["class_path"] = f"{NAME}.Data"
+    config["trainer"]["logger"] = {"class_path": f"{NAME}.Logger"}
+    config["trainer"]["callbacks"].append({"class_path": f"{NAME}.Watch"})
+    model(config)["rewards"] = [{"class_path": f"{NAME}.Score"}]
+    model(config)["engine"] = {"class_path": f"{NAME}.Engine"}
+    data(config)["selector"] = {"class_path": f"{NAME}.Choice"}
+    data(config)["train"]["class_path"] = f"{NAME}.Source"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+    monkeypatch.setitem(sys.modules, NAME, None)  # type: ignore[arg-type]  # restores that it was not imported
+    del sys.modules[NAME]
+    (tmp_path / f"{NAME}.py").write_text(MODULE)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    made = Place.at(tmp_path, monkeypatch, capsys)
+    made.config(_user_code)
+    return made
+
+
+STAGES = (
+    "callback", "logger", "model", "data", "selector", "reward", "engine", "data loading", "tokenizer",
+    "configure_model", "callback setup", "on_fit_start", "on_train_start", "configure_optimizers", "first choice",
+    "engine start", "first rollout",
+)  # fmt: skip
+RAISED = (
+    "RuntimeError", "RecursionError", "MemoryError", "ModuleNotFoundError", "SyntaxError", "UnicodeDecodeError",
+    "KeyError", "Unprintable", "Closed", "ExceptionGroup", "BaseExceptionGroup", "SystemExit", "StopIteration",
+    "GeneratorExit", "AssertionError", "OSError", "ValueError", "ZeroDivisionError", "FloatingPointError", "TypeError",
+)  # fmt: skip
+
+
+def _assert_names(line: str, raised: str) -> None:
+    assert line.isprintable() and len(line) < 900
+    assert raised in line
+    assert f"{NAME}.py:" in line or "my_other_rewards.py:1" in line
+    assert line.endswith("Run again with --debug for the traceback.")
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_import_of_user_code(place: Place, monkeypatch: pytest.MonkeyPatch, raised: str) -> None:
+    monkeypatch.setenv("FAIL_AT", "import")
+    monkeypatch.setenv("FAIL_WITH", raised)
+    _assert_names(place.refused(*FIT), raised)
+
+
+# Every stage with an exception, and every exception at some stage.
+@pytest.mark.parametrize(("stage", "raised"), [*zip(STAGES, RAISED, strict=False)])
+def test_start(place: Place, monkeypatch: pytest.MonkeyPatch, stage: str, raised: str) -> None:
+    monkeypatch.setenv("FAIL_AT", stage)
+    monkeypatch.setenv("FAIL_WITH", raised)
+    _assert_names(place.refused(*FIT), raised)
+
+
+AFTERWARDS = ("RuntimeError", "StopIteration", "SystemExit")
+
+
+@pytest.mark.parametrize("raised", AFTERWARDS)
+def test_a_training_that_has_begun_ends_with_its_step(
+    place: Place, monkeypatch: pytest.MonkeyPatch, raised: str
+) -> None:
+    monkeypatch.setenv("FAIL_AT", "end of step 1")
+    monkeypatch.setenv("FAIL_WITH", raised)
+    arguments = (*FIT, "--trainer.max_steps=3")
+    saved = "runs/small/version_0/checkpoints/step_00000001.ckpt"
+    expected = rf"stopped in step 1 with prompts \w{{16}}, \w{{16}}\. The newest checkpoint is {saved}\. Run the same"
+    if raised == "SystemExit":  # has no traceback
+        code, said = place.run(*arguments)
+        assert code == 1
+        assert re.search(expected, next(line for line in said.splitlines() if line.startswith("dots: error: ")))
+    else:
+        with pytest.raises(RuntimeError) as error:
+            place.run(*arguments)
+        assert re.search(expected, "".join(traceback.format_exception(error.value)))
+    assert (place.path / saved).exists()

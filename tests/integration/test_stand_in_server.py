@@ -1,0 +1,281 @@
+"""Runs by a server that answers wrongly end in one line and train nothing; none is open to others by accident."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from app.engines import Sampling, VllmServer
+from app.engines.requests import EngineError
+from app.engines.server import client, fleet
+from app.engines.server.options import ServerOptions
+from app.engines.server.process import is_local
+from app.engines.wire import shared_file
+from app.engines.worker.guard import KeyGuard, Message
+from datamodules.errors import UserError
+from datamodules.types import Prompt
+from tests.support.policies import TINY, tiny_model
+from tests.support.refusal import Place, model
+from tests.support.stand_in_server import Spoiled, StandIn, stand_in
+
+FIT = ("fit", "--config", "run.yaml")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setattr(client, "_BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "_MAX_BODY_BYTES", 2**20)
+    monkeypatch.setattr(fleet, "_SETTLE_S", 0.0)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with stand_in() as started:
+        yield started
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: StandIn
+) -> Place:
+    made = Place.at(tmp_path, monkeypatch, capsys)
+    engine = {"class_path": "app.engines.VllmServer", "init_args": {"url": server.url, "max_restarts": 1}}
+    made.config(lambda config: model(config).update(engine=engine))
+    return made
+
+
+def test_a_right_server_is_trained_with(place: Place, server: StandIn) -> None:
+    code, said = place.run(*FIT)
+    assert code == 0, said[-2000:]
+    assert server.weights > 0 and server.seen.count("/v1/completions") == 4
+    assert (place.path / "runs/small/version_0/checkpoints/last.ckpt").exists()
+
+
+def choice(**changes: Any) -> Spoiled:
+    """A completion of 3 tokens, changed."""
+    right = {"token_ids": [5] * 3, "logprobs": {"token_logprobs": [-0.5] * 3}, "finish_reason": "length"}
+    return lambda handler, body: {"choices": [right | changes]}
+
+
+def logprobs(*values: object) -> Spoiled:
+    return choice(logprobs={"token_logprobs": list(values)})
+
+
+def status(code: int, **headers: str) -> Spoiled:
+    def send(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", "4")
+        handler.end_headers()
+        handler.wfile.write(b"oops")
+
+    return send
+
+
+def _cut(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+    """Announce more bytes than are sent, and close."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def _endless(delay: float) -> Spoiled:
+    def send(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b" " * (1 if delay else 2**16))
+                time.sleep(delay)
+
+    return send
+
+
+HTML = b"<html><body>It works!</body></html>"
+NOT_VLLM = "the answer is not that of a vLLM server"
+WRONG: dict[str, tuple[str, Spoiled, str]] = {
+    "HTML": ("/v1/completions", lambda handler, body: HTML, NOT_VLLM),
+    "HTML for the models": ("/v1/models", lambda handler, body: HTML, NOT_VLLM),
+    "models of another form": ("/v1/models", lambda handler, body: {"data": []}, NOT_VLLM),
+    "HTML for a push": ("/collective_rpc", lambda handler, body: HTML, NOT_VLLM),
+    "results of another form": ("/collective_rpc", lambda handler, body: {"results": 5}, NOT_VLLM),
+    "no success": ("/reset_prefix_cache", lambda handler, body: [], NOT_VLLM),
+    "no choices": ("/v1/completions", lambda handler, body: {"choices": []}, NOT_VLLM),
+    "two choices": ("/v1/completions", lambda handler, body: {"choices": [{}, {}]}, NOT_VLLM),
+    "choices of another type": ("/v1/completions", lambda handler, body: {"choices": "abc"}, NOT_VLLM),
+    "a list": ("/v1/completions", lambda handler, body: [], NOT_VLLM),
+    "nothing": ("/v1/completions", lambda handler, body: b"", NOT_VLLM),
+    "cut JSON": ("/v1/completions", lambda handler, body: b'{"choices": [', NOT_VLLM),
+    "deep JSON": ("/v1/completions", lambda handler, body: b"[" * 100_000, NOT_VLLM),
+    "token beyond the vocabulary": ("/v1/completions", choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
+    "token just beyond": ("/v1/completions", choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
+    "token of 30 digits": ("/v1/completions", choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
+    "negative token": ("/v1/completions", choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
+    "tokens that are text": ("/v1/completions", choice(token_ids=["a", "b", "c"]), NOT_VLLM),
+    "tokens with a fraction": ("/v1/completions", choice(token_ids=[1.5, 2.0, 3]), NOT_VLLM),
+    "no tokens": ("/v1/completions", choice(token_ids=None), NOT_VLLM),
+    "fewer tokens": ("/v1/completions", choice(token_ids=[5]), "1 tokens and 3 log-probabilities"),
+    "log-probability of +50": ("/v1/completions", logprobs(-1, 50, -1), "a log-probability of 50, but none is above 0"),
+    "infinite log-probability": ("/v1/completions", logprobs(-1, 1e999, -1), "a log-probability of inf"),
+    "log-probability that is none": ("/v1/completions", logprobs(-1, None, -1), "NaN or infinite"),
+    "log-probability of text": ("/v1/completions", logprobs(-1, "x", -1), NOT_VLLM),
+    "no log-probabilities": ("/v1/completions", choice(logprobs=None), NOT_VLLM),
+    "another end": ("/v1/completions", choice(finish_reason={"a": 1}), "finished a completion with reason"),
+    "internal errors": ("/v1/completions", status(500), "were lost 2 times in a row"),
+    "internal errors in a push": ("/collective_rpc", status(500), "failed in vLLM's worker"),
+    "redirect": ("/v1/completions", status(302, Location="http://127.0.0.1:1/"), "redirects elsewhere (302)"),
+    "refusal": ("/v1/completions", status(422), "rejected the request (422): oops"),
+    "answer cut by the connection": ("/v1/completions", _cut, "were lost 2 times in a row"),
+    "answer of any size": ("/v1/completions", _endless(0), "the answer has more than 1048576 bytes"),
+    "answer without an end": ("/v1/completions", _endless(0.05), "were lost 2 times in a row"),
+}  # fmt: skip
+
+
+THROUGH_THE_COMMAND = (
+    "HTML", "HTML for the models", "HTML for a push", "results of another form", "no success", "no choices",
+    "token beyond the vocabulary", "log-probability of +50", "log-probability that is none", "internal errors",
+    "internal errors in a push", "redirect", "answer of any size", "answer without an end",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THROUGH_THE_COMMAND)
+def test_a_wrong_answer_is_one_line(place: Place, server: StandIn, name: str) -> None:
+    path, spoiled, expected = WRONG[name]
+    server.spoiled[path] = spoiled
+    line = place.refused(*FIT)
+    assert expected in line
+    assert len(line) < 1200
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name not in THROUGH_THE_COMMAND])
+def test_a_wrong_answer_is_refused(server: StandIn, name: str) -> None:
+    path, spoiled, expected = WRONG[name]
+    server.spoiled[path] = spoiled
+    engine = VllmServer(url=server.url, max_restarts=1)
+    engine.setup(tiny_model(600, seed=0), AutoTokenizer.from_pretrained(TINY))
+    prompt = Prompt("a", 0, "1 + 1 =", "1 + 1 =", (3, 4), {})
+    try:
+        with pytest.raises(EngineError, match=re.escape(expected)):
+            engine.generate([prompt], Sampling(1, 3), np.zeros((1, 1), dtype=np.int64))
+    finally:
+        engine.close()
+
+
+# --- Who can reach a server ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "0", "192.0.2.1", "::ffff:0.0.0.0"])
+def test_a_server_for_others_needs_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    place = Place.at(tmp_path, monkeypatch, capsys)
+    line = place.refused("serve", "--config", "run.yaml", f"--host={host}")
+    assert "which other machines can reach, and the server would have no key" in line
+    assert "Set VLLM_API_KEY to a key, or allow it with --open_to_network true." in line
+
+
+def test_local_hosts() -> None:
+    assert all(map(is_local, ("127.0.0.1", "localhost", "::1", "127.0.0.2")))
+    with pytest.raises(UserError, match="which is no address"):
+        is_local("no such host")
+
+
+@pytest.mark.parametrize("argument", ["--host=0.0.0.0", "--host", "--hos=::"])
+def test_the_host_is_not_given_behind_the_check(argument: str) -> None:
+    with pytest.raises(UserError, match=r"server\.host is for"):
+        ServerOptions(arguments=[argument])
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "key", "passes"),
+    [
+        ("http", "/collective_rpc", "", False),
+        ("http", "/collective_rpc", "wrong", False),
+        ("http", "/collective_rpc", "right", True),
+        ("http", "/health", "", True),
+        ("websocket", "/v1/realtime", "", False),
+        ("websocket", "/health", "", False),
+        ("websocket", "/v1/realtime", "right", True),
+        ("lifespan", "", "", True),
+    ],
+)
+def test_the_key_guards_every_path_and_protocol(
+    monkeypatch: pytest.MonkeyPatch, kind: str, path: str, key: str, passes: bool
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    reached: list[str] = []
+    sent: list[Message] = []
+
+    async def app(scope: Message, receive: object, send: object) -> None:
+        reached.append(scope["type"])
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {}
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope: Message = {"type": kind, "path": path, "headers": headers}
+    asyncio.run(KeyGuard(app)({"type": kind} if kind == "lifespan" else scope, receive, send))
+    assert bool(reached) is passes
+    refused = {"http": "http.response.start", "websocket": "websocket.close"}
+    assert [one["type"] for one in sent][:1] == ([] if passes else [refused[kind]])
+
+
+# --- Chunks of killed pushes ---------------------------------------------------------------------------------------
+
+
+def _hold(ready: Any) -> None:
+    with shared_file.shared_chunk([("weight", torch.ones(1000))]) as (path, _):
+        ready.send(path)
+        time.sleep(60)
+
+
+@contextlib.contextmanager
+def _holder() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A process in the middle of a push: the path of its chunk, and what kills it."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold, args=(theirs,))
+    process.start()
+    theirs.close()
+
+    def kill() -> None:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+    try:
+        yield ours.recv(), kill
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_the_next_start_removes_what_a_killed_push_has_left(place: Place) -> None:
+    with _holder() as (abandoned, kill), _holder() as (held, _):
+        kill()
+        assert os.path.exists(abandoned) and os.path.exists(held)
+        code, said = place.run(*FIT)
+        assert code == 0, said[-2000:]
+        assert not os.path.exists(abandoned)
+        assert os.path.exists(held)
+    shared_file.remove_abandoned()
+    assert held not in glob.glob(f"{shared_file.FOLDER}/dots-*")

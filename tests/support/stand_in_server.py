@@ -1,0 +1,94 @@
+"""A small HTTP server with vLLM's paths, whose answers a test can spoil: what a server is that is not the policy's."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from app.engines.wire.chunks import from_json
+from app.engines.wire.shared_file import read_chunk
+
+Spoiled = Callable[[BaseHTTPRequestHandler, dict[str, Any]], object]
+"""Returns what is sent in place of the right answer: an object as JSON, bytes as they are, None if it has sent all."""
+
+
+@dataclass
+class StandIn:
+    """The state of a server.
+
+    Attributes:
+        spoiled: by path, what is sent in place of the right answer.
+        seen: paths of the requests so far.
+        url: of the server.
+        version: of the last push.
+        weights: number of tensors that the last push has sent.
+    """
+
+    spoiled: dict[str, Spoiled] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
+    url: str = ""
+    version: str = "None"
+    weights: int = 0
+
+    def answer(self, path: str, body: dict[str, Any]) -> object:
+        """Return the answer of a right server, whose policy always writes the token 5 until the length limit."""
+        if path == "/v1/models":
+            return {"data": [{"max_model_len": 512}]}
+        if path == "/v1/completions":
+            length = body["max_tokens"]
+            logprobs = {"token_logprobs": [-0.5] * length}
+            return {"choices": [{"token_ids": [5] * length, "logprobs": logprobs, "finish_reason": "length"}]}
+        if path == "/collective_rpc":
+            method, arguments = body["method"], body["kwargs"]
+            if method == "dots_load_file":
+                self.weights += len(read_chunk(arguments["path"], from_json(arguments["specs"])))
+            if method == "dots_finish":
+                self.version = arguments["version"]
+            return {"results": [self.version if method == "dots_version" else None]}
+        return {"success": True}
+
+
+@contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """Run a server until the end of the block."""
+    state = StandIn()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.handle_request({})
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.handle_request(json.loads(content) if content else {})
+
+        def handle_request(self, body: dict[str, Any]) -> None:
+            path = self.path.partition("?")[0]
+            state.seen.append(path)
+            spoiled = state.spoiled.get(path)
+            sent = spoiled(self, body) if spoiled else state.answer(path, body)
+            if sent is None:
+                return
+            content = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        state.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join()
