@@ -12,7 +12,7 @@ from datamodules.pool import PromptPool
 from datamodules.prompts.files import open_table
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.tables import Ranges
+from datamodules.prompts.tables import ranges
 from datamodules.prompts.templates import Renderer, check_template
 
 _PROBE = 64
@@ -121,7 +121,7 @@ class PromptFile(PromptSource):
         named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
         table = open_table(self.path, self.name, self.split, [column for column in named if column is not None])
         if self.limit is not None:
-            table = Ranges([(table, 0, min(self.limit, len(table)))])
+            table = ranges([(table, 0, min(self.limit, len(table)))])
         probe = table.rows(range(min(_PROBE, len(table))))
         schema = detect(table.columns, probe, self.overrides, self.path)
         return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length, self.context_limit)

@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 
 from datamodules.errors import UserError, nearest
 from datamodules.prompts.readers import READERS
-from datamodules.prompts.tables import DatasetTable, Ranges, Table
+from datamodules.prompts.tables import DatasetTable, Table, ranges
 
 _FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, KeyError, StopIteration, RuntimeError)
 """Exceptions of `datasets` for unreadable data. RuntimeError: a data set that is a script, which is never run."""
@@ -78,13 +78,13 @@ def _local(path: str) -> Path:
 
 def _sliced(split: str, tables: Mapping[str, Sequence[Table]]) -> Table:
     """Return the rows of a split expression such as `train[:10%]+test`, where each split is one or more tables."""
-    whole = {name: Ranges([(table, 0, len(table)) for table in parts]) for name, parts in tables.items()}
+    whole = {name: ranges([(table, 0, len(table)) for table in parts]) for name, parts in tables.items()}
     lengths = {name: len(table) for name, table in whole.items()}
     try:
-        ranges = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise UserError(f"split {split!r} cannot be read: {error}. Write for example 'train[:10%]'.") from error
-    return Ranges([(whole[one.splitname], one.from_, max(one.from_, one.to)) for one in ranges])
+    return ranges([(whole[one.splitname], one.from_, max(one.from_, one.to)) for one in slices])
 
 
 def _choose(splits: Sequence[str], names: Sequence[str], path: Path) -> None:

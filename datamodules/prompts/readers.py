@@ -36,7 +36,7 @@ def _content(path: Path) -> bytes:
 
 def _read_json(path: Path, text_columns: Sequence[str]) -> Table:
     """Read an array of objects, or one object per line."""
-    content = _content(path)
+    content, where = _content(path), repr(str(path))
     if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return ListTable(_array(path, content))
     starts_ends: list[tuple[int, int]] = []
@@ -44,7 +44,7 @@ def _read_json(path: Path, text_columns: Sequence[str]) -> Table:
     start = 0
     for number, line in enumerate(io.BytesIO(content), start=1):
         if line.strip():
-            columns |= dict.fromkeys(parse_object(line, f"{str(path)!r} line {number}"))
+            columns.update(dict.fromkeys(parse_object(line, f"{where} line {number}")))
             bom = 3 if line.startswith(b"\xef\xbb\xbf") else 0
             starts_ends.append((start + bom, start + len(line)))
         start += len(line)

@@ -97,7 +97,8 @@ class JsonLinesTable:
         return len(self.places)
 
     def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
-        lines = (self.content[start:end] for start, end in self.places[np.asarray(positions, dtype=np.int64)])
+        places = self.places[np.asarray(positions, dtype=np.int64)].tolist()
+        lines = (self.content[start:end] for start, end in places)
         return [dict.fromkeys(self.columns) | json.loads(line) for line in lines]
 
     def narrow(self, columns: Sequence[str]) -> JsonLinesTable:
@@ -133,6 +134,12 @@ class Ranges:
     def narrow(self, columns: Sequence[str]) -> Ranges:
         """See `DatasetTable.narrow`."""
         return Ranges([(table.narrow(columns), start, end) for table, start, end in self.parts])
+
+
+def ranges(parts: Sequence[tuple[Table, int, int]]) -> Table:
+    """Return `Ranges`, or the table itself if it is the only one and whole."""
+    table, start, end = parts[0]
+    return table if len(parts) == 1 and (start, end) == (0, len(table)) else Ranges(parts)
 
 
 def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Row]]]:
