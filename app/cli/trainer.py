@@ -46,6 +46,7 @@ class DotsTrainer(Trainer):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = False,
         use_distributed_sampler: bool = False,
+        inference_mode: bool = False,  # tensors that a validation makes must serve the training after it
         **kwargs: Any,
     ) -> None:
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -60,6 +61,7 @@ class DotsTrainer(Trainer):
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=use_distributed_sampler,
+            inference_mode=inference_mode,
             **kwargs,
         )
         self._options: dict[str, Any] = {
