@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -201,6 +202,7 @@ class GRPOModule(LightningModule):
         if not self._tried_rewards:  # once: `prepare_data` may have set up before
             self._tried_rewards = True
             self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
+        self._check_tokens()
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
@@ -209,6 +211,19 @@ class GRPOModule(LightningModule):
         self.optimization.check_length(self.optimizer_steps)
         if self.resumed is not None:
             self._identity.check(self.resumed)
+
+    def _check_tokens(self) -> None:
+        """Raise UserError if a prompt holds a token that the model has no embedding of."""
+        if not (unknown := self.policy.unknown_tokens(self.tokenizer)):
+            return
+        datamodule: OnlinePromptDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
+        for prompt in chain.from_iterable(datamodule.pools.values()):
+            if found := [unknown[token] for token in prompt.token_ids if token in unknown]:
+                raise UserError(
+                    f"Prompt {prompt.id!r} holds the token {found[0]!r}, which the tokenizer of {self.policy_path} has "
+                    "but its model has no embedding of. Resize the model's embedding to its tokenizer "
+                    "(resize_token_embeddings), or leave the token out of prompts and templates."
+                )
 
     @cached_property
     def _identity(self) -> RunIdentity:

@@ -151,6 +151,7 @@ class OnlinePromptDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the pools and prepare the selector. Raises UserError when data cannot be used."""
         if self.pools:
+            self._setup_selector(stage)
             return
         module: object = None if self.trainer is None else self.trainer.lightning_module
         policy = module if isinstance(module, PolicySource) else None
@@ -180,14 +181,21 @@ class OnlinePromptDataModule(LightningDataModule):
         self.pools["train"] = train
         if self.sources["test"] is not None:
             self.pools["test"] = self._read("test", tokenizer)
-        if stage == "fit":
-            if self.prompts_per_step > len(train):
-                raise UserError(
-                    f"data.prompts_per_step is {self.prompts_per_step} but the pool has only {len(train)} prompts. "
-                    "Lower data.prompts_per_step or add prompts."
-                )
-            encoder = self.encoder or (None if policy is None else policy.policy_path)
-            self.selector.setup(train, SelectionContext(self.seed, encoder, self.cache_dir))
+        self._setup_selector(stage)
+
+    def _setup_selector(self, stage: str) -> None:
+        """Prepare the selector for training, unless it is: a validation before needs none."""
+        if stage != "fit" or self.selector.is_ready:
+            return
+        train = self.pools["train"]
+        if self.prompts_per_step > len(train):
+            raise UserError(
+                f"data.prompts_per_step is {self.prompts_per_step} but the pool has only {len(train)} prompts. "
+                "Lower data.prompts_per_step or add prompts."
+            )
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        encoder = self.encoder or (module.policy_path if isinstance(module, PolicySource) else None)
+        self.selector.setup(train, SelectionContext(self.seed, encoder, self.cache_dir))
 
     def next_batch(self, step: int) -> TrainBatch:
         """Return the batch of a step: `fresh_prompts` prompts chosen now, with the selector's forecast of them.

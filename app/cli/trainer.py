@@ -61,6 +61,7 @@ class DotsTrainer(RunTrainer):
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = False,
         use_distributed_sampler: bool = False,
+        inference_mode: bool = False,  # tensors that a validation makes must serve the training after it
         **kwargs: Any,
     ) -> None:
         # The limits stand here for their types: of Lightning's `Optional[Union[int, float]]` typing's cache may turn the
@@ -83,6 +84,7 @@ class DotsTrainer(RunTrainer):
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=use_distributed_sampler,
+            inference_mode=inference_mode,
             **kwargs,
         )
         self._interval = val_check_interval if isinstance(val_check_interval, int | float) else None

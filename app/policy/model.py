@@ -8,17 +8,18 @@ model goes through `AttentionInterface` at all, `_tied_weights_keys` names the w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from datamodules.errors import UserError
 
@@ -95,9 +97,10 @@ class Policy:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the policy's tokenizer; its padding token is the end token if the model has none.
 
-        Raises UserError if there is no tokenizer, or it has no end token.
+        Raises UserError if there is no tokenizer, or it has no end token that the model knows.
         """
         tokenizer = self._load(AutoTokenizer)
+        rows = self._config().get_text_config(decoder=True).vocab_size
         # transformers returns an empty tokenizer for a folder without a tokenizer's files.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise UserError(
@@ -108,12 +111,20 @@ class Policy:
             raise UserError(
                 f"policy.path={self.path}: its tokenizer has no end token. Set eos_token in tokenizer_config.json"
             )
-        if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id >= rows:
+            raise UserError(
+                f"policy.path={self.path}: the end token {tokenizer.eos_token!r} of its tokenizer is number "
+                f"{tokenizer.eos_token_id}, but the model has {rows} tokens, so that no completion could end. Resize "
+                "the model's embedding to its tokenizer, or set another eos_token in tokenizer_config.json"
+            )
+        # Padding is never read, so that any token will do.
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def load(self) -> torch.nn.Module:
         """Load the model with its weights, adapted if `lora` is set, in training mode. Raises UserError if it can't."""
+        self._config()
         options = {"dtype": self.weights_dtype(), **self._attention()}
         # use_safetensors, because the other format is pickle.
         model, read = self._load(AutoModelForCausalLM, **options, use_safetensors=True, output_loading_info=True)
@@ -122,11 +133,17 @@ class Policy:
                 f"policy.path={self.path}: its weights lack {len(missing)} tensors of {type(model).__name__} "
                 f"({missing[0]}), which would be initialized at random. Expected a causal language model with its head"
             )
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        if any(not isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+            raise UserError(
+                f"policy.path={self.path}: eos_token_id in its config.json or generation_config.json is {ends!r}. "
+                "Expected the number of a token, or a list of them"
+            )
         return self._adapt(model).train()
 
     def on_meta(self) -> torch.nn.Module:
         """Return the model on the meta device: to count its parameters, or to shard it before loading weights."""
-        config = self._load(AutoConfig)
+        config = self._config()
         options = {"trust_remote_code": self.trust_remote_code, "dtype": self.weights_dtype(), **self._attention()}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -138,7 +155,7 @@ class Policy:
 
     def stored_dtype(self) -> torch.dtype:
         """Return the dtype of the weights in the policy's files, as config.json has it."""
-        return getattr(self._load(AutoConfig), "dtype", None) or torch.float32
+        return getattr(self._config(), "dtype", None) or torch.float32
 
     def weights_dtype(self) -> torch.dtype:
         """Return the dtype that the weights will have in memory, adapters aside, without loading them."""
@@ -146,6 +163,35 @@ class Policy:
             return getattr(torch, self.dtype)  # type: ignore[no-any-return]
         stored = self.stored_dtype()
         return stored if self.lora is not None else torch.promote_types(stored, torch.float32)
+
+    def unknown_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+        """Return the tokens that the tokenizer knows and the model does not, by number."""
+        rows = self._config().get_text_config(decoder=True).vocab_size
+        return {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+    def _config(self) -> PreTrainedConfig:
+        """Return the model's configuration. Raises UserError unless it is a causal language model's."""
+        config: PreTrainedConfig = self._load(AutoConfig)
+        kind, text = type(config), config.get_text_config(decoder=True)
+        names = getattr(config, "architectures", None) or []
+        fitting = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None), "__name__", "")
+        wrong = None
+        if getattr(config, "is_encoder_decoder", False):
+            wrong = f"it is an encoder with a decoder ({', '.join(names) or config.model_type})"
+        elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            wrong = f"its tokens see those that follow ({', '.join(names) or config.model_type})"
+        elif names and not (
+            "AutoModelForCausalLM" in getattr(config, "auto_map", {})  # a class of its own
+            or any(name == fitting or name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in names)
+        ):
+            wrong = f"config.json says {', '.join(names)}"
+        if wrong:
+            raise UserError(f"policy.path={self.path}: {wrong}. Expected a causal language model with its head")
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+            size = getattr(text, name, 1)
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"policy.path={self.path}: {name} in its config.json is {size!r}. Expected 1 or more")
+        return config
 
     def _load(self, kind: Any, **options: Any) -> Any:
         folder = Path(self.path).expanduser()
@@ -158,13 +204,28 @@ class Policy:
             rank_zero_warn(f"policy.trust_remote_code runs code from {self.path} with your permissions")
         try:
             where = str(folder) if folder.is_dir() else self.path
+            if options.get("use_safetensors"):
+                self._check_index(where)
             return kind.from_pretrained(where, trust_remote_code=self.trust_remote_code, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except UserError:
+            raise
+        except Exception as error:  # any kind: what a wrong file raises is not documented
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}). "
                 "Expected a folder or hub name with config.json, weights in safetensors and a tokenizer"
             ) from error
+
+    def _check_index(self, where: str) -> None:
+        """Raise UserError if the index of the weights names something else than safetensors files next to it."""
+        index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        files = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        for name in set(files.values()):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"policy.path={self.path}: {SAFE_WEIGHTS_INDEX_NAME} names {name!r}. Expected names of "
+                    ".safetensors files in the same folder"
+                )
 
     def _attention(self) -> dict[str, str]:
         return {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}

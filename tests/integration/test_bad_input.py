@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2Model, T5Config
+from transformers import AutoTokenizer, BertConfig, Qwen2Config, Qwen2Model, T5Config
 
 from tests.support.refusal import TINY, Change, Place, callback, data, model, source, write_pool
 
@@ -406,12 +406,59 @@ def _other_shapes(folder: Path) -> None:
     save_file({name: tensor[:-1].clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
+def _masked(folder: Path) -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, architectures=["BertForMaskedLM"])
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def _generation(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(values)) and None
+
+
+def _index(name: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
+
+
+def _late_end_token(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<late>"})
+    tokenizer.save_pretrained(folder)
+
+
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (_without("config.json"), "cannot be loaded by "),
     "broken config": (lambda folder: (folder / "config.json").write_text("{") and None, "cannot be loaded by "),
     "unknown architecture": (_config(model_type="qwen99"), "cannot be loaded by "),
     "no causal head": (_no_causal_head, "its weights lack 1 tensors of Qwen2ForCausalLM (lm_head.weight)"),
-    "encoder and decoder": (_encoder_decoder, "cannot be loaded by AutoModelForCausalLM (Unrecognized configuration"),
+    "encoder and decoder": (_encoder_decoder, "it is an encoder with a decoder (t5). Expected a causal language model"),
+    "masked": (_masked, "its tokens see those that follow (BertForMaskedLM). Expected a causal language model"),
+    "masked, called causal": (_config(architectures=["RobertaForCausalLM"], model_type="roberta"), "see those that"),
+    "classifier": (_config(architectures=["Qwen2ForSequenceClassification"]), "says Qwen2ForSequenceClassification"),
+    "reward model": (_config(architectures=["Qwen2ForTokenClassification"]), "says Qwen2ForTokenClassification"),
+    "negative layers": (_config(num_hidden_layers=-1), "cannot be loaded by "),
+    "no heads": (_config(num_attention_heads=0), "num_attention_heads in its config.json is 0. Expected 1 or more"),
+    "vocabulary in words": (_config(vocab_size="many"), "vocab_size"),
+    "end token in words": (_config(eos_token_id="x"), "eos_token_id"),
+    "end tokens in words": (
+        _generation(eos_token_id=["x", 1]),
+        "eos_token_id in its config.json or gen",
+    ),
+    "rope of a word": (_config(rope_parameters="round"), "cannot be loaded by "),
+    "pickled weights in the index": (_index("pytorch_model.bin"), "names 'pytorch_model.bin'. Expected names of"),
+    "a shard elsewhere": (_index("../other/model.safetensors"), "names '../other/model.safetensors'"),
+    "a shard by an absolute path": (_index("/tmp/model.safetensors"), "names '/tmp/model.safetensors'"),
+    "broken index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]") and None,
+        "cannot be loaded by AutoModelForCausalLM (",
+    ),
+    "end token beyond the embedding": (_late_end_token, "'<late>' of its tokenizer is number"),
     "truncated weights": (_cut_weights, "cannot be loaded by AutoModelForCausalLM ("),
     "weights of other shapes": (_other_shapes, "cannot be loaded by AutoModelForCausalLM ("),
     "no weights": (_without("model.safetensors"), "cannot be loaded by AutoModelForCausalLM ("),
@@ -430,6 +477,21 @@ def test_model(place: Place, name: str) -> None:
     line = place.refused(*FIT)
     assert line.startswith(f"policy.path={folder}: ")
     assert expected in line
+
+
+@pytest.mark.parametrize("template", ["<think>{question}", "{question} </think>", "{question}<pad_late>"])
+def test_a_prompt_beyond_the_embedding(place: Place, template: str) -> None:
+    folder = place.path / "policy"
+    shutil.copytree(TINY, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_special_tokens({"pad_token": "<pad_late>"})
+    tokenizer.save_pretrained(folder)
+    place.config(lambda c: (model(c)["policy"].update(path=str(folder)), source(c).update(template=template)))
+    line = place.refused(*FIT)
+    assert "holds the token '" in line and "but its model has no embedding of. Resize" in line
+    # Prompts without such a token train.
+    assert place.run(*FIT, "--data.train.template={question}")[0] == 0
 
 
 def _selector(**init_args: Any) -> Change:
