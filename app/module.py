@@ -27,6 +27,7 @@ from app.policy.weights import plain_weights
 from app.ranks import Ranks
 from app.reporting.validation import ValidationMetrics
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
+from app.rewards.answers import check_answers, gold_columns
 from app.rollouts.pipeline import RolloutPipeline
 from app.runs.folder import run_folder
 from app.runs.identity import RunIdentity
@@ -37,6 +38,7 @@ from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts.reading import reward_columns
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 
@@ -201,8 +203,16 @@ class GRPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if not self._tried_rewards:  # once: `prepare_data` may have set up before
             self._tried_rewards = True
+<<<<<<< HEAD
             self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
         self._check_tokens()
+=======
+            pools = OnlinePromptDataModule.of(self.trainer).pools
+            for name, pool in pools.items():
+                rows = reward_columns(pool, gold_columns(self.scorer.rewards))
+                check_answers(self.scorer.rewards, pool.ids, rows, f"the {name} prompts")
+            self.scorer.try_out([pool[0] for pool in pools.values()])
+>>>>>>> refs/heads/answers
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector

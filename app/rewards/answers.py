@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -27,6 +30,11 @@ GOLD_COLUMNS = (
     "output",
 )
 """Columns that may hold the reference answer, in order of preference."""
+
+
+CHECK_SECONDS = 5.0
+"""Time for reading the reference answers of a pool before the first rollout."""
+logger = logging.getLogger("dots.rewards")
 
 
 def text_of(completion: str | Messages) -> str:
@@ -111,6 +119,50 @@ class AnswerReward(Reward):
         """Score one completion against its accepted answers, of which there may be none."""
 
 
+def gold_columns(rewards: Sequence[Reward]) -> list[str]:
+    """Return the columns from which rewards may read reference answers."""
+    golds = [reward.gold for reward in rewards if isinstance(reward, AnswerReward)]
+    return [name for gold in golds for name in ([gold] if gold else GOLD_COLUMNS)]
+
+
+def check_answers(
+    rewards: Sequence[Reward], ids: Sequence[str], rows: Iterable[Mapping[str, object]], source: str
+) -> None:
+    """Say in one line how many reference answers no reward can read, and name the first; stop after `CHECK_SECONDS`.
+
+    Args:
+        rewards: all rewards of a run.
+        ids: `Q` prompt ids.
+        rows: for each prompt its columns, at least those that hold reference answers.
+        source: name of the prompts, for messages.
+
+    Raises:
+        UserError: there are such answers and no others, and no reward but these is about correctness.
+    """
+    readers = [reward for reward in rewards if isinstance(reward, AnswerReward)]
+    if not readers:
+        return
+    deadline, read, unread, first = time.monotonic() + CHECK_SECONDS, 0, 0, ""
+    for name, row in zip(ids, rows, strict=True):
+        columns = {column: [value] for column, value in row.items()}
+        try:
+            golds = [(reward, gold) for reward in readers for gold in gold_answers(columns, 1, reward.gold)[0]]
+        except UserError:
+            return  # the trial of the rewards, which has all columns, says more
+        if golds and not any(reward.can_read(gold) for reward, gold in golds):
+            unread += 1
+            first = first or f"{golds[0][1][:80]!r} of prompt {name!r}"
+        read += bool(golds)
+        if time.monotonic() > deadline:
+            break
+    if unread:
+        names = ", ".join(reward.name for reward in readers)
+        found = f"{unread} of {read} reference answers of {source} cannot be read by {names}, the first is {first}."
+        if unread == read and all(reward in readers or reward.correctness is False for reward in rewards):
+            raise UserError(f"{found} Choose another reward, set its option gold, or correct the data.")
+        logger.warning("%s These rewards do not apply to such prompts.", found)
+
+
 def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) -> list[list[str]]:
     """Return the accepted answers of each of `count` rows (see `datamodules.answers`); an empty list without any.
 
@@ -118,7 +170,7 @@ def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) 
         columns: values by column name, `count` each.
         count: number of rows.
         column: column with the answers; a dot leads into a nested column. By default, for each row, the first of
-            `GOLD_COLUMNS` that is not null.
+            `GOLD_COLUMNS` that holds an answer.
 
     Raises:
         UserError: there is no such column.
@@ -142,9 +194,10 @@ def _first_gold(columns: Mapping[str, Column], row: int, names: Sequence[str]) -
         head, *rest = name.split(".")
         value = columns[head][row]
         if rest and isinstance(value, str):
-            value = json.loads(value)
+            with suppress(ValueError):  # text that is no JSON has no such key
+                value = json.loads(value)
         for key in rest:
             value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            return accepted(value)
+        if answers := accepted(value):
+            return answers
     return []

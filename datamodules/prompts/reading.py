@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,12 +135,18 @@ class Questions(Sequence[str]):
     """Raw question texts of some rows, read on demand; iteration reads a thousand rows at a time."""
 
     def __init__(self, table: Table, kept: np.ndarray, schema: Schema) -> None:
-        self._table = table.narrow(schema.prompt_sources)
+        self._whole, self._table = table, table.narrow(schema.prompt_sources)
         self._kept, self._schema = kept, schema
 
     def take(self, positions: np.ndarray) -> Questions:
         """Return those at `positions`, in that order."""
-        return Questions(self._table, self._kept[positions], self._schema)
+        return Questions(self._whole, self._kept[positions], self._schema)
+
+    def columns(self, paths: Sequence[str]) -> Iterator[Mapping[str, object]]:
+        """Yield for each row those columns for the rewards that the answer and `paths` are read from."""
+        names = [name for path in paths for name in (path, path.split(".")[0])]
+        for _, rows in batches(self._whole.narrow([*self._schema.sources, *names]), self._kept):
+            yield from (self._schema.columns_of(row, "") for row in rows)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -157,6 +163,13 @@ class Questions(Sequence[str]):
         prompt = self._schema.prompt_of(row)
         assert prompt is not None, "the scan keeps no row without a prompt"
         return question_of(prompt)
+
+
+def reward_columns(pool: PromptPool, paths: Sequence[str]) -> Iterator[Mapping[str, object]]:
+    """Yield the columns for the rewards of each prompt, at least those that the answer and `paths` are read from."""
+    if isinstance(pool.questions, Questions):
+        return pool.questions.columns(paths)
+    return (prompt.columns for prompt in pool)
 
 
 def _unique_ids(rows: Sequence[_Kept], may_repeat: bool) -> list[str]:
