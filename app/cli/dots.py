@@ -159,7 +159,9 @@ class DotsCLI(LightningCLI):
         own = [file.parent for file in given if file.name == "config.yaml" and is_run(file.parent)]
         found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, own[-1] if own else None)
         if self.subcommand != "fit" and found.checkpoint is None:
-            raise UserError(f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first.")
+            raise UserError(
+                f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first."
+            )
         rank_zero_only(print)(f"--ckpt_path last: {found.said}", file=sys.stderr, flush=True)
         if self.subcommand == "fit":
             self.trainer.continued = found.folder

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.runs.folder import RunTrainer, Runs, find_last
+from app.runs.folder import Runs, RunTrainer, find_last
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
@@ -61,8 +61,8 @@ class DotsTrainer(RunTrainer):
         use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
-        # The limits stand here for their types: of Lightning's `Optional[Union[int, float]]` typing's cache may turn the
-        # order around, and then 1 (batch) is read as 1.0 (all of them).
+        # The limits stand here for their types: typing's cache may turn around the order of Lightning's
+        # `Optional[Union[int, float]]`, and then 1 (batch) is read as 1.0 (all of them).
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
@@ -88,7 +88,8 @@ class DotsTrainer(RunTrainer):
             self.val_check_interval = 1.0  # not set by Lightning, nor read
         self._validates_by_time = not in_steps
         self._options: dict[str, Any] = {
-            **kwargs, "limit_train_batches": limit_train_batches, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
+            **kwargs, "limit_train_batches": limit_train_batches,
+            "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar,
         }  # fmt: skip
 
     def fit(  # the checks come before anything is loaded or written, which no hook of a callback does

@@ -19,9 +19,9 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from app.cli import DotsTrainer
+from app.engines import Sampling
 from app.module import GRPOModule, Policy
 from app.rewards import Numeric
-from app.engines import Sampling
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
 from tests.support.command import _fork, _kill, kill_when

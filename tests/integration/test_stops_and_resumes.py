@@ -27,7 +27,8 @@ class Stop(Callback):
     """Asks the trainer to stop from one of its hooks, once two steps are done or under way."""
     def __init__(self, hook: str):
         def stop(trainer, *rest, **named):
-            if trainer.state.fn == "fit" and trainer.global_step >= (1 if hook == "on_train_batch_start" else 2):
+            early = hook in ("on_train_batch_start", "on_after_backward")
+            if trainer.state.fn == "fit" and trainer.global_step >= (1 if early else 2):
                 trainer.should_stop = True
         setattr(self, hook, stop)
 
@@ -39,7 +40,8 @@ class Note(Callback):
         selector = trainer.datamodule.selector
         noted = {
             "step": batch.step, "groups": len(batch.groups), "rate": group["lr"], "betas": list(group["betas"]),
-            "decay": group["weight_decay"], "updates": trainer.global_step, "temperature": pl_module.sampling.temperature,
+            "decay": group["weight_decay"], "updates": trainer.global_step,
+            "temperature": pl_module.sampling.temperature,
             "fresh": sum(one.source != "replay" for one in batch.groups),
             "length": max(len(c.token_ids) for g in batch.groups if g.source != "replay" for c in g.completions),
             "stored": len(replay[0].buffer) if replay else None, "p_easy": getattr(selector, "p_easy", None),
@@ -108,10 +110,12 @@ ENDS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...], int]] =
         listed(*EARLY, monitor="val/accuracy", patience=1, mode="max", check_on_train_epoch_end=False),
         ("--trainer.max_steps=9", "--trainer.val_check_interval=3"), 3,
     ),
-    "epochs": (lambda config: None, ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2"), 2),
+    "epochs": (
+        lambda config: None, ("--trainer.max_steps=9", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"), 2
+    ),
     "clock": (listed("callbacks.ClockBudget", seconds=1e-3), ("--trainer.max_steps=9",), 2),
 }  # fmt: skip
-for _hook in ("on_train_batch_start", "on_before_zero_grad", "on_train_batch_end", "on_validation_start",
+for _hook in ("on_train_batch_start", "on_after_backward", "on_train_batch_end", "on_validation_start",
               "on_validation_epoch_end", "on_validation_end"):  # fmt: skip
     ENDS[_hook] = (listed("dots_helpers.Stop", hook=_hook), ("--trainer.max_steps=9",), 2)
 
@@ -241,8 +245,12 @@ def no_replay(config: dict[str, Any]) -> None:
 
 RESUMES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, dict[str, Any]]] = {
     "nothing": (lambda c: None, "", {"groups": 4, "fresh": 2, "rate": 1e-4}),
-    "more prompts": (lambda c: data(c).update(prompts_per_step=6), "prompts_per_step: 4 -> 6", {"groups": 6, "fresh": 3}),
-    "fewer prompts": (lambda c: data(c).update(prompts_per_step=2), "prompts_per_step: 4 -> 2", {"groups": 2, "fresh": 1}),
+    "more prompts": (
+        lambda c: data(c).update(prompts_per_step=6), "prompts_per_step: 4 -> 6", {"groups": 6, "fresh": 3}
+    ),
+    "fewer prompts": (
+        lambda c: data(c).update(prompts_per_step=2), "prompts_per_step: 4 -> 2", {"groups": 2, "fresh": 1}
+    ),
     "no replay": (no_replay, "RolloutReplay", {"groups": 4, "fresh": 4}),
     "less replay": (
         lambda c: callback(c, "RolloutReplay").update(fresh_fraction=0.75), "fresh_fraction: 0.5 -> 0.75",
@@ -299,7 +307,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "group size": (lambda c: model(c)["sampling"].update(num_generations=4), "groups of 2"),
     "held out": (lambda c: data(c).update(val_size=2), "another prompt pool"),
     "selector": (
-        lambda c: data(c).update(selector={"class_path": "datamodules.selectors.Uniform"}), "the state of selector Greso"
+        lambda c: data(c).update(selector={"class_path": "datamodules.selectors.Uniform"}),
+        "the state of selector Greso",
     ),
 }  # fmt: skip
 
