@@ -145,8 +145,7 @@ def test_a_run_without_validation_data_is_saved(place: Place, hook: str) -> None
 def test_a_run_that_max_epochs_ended_continues_as_if_never_stopped(place: Place) -> None:
     """Its last checkpoint is written at the end of an epoch."""
     parts = ("--trainer.max_steps=99", "--trainer.limit_train_batches=2")
-    configured(place, rare_saves, lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function",
-               "init_args": {"path": "dots_helpers.alternate"}}]), lambda c: data(c).update(prompts_per_step=2))  # fmt: skip
+    configured(place, rare_saves, *USUAL[1:])
     ran(place, *FIT, *parts, "--trainer.max_epochs=2")
     ran(place, *FIT, *parts, "--trainer.max_epochs=1")
     ran(place, *FIT, *parts, "--trainer.max_epochs=2", *LAST)

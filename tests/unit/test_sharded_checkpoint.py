@@ -54,5 +54,5 @@ def test_a_shard_that_is_missing_or_new_is_damage(tmp_path: Path) -> None:
             check(folder)
         (tmp_path / name).rename(folder / name)
     (folder / "shard-00003.safetensors").write_text("from elsewhere")
-    with pytest.raises(DamagedCheckpointError, match="shard-00003.safetensors .* differs from its checksum"):
+    with pytest.raises(DamagedCheckpointError, match=r"shard-00003\.safetensors .* differs from its checksum"):
         check(folder)
