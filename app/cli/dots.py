@@ -111,6 +111,10 @@ class DotsCLI(LightningCLI):
             config.weights_only = True
         if self.subcommand == "describe":
             _describe_here(config)
+        if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
+            # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
+            # a logger of its own.
+            config.trainer.logger = False
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
@@ -139,7 +143,7 @@ class DotsCLI(LightningCLI):
             found = self._find_last(config)
             config.ckpt_path = self.config_init[self.subcommand].ckpt_path = found
         if self.subcommand in _OWN_SUBCOMMANDS:
-            self.trainer.loggers = []  # they leave no run folder; the warm-up of a selection has a logger of its own
+            self.trainer.loggers = []
         resumed = _read_checkpoint(config)
         if resumed is None:
             return
@@ -175,9 +179,7 @@ class DotsCLI(LightningCLI):
                 f"--ckpt_path last finds runs of app.module.GRPOModule, but the model is {type(self.model).__name__}. "
                 "Name the checkpoint's file."
             )
-        given = [Path(str(one)).resolve() for one in config.get("config") or []]
-        own = [file.parent for file in given if file.name == "config.yaml" and is_run(file.parent)]
-        found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, own[-1] if own else None)
+        found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, _own_run(config))
         if self.subcommand != "fit" and found.checkpoint is None:
             raise UserError(
                 f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first."
@@ -186,6 +188,12 @@ class DotsCLI(LightningCLI):
         if self.subcommand == "fit":
             self.trainer.continued = found.folder
         return None if found.checkpoint is None else str(found.checkpoint)
+
+
+def _own_run(config: Any) -> Path | None:
+    """Return the folder of the run whose own config.yaml is given as --config."""
+    given = [Path(str(one)).resolve() for one in config.get("config") or []]
+    return next((one.parent for one in reversed(given) if one.name == "config.yaml" and is_run(one.parent)), None)
 
 
 def _read_checkpoint(config: Any) -> dict[str, Any] | None:

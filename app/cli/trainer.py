@@ -64,8 +64,8 @@ class DotsTrainer(RunTrainer):
         inference_mode: bool = False,  # tensors that a validation makes must serve the training after it
         **kwargs: Any,
     ) -> None:
-        # The limits stand here for their types: of Lightning's `Optional[Union[int, float]]` typing's cache may turn the
-        # order around, and then 1 (batch) is read as 1.0 (all of them).
+        # The limits stand here for their types: typing's cache may turn around the order of Lightning's
+        # `Optional[Union[int, float]]`, and then 1 (batch) is read as 1.0 (all of them).
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
@@ -93,7 +93,8 @@ class DotsTrainer(RunTrainer):
         self._validates_by_time = not in_steps
         raise_stop_iteration(self)
         self._options: dict[str, Any] = {
-            **kwargs, "limit_train_batches": limit_train_batches, "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar
+            **kwargs, "limit_train_batches": limit_train_batches,
+            "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar,
         }  # fmt: skip
 
     def fit(  # the checks come before anything is loaded or written, which no hook of a callback does

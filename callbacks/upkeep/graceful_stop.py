@@ -69,8 +69,8 @@ class GracefulStop(StepCallback):
             if trainer.is_global_zero:
                 of = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
                 print(
-                    f"dots: stopped by {signal.Signals(number).name} after {trainer.global_step}{of} updates, which are saved. Run the same command with --ckpt_path last to "
-                    "continue.",
+                    f"dots: stopped by {signal.Signals(number).name} after {trainer.global_step}{of} updates, which "
+                    "are saved. Run the same command with --ckpt_path last to continue.",
                     file=sys.stderr,
                     flush=True,
                 )

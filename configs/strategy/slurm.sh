@@ -18,20 +18,13 @@ DOTS=${DOTS:-.venv/bin/dots}
 RUNS=${RUNS:-runs} # a folder that all hosts see
 : "${NAME:?set NAME, the name of the run below $RUNS}"
 
-newest() { # the newest version of the run that has the file $1, as `--ckpt_path last` looks for it
-    find "$RUNS/$NAME" -path "*/version_*/$1" 2> /dev/null | sort -V | tail -n 1
-}
-
-go_on=()
-if [ -n "$(newest checkpoints/last.ckpt)" ]; then
-    go_on=(--ckpt_path last)
-fi
 code=0
-srun --kill-on-bad-exit=1 "$DOTS" fit "$@" "${go_on[@]}" \
+srun --kill-on-bad-exit=1 "$DOTS" fit "$@" --ckpt_path last \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
     --trainer.logger.save_dir "$RUNS" --trainer.logger.name "$NAME" || code=$?
 
-summary=$(newest summary.json)
+# Of the newest version that has one.
+summary=$(find "$RUNS/$NAME" -path "*/version_*/summary.json" 2> /dev/null | sort -V | tail -n 1)
 if [ "$code" -eq 0 ] && [ -n "$summary" ] && grep -q '"completed": true' "$summary"; then
     echo "completed: $summary"
 elif [ "$code" -eq 0 ] || [ "$code" -eq 143 ]; then

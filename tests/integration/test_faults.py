@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
@@ -328,7 +329,7 @@ def test_a_full_disk_costs_the_checkpoints_of_that_time(place: Place, small_disk
     assert [Path(line.split()[1]).name for line in lines] == ["step_00000002.ckpt", "step_00000003.ckpt"]
     assert all("No space left on device" in line and "Training continues, and the next" in line for line in lines)
     there = {path.name for path in (small_disk / "checkpoints").iterdir()}
-    assert there == {"step_00000004.ckpt", "step_00000004.ckpt.sha256", "last.ckpt"}
+    assert there == {"step_00000004.ckpt", "step_00000004.ckpt.sha256", "last.ckpt", "run.json"}
 
 
 @pytest.mark.long
@@ -345,6 +346,41 @@ def test_a_full_disk_stops_where_it_must(place: Place, small_disk: Path, stop: b
     assert last.resolve().name == "step_00000001.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
     assert summary(place)["completed"] is False
+
+
+@pytest.mark.parametrize("kind", ["TensorBoardLogger", "CSVLogger", "none"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_full_disk_under_the_run_keeps_what_is_saved(place: Place, small_disk: Path, kind: str, step: int) -> None:
+    """The run's folder is on the full disk, its checkpoints are not: events or rows, completions, account, curves."""
+    (place.path / "dots_fill.py").write_text(FILL)
+
+    def change(config: dict[str, Any]) -> None:
+        logger = {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": {"save_dir": str(small_disk)}}
+        config["trainer"].update(max_steps=4, logger=False if kind == "none" else logger)
+        config["trainer"]["default_root_dir"] = str(small_disk)
+        callback(config, "RunCheckpoint").update(dirpath="kept", every=1)
+
+    configured(place, change, _fill(small_disk, step, 9))
+    done = fit(place)
+    assert done.returncode == 2, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dots: error:")]
+    assert "No space left on device" in line and "--ckpt_path last" in line and "Traceback" not in done.stderr
+    (small_disk / "filler").unlink()
+    configured(place, change)
+    done = fit(place, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (place.path / "kept" / "last.ckpt").resolve().name == "step_00000004.ckpt"
+    version = small_disk / "lightning_logs" / "version_0"
+    assert json.loads((version / "summary.json").read_text())["steps"] == 4
+
+
+def test_a_disk_that_is_full_before_the_run_is_said(place: Place, small_disk: Path) -> None:
+    with (small_disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(2**16)):
+            pass
+    configured(place, lambda c: c["trainer"]["logger"]["init_args"].update(save_dir=str(small_disk)))
+    line = place.refused(*FIT)
+    assert f"{small_disk}/small" in line and "No space left on device" in line
 
 
 def test_a_folder_that_is_read_only_is_said_before_training(place: Place, small_disk: Path) -> None:
@@ -436,9 +472,12 @@ def test_last_starts_a_run_that_is_new(place: Place) -> None:
     code, said = place.run(*FIT, "--ckpt_path", "last")
     assert code == 0, said[-2000:]
     assert "no run under runs/small yet, starting a new one" in said
+    # What the run has left besides its checkpoints is kept.
     shutil.rmtree(run_folder(place) / "checkpoints")
-    line = place.refused(*FIT, "--ckpt_path", "last")
-    assert "no checkpoint under runs/small/version_*/checkpoints. Expected a run of this name" in line
+    code, said = place.run(*FIT, "--ckpt_path", "last")
+    assert code == 0, said[-2000:]
+    assert "runs/small/version_0 ended without a checkpoint: starting over as a new run" in said
+    assert (run_folder(place).with_name("version_1") / "checkpoints" / "last.ckpt").exists()
 
 
 SIGNAL = '''

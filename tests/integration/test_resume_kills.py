@@ -1,21 +1,26 @@
 """SIGKILL at random moments of every phase of a step, again and again: the run ends as if never stopped.
 
-`make test-resume` kills ten small steps of the quickstart 6 times; `make test-resume KILLS=20 FULL=1` two whole
-quickstarts, of different seeds, 20 times each.
+`make test-resume` kills ten small steps of the quickstart 6 times, and a few steps of every selector with every kind of
+logger; `make test-resume KILLS=20 FULL=1` two whole quickstarts, of different seeds, 20 times each.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, run_of
+from tests.support.command import EVERY_STEP, assert_same_run, dots, fit_arguments, logged, run_of
+from tests.support.refusal import BASE, write_pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(7200)]
 
@@ -104,9 +109,6 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(tmp_path: Path, se
         log.append(
             f"{kill.phase} {kill.count} after {kill.delay:.3f} s: {saved[-1].stem if saved else 'nothing saved'}"
         )
-        if not saved and done.returncode:
-            # Killed before its first checkpoint: it begins again, as a new run.
-            run_of(broken).rename(tmp_path / f"nothing_{len(log)}")
         if done.returncode == 0:
             break
     print(f"seed {seed}:", *log, sep="\n  ")
@@ -114,3 +116,92 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(tmp_path: Path, se
     done = dots(*arguments(broken), "--ckpt_path=last", timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(broken, straight)
+
+
+# --- Every selector, with every kind of logger -----------------------------------------------------------------------
+
+SELECTORS: dict[str, dict[str, object]] = {
+    "Uniform": {}, "Dots": {}, "Greso": {}, "Mopps": {}, "Dps": {}, "Pools": {}, "Posterior": {"temperature": 1.0},
+    "Composed": {
+        "ranker": {"class_path": "datamodules.selectors.Mopps"},
+        "filters": [{"class_path": "datamodules.selectors.ZeroVarianceSkip"}],
+        "cool_down": 1, "explore": 0.25,
+    },
+}  # fmt: skip
+TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "tb"}}
+ROWS = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "rows"}}
+LOGGERS: dict[str, object] = {"tensorboard": TENSORBOARD, "csv": ROWS, "list": [ROWS, TENSORBOARD], "false": False}
+REWARD = """
+def digits(completions, **rest):
+    return [float(sum(map(str.isdigit, one)) % 2) for one in completions]
+"""
+STEPS = 5
+
+
+def small_run(folder: Path, selector: str, logger: str) -> None:
+    """Write the config and data of a run of `STEPS` steps with reference rollouts, replay and validation."""
+    folder.mkdir()
+    write_pool(folder / "pool.jsonl", [{"question": f"{i} + {i % 5} =", "answer": str(i)} for i in range(24)])
+    config = json.loads(json.dumps(BASE))
+    config["trainer"].update(max_steps=STEPS, val_check_interval=2, logger=LOGGERS[logger])
+    config["trainer"]["callbacks"] = [
+        {"class_path": "callbacks.ReferenceRollouts", "init_args": {"size": 4, "every": 2}},
+        {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 8}},
+        {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}},
+    ]
+    config["model"]["init_args"].update(
+        rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "dots_digits.digits"}}],
+        optimization={"learning_rate": 1e-3},
+    )
+    config["model"]["init_args"]["sampling"]["max_completion_length"] = 6
+    chosen = {"class_path": f"datamodules.selectors.{selector}", "init_args": SELECTORS[selector]}
+    config["data"]["init_args"].update(prompts_per_step=4, val_size=4, selector=chosen)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+def left_by(folder: Path) -> tuple[dict[str, torch.Tensor], object]:
+    """Return the weights and the metrics that the only run below a folder has left, but not its times."""
+    (run,) = (path.parent for path in folder.rglob("run.json"))
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    rows: list[dict[str, str]] = []
+    if (run / "metrics.csv").exists():
+        with (run / "metrics.csv").open(newline="") as file:
+            rows = [
+                {
+                    name: value
+                    for name, value in row.items()
+                    if value and not name.startswith(("time/", "step_time", "tok"))
+                }
+                for row in csv.DictReader(file)
+            ]
+    summary = json.loads((run / "summary.json").read_text())
+    counts = {
+        name: value for name, value in summary.items()
+        if name not in ("seconds", "training_seconds", "config_sha256", "evaluations")
+    }  # fmt: skip
+    evaluations = [(one["step"], one["accuracy"], one["completions"]) for one in summary["evaluations"]]
+    return weights, (logged(run), rows, counts, evaluations)
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_selector_and_logger_resumes(tmp_path: Path, selector: str, logger: str) -> None:
+    (tmp_path / "dots_killer.py").write_text(KILLER)
+    (tmp_path / "dots_digits.py").write_text(REWARD)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    small_run(straight, selector, logger)
+    shutil.copytree(straight, broken)
+    command = ("fit", "--config", "run.yaml")
+    done = dots(*command, cwd=straight, path=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights, metrics = left_by(straight)
+    draw = random.Random(f"{selector} {logger}")
+    for number in range(3):
+        kill = Kill(draw.choice(PHASES), draw.randint(1, 2), draw.uniform(0, 0.1))
+        done = dots(*command, "--ckpt_path=last", kill.option, cwd=broken, path=tmp_path)
+        assert done.returncode in (0, -signal.SIGKILL), f"{number} {kill}: {done.stderr[-2000:]}"
+    done = dots(*command, "--ckpt_path=last", cwd=broken, path=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, others = left_by(broken)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights.items())
+    assert others == metrics

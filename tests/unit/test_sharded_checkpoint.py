@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from app.policy.model import Policy
 from app.policy.sharding import Sharding
+from app.runs.checkpoint_files import DamagedCheckpointError, check, seal
 from app.runs.sharded_checkpoint import read_sharded, write_sharded
 from datamodules.errors import UserError
 
@@ -37,3 +38,21 @@ def test_weights_are_restored_and_an_unsharded_policy_is_refused(tmp_path: Path)
     # Without the check nothing would be read, and the run would continue with other weights.
     with pytest.raises(UserError, match=r"as it is sharded here, does not have\. Resume with the same policy"):
         read_sharded(tmp_path / "parts", POLICY.load(), [])
+
+
+def test_a_shard_that_is_missing_or_new_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000001.ckpt"
+    folder.mkdir()
+    names = ("run.ckpt", "shard-00001.safetensors", "shard-00002.safetensors")
+    for name in names:
+        (folder / name).write_text(name)
+    seal(folder)
+    check(folder)
+    for name in names:
+        (folder / name).rename(tmp_path / name)
+        with pytest.raises(DamagedCheckpointError, match=f"is damaged: step_00000001.ckpt/{name} is missing"):
+            check(folder)
+        (tmp_path / name).rename(folder / name)
+    (folder / "shard-00003.safetensors").write_text("from elsewhere")
+    with pytest.raises(DamagedCheckpointError, match=r"shard-00003\.safetensors .* differs from its checksum"):
+        check(folder)

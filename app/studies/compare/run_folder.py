@@ -61,10 +61,7 @@ class RunFolder:
             )
 
     def prepare(self, request: Request, arm: Arm, settings: Settings) -> None:
-        """Record settings and machine of a run that is about to start; remove a version without any checkpoint.
-
-        `--ckpt_path last` refuses a folder in which a run stopped before its first checkpoint.
-        """
+        """Record settings and machine of a run that is about to start; remove a version without any checkpoint."""
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / _STARTED_WITH
         if not file.exists():
