@@ -6,11 +6,12 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.support.failing import MODULE
+from tests.support.failing import MODULES
 from tests.support.refusal import Place, data, model
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ def _user_code(config: dict[str, Any]) -> None:
     config["data"]["class_path"] = f"{NAME}.Data"
     config["trainer"]["logger"] = {"class_path": f"{NAME}.Logger"}
     config["trainer"]["callbacks"].append({"class_path": f"{NAME}.Watch"})
-    model(config)["rewards"] = [{"class_path": f"{NAME}.Score"}]
+    model(config)["rewards"] = [{"class_path": "dots_failing_rewards.Score"}]
     model(config)["engine"] = {"class_path": f"{NAME}.Engine"}
     data(config)["selector"] = {"class_path": f"{NAME}.Choice"}
     data(config)["train"]["class_path"] = f"{NAME}.Source"
@@ -33,9 +34,10 @@ def _user_code(config: dict[str, Any]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
-    monkeypatch.setitem(sys.modules, NAME, None)  # type: ignore[arg-type]  # restores that it was not imported
-    del sys.modules[NAME]
-    (tmp_path / f"{NAME}.py").write_text(MODULE)
+    for name, text in MODULES.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        del sys.modules[name]  # restored afterwards: what was not imported
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     made = Place.at(tmp_path, monkeypatch, capsys)
     made.config(_user_code)
@@ -57,7 +59,7 @@ RAISED = (
 def _assert_names(line: str, raised: str) -> None:
     assert line.isprintable() and len(line) < 900
     assert raised in line
-    assert f"{NAME}.py:" in line or "my_other_rewards.py:1" in line
+    assert "dots_failing_raise.py:" in line or "dots_failing_code.py:" in line or "my_other_rewards.py:1" in line
     assert line.endswith("Run again with --debug for the traceback.")
 
 

@@ -1,18 +1,8 @@
-"""User code that raises anything at any stage of a run, as the text of a module that a test writes to its folder."""
+"""User code that raises anything at any stage of a run, as the text of modules that a test writes to its folder."""
 
-MODULE = """
-import os
+MODULES = {
+    "dots_failing_raise": """import os
 import sys
-
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger
-
-from app.engines import Transformers
-from app.module import GRPOModule
-from app.rewards import Numeric
-from datamodules.online import OnlinePromptDataModule
-from datamodules.prompts import PromptFile
-from datamodules.selectors import Uniform
 
 
 class Unprintable(Exception):
@@ -62,7 +52,26 @@ def throw(error):
 def at(place):
     if os.environ.get("FAIL_AT") == place:
         RAISE[os.environ["FAIL_WITH"]]()
+""",
+    # Reward workers import this one, and nothing slow with it.
+    "dots_failing_rewards": """from app.rewards import Numeric
+from dots_failing_raise import at
 
+
+class Score(Numeric):
+    def __init__(self):
+        at("reward")
+        super().__init__()
+""",
+    "dots_failing_code": """from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from app.engines import Transformers
+from app.module import GRPOModule
+from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts import PromptFile
+from datamodules.selectors import Uniform
+from dots_failing_raise import at
 
 at("import")
 
@@ -134,12 +143,6 @@ class Choice(Uniform):
         return super().choose(n, refill=refill)
 
 
-class Score(Numeric):
-    def __init__(self):
-        at("reward")
-        super().__init__()
-
-
 class Engine(Transformers):
     def __init__(self):
         at("engine")
@@ -152,4 +155,5 @@ class Engine(Transformers):
     def generate(self, prompts, sampling, seeds):
         at("first rollout")
         return super().generate(prompts, sampling, seeds)
-"""
+""",
+}

@@ -179,3 +179,13 @@ def test_impossible_options_are_refused_in_one_line(options: dict[str, Any], tol
     with pytest.raises(UserError, match=told) as error:
         RolloutReplay(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_is_full_or_more_takes_nothing_from_the_buffer():
+    replay, _ = on_data(RolloutReplay(admit="all"), 20)
+    stored = batch_of(0, [group(prompt(index), [0, 1]) for index in range(4)])
+    begin(replay, stored)
+    end(replay, stored)
+    for step, size in ((1, PER_STEP), (2, PER_STEP + 2)):
+        assert begin(replay, batch_of(step, [group(prompt(10 + index), [0, 1]) for index in range(size)])) == []
+    assert len(begin(replay, batch_of(3, [group(prompt(10), [0, 1])]))) == 4
