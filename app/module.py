@@ -203,16 +203,12 @@ class GRPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if not self._tried_rewards:  # once: `prepare_data` may have set up before
             self._tried_rewards = True
-<<<<<<< HEAD
-            self.scorer.try_out([pool[0] for pool in OnlinePromptDataModule.of(self.trainer).pools.values()])
-        self._check_tokens()
-=======
             pools = OnlinePromptDataModule.of(self.trainer).pools
             for name, pool in pools.items():
                 rows = reward_columns(pool, gold_columns(self.scorer.rewards))
                 check_answers(self.scorer.rewards, pool.ids, rows, f"the {name} prompts")
             self.scorer.try_out([pool[0] for pool in pools.values()])
->>>>>>> refs/heads/answers
+        self._check_tokens()
         if stage != "fit":
             return
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector

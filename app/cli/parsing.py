@@ -82,14 +82,8 @@ class DotsArgumentParser(LightningArgumentParser):
         if DEBUG_FLAG in given:
             os.environ[DEBUG_VARIABLE] = "1"
             given = [token for token in given if token != DEBUG_FLAG]
-<<<<<<< HEAD
-        # jsonargparse hands the null of a nested option to the class's own parser as the text None.
-        given = [f"{name}=null" if value == "None" else f"{name}{equals}{value}"
-                 for name, equals, value in (token.partition("=") for token in given)]  # fmt: skip
-=======
         if not self.exit_on_error:  # jsonargparse passes the null of an option to a nested class as `--option=None`
             given = [f"{token[:-4]}null" if token.endswith("=None") else token for token in given]
->>>>>>> refs/heads/answers
         return super().parse_args(given, *rest, **kwargs)
 
     def parse_path(self, path: Any, *rest: Any, **kwargs: Any) -> Namespace:
