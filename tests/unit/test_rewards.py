@@ -13,6 +13,7 @@ from app.rewards.numbers import find_numbers
 from app.rewards.workers.main import FunctionLog, within_limit
 from app.rewards.workers.results import checked
 from app.rewards.workers.task import MAX_REPLY_BYTES, CallResult, Failure, Reply
+from app.rewards.workers.trial import check_result
 from datamodules.errors import UserError
 
 DATA = Path("../shared/data")
@@ -312,6 +313,16 @@ def test_returned_values_are_checked():
     assert checked(1.0, 1) == ([None], {0: "returned float, expected a list of 1 numbers or None"})
     with pytest.raises(ValueError, match="got 1 values for 2 completions"):
         FunctionLog(2).log_extra("a", [1])
+
+
+@pytest.mark.parametrize(
+    "returned", [{1.0, 0.5}, "10", b"10", None, [(1.0, "right")] * 2, iter, {0: 1.0, 1: 0.0}, [1j, 1j]]
+)
+def test_a_trial_refuses_what_is_no_list_of_scores(returned):
+    with pytest.raises(UserError, match=r"Reward 'format' returned .*, expected"):
+        check_result(Format("a"), returned, 2)
+    check_result(Format("a"), (True, None), 2)
+    check_result(Format("a"), np.array([float("nan"), 1e9]), 2)  # told, but not refused
 
 
 def test_joined_results_keep_positions():
