@@ -10,8 +10,12 @@ from datamodules.errors import UserError
 class Format(Reward):
     """1 if a regular expression matches the whole completion, else 0.
 
+    A completion begins where the prompt ends: where a chat template opens `<think>` itself, completions do not contain
+    it. The run names a pattern that no completion has matched in ten steps.
+
     Args:
-        pattern: regular expression, e.g. `<think>.*?</think>.*`; `.` also matches newlines.
+        pattern: regular expression; `.` also matches newlines. `(<think>)?.*?</think>.*` accepts both kinds of chat
+            template.
         weight: factor of this reward in the optimised sum.
         correctness: whether difficulty, filters and accuracy refer to this reward.
         name: name in logged metrics.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,9 @@ from app.rewards.workers.pool import WorkerOptions
 from app.rewards.workers.task import CallResult, Failure
 
 logger = logging.getLogger("dots.rewards")
+
+STEPS_WITHOUT_MATCH = 10
+"""Steps after which a pattern that no completion has matched is named."""
 
 
 @dataclass
@@ -31,11 +34,15 @@ class Incidents:
     Args:
         names: names of the rewards.
         options: the limits that messages name.
+        patterns: patterns of the rewards that are about a completion's form, by name.
     """
 
-    def __init__(self, names: Sequence[str], options: WorkerOptions) -> None:
+    def __init__(self, names: Sequence[str], options: WorkerOptions, patterns: Mapping[str, str] | None = None) -> None:
         self._names, self._options = names, options
+        self._unmatched = dict(patterns or {})
+        self._reports_without_match = 0
         self._told: set[str] = set()
+        self._last = ""
         self._begin()
 
     def _begin(self) -> None:
@@ -55,6 +62,7 @@ class Incidents:
             unscored: bool `[N]`: those without a correctness score.
         """
         self._completions += len(labels)
+        self._last = texts[-1] if texts else self._last
         if unscored.any():
             self._first_unscored = self._first_unscored or labels[int(unscored.argmax())]
             self._unscored += int(unscored.sum())
@@ -62,6 +70,8 @@ class Incidents:
             mine = self._rewards[name]
             mine.overran += result.overran
             mine.failed.update(failure.kind for failure in result.failures.values())
+            if any(result.scores):
+                self._unmatched.pop(name, None)
             if result.failures and not mine.first:
                 row = min(result.failures)
                 mine.first, mine.traceback = _cause(result.failures[row], labels[row], texts[row])
@@ -101,6 +111,14 @@ class Incidents:
                 "val/unscored_fraction count them from now on.",
                 "unscored",
             )
+        self._reports_without_match += bool(self._completions)
+        if self._reports_without_match >= STEPS_WITHOUT_MATCH:
+            for name, pattern in self._unmatched.items():
+                self._once(
+                    f"{where}: the pattern {pattern!r} of reward {name!r} has matched no completion yet, the last is "
+                    f"{self._last[:80]!r}. If the chat template opens <think> itself, completions do not contain it.",
+                    f"pattern {name}",
+                )
         for name, mine in self._rewards.items():
             if mine.traceback:
                 self._once(f"First traceback of reward {name!r}:\n{mine.traceback}", f"traceback {name}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.rewards.base import Reward
+from app.rewards.formatting import Format
 from app.rewards.incidents import Incidents
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import Call, CallResult, TrainerState
@@ -98,7 +99,9 @@ class RewardScorer:
         self.on_failure = on_failure
         self.options = workers or WorkerOptions()
         self._workers = RewardWorkers(self.rewards, self.options)
-        self._incidents = Incidents(self.names, self.options)
+        forms = zip(self.names, rewards, strict=True)
+        patterns = {name: reward.pattern.pattern for name, reward in forms if isinstance(reward, Format)}
+        self._incidents = Incidents(self.names, self.options, patterns)
 
     def start(self) -> None:
         """Start the workers without waiting, so that the first scores do not wait for their imports."""

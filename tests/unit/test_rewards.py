@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from app.rewards import Exact, Format, Function, Math, Numeric, ReasoningGym, Reward, RewardScorer, SoftOverlong
+from app.rewards.answers import check_answers
 from app.rewards.numbers import find_numbers
 from app.rewards.workers.main import FunctionLog, within_limit
 from app.rewards.workers.results import checked
@@ -375,3 +376,31 @@ def test_procedural_is_a_deprecated_name_that_keeps_its_logged_name(caplog):
     ]
     assert ReasoningGym().name == "procedural"
     assert ReasoningGym(name="mine").name == "mine"
+
+
+def test_a_pattern_that_matches_nothing_is_named_once(caplog):
+    scorer = RewardScorer([Math(), Format("<think>.*?</think>.*"), Format("(<think>)?.*?</think>.*")])
+    text = "so 1</think>1"
+    results = [CallResult([0.0]), CallResult([0.0]), CallResult([1.0])]
+    for step in range(13):
+        scorer.incidents.add(results, ["prompt 'a', completion 0"], [text], np.zeros(1, bool))
+        scorer.incidents.report(f"Step {step}")
+        assert len(caplog.messages) == (step >= 9)
+    assert caplog.messages[0].startswith("Step 9: the pattern '<think>.*?</think>.*' of reward 'format' has matched no")
+    assert [scores(Format(reward.pattern.pattern), [text, f"<think>{text}"]) for reward in scorer.rewards[1:]] == [
+        [0, 1],
+        [1, 1],
+    ]
+
+
+def test_answers_that_no_reward_reads_are_counted(caplog):
+    golds = ["7", r"\sqrt{2}", None, "3,5", 5e-5]
+    rows = [{"answer": gold} for gold in golds]
+    check_answers([Math(), Numeric()], "abcde", rows, "the data")
+    assert not caplog.messages
+    check_answers([Numeric(), Format("x")], "abcde", rows, "the data")
+    line = r"2 of 4 reference answers of the data cannot be read by numeric, the first is '\\sqrt{2}' of prompt 'b'."
+    assert [message.startswith(line) for message in caplog.messages] == [True]
+    with pytest.raises(UserError, match="2 of 2 reference answers of the data cannot be read by numeric"):
+        check_answers([Numeric(), Format("x")], "bd", [rows[1], rows[3]], "the data")
+    check_answers([Numeric(), Function("json.dumps")], "bd", [rows[1], rows[3]], "the data")
