@@ -349,6 +349,7 @@ def plain_attention(lm: PreTrainedModel) -> bool:
     return (
         getattr(lm, "_supports_attention_backend", False)
         and full_attention_only(lm.config)
+        and getattr(lm.config, "kv_lora_rank", None) is None  # latent attention: values as wide as keys are assumed
         and getattr(lm.config, "attn_logit_softcapping", None) is None
     )
 

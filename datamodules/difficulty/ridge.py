@@ -19,7 +19,7 @@ from datamodules.difficulty.attention import AttentionPredictor, KernelRidgeAdap
 from datamodules.difficulty.calibration import CalibrationName
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.difficulty.training import average_measured, soft_loss, visit_forecasts
-from datamodules.seeding import generator
+from datamodules.seeding import derive_seed, generator
 
 BANDWIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5)
 RIDGES = np.geomspace(0.03, 30.0, 16)
@@ -94,7 +94,7 @@ def fit_kernel_ridge(
         blocks: components of each block; they sum to `E`.
         encoder: name of the encoder, stored with the predictor.
         calibration: head to fit on the leave-one-out forecasts.
-        seed: seed of the draw of centres.
+        seed: seed of the draw of centres and of the head's initial weights.
     """
     if len(embeddings) > MAX_CENTRES:
         rows = np.sort(generator(seed, "centres").choice(len(embeddings), MAX_CENTRES, replace=False))
@@ -108,7 +108,9 @@ def fit_kernel_ridge(
     gains = GAINS / max(float(centred.var()), 1e-6)
     gain = float(gains[int(np.argmin([float(soft_loss(_tilted(centred, rates, each), rates)) for each in gains]))])
 
-    predictor = _assemble((x - shift) * scale, fitted, gain, encoder, calibration)
+    with torch.random.fork_rng(devices=[]):  # the head's initial weights are drawn from torch's own generator
+        torch.manual_seed(derive_seed(seed, "head"))
+        predictor = _assemble((x - shift) * scale, fitted, gain, encoder, calibration)
     predictor.inputs.shift.copy_(torch.from_numpy(shift))
     predictor.inputs.scale.copy_(torch.from_numpy(scale))
     _fit_head(predictor, _tilted(centred, rates, gain), rates)

@@ -13,8 +13,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from app.cli import DotsTrainer
+from app.engines import Sampling
+from app.module import GRPOModule
+from app.policy.model import Policy
+from app.rewards import Numeric
 from callbacks import CompletionsLog, RolloutReplay, RunCheckpoint
 from callbacks.standard import STANDARD
+from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts import PromptFile
 from tests.support.command import ROOT, dots
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
@@ -113,3 +119,18 @@ def test_lightnings_switches_leave_callbacks_out() -> None:
     }
     assert not names & {"RunCheckpoint", "RunProgress", ModelCheckpoint.__name__, "RichProgressBar", "TQDMProgressBar"}
     assert "RunLedger" in names
+
+
+def test_every_stage_runs_before_and_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(prepared(tmp_path / "here"))
+    module = GRPOModule(Policy("configs/tiny_policy"), rewards=[Numeric()], sampling=Sampling(2, 4))
+    data = OnlinePromptDataModule(PromptFile("my_prompts.jsonl"), prompts_per_step=2, val_size=2, cache_dir="cache")
+    trainer = DotsTrainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.validate(module, datamodule=data)
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 2
+    trainer.validate(module, datamodule=data)
+    trainer.test(module, datamodule=data)
+    assert len(trainer.predict(module, datamodule=data)) == 1  # type: ignore[arg-type]
+    assert before.keys() == module.state_dict().keys()

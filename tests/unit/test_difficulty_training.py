@@ -196,3 +196,12 @@ def test_loss_by_hand_counts_what_was_measured():
     assert float(soft_loss(forecasts, rates)) == pytest.approx(expected, rel=1e-6)
     head = HEADS["group_logit_temperature"]()
     torch.testing.assert_close(visit_forecasts(head, forecasts[:, :1], rates[:, :1]), forecasts[:, :1])
+
+
+def test_a_seed_decides_the_kernel_ridge_alone(world: World) -> None:
+    found = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        state = fit_kernel_ridge(world.embeddings[:60], world.outcomes.take(np.arange(60)), [32], seed=3).state_dict()
+        found.append(state)
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())

@@ -35,7 +35,7 @@ ELSEWHERE = {
     "val/accuracy_*",
     "val/informative_fraction",
 }
-"""Entries of runs whose completions end before the limit, with several ranks, a server, a test, adapters, or pretraining."""
+"""Entries of runs whose completions end before the limit, with ranks, a server, a test, adapters, or pretraining."""
 
 
 class Validated(Callback):
