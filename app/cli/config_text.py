@@ -53,6 +53,7 @@ def check_text(text: str) -> None:
     stack: list[_Open] = []
     sizes: dict[str, int | None] = {}  # by anchor; None while it is open
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        assert event.start_mark is not None, "every event of a text has its place"
         line = event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
             if stack:
@@ -67,7 +68,7 @@ def check_text(text: str) -> None:
         if isinstance(event, yaml.ScalarEvent):
             nodes = 1
         elif isinstance(event, yaml.AliasEvent):
-            known = sizes.get(event.anchor, 1)  # the loader reports an alias of nothing
+            known = sizes.get(event.anchor or "", 1)  # the loader reports an alias of nothing
             if known is None:
                 raise ConfigTextError(f"line {line}: the alias *{event.anchor} stands within what it names")
             nodes = known

@@ -268,7 +268,7 @@ class DotsTrainer(RunTrainer):
         serve(model, host, port, start_timeout_s, open_to_network)
 
     def _set_interval(self, module: GRPOModule) -> None:
-        if not self._validates_by_time and not self.fast_dev_run:
+        if not self._validates_by_time and not self.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self.val_check_interval = validation_interval(self._interval, self.max_steps, module.mini_batches)
 
     @property

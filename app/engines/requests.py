@@ -178,7 +178,7 @@ class Answer:
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Return the number of tokens that the policy has an embedding for, padding included."""
-    rows: int = model.get_input_embeddings().num_embeddings
+    rows: int = model.config.get_text_config(decoder=True).vocab_size
     return rows
 
 
@@ -230,5 +230,6 @@ def completions_of(
             logprobs[:] = 0
         token_ids = np.array(answer.token_ids, dtype=np.int32)
         text = tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
         completions.append(Completion(token_ids, logprobs, reason, policy_version=version, text=text))
     return [tuple(completions[start : start + group]) for start in range(0, len(completions), group)]

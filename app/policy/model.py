@@ -160,7 +160,7 @@ class Policy:
     def weights_dtype(self) -> torch.dtype:
         """Return the dtype that the weights will have in memory, adapters aside, without loading them."""
         if self.dtype != "auto":
-            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+            return getattr(torch, self.dtype)
         stored = self.stored_dtype()
         return stored if self.lora is not None else torch.promote_types(stored, torch.float32)
 

@@ -87,8 +87,9 @@ class ValidationMetrics(nn.Module):
         self.accuracy, self.pass_at_k = PromptMean(), PassAtK(k)
         self.prompts, self.pass_at_k_prompts = SumMetric(sync_on_compute=False), SumMetric(sync_on_compute=False)
         self._names = tuple(rewards)
-        self.reward_means = nn.ModuleList(PromptMean() for _ in rewards)
-        self.reward_prompts = nn.ModuleList(SumMetric(sync_on_compute=False) for _ in rewards)
+        self._means = [PromptMean() for _ in rewards]
+        self._prompts = [SumMetric(sync_on_compute=False) for _ in rewards]
+        self._moved = nn.ModuleList([*self._means, *self._prompts])
 
     def update(self, groups: Sequence[RolloutGroup], counts: Mapping[str, float] | None = None) -> None:
         """Add a batch.
@@ -109,7 +110,7 @@ class ValidationMetrics(nn.Module):
             self.length.update(torch.tensor([float(len(one.token_ids)) for one in group.completions]))
             if len(correct):
                 self.accuracy.update(float(correct.double().mean()))
-            for name, mean, prompts in zip(self._names, self.reward_means, self.reward_prompts, strict=True):
+            for name, mean, prompts in zip(self._names, self._means, self._prompts, strict=True):
                 values = group.components[name][~np.isnan(group.components[name])]
                 if len(values):
                     mean.update(float(values.mean(dtype=np.float64)))
@@ -131,7 +132,7 @@ class ValidationMetrics(nn.Module):
             f"{stage}/unscored_fraction": self.unscored,
             f"{stage}/failed_fraction": self.failed,
         }
-        for name, mean, prompts in zip(self._names, self.reward_means, self.reward_prompts, strict=True):
+        for name, mean, prompts in zip(self._names, self._means, self._prompts, strict=True):
             if mean.prompts:
                 found |= {f"{stage}/rewards/{name}/mean": mean, f"{stage}/rewards/{name}/prompts": prompts}
         return found

@@ -64,7 +64,7 @@ def plain_symbols(text: str) -> str:
     if text.isascii():
         return text
     text = re.sub(r"√\s*(\w+)", r"\\sqrt{\1}", text)
-    parts = []
+    parts: list[str] = []
     for character in text.translate(_SYMBOLS).replace("√", r"\sqrt"):
         kind = (unicodedata.decomposition(character).split() or [""])[0]
         plain = unicodedata.normalize("NFKC", character) if kind in _COMPATIBLE else character

@@ -40,7 +40,7 @@ class Runs:
     @classmethod
     def of(cls, trainer: Trainer) -> Runs:
         """Return `SAVE_DIR/NAME` of the first logger; without one, `DEFAULT_ROOT_DIR/lightning_logs`."""
-        logs = trainer.loggers and not trainer.fast_dev_run
+        logs = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         save_dir, name, version = logger_folder(trainer.loggers[0]) if logs else (None, None, None)
         root = os.path.join(save_dir or trainer.default_root_dir, "lightning_logs" if name is None else name)
         return cls(Path(os.path.expanduser(os.path.expandvars(root))), version)

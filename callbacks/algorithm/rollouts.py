@@ -59,5 +59,5 @@ class Rollouts(StepCallback):
     # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
     on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
-    on_test_start = on_predict_start = on_validation_start
-    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+    on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end  # type: ignore[assignment]

@@ -91,10 +91,12 @@ def print_run_table(
 def _first_prompt(datamodule: OnlinePromptDataModule, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the first training prompt as the policy reads it, special tokens included, and what rendered it."""
     tokens = datamodule.pools["train"][0].token_ids
-    text = tokenizer.decode(tokens, skip_special_tokens=False)
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False)
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
-    renderer = datamodule.sources["train"].renderer(tokenizer)
+    source = datamodule.sources["train"]
+    assert source is not None, "its pool has been read"
+    renderer = source.renderer(tokenizer)
     by = "without a template"
     if renderer.uses_chat_template:
         by = "rendered by the tokenizer's chat template"

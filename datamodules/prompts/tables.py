@@ -75,7 +75,7 @@ class ListTable:
         return len(self.items)
 
     def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
-        return [dict.fromkeys(self.columns) | self.items[int(place)] for place in positions]
+        return [{**dict.fromkeys(self.columns), **self.items[int(place)]} for place in positions]
 
     def narrow(self, columns: Sequence[str]) -> ListTable:
         return self

@@ -259,7 +259,7 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
     try:
         returned: object = reward(**arguments)
         if isinstance(returned, Iterator):
-            yielded = []
+            yielded: list[object] = []
             for value in islice(returned, count + 1):
                 scores, errors = checked([value], 1)
                 if len(yielded) < count and not errors:
