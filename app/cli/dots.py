@@ -122,7 +122,9 @@ class DotsCLI(LightningCLI):
         if isinstance(self.model, GRPOModule):
             if config.get("enable_checkpointing") is False:
                 callbacks = [one for one in callbacks if not isinstance(one, RunCheckpoint)]
-            callbacks = [one for one in callbacks if not any(isinstance(other, type(one)) for other in listed)]
+            replaced = [one for one in callbacks if any(isinstance(other, type(one)) for other in listed)]
+            callbacks = [one for one in callbacks if one not in replaced]
+            self._say_unused_options(replaced)
         elif self.subcommand in _OWN_SUBCOMMANDS:
             raise UserError(
                 f"The model is {type(self.model).__name__}, but dots {self.subcommand} needs app.module.GRPOModule."
@@ -135,6 +137,17 @@ class DotsCLI(LightningCLI):
             raise
         except (ValueError, TypeError) as error:  # Lightning's message about a strategy or an accelerator
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _say_unused_options(self, replaced: list[Callback]) -> None:
+        """Name the options of standard callbacks that a listed callback of the same class takes the place of."""
+        defaults = self._parser(self.subcommand).get_defaults()
+        for name in (_CONFIGURABLE[type(one)] for one in replaced):
+            if self.config[self.subcommand][name] != defaults[name]:
+                rank_zero_only(print)(
+                    f"dots: warning: the options of {name} are not used, because trainer.callbacks lists a callback of "
+                    "its class: set its init_args instead, or remove it from the list",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

@@ -155,8 +155,9 @@ def _discard_arguments_of_another_class(parser: Any, before: Any, given: Any) ->
     jsonargparse keeps those that the new class accepts too, so that, for example, the template of one data source would
     be applied to another. Lightning's classes are left as they are: the folder and name of a run outlast its logger.
     """
-    if before and "init_args" in before and before["class_path"] != given["class_path"]:
-        old, new = resolve_name(before["class_path"]), resolve_name(given["class_path"])
+    paths = [one.get("class_path") if one else None for one in (before, given)]
+    if all(paths) and paths[0] != paths[1] and "init_args" in before:
+        old, new = map(resolve_name, paths)
         related = inspect.isclass(old) and inspect.isclass(new) and (issubclass(old, new) or issubclass(new, old))
         if not related and not old.__module__.startswith("lightning."):
             before["init_args"] = Namespace()

@@ -127,11 +127,16 @@ def spans(text: str) -> Iterator[re.Match[str]]:
     return _IN_TEXT.finditer(text)
 
 
+_GROUPING = re.compile(r"(?<=\d)(?:,\\!|\{,\})(?=\d)")
+"""LaTeX's ways to write the comma between thousands: `1,\\!000`, `1{,}000`."""
+
+
 def find_numbers(text: str) -> list[Number]:
     r"""Return all numbers in running text: `-3`, `+2.50`, `1,234`, `3/4`, `1 1/2`, `\frac{3}{4}`, `1e-3`, `10^5`.
 
     `5-3` contains 5 and 3, `x=-3` contains -3. Numbers that are part of a word (`x2`), exponents, indices, fractions
     over zero and numbers of more than `MAX_DIGITS` digits are ignored.
     """
-    found = (number_of(match) for match in spans(plain_symbols(text)))
+    grouped = _GROUPING.sub(",", plain_symbols(text))
+    found = (number_of(match) for match in spans(grouped))
     return [number for number in found if number is not None]

@@ -12,7 +12,7 @@ from app.rewards.numbers import Number, find_numbers
 from datamodules.answers import boxed_answer
 from datamodules.errors import UserError
 
-_SENTENCE = re.compile(r"[A-Za-z]{2,}[^\\_^=]*[ :]")
+_SENTENCE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}[^\\_^=]*[ :]")
 """Text around a number, rather than a formula that holds one."""
 
 

@@ -54,6 +54,7 @@ def scores(reward: Reward, completions: list, **columns) -> list:
         ("52_8, 4210_{5} and x_1", []),
         ("$1,234.50, 5%, -\\$7", [1234.5, 5, 7]),
         ("5 - 3 and - 4", [5, 3, 4]),
+        (r"10,\!080 and 1{,}234", [10080, 1234]),
     ],
 )
 def test_numbers_in_text(text, expected):
