@@ -194,10 +194,8 @@ class DotsCLI(LightningCLI):
             )
         found = find_last(Runs.of(self.trainer), config.on_damaged_checkpoint, _own_run(config))
         if self.subcommand != "fit" and found.checkpoint is None:
-            raise UserError(
-                f"--ckpt_path last: {found.said}, but dots {self.subcommand} needs a checkpoint. Train first."
-            )
-        rank_zero_only(print)(f"--ckpt_path last: {found.said}", file=sys.stderr, flush=True)
+            raise UserError(f"--ckpt_path last: {found.said}. Train one first, or name a file.")
+        rank_zero_only(print)(f"--ckpt_path last: {found.said}{found.then}", file=sys.stderr, flush=True)
         if self.subcommand == "fit":
             self.trainer.continued = found.folder
         return None if found.checkpoint is None else str(found.checkpoint)

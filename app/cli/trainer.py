@@ -112,7 +112,7 @@ class DotsTrainer(RunTrainer):
         self._set_interval(module)
         if ckpt_path == "last":
             found = find_last(Runs.of(self))
-            rank_zero_info(f"ckpt_path last: {found.said}")
+            rank_zero_info(f"ckpt_path last: {found.said}{found.then}")
             self.continued, ckpt_path = found.folder, found.checkpoint
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):

@@ -72,12 +72,14 @@ class LastRun:
     Attributes:
         folder: of the run that continues; None if there is none, or if it can't continue in its folder.
         checkpoint: its newest intact checkpoint; None to start over.
-        said: what the rule came to, as a sentence for the user.
+        said: what the rule found, for the user.
+        then: what a training does, if it does not continue.
     """
 
     folder: Path | None
     checkpoint: Path | None
     said: str
+    then: str = ""
 
 
 def find_last(runs: Runs, on_damage: OnDamage = "previous", named: Path | None = None) -> LastRun:
@@ -104,13 +106,13 @@ def find_last(runs: Runs, on_damage: OnDamage = "previous", named: Path | None =
             return LastRun(folder, checkpoint, f"{folder}, from {checkpoint}{_passed_over(passed)}")
         if owner is not None and owner.command == "fit":
             ended = runs.version is None and named is None and (folder / SUMMARY).exists()
-            how = "ended without a checkpoint: starting over as a new run"
-            how = how if ended else "was stopped before its first checkpoint: starting it over"
-            return LastRun(None if ended else folder, None, f"{folder} {how}{_passed_over(passed)}")
+            how = "ended without a checkpoint" if ended else "was stopped before its first checkpoint"
+            then = ": starting over as a new run" if ended else ": starting it over"
+            return LastRun(None if ended else folder, None, f"{folder} {how}{_passed_over(passed)}", then)
         if folder.exists():
             passed.append(f"{folder.name} ({'no run' if owner is None else f'of dots {owner.command}'})")
     where = candidates[0] if len(candidates) == 1 and not passed else runs.root
-    return LastRun(None, None, f"no run under {where} yet, starting a new one{_passed_over(passed)}")
+    return LastRun(None, None, f"no run under {where} yet{_passed_over(passed)}", ", starting a new one")
 
 
 def is_run(folder: Path) -> bool:

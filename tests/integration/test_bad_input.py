@@ -67,7 +67,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
     "nothing to validate": (
         ("validate", "--config", "run.yaml", "--ckpt_path", "last"),
-        "--ckpt_path last: no run under runs/small. Train one first, or name a file.",
+        "--ckpt_path last: no run under runs/small yet. Train one first, or name a file.",
     ),
     "export without checkpoint": (("export", "--config", "run.yaml", "--out", "o"), "ckpt_path is missing"),
     "export over a folder": (
