@@ -543,7 +543,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class _Silent:
     def readouterr(self) -> Any:
-        return type("Nothing", (), {"err": ""})
+        return type("Nothing", (), {"out": "", "err": ""})
 
 
 @dataclass(frozen=True)
