@@ -117,8 +117,8 @@ def test_a_batch_without_advantages_changes_nothing_and_says_so(tmp_path: Path) 
     assert done.stderr.count("No completion of a batch had an advantage") == 1
     assert scalars(run, "updates/empty") == [1.0, 1.0, 1.0]
     assert scalars(run, "loss") == scalars(run, "grad_norm") == [0.0, 0.0, 0.0]
-    # The optimizer's count and the schedule advance together: linear from 3e-4 to 0 over three steps.
-    assert scalars(run, "learning_rate") == pytest.approx([2e-4, 1e-4, 0.0], abs=1e-9)
+    # The optimizer's count and the schedule advance together: linear from 3e-4, and 0 after three steps.
+    assert scalars(run, "learning_rate") == pytest.approx([3e-4, 2e-4, 1e-4], abs=1e-9)
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     initial = load_file(ROOT / "configs" / "tiny_policy" / "model.safetensors")
     trained = weights(run)
