@@ -16,8 +16,7 @@ import numpy as np
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
 from datamodules.answers import accepted
 from datamodules.errors import UserError, nearest
-from datamodules.prompts.schemas import REWARD_ARGUMENTS
-from datamodules.types import Messages
+from datamodules.types import REWARD_ARGUMENTS, Messages
 
 GOLD_COLUMNS = (
     "answer",

@@ -18,13 +18,11 @@ from app.rewards.workers.task import Call, CallResult, TrainerState
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
-from datamodules.types import Completion, Prompt, RolloutGroup, Source
+from datamodules.types import REWARD_ARGUMENTS, Completion, Prompt, RolloutGroup, Source
 
 logger = logging.getLogger("dots.rewards")
 
-RESERVED = frozenset(
-    {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-)
+RESERVED = REWARD_ARGUMENTS | {"prompt", "completion"}
 """Arguments of reward functions, which a column of the data must not replace."""
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
 from datamodules.prompts.bounded import bounded
-from datamodules.prompts.schemas import REWARD_ARGUMENTS, Schema, lookup, question_of
+from datamodules.prompts.schemas import Schema, lookup, question_of
 from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer
-from datamodules.types import Prompt
+from datamodules.types import REWARD_ARGUMENTS, Prompt
 
 
 def read_pool(

@@ -9,7 +9,7 @@ from typing import Literal
 from datamodules.answers import AnswerFormat, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError, nearest
 from datamodules.prompts.tables import Row
-from datamodules.types import Messages
+from datamodules.types import REWARD_ARGUMENTS, Messages
 
 PROMPTS = ("prompt", "messages", "conversations", "instruction", "input", "question", "problem", "query")
 """Accepted prompt columns, in order of preference."""
@@ -37,9 +37,6 @@ ANSWERS = (
     "response",
 )
 """Accepted answer columns, in order of preference. A dot leads into a column of objects."""
-
-REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
-"""Arguments of reward functions: a column with one of these names cannot be passed to them."""
 
 SUBSET_ID = "dots_id"
 """Column that holds the prompt ids in files written by `write_subset`. Every row has one."""

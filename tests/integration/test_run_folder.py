@@ -182,7 +182,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(place: Place) -> N
     assert "version_1 ended without a checkpoint: starting over as a new run" in said
     assert runs_in(place.path)[-1] == "runs/small/version_2"
     line = place.refused("validate", "--config", "runs/small/version_1/config.yaml", "--data.val_size=2", *LAST)
-    assert "version_1 was stopped before its first checkpoint" in line and line.endswith("Train one first, or name a file.")
+    assert "version_1 was stopped before its first checkpoint" in line
+    assert line.endswith("Train one first, or name a file.")
+        "Train one first, or name a file."
+    )
 
 
 def test_runs_of_earlier_versions_are_found(place: Place) -> None:
