@@ -170,17 +170,11 @@ class DotsCLI(LightningCLI):
                 check_weights(self.model.policy.on_meta(), resumed["state_dict"], CHECKPOINT_PREFIX)
             self.model.resumed = resumed.get("run_identity", {})
 
-    def before_validate(self) -> None:
-        self._owned = ExitStack()
-        if isinstance(self.trainer, DotsTrainer):
-            self._owned.enter_context(self.trainer.own_folder(str(self.subcommand)))
-
-    before_test = before_predict = before_validate
-
-    def after_validate(self) -> None:
-        self._owned.close()
-
-    after_test = after_predict = after_validate
+    def _run_subcommand(self, subcommand: str) -> None:  # the hooks after it are not called when it fails
+        with ExitStack() as owned:
+            if subcommand in ("validate", "test", "predict") and isinstance(self.trainer, DotsTrainer):
+                owned.enter_context(self.trainer.own_folder(subcommand))
+            super()._run_subcommand(subcommand)
 
     def _find_last(self, config: Any) -> str | None:
         """Return the checkpoint of `--ckpt_path last`, and have a training run continue in the folder of its run.

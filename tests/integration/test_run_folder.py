@@ -184,8 +184,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(place: Place) -> N
     line = place.refused("validate", "--config", "runs/small/version_1/config.yaml", "--data.val_size=2", *LAST)
     assert "version_1 was stopped before its first checkpoint" in line
     assert line.endswith("Train one first, or name a file.")
-        "Train one first, or name a file."
-    )
 
 
 def test_runs_of_earlier_versions_are_found(place: Place) -> None:
