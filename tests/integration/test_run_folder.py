@@ -26,6 +26,7 @@ from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
 from tests.support.command import _fork, _kill, kill_when
 from tests.support.refusal import TINY, Place, callback
+from tests.support.tables import few
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +104,7 @@ def summary(run: Path) -> dict[str, Any]:
 # --- One folder, and `last` ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize("name", few(LOGGERS, 4))
 def test_a_run_and_its_resume_share_one_folder(place: Place, name: str) -> None:
     options, folder = LOGGERS[name]
     place.config(lambda config: config["trainer"].update(options, max_steps=2))

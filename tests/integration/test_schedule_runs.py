@@ -13,6 +13,7 @@ from app.update.optimization import Optimization
 from datamodules.errors import UserError
 from tests.support.command import logged
 from tests.support.refusal import Place, model
+from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
 
@@ -90,7 +91,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "given"), [(name, one) for name, many in NUMBERS.items() for one in many])
+@pytest.mark.parametrize(("name", "given"), few([(name, one) for name, many in NUMBERS.items() for one in many], 8))
 def test_numbers_that_cannot_train_are_refused(name: str, given: object) -> None:
     with pytest.raises(UserError, match=rf"optimization\.{name} is .*[Ss]et "):
         Optimization(**{name: given})  # type: ignore[arg-type]

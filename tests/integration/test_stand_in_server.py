@@ -32,6 +32,7 @@ from datamodules.types import Prompt
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model
 from tests.support.stand_in_server import Spoiled, StandIn, stand_in
+from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
 
@@ -154,7 +155,7 @@ THROUGH_THE_COMMAND = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", THROUGH_THE_COMMAND)
+@pytest.mark.parametrize("name", few(THROUGH_THE_COMMAND, 4))
 def test_a_wrong_answer_is_one_line(place: Place, server: StandIn, name: str) -> None:
     path, spoiled, expected = WRONG[name]
     server.spoiled[path] = spoiled

@@ -14,6 +14,7 @@ import torch
 
 from app.cli.dots import main
 from tests.support.refusal import Place, callback, data, model, write_pool
+from tests.support.tables import few
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,7 @@ for _hook in ("on_train_batch_start", "on_after_backward", "on_train_batch_end",
     ENDS[_hook] = (listed("dots_helpers.Stop", hook=_hook), ("--trainer.max_steps=9",), 2)
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", few(ENDS, 4))
 def test_the_step_in_which_a_run_ends_is_saved_and_measured(place: Place, name: str) -> None:
     change, options, last = ENDS[name]
     configured(place, rare_saves, change, lambda c: data(c).update(val_size=2))
@@ -169,7 +170,7 @@ INTERVALS = {
 }
 
 
-@pytest.mark.parametrize("options", INTERVALS)
+@pytest.mark.parametrize("options", few([(one,) for one in INTERVALS], 3))
 def test_when_a_run_is_validated(place: Place, options: tuple[str, ...]) -> None:
     configured(place, lambda c: data(c).update(val_size=2, val_batch_size=1))
     said = ran(place, *FIT, "--trainer.max_steps=8", "--model.mini_batches=2", *options)
@@ -281,7 +282,7 @@ RESUMES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, dict[str, Any]]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RESUMES)
+@pytest.mark.parametrize("name", few(RESUMES, 7))
 def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
     change, announced, expected = RESUMES[name]
     configured(trained, *USUAL, change)
@@ -313,7 +314,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", few(REFUSED, 2))
 def test_a_resume_that_would_mix_two_runs_is_refused(trained: Place, name: str) -> None:
     change, expected = REFUSED[name]
     configured(trained, *USUAL, change)
