@@ -173,7 +173,8 @@ class RunTrainer(Trainer):
         try:
             yield claim
         except BaseException:
-            claim.release(forget=not self.begun and not (claim.path / SERVER_LOG).exists())
+            kept = self.begun or (claim.path / SERVER_LOG).exists() or bool(checkpoint_folders(claim.path))
+            claim.release(forget=not kept)
             raise
         claim.release()
         self.continued = claim.path  # by another call with the same trainer

@@ -94,8 +94,10 @@ class RunCheckpoint(StepCallback, Checkpoint):
         try:
             run.add_checkpoints(folder)
             yield
-        finally:
-            claim.release(forget=not trainer.begun)
+        except BaseException:
+            claim.release(forget=not trainer.begun and not by_age(folder))
+            raise
+        claim.release()
 
     def _check_owner(self, folder: Path, run: Claim, resumed: Path | None, *, continues: bool) -> None:
         saved = by_age(folder)

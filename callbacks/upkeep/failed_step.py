@@ -37,6 +37,8 @@ class FailedStep(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         self._past_first_step = self._past_first_step or self._batch is not None
         self._batch = batch
+        if self._past_first_step and isinstance(trainer, RunTrainer):
+            trainer.begun = True
 
     def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
         if self._batch is None or not self.begun:
