@@ -83,8 +83,10 @@ class DotsCLI(LightningCLI):
         with stage("building the model, data and callbacks"):
             super().instantiate_classes()
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        with stage(f"running dots {subcommand}"):
+    def _run_subcommand(self, subcommand: str) -> None:  # the public hook after it is not called when it fails
+        with stage(f"running dots {subcommand}"), ExitStack() as owned:
+            if subcommand in ("validate", "test", "predict") and isinstance(self.trainer, DotsTrainer):
+                owned.enter_context(self.trainer.own_folder(subcommand))
             super()._run_subcommand(subcommand)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -169,12 +171,6 @@ class DotsCLI(LightningCLI):
             if not Path(config.ckpt_path).is_dir():
                 check_weights(self.model.policy.on_meta(), resumed["state_dict"], CHECKPOINT_PREFIX)
             self.model.resumed = resumed.get("run_identity", {})
-
-    def _run_subcommand(self, subcommand: str) -> None:  # the hooks after it are not called when it fails
-        with ExitStack() as owned:
-            if subcommand in ("validate", "test", "predict") and isinstance(self.trainer, DotsTrainer):
-                owned.enter_context(self.trainer.own_folder(subcommand))
-            super()._run_subcommand(subcommand)
 
     def _find_last(self, config: Any) -> str | None:
         """Return the checkpoint of `--ckpt_path last`, and have a training run continue in the folder of its run.

@@ -155,9 +155,9 @@ def _discard_arguments_of_another_class(parser: Any, before: Any, given: Any) ->
     jsonargparse keeps those that the new class accepts too, so that, for example, the template of one data source would
     be applied to another. Lightning's classes are left as they are: the folder and name of a run outlast its logger.
     """
-    paths = [one.get("class_path") if one else None for one in (before, given)]
-    if all(paths) and paths[0] != paths[1] and "init_args" in before:
-        old, new = map(resolve_name, paths)
+    names = [one["class_path"] for one in (before, given) if one and one.get("class_path")]
+    if len(set(names)) == 2 and "init_args" in before:
+        old, new = map(resolve_name, names)
         related = inspect.isclass(old) and inspect.isclass(new) and (issubclass(old, new) or issubclass(new, old))
         if not related and not old.__module__.startswith("lightning."):
             before["init_args"] = Namespace()
