@@ -105,7 +105,7 @@ def test_the_batch_is_refilled_with_what_is_missing_until_it_is_full(tmp_path, m
         assert step.metrics["sampling/missing"] == 0
         assert step.counts["train/prompts"] == 4 + len(dropped)
         generated += 4 + len(dropped)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "lightning_logs" / "version_0" / "summary.json").read_text())
     assert summary["prompts_rolled_out"] == generated
     assert summary["discarded"]["prompts"] == generated - 8
     assert summary["discarded"]["completions"] == 4 * (generated - 8)
@@ -133,7 +133,7 @@ def test_what_passes_beyond_the_need_is_kept_for_replay_or_counted_as_wasted(tmp
         assert names(fresh) + names(step.surplus) == passed
         surplus += len(step.surplus)
     assert surplus > 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "lightning_logs" / "version_0" / "summary.json").read_text())
     assert summary["wasted"]["prompts"] == (0 if replay else surplus)
     assert summary["wasted"]["completions"] == (0 if replay else 4 * surplus)
     if replay:
@@ -207,7 +207,10 @@ def test_a_pool_without_any_prompt_that_passes_trains_on_and_says_so_once(tmp_pa
         assert len(step.groups) + len(step.dropped) == step.counts["train/prompts"] == 9
         assert (step.metrics["sampling/refills"], step.metrics["sampling/missing"]) == (2, 4)
     assert run.trainer.global_step == 2
-    assert json.loads((tmp_path / "summary.json").read_text())["discarded"]["prompts"] == 2 * 5
+    assert (
+        json.loads((tmp_path / "lightning_logs" / "version_0" / "summary.json").read_text())["discarded"]["prompts"]
+        == 2 * 5
+    )
 
 
 def test_only_uninformative_groups_leave_the_policy_as_it_was(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_steps_are_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def account(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
+    return json.loads((folder / "lightning_logs" / "version_0" / "summary.json").read_text())
 
 
 def test_a_budget_ends_a_run_that_is_then_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_budget_ends_a_run_that_is_then_complete(tmp_path: Path, monkeypatch: 
     assert found["steps"] == 1
     assert found["training_seconds"] == pytest.approx(ledger.clock.seconds, abs=1e-3)
     # The end is saved although no checkpoint was due.
-    assert (tmp_path / "checkpoints" / "step_00000001.ckpt").exists()
+    assert (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "step_00000001.ckpt").exists()
 
 
 def test_the_first_reference_set_is_counted_and_checkpoints_are_not(
@@ -58,11 +58,11 @@ def test_the_first_reference_set_is_counted_and_checkpoints_are_not(
     save = RunCheckpoint._save
     measure = ReferenceRollouts._measure
 
-    def slow_save(self, trainer, pl_module) -> None:
+    def slow_save(self, trainer, pl_module, *, ends=False) -> None:
         if self._due is not None:
             time.sleep(0.6)
             self.seconds += 0.6
-        save(self, trainer, pl_module)
+        save(self, trainer, pl_module, ends=ends)
 
     def slow_measure(self, pl_module, ledger, step) -> None:
         with ledger.phase("reference"):
