@@ -64,7 +64,7 @@ def _assert_names(line: str, raised: str) -> None:
     assert line.endswith("Run again with --debug for the traceback.")
 
 
-@pytest.mark.parametrize("raised", few(RAISED, 4))
+@pytest.mark.parametrize("raised", few(RAISED, 2))
 def test_import_of_user_code(place: Place, monkeypatch: pytest.MonkeyPatch, raised: str) -> None:
     monkeypatch.setenv("FAIL_AT", "import")
     monkeypatch.setenv("FAIL_WITH", raised)
@@ -72,7 +72,7 @@ def test_import_of_user_code(place: Place, monkeypatch: pytest.MonkeyPatch, rais
 
 
 # Every stage with an exception, and every exception at some stage.
-@pytest.mark.parametrize(("stage", "raised"), few(zip(STAGES, RAISED, strict=False), 9))
+@pytest.mark.parametrize(("stage", "raised"), few(zip(STAGES, RAISED, strict=False), 5))
 def test_start(place: Place, monkeypatch: pytest.MonkeyPatch, stage: str, raised: str) -> None:
     monkeypatch.setenv("FAIL_AT", stage)
     monkeypatch.setenv("FAIL_WITH", raised)

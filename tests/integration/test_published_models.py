@@ -187,28 +187,11 @@ PUBLISHED: dict[str, Published] = {
 # fmt: on
 QUICK = (
     "Qwen2.5-1.5B-Instruct",
-    "Qwen3-30B-A3B",
-    "Llama-2-7b-chat-hf",
     "Llama-3.2-1B",
-    "Yi-6B",
-    "Mixtral-8x7B-v0.1",
     "gemma-2-2b-it",
-    "phi-1_5",
     "gpt2",
     "opt-125m",
-    "bloom-560m",
-    "falcon-7b",
-    "c4ai-command-r-v01",
-)  # fmt: skip
-
-
-class Collected(Callback):
-    """Keeps the metrics of the last step."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: TrainBatch, batch_idx: int
-    ) -> None:
-        self.metrics = dict(batch.metrics)
+)
 
 
 def write(published: Published, folder: Path) -> None:

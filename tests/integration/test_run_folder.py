@@ -104,7 +104,7 @@ def summary(run: Path) -> dict[str, Any]:
 # --- One folder, and `last` ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", few(LOGGERS, 4))
+@pytest.mark.parametrize("name", few(LOGGERS, 2))
 def test_a_run_and_its_resume_share_one_folder(place: Place, name: str) -> None:
     options, folder = LOGGERS[name]
     place.config(lambda config: config["trainer"].update(options, max_steps=2))
@@ -129,6 +129,7 @@ def test_a_run_and_its_resume_share_one_folder(place: Place, name: str) -> None:
         assert len(list(run.glob("events.out.*"))) == 2
 
 
+@pytest.mark.long
 def test_a_damaged_csv_row_is_no_reason_to_lose_the_others(place: Place) -> None:
     """A process that was killed while it took the rows back: the next one takes them from the other file."""
     place.config(lambda config: config["trainer"].update(logger=ROWS, max_steps=2))
@@ -187,6 +188,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(place: Place) -> N
     assert line.endswith("Train one first, or name a file.")
 
 
+@pytest.mark.long
 def test_runs_of_earlier_versions_are_found(place: Place) -> None:
     """They have no run.json, and their config.yaml names the version that a resume gave them."""
     ran(place, *FIT)
@@ -208,6 +210,7 @@ def test_a_refused_run_leaves_nothing(place: Place) -> None:
     place.refused(*FIT, *LAST, "--data.prompts_per_step=99")
 
 
+@pytest.mark.long
 def test_last_in_python(place: Place) -> None:
     def trainer(steps: int) -> DotsTrainer:
         return DotsTrainer(max_steps=steps, accelerator="cpu", logger=CSVLogger("rows"), enable_progress_bar=False)
@@ -339,6 +342,7 @@ def test_what_a_killed_write_left_is_removed(place: Place) -> None:
     assert not list(ours.glob(".*")) and len(list(others.glob(".*"))) == 4
 
 
+@pytest.mark.long
 def test_the_default_root_is_the_working_folder(place: Place) -> None:
     place.config(lambda config: config["trainer"].update(logger=False))
     ran(place, *FIT)

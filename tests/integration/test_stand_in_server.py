@@ -155,7 +155,7 @@ THROUGH_THE_COMMAND = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", few(THROUGH_THE_COMMAND, 4))
+@pytest.mark.parametrize("name", few(THROUGH_THE_COMMAND, 2))
 def test_a_wrong_answer_is_one_line(place: Place, server: StandIn, name: str) -> None:
     path, spoiled, expected = WRONG[name]
     server.spoiled[path] = spoiled

@@ -121,7 +121,7 @@ for _hook in ("on_train_batch_start", "on_after_backward", "on_train_batch_end",
     ENDS[_hook] = (listed("dots_helpers.Stop", hook=_hook), ("--trainer.max_steps=9",), 2)
 
 
-@pytest.mark.parametrize("name", few(ENDS, 4))
+@pytest.mark.parametrize("name", few(ENDS, 2))
 def test_the_step_in_which_a_run_ends_is_saved_and_measured(place: Place, name: str) -> None:
     change, options, last = ENDS[name]
     configured(place, rare_saves, change, lambda c: data(c).update(val_size=2))
@@ -170,7 +170,7 @@ INTERVALS = {
 }
 
 
-@pytest.mark.parametrize("options", few([(one,) for one in INTERVALS], 3))
+@pytest.mark.parametrize("options", few([(one,) for one in INTERVALS], 1))
 def test_when_a_run_is_validated(place: Place, options: tuple[str, ...]) -> None:
     configured(place, lambda c: data(c).update(val_size=2, val_batch_size=1))
     said = ran(place, *FIT, "--trainer.max_steps=8", "--model.mini_batches=2", *options)
@@ -179,7 +179,7 @@ def test_when_a_run_is_validated(place: Place, options: tuple[str, ...]) -> None
         assert re.search(rf"steps between validations\D+{2 if options else 1}\b", said)
 
 
-@pytest.mark.parametrize(("given", "batches"), [("1", 1), ("0.5", 2), ("3", 3), ("1.0", 4)])
+@pytest.mark.parametrize(("given", "batches"), few([("1", 1), ("0.5", 2), ("3", 3), ("1.0", 4)], 2))
 def test_the_limit_of_validation_batches_is_obeyed(place: Place, given: str, batches: int) -> None:
     configured(place, lambda c: data(c).update(val_size=4, val_batch_size=1))
     ran(place, *FIT, f"--trainer.limit_val_batches={given}", "--start_validation.enabled=false")
@@ -282,7 +282,7 @@ RESUMES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, dict[str, Any]]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", few(RESUMES, 7))
+@pytest.mark.parametrize("name", few(RESUMES, 3))
 def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
     change, announced, expected = RESUMES[name]
     configured(trained, *USUAL, change)
@@ -314,7 +314,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", few(REFUSED, 2))
+@pytest.mark.parametrize("name", few(REFUSED, 1))
 def test_a_resume_that_would_mix_two_runs_is_refused(trained: Place, name: str) -> None:
     change, expected = REFUSED[name]
     configured(trained, *USUAL, change)

@@ -108,7 +108,7 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("name", few(HALF, 3))
+@pytest.mark.parametrize("name", few(HALF, 1))
 def test_trained_weights_of_16_bits_are_refused(place: Place, name: str) -> None:
     line = place.refused(*FIT, *HALF[name])
     assert "bf16-mixed" in line
@@ -147,7 +147,7 @@ TIED = {
 }
 
 
-@pytest.mark.parametrize("name", few(TIED, 2))
+@pytest.mark.parametrize("name", few(TIED, 1))
 @pytest.mark.parametrize("command", ["fit", "describe"])
 def test_an_adapter_of_a_shared_tensor_is_refused(place: Place, name: str, command: str) -> None:
     line = place.refused(command, "--config=run.yaml", f"--model.policy.lora.target_modules={TIED[name]}")
@@ -206,7 +206,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OPTIONS, 6))
+@pytest.mark.parametrize("name", few(OPTIONS, 2))
 def test_numbers_that_cannot_train_are_refused(place: Place, name: str) -> None:
     option, _, given = OPTIONS[name].removeprefix("--model.").partition("=")
     shown = given.removeprefix(".").replace("[1, 1]", "(1.0, 1.0)").replace("1.0e+38", "1e+38")
