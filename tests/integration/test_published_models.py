@@ -191,7 +191,16 @@ QUICK = (
     "gemma-2-2b-it",
     "gpt2",
     "opt-125m",
-)
+)  # fmt: skip
+
+
+class Collected(Callback):
+    """Keeps the metrics of the last step."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        self.metrics = dict(batch.metrics)
 
 
 def write(published: Published, folder: Path) -> None:
