@@ -63,7 +63,9 @@ class Claim:
         self, path: Path, owner: Owner, *, take_over: bool = False, made: Sequence[Path] | None = None
     ) -> None:
         self.path = path
-        self._made = [each for each in (path, *path.parents) if not each.exists()] if made is None else made
+        made = [each for each in (path, *path.parents) if not each.exists()] if made is None else made
+        # Absolute: the working folder may be another one when they are removed.
+        self._folder, self._made = path.absolute(), [each.absolute() for each in made]
         path.mkdir(parents=True, exist_ok=True)
         try:
             self._file, self._before = _locked(path)
@@ -92,9 +94,9 @@ class Claim:
         if forget and self._before:
             self._write(self._before)
         elif forget:
-            (self.path / OWNER).unlink(missing_ok=True)
-            if self.path in self._made:
-                shutil.rmtree(self.path, ignore_errors=True)
+            (self._folder / OWNER).unlink(missing_ok=True)
+            if self._folder in self._made:
+                shutil.rmtree(self._folder, ignore_errors=True)
             self._remove_folders()
         self._file.close()
 
