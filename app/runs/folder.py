@@ -173,7 +173,8 @@ class RunTrainer(Trainer):
         try:
             yield claim
         except BaseException:
-            kept = self.begun or (claim.path / SERVER_LOG).exists() or bool(checkpoint_folders(claim.path))
+            holds = (claim.path / SERVER_LOG).exists() or bool(checkpoint_folders(claim.path))
+            kept = self.begun or (claim.made and holds)  # in a folder of before these may be of before
             claim.release(forget=not kept)
             raise
         claim.release()

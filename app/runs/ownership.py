@@ -81,6 +81,11 @@ class Claim:
             self.release(forget=True)
             raise
 
+    @property
+    def made(self) -> bool:
+        """Whether the folder was created by the claim."""
+        return self._folder in self._made
+
     def add_checkpoints(self, folder: Path) -> None:
         """Record a folder of the run's checkpoints, where `--ckpt_path last` will look for them."""
         inside = folder.resolve().is_relative_to(self.path.resolve())
@@ -95,7 +100,7 @@ class Claim:
             self._write(self._before)
         elif forget:
             (self._folder / OWNER).unlink(missing_ok=True)
-            if self._folder in self._made:
+            if self.made:
                 shutil.rmtree(self._folder, ignore_errors=True)
             self._remove_folders()
         self._file.close()
