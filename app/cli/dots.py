@@ -49,6 +49,7 @@ class DotsCLI(LightningCLI):
     """`dots fit|validate|test|predict|describe|export|select|serve`, models and data named by `class_path`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self._given = sys.argv[1:] if args is None else args
         super().__init__(
             trainer_class=DotsTrainer,
             seed_everything_default=0,
@@ -68,6 +69,12 @@ class DotsCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in _OWN_SUBCOMMANDS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        first = self._given[0] if self._given else None
+        if first in self.subcommands() and first != subcommand:
+            return self.init_parser(**kwargs)  # its hundred options are of no use to the one that was given
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with stage("reading the command line and configs"):

@@ -39,10 +39,17 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
 
 
 def draw_curves(folder: Path, picture: Path) -> None:
-    """Draw accuracy, reward, informative fraction, forecast, replay, length and seconds per phase into a PNG."""
+    """Draw accuracy, reward, informative fraction, forecast, replay, length and seconds per phase into a PNG.
+
+    Nothing is drawn after a single step, which has no curve.
+    """
     curves = read_scalars(folder)
+    if all(len(steps) < 2 for steps, _ in curves.values()):
+        return
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 9), layout="constrained")
+        figure = Figure(figsize=(12, 9))
+        # Not the constrained layout, which takes as long as the drawing.
+        figure.subplots_adjust(left=0.045, right=0.985, bottom=0.055, top=0.92, wspace=0.16, hspace=0.34)
         panels = figure.subplots(3, 3).flatten().tolist()
         _draw_phases(panels.pop(_PHASES_PANEL), curves)
         for axes, (title, tags, limits) in zip(panels, _PANELS, strict=True):
