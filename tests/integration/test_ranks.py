@@ -177,6 +177,7 @@ def test_four_processes_choose_and_update_as_one(alone: Path, tmp_path: Path, st
     assert_same_choices_and_updates(tmp_path, alone)
 
 
+@pytest.mark.long
 def test_what_differs_in_float32_is_rounding(tmp_path: Path):
     # Adam makes a whole step of a gradient's sign, so in float32 last bits grow from update to update.
     more = ("--model.policy.dtype=float64", "--trainer.max_steps=12", "--model.mini_batches=2")

@@ -51,7 +51,10 @@ class Note(Callback):
         }
         with open("noted.jsonl", "a") as file:
             file.write(json.dumps(noted) + "\\n")
+'''
 
+# A file of its own, because each worker imports it: Lightning would take seconds.
+REWARDS = '''
 def alternate(completions, **rest):
     return [float(number % 2) for number in range(len(completions))]
 '''
@@ -61,6 +64,7 @@ def alternate(completions, **rest):
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "dots_helpers.py").write_text(HELPERS)
+    (tmp_path / "dots_scores.py").write_text(REWARDS)
     return Place.at(tmp_path, monkeypatch, capsys)
 
 
@@ -224,7 +228,7 @@ def trained(place: Place) -> Place:
 USUAL: list[Callable[[dict[str, Any]], Any]] = [
     listed("dots_helpers.Note"),
     lambda c: model(c).update(
-        rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "dots_helpers.alternate"}}],
+        rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "dots_scores.alternate"}}],
         optimization={"learning_rate": 1e-4},
     ),
     lambda c: data(c).update(

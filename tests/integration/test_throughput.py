@@ -18,6 +18,7 @@ def throughput(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_do_the_same_work_in_turn(tmp_path: Path) -> None:
     done = throughput(tmp_path, "--cases=half_informative")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -277,6 +277,7 @@ def recorded():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_recorded_run(tmp_path):
     """The limits are measured values minus a margin for the two seeds."""
     questions, rates, encoder = recorded()

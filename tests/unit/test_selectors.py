@@ -201,6 +201,7 @@ def recorded():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_recorded_pass_rates_are_forecast(tmp_path):
     """Untrained kernel, K = 256, real questions and encoder; the limits are measured values minus a margin."""
     questions, rates, encoder = recorded()
