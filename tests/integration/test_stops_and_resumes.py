@@ -45,7 +45,7 @@ class Note(Callback):
             "temperature": pl_module.sampling.temperature,
             "fresh": sum(one.source != "replay" for one in batch.groups),
             "length": max(len(c.token_ids) for g in batch.groups if g.source != "replay" for c in g.completions),
-            "stored": len(replay[0].buffer) if replay else None, "p_easy": getattr(selector, "p_easy", None),
+            "stored": len(replay[0].buffer) if replay else None, "p_easy": selector.metrics().get("selection/p_easy"),
             "references": int(batch.ledger.counts["reference/prompts"]),
             "tokens": [t for g in batch.groups for c in g.completions for t in c.token_ids.tolist()],
         }
