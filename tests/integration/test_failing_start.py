@@ -130,7 +130,7 @@ def test_export_to_a_place_that_cannot_be(place: Place) -> None:
     try:
         for out in places:
             line = place.refused("export", "--config", "run.yaml", "--ckpt_path", saved, "--out", out)
-            assert f"--out {out} cannot be written" in line or f"--out {out} exists and is not an empty" in line, line
+            assert f"{out} cannot be written" in line or f"--out {out} exists and is not an empty" in line, line
     finally:
         if not mounted:
             subprocess.run(["umount", str(small)], check=True)
