@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -182,7 +183,7 @@ class DotsTrainer(RunTrainer):
             weights_only: not used: a checkpoint is never unpickled.
         """
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out {out} exists and is not an empty folder. Give a new name.")
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
@@ -191,7 +192,13 @@ class DotsTrainer(RunTrainer):
         trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
         trained = max(trainable, key=lambda one: one.itemsize)
         written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
-        export(model.policy_model, model.tokenizer, folder, written)
+        try:
+            export(model.policy_model, model.tokenizer, folder, written)
+        except OSError as error:
+            raise UserError(
+                f"--out {folder} cannot be written ({error.strerror or error}). Free disk space, make the folder above "
+                "it writable, or give another name."
+            ) from error
         model.teardown("export")
         told = f"wrote {folder} in {_name(written)}"
         if written.itemsize < trained.itemsize:

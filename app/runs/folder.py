@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from app.runs.checkpoint_files import OnDamage, by_age, newest_whole
-from app.runs.lightning_internals import logger_folder, write_to
+from app.runs.lightning_internals import forget_files, logger_folder, write_to
 from app.runs.ownership import Claim, Owner, new_id
 from app.runs.summary import SUMMARY
 from datamodules.errors import UserError
@@ -169,13 +169,17 @@ class RunTrainer(Trainer):
         claim = self._claim(Owner(new_id(), command))
         self.run = claim.path
         for logger in self.loggers:  # before Lightning lets them create their folders
-            write_to(logger, claim.path)
+            write_to(logger, claim.path, claim.owner.id)
         try:
             yield claim
         except BaseException:
             holds = (claim.path / SERVER_LOG).exists() or bool(checkpoint_folders(claim.path))
             kept = self.begun or (claim.made and holds)  # in a folder of before these may be of before
             claim.release(forget=not kept)
+            if not kept and claim.made:  # another call with this trainer starts from the beginning
+                self.run = None
+                for logger in self.loggers:
+                    forget_files(logger)
             raise
         claim.release()
         self.continued = claim.path  # by another call with the same trainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
@@ -44,21 +44,27 @@ def logger_folder(logger: Logger) -> tuple[str | None, str | None, str | None]:
     """Return where a logger was told to write: `save_dir`, `name` and the folder of its version.
 
     Each is None where the logger has none. `version` of TensorBoardLogger and CSVLogger is read without their property,
-    which decides on a number where none was given. Other loggers' versions are ids, not folders.
+    which decides on a number where none was given. Other loggers' versions are ids, not folders. The name of an
+    MLFlowLogger is that of the experiment as it was given: its property makes the experiment, and is None on ranks > 0.
     """
     save_dir, version = logger.save_dir, None
+    name = logger._experiment_name if isinstance(logger, MLFlowLogger) else logger.name
     if isinstance(logger, TensorBoardLogger | CSVLogger):
         given = logger._version
         version = given if given is None or isinstance(given, str) else f"version_{given}"
-    return None if save_dir is None else str(save_dir), None if logger.name is None else str(logger.name), version
+    return None if save_dir is None else str(save_dir), None if name is None else str(name), version
 
 
-def write_to(logger: Logger, folder: Path) -> None:
+def write_to(logger: Logger, folder: Path, run_id: str) -> None:
     """Point a logger that writes files at the run's folder; it has not written anything yet.
+
+    A Weights & Biases run has the id of the run, unless another was given: a resume goes on in it.
 
     TensorBoardLogger and CSVLogger take their folder, `save_dir/name/version`, only when they are built. CSVLogger
     deletes its file of an earlier start with its first access: the file is renamed until `take_csv_back`.
     """
+    if isinstance(logger, WandbLogger) and logger.version is None:
+        logger._wandb_init["id"] = logger._id = run_id
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._experiment is not None:
         return
     logger._root_dir, logger._name, logger._version = str(folder.parent.parent), folder.parent.name, folder.name
@@ -67,6 +73,12 @@ def write_to(logger: Logger, folder: Path) -> None:
         file, kept = _csv_files(logger)
         if file.exists() and not kept.exists():  # else a process was killed before it took the rows back
             os.replace(file, kept)
+
+
+def forget_files(logger: Logger) -> None:
+    """Let a logger open its files again when it writes: those that it has opened were removed with their folder."""
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        logger._experiment = None
 
 
 def take_csv_back(logger: CSVLogger, steps: int) -> None:

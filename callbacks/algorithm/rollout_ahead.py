@@ -72,6 +72,7 @@ class RolloutAhead(StepCallback):
             return {}
         return {
             "step": coming.step,
+            "prompts_per_step": self._data.prompts_per_step,
             "prompts": [prompt.id for prompt in coming.prompts],
             "groups": pack_groups(coming.groups),
             "forecast": None if coming.forecast is None else torch.from_numpy(coming.forecast.copy()),
@@ -98,4 +99,12 @@ class RolloutAhead(StepCallback):
         coming.ledger.counts.update(state_dict["counts"])
         for name, mean in state_dict.get("reward_metrics", {}).items():
             coming.ledger.average(name, WeightedMean(*mean))
+        now = self._data.prompts_per_step
+        more = now - state_dict.get("prompts_per_step", now)  # the resumed run may have been given another number
+        if more > 0:
+            self._data.add_prompts(coming, more)  # rolled out when the step begins
+        elif more < 0:
+            kept = max(0, len(coming.prompts) + more)
+            coming.prompts, coming.forecast = coming.prompts[:kept], None if forecast is None else forecast[:kept]
+            coming.move(coming.groups[kept:], "surplus")
         self._data.prepared = coming

@@ -85,7 +85,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         Raises:
             UserError: the folder has checkpoints of another run, or later ones than the run resumes from.
         """
-        folder = self._folder(trainer)
+        folder = self.folder(trainer)
         self._check_owner(folder, run, resumed, continues=trainer.continued is not None)
         if not self.dirpath:
             yield
@@ -124,7 +124,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._saved = self._step = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if trainer.is_global_zero:
-            for part in self._folder(trainer).glob(".*.tmp"):  # of an earlier start that was killed while it wrote
+            for part in self.folder(trainer).glob(".*.tmp"):  # of an earlier start that was killed while it wrote
                 remove(part)
 
     def on_train_batch_end(
@@ -150,7 +150,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
             return
         pl_module.ranks.barrier("checkpoint")
         started = time.perf_counter()
-        path = self._folder(trainer) / f"step_{self._due:08d}.ckpt"
+        path = self.folder(trainer) / f"step_{self._due:08d}.ckpt"
         self._due, self._saved = None, self._step
         for logger in trainer.loggers:
             logger.save()  # what is logged up to a checkpoint survives a kill after it
@@ -180,7 +180,8 @@ class RunCheckpoint(StepCallback, Checkpoint):
             rank_zero_warn(f"{message} Training continues, and the next one is due in {self.every} steps. {remedy}.")
         self.seconds += time.perf_counter() - started
 
-    def _folder(self, trainer: Trainer) -> Path:
+    def folder(self, trainer: Trainer) -> Path:
+        """Return the folder of the checkpoints; correct on rank 0."""
         return Path(self.dirpath) if self.dirpath else run_folder(trainer) / CHECKPOINTS
 
 

@@ -11,6 +11,7 @@ from app.runs.checkpoint_files import by_age
 from app.runs.folder import RunTrainer
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import RunCheckpoint
+from datamodules.online import OnlinePromptDataModule
 from datamodules.types import TrainBatch
 
 NOTE = "dots: stopped in step"
@@ -29,6 +30,9 @@ class FailedStep(StepCallback):
     def __init__(self) -> None:
         self._batch: TrainBatch | None = None
         self._past_first_step = False
+
+    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        self._batch, self._past_first_step = None, False  # of an earlier call with the same trainer
 
     @property
     def begun(self) -> bool:
@@ -50,7 +54,7 @@ class FailedStep(StepCallback):
         more = len(prompts) - _SHOWN_PROMPTS
         note = f"{NOTE} {self._batch.step} with prompts {', '.join(prompts[:_SHOWN_PROMPTS])}"
         note += f" and {more} more. " if more > 0 else ". "
-        newest = [path for one in RunCheckpoint.all_of(trainer) for path in by_age(one._folder(trainer))[:1]]
+        newest = [path for one in RunCheckpoint.all_of(trainer) for path in by_age(one.folder(trainer))[:1]]
         note += (
             f"The newest checkpoint is {newest[0]}. Run the same command with --ckpt_path last to continue from it."
             if newest

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -77,6 +79,76 @@ def test_start(place: Place, monkeypatch: pytest.MonkeyPatch, stage: str, raised
     monkeypatch.setenv("FAIL_AT", stage)
     monkeypatch.setenv("FAIL_WITH", raised)
     _assert_names(place.refused(*FIT), raised)
+
+
+OTHERS = (
+    ("validate", "engine start", "KeyError"), ("test", "first rollout", "RuntimeError"),
+    ("predict", "data loading", "StopIteration"), ("describe", "selector", "ExceptionGroup"),
+    ("export", "configure_model", "SystemExit"), ("select", "tokenizer", "Unprintable"),
+    ("serve", "engine", "RecursionError"), ("validate", "callback setup", "GeneratorExit"),
+    ("test", "logger", "UnicodeDecodeError"), ("predict", "first rollout", "BaseExceptionGroup"),
+    ("describe", "model", "AssertionError"), ("export", "import", "SyntaxError"),
+    ("select", "data", "MemoryError"), ("serve", "reward", "Closed"), ("validate", "on_validation_start", "OSError"),
+)  # fmt: skip
+OPTIONS = {
+    "export": ("--ckpt_path", "saved.ckpt", "--out", "exported"),
+    "select": ("--method", "ufo", "--keep", "2", "--out", "subset.jsonl"),
+}
+
+
+@pytest.mark.parametrize(("command", "stage", "raised"), few(OTHERS, 4))
+def test_start_of_other_commands(
+    place: Place, monkeypatch: pytest.MonkeyPatch, command: str, stage: str, raised: str
+) -> None:
+    if command == "export":
+        shutil.copy(_saved(place), place.path / "saved.ckpt")
+        shutil.rmtree(place.path / "runs")
+        place.config(_user_code)
+    if command in ("validate", "test", "predict"):
+        monkeypatch.setenv("FAIL_AT", "nowhere")
+        place.config(lambda config: (_user_code(config), data(config).update(val_size=2)))
+    monkeypatch.setenv("FAIL_AT", stage)
+    monkeypatch.setenv("FAIL_WITH", raised)
+    _assert_names(place.refused(command, "--config", "run.yaml", *OPTIONS.get(command, ())), raised)
+
+
+def _saved(place: Place) -> Path:
+    """Return the checkpoint of a run of the small policy."""
+    place.config(lambda config: None)
+    assert place.run(*FIT)[0] == 0
+    return place.path / "runs/small/version_0/checkpoints/step_00000001.ckpt"
+
+
+def test_export_to_a_place_that_cannot_be(place: Place) -> None:
+    saved = str(_saved(place))
+    (place.path / "file").write_text("mine")
+    small = place.path / "small"
+    small.mkdir()
+    places = ["file", "file/below/it", "/proc/x", "x" * 300, "/dev/null/x"]
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode
+    places += [] if mounted else ["small/full"]
+    try:
+        for out in places:
+            line = place.refused("export", "--config", "run.yaml", "--ckpt_path", saved, "--out", out)
+            assert f"{out} cannot be written" in line or f"--out {out} exists and is not an empty" in line, line
+    finally:
+        if not mounted:
+            subprocess.run(["umount", str(small)], check=True)
+
+
+STUDIES: dict[str, tuple[str, ...]] = {
+    "compare": ("--config", "broken.yaml"),
+    "forecast": ("--run", "broken", "--config", "run.yaml"),
+    "difficulty": ("train", "--config", "broken.yaml"),
+}
+
+
+@pytest.mark.parametrize("content", ["a: [", "\x00", "5", "- 1\n- 2", "{}"])
+@pytest.mark.parametrize("command", STUDIES)
+def test_start_of_a_study(place: Place, command: str, content: str) -> None:
+    (place.path / "broken.yaml").write_text(content)
+    line = place.refused(command, *STUDIES[command])
+    assert line.isprintable() and len(line) < 900
 
 
 AFTERWARDS = ("RuntimeError", "StopIteration", "SystemExit")

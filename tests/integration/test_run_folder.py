@@ -10,18 +10,21 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 
 from app.cli import DotsTrainer
 from app.engines import Sampling
 from app.module import GRPOModule, Policy
 from app.rewards import Numeric
+from app.runs.lightning_internals import logger_folder
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
 from tests.support.command import _fork, _kill, kill_when
@@ -127,6 +130,79 @@ def test_a_run_and_its_resume_share_one_folder(place: Place, name: str) -> None:
             assert [row["step"] for row in csv.DictReader(rows)] == ["0", "1", "2"]
     if "tensorboard" in name:
         assert len(list(run.glob("events.out.*"))) == 2
+
+
+WANDB = {
+    "wandb/__init__.py": """import json
+run = None
+def init(**options):
+    with open("wandb_runs.jsonl", "a") as file:
+        file.write(json.dumps({"id": options["id"], "resume": options["resume"]}) + "\\n")
+    return Run(options["id"])
+class Run:
+    summary = {}
+    def __init__(self, id):
+        self.id, self.name, self.config = id, "n", type("C", (dict,), {"update": lambda *a, **k: 0})()
+    def log(self, *args, **options): pass
+    def define_metric(self, *args, **options): pass
+""",
+    "wandb/sdk/__init__.py": "",
+    "wandb/sdk/lib.py": "class RunDisabled: pass",
+    "wandb/wandb_run.py": "from wandb import Run",
+}
+"""What Lightning's logger uses of Weights & Biases, which is not installed: notes the id that a run is started with."""
+
+
+def test_a_resume_goes_on_in_the_same_weights_and_biases_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in WANDB.items():
+        (place.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.path / name).write_text(text)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    kept = logger("WandbLogger", save_dir="cloud", project="p")
+    place.config(lambda config: config["trainer"].update(logger=kept))
+    try:
+        ran(place, *FIT)
+        ran(place, *FIT, *LAST, "--trainer.max_steps=2")
+        ran(place, *FIT)
+        ran(place, *FIT, "--trainer.logger.id=mine")
+    finally:
+        for name in [one for one in sys.modules if one.partition(".")[0] == "wandb"]:
+            del sys.modules[name]
+    started = [json.loads(line) for line in (place.path / "wandb_runs.jsonl").read_text().splitlines()]
+    ids = [one["id"] for one in started]
+    assert ids[0] == ids[1] == json.loads((place.path / "cloud/p/version_0/run.json").read_text())["id"]
+    assert ids[2] not in (None, ids[0]) and ids[3] == "mine"
+    assert {one["resume"] for one in started} == {"allow"}
+
+
+def test_an_mlflow_experiment_has_its_name_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", True)
+    for name in ("mlflow", "mlflow.tracking"):  # not installed
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["mlflow.tracking"], "MlflowClient", lambda uri: None, raising=False)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_only.rank", 1)
+    made = MLFlowLogger("exact", tracking_uri="file:tracked")
+    assert logger_folder(made) == ("tracked", "exact", None)
+
+
+def test_a_failed_second_start_from_python_keeps_no_folder(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one trainer: a start that fails in its first rollout, twice, and one that works."""
+    module = GRPOModule(Policy(str(TINY)), [Numeric()], sampling=Sampling(2, 3))
+    data = OnlinePromptDataModule(PromptFile("pool.jsonl"), prompts_per_step=2, val_size=0, cache_dir="cache")
+    rows = CSVLogger("rows", name="n")
+    trainer = DotsTrainer(accelerator="cpu", devices=1, max_steps=1, logger=rows, enable_progress_bar=False)
+    right = module.engine.generate
+    for _ in range(2):
+        monkeypatch.setattr(module.engine, "generate", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as error:
+            trainer.fit(module, datamodule=data)
+        assert not getattr(error.value, "__notes__", [])
+        assert not (place.path / "rows").exists()
+    monkeypatch.setattr(module.engine, "generate", right)
+    trainer.fit(module, datamodule=data)
+    assert runs_in(place.path) == ["rows/n/version_0"]
+    assert (place.path / "rows/n/version_0/metrics.csv").exists()
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -30,7 +31,7 @@ from app.engines.worker.guard import KeyGuard, Message
 from datamodules.errors import UserError
 from datamodules.types import Prompt
 from tests.support.policies import TINY, tiny_model
-from tests.support.refusal import Place, model
+from tests.support.refusal import Place, model, write_pool
 from tests.support.stand_in_server import Spoiled, StandIn, stand_in
 from tests.support.tables import few
 
@@ -62,6 +63,45 @@ def test_a_right_server_is_trained_with(place: Place, server: StandIn) -> None:
     assert code == 0, said[-2000:]
     assert server.weights > 0 and server.seen.count("/v1/completions") == 4
     assert (place.path / "runs/small/version_0/checkpoints/last.ckpt").exists()
+
+
+def test_prompts_beyond_the_servers_limit_are_found_when_the_data_are_read(place: Place, server: StandIn) -> None:
+    rows = [{"question": "1 + 1 = " * (20 if i == 3 else 1) + f"{i}", "answer": "2"} for i in range(8)]
+    write_pool(place.path / "pool.jsonl", rows)
+    server.spoiled["/v1/models"] = lambda handler, body: {"data": [{"max_model_len": 40}]}
+    code, out, said = place.run_with_output(*FIT, "--data.prompts_per_step=7")  # every prompt that is left
+    assert code == 0, said[-2000:]
+    assert "7 prompts kept, dropped 1 longer than 37 tokens" in re.sub(r"[^\w,.:]+", " ", out)
+    server.spoiled["/v1/models"] = lambda handler, body: {"data": [{"max_model_len": 3}]}
+    assert "leaves no room for a prompt within the 3 tokens" in place.refused(*FIT)
+
+
+@pytest.mark.parametrize(("now", "fresh", "made_ahead"), [(3, 3, 2), (1, 1, 1)])
+def test_a_resume_with_another_number_of_prompts_changes_the_batch_made_ahead(
+    place: Place, server: StandIn, now: int, fresh: int, made_ahead: int
+) -> None:
+    engine = {"class_path": "app.engines.VllmServer", "init_args": {"url": server.url, "max_restarts": 1}}
+
+    def ahead(config: dict[str, Any]) -> None:
+        model(config).update(engine=engine)
+        config["trainer"]["max_steps"] = 3
+        config["trainer"]["callbacks"] = [{"class_path": "callbacks.RolloutAhead"}]
+        config["checkpoint"] = {"every": 1, "keep": 9}
+        config["completions"] = {"every": 1}
+
+    place.config(ahead)
+    code, said = place.run(*FIT)
+    assert code == 0, said[-2000:]
+    saved = "runs/small/version_0/checkpoints/step_00000001.ckpt"
+    code, said = place.run(*FIT, "--ckpt_path", saved, f"--data.prompts_per_step={now}")
+    assert code == 0, said[-2000:]
+    assert f"prompts_per_step: 2 -> {now}" in said
+    for step in (1, 2):
+        rows = pq.read_table(place.path / f"runs/small/version_1/completions/step_{step:08d}.parquet").to_pylist()
+        trained = {row["prompt_id"]: row["birth_step"] for row in rows if row["advantage"] is not None}
+        assert len(trained) == fresh
+        if step == 1:
+            assert sorted(trained.values()) == [0] * made_ahead + [1] * (fresh - made_ahead)
 
 
 def choice(**changes: Any) -> Spoiled:

@@ -14,7 +14,7 @@ from app.engines.ahead import Ahead, Groups, timed
 from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
 from app.engines.requests import Answer, completions_of, request_fields, vocabulary_of
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
-from app.engines.server.fleet import ServerFleet
+from app.engines.server.fleet import ServerFleet, limit_of_running
 from app.engines.server.options import FleetOptions
 from app.engines.server.rank_zero import lost_server_of_any_rank
 from datamodules.types import Prompt
@@ -52,6 +52,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         super().__post_init__()
         self.fleet: ServerFleet | None = None
         self._ahead: Ahead | None = None
+        self._limit: int | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         """See `RolloutEngine.push`. A server that is lost meanwhile is replaced and receives the current weights."""
@@ -66,8 +67,12 @@ class VllmServer(FleetOptions, RolloutEngine):
         fleet.succeeded()
 
     def context_length(self, positions: int | None) -> int | None:
-        """See `RolloutEngine.context_length`. A server that is given by its URL tells its own limit when it runs."""
-        return positions if self.urls else self.server.context_length(positions)
+        """See `RolloutEngine.context_length`. Servers that are given by URLs are asked, once, and must be running."""
+        if not self.urls:
+            return self.server.context_length(positions)
+        if self._limit is None:
+            self._limit = limit_of_running(self)
+        return min(self._limit, positions or self._limit)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:

@@ -24,6 +24,7 @@ from app.engines.wire.push import WeightPusher
 from app.ranks import Ranks
 from datamodules.errors import UserError
 
+_START_ONE = "Start one with `dots serve`, or remove engine.url to start one in the run."
 _SETTLE_S = 1.0
 """Delay before a lost server is probed again: its HTTP interface may outlive its engine for a moment."""
 
@@ -178,7 +179,7 @@ class ServerFleet:
             else:
                 self._report(f"a vLLM server is lost ({lost}): waiting up to {options.wait_s:.0f} s for it")
                 time.sleep(_SETTLE_S)
-            limit, advice = options.wait_s, "Start one with `dots serve`, or remove engine.url to start one in the run."
+            limit, advice = options.wait_s, _START_ONE
         self.loop.run(until_healthy(self.clients, self.process, limit, advice))
         dtype, chunk_bytes = options.server.torch_dtype or self._policy_dtype, options.chunk_mib * 2**20
         self._pusher = WeightPusher(
@@ -208,3 +209,29 @@ class ServerFleet:
     def _report(self, line: str) -> None:
         if self._ranks.rank == 0:
             print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def limit_of_running(options: FleetOptions) -> int:
+    """Return the maximum number of tokens of a prompt and its completion together that all servers of `url` allow.
+
+    Raises:
+        UserError: a server is not healthy in time, or does not tell.
+    """
+    key = os.environ.get(options.api_key_variable, "")
+    clients = [ServerClient(url, key, options.api_key_variable, 1, options.request_timeout_s) for url in options.urls]
+
+    async def ask() -> int:
+        try:
+            await until_healthy(clients, None, options.wait_s, _START_ONE)
+            return min([await client.max_model_len() for client in clients])
+        except LostServerError as error:
+            raise EngineError(f"A vLLM server was lost when it was asked for its limit ({error}).") from error
+        finally:
+            for client in clients:
+                await client.close()
+
+    loop = LoopThread()  # the caller may run in a loop of its own, as in a notebook
+    try:
+        return loop.run(ask())
+    finally:
+        loop.close()
