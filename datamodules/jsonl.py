@@ -56,10 +56,10 @@ def parse_object(line: bytes, where: str, keys: Sequence[str] = ()) -> dict[str,
     if len(line) > MAX_LINE:
         raise UserError(f"{where} has {len(line):,} bytes, but at most {MAX_LINE:,} are read. Shorten or remove it.")
     try:
-        row = json.loads(decoded(line, where))
+        row = STRICT.decode(decoded(line, where))
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: {error.msg}. Write one JSON object per line.") from error
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # a repeated key, or an integer of thousands of digits
         raise UserError(f"{where}: {error}. Write one JSON object per line.") from error
     except RecursionError as error:
         raise _too_deep(where) from error
@@ -73,6 +73,19 @@ def parse_object(line: bytes, where: str, keys: Sequence[str] = ()) -> dict[str,
             hint = nearest(key, row) if row else "the object is empty"
             raise UserError(f"{where} has no {key!r}, which every object needs: {hint}")
     return row
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values. Raises ValueError if a key is repeated: one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key {key!r} is given twice in one object, and one of its values would be lost")
+    return found
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=without_repeats)
+"""Reads JSON without repeated keys. Made once: `json.loads` with a hook would make one for every line."""
 
 
 def decoded(content: bytes, where: str, *, is_file: bool = False) -> str:

@@ -21,12 +21,14 @@ class ReadReport:
         read: number of rows.
         kept: number of prompts in the pool.
         empty: rows without a prompt, or without the reference answer that their schema requires.
-        duplicates: rows with the same rendered prompt and answer as an earlier row.
+        duplicates: rows with the same rendered prompt and answer as an earlier row; where the data has no answers, with
+            the same other columns.
         overlong: prompts of more than `max_prompt_length` tokens.
         max_prompt_length: None for no limit.
         by_context: whether that is what the policy's context leaves beside a completion, not the user's own limit.
         held_out: prompts moved to the validation pool.
         hidden_columns: columns not passed to rewards, because one of their arguments has the same name.
+        conflicts: prompts that stand in the data with several different answers; all are kept.
     """
 
     source: str
@@ -39,6 +41,7 @@ class ReadReport:
     by_context: bool = False
     held_out: int = 0
     hidden_columns: tuple[str, ...] = ()
+    conflicts: int = 0
 
     def __str__(self) -> str:
         too_long = f"longer than {self.max_prompt_length} tokens"
@@ -48,6 +51,7 @@ class ReadReport:
         line = f"{self.source}: {self.read} rows read, {self.kept} prompts kept"
         line += f", {self.held_out} held out for validation" if self.held_out else ""
         line += f", dropped {', '.join(parts)}" if parts else ""
+        line += f", {self.conflicts} with several different answers (all kept)" if self.conflicts else ""
         return line + (f"; not passed to rewards: {', '.join(self.hidden_columns)}" if self.hidden_columns else "")
 
 

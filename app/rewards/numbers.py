@@ -13,14 +13,17 @@ MAX_DIGITS = 1000
 """Longer numbers are ignored: exact arithmetic on them would take seconds."""
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d+)"
+# An ordinary space may also stand between two numbers. It groups thousands (`1 000 000`, `12 345`, `250 000`) where all
+# groups are regular and the first is shorter than the others or the last is 000: `100 200` and `10 20 30` are lists.
+_SPACED = r"(?<!\d )(?:[1-9]\d?(?: \d{3})+|[1-9]\d\d(?: \d{3})* 000)(?!\d)(?! \d+(?![\d/]))"
+_UNSIGNED = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|{_SPACED}|\d+)"
 _DECIMAL = rf"(?:{_UNSIGNED}(?:\.\d+)?|\.\d+)"
 _POWER = r"\s?(?:\^|\*\*)\s?\{?\s?(?P<NAME>[-+]?\d+)\s?\}?"
 _PART = rf"\{{\s*([-+]?{_DECIMAL})\s*\}}"
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?:"
     rf"(?P<whole>{_UNSIGNED})?\s*\\[dtc]?frac\s*(?:{_PART}|(\d))\s*(?:{_PART}|(\d))"
-    rf"|(?P<mixed>{_UNSIGNED}) (?P<over>\d+)/(?P<under>\d+)(?![\d/])"
+    rf"|(?P<mixed>{_UNSIGNED}) (?P<over>[1-9]\d*)/(?P<under>\d+)(?![\d/])"
     r"|(?P<head>\d*\.\d*)\\overline\s*\{(?P<cycle>\d+)\}"
     rf"|(?P<base>\d+){_POWER.replace('NAME', 'power')}"
     rf"|(?P<mantissa>{_DECIMAL})(?:[eE](?P<e>[-+]?\d+)(?!\w)"
@@ -60,7 +63,12 @@ class Number:
 
 
 def plain_symbols(text: str) -> str:
-    """Return a text with LaTeX or ASCII in place of Unicode's mathematical symbols, superscripts and fractions."""
+    r"""Return a text with LaTeX or ASCII in place of Unicode's mathematical symbols, superscripts and fractions.
+
+    Thousands grouped by a narrow or non-breaking space (`1\,000`, U+2009, U+202F, U+00A0) have commas in its place.
+    """
+    text = _THIN.sub(lambda grouped: re.sub(r"\D+", ",", grouped[0]), text)
+    text = re.sub(r"(?<=\d)\\ (?=\d)", " ", text)
     if text.isascii():
         return text
     text = re.sub(r"√\s*(\w+)", r"\\sqrt{\1}", text)
@@ -76,6 +84,7 @@ def plain_symbols(text: str) -> str:
     return "".join(parts).replace("}^{", "")
 
 
+_THIN = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\\,|\\thinspace |[\u2007\u2009\u202f\u00a0])\d{3})+(?!\d)")
 _COMPATIBLE = frozenset({"<super>", "<fraction>", "<noBreak>", "<compat>", "<wide>", "<narrow>", "<small>"})
 
 

@@ -43,7 +43,7 @@ class Runs:
         logs = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         save_dir, name, version = logger_folder(trainer.loggers[0]) if logs else (None, None, None)
         root = os.path.join(save_dir or trainer.default_root_dir, "lightning_logs" if name is None else name)
-        return cls(Path(os.path.expanduser(os.path.expandvars(root))), version)
+        return cls(_expanded(root), version)
 
     def versions(self) -> list[tuple[int, Path]]:
         """Return numbers and folders, newest first."""
@@ -63,6 +63,16 @@ class Runs:
                 number += 1
                 continue
             return Claim(path, owner, made=[path, *made])
+
+
+def _expanded(path: str) -> Path:
+    """Return a path with its `~` and environment variables replaced. Raises UserError for those that don't exist."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise UserError(f"The folder of the runs, {path!r}, names the variable {unset[0]}, which is not set. Set it.")
+    if expanded.startswith("~"):
+        raise UserError(f"The folder of the runs, {path!r}, names the home of a user who does not exist. Correct it.")
+    return Path(expanded)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamodules.errors import UserError
-from datamodules.jsonl import MAX_LINE, check_depth, decoded, parse_object
+from datamodules.jsonl import MAX_LINE, STRICT, check_depth, decoded, parse_object
 from datamodules.prompts.schemas import ANSWERS, PROMPTS
 from datamodules.prompts.tables import DatasetTable, JsonLinesTable, ListTable, Row, Table
 
@@ -53,10 +53,13 @@ def _read_json(path: Path, text_columns: Sequence[str]) -> Table:
 
 def _array(path: Path, content: bytes) -> list[Row]:
     where, problem = str(path), ""
+    text = decoded(content, repr(where), is_file=True)
     try:
-        rows = json.loads(decoded(content, repr(where), is_file=True))
+        rows = STRICT.decode(text)
     except json.JSONDecodeError as error:
         problem = f" line {error.lineno}: {error.msg}"
+    except ValueError as error:  # a repeated key, or an integer of thousands of digits
+        problem = f" line {_failing_line(text)}: {error}"
     except RecursionError:
         problem = " is nested too deeply"
     if problem:
@@ -66,6 +69,26 @@ def _array(path: Path, content: bytes) -> list[Row]:
             raise UserError(f"{where!r} row {number}: {str(row)[:40]!r} is not an object. Write a list of objects.")
         check_depth(row, f"{where!r} row {number}")
     return rows
+
+
+def _failing_line(text: str) -> int:
+    """Return the line of an array's first element whose values cannot be read."""
+    place = text.index("[")
+    try:
+        while text[place] != "]":
+            place = _next(text, place + 1)
+            _, place = STRICT.raw_decode(text, place)
+            place = _next(text, place)
+    except ValueError:
+        pass
+    return text.count("\n", 0, place) + 1
+
+
+def _next(text: str, place: int) -> int:
+    """Return the place of the first character from `place` on that is not white space."""
+    while text[place].isspace():
+        place += 1
+    return place
 
 
 def _read_parquet(path: Path, text_columns: Sequence[str]) -> Table:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +30,8 @@ def read_pool(
     """Return the pool of a table's usable rows, in their order, with its `ReadReport`.
 
     Dropped and counted: rows without a prompt (or without a required answer), rows with the same rendered text and
-    answer as an earlier row, prompts of more than `max_prompt_length` or `context_limit` tokens.
+    answer as an earlier row (where there are no answers: with the same other columns, the id left out), prompts of
+    more than `max_prompt_length` or `context_limit` tokens.
 
     Raises:
         UserError: no row is left, or a row's prompt is neither text nor messages.
@@ -37,11 +39,15 @@ def read_pool(
     limit = min((one for one in (max_prompt_length, context_limit) if one is not None), default=None)
     by_context = limit is not None and limit != max_prompt_length
     scan = _Scan(schema, renderer, source, limit)
-    for positions, rows in batches(table.narrow(schema.sources), np.arange(len(table))):
+    scanned = table.narrow(schema.sources) if schema.answer else table
+    for positions, rows in batches(scanned, np.arange(len(table))):
         scan.add(positions, rows)
     described, dropped = f"{source} ({schema})", (scan.empty, scan.duplicates, scan.overlong)
     hidden = tuple(sorted(REWARD_ARGUMENTS & set(table.columns)))
     report = ReadReport(described, len(table), len(scan.kept), *dropped, limit, by_context, hidden_columns=hidden)
+    if schema.answer:
+        answers = Counter(row.digests[0] for row in scan.kept)
+        report = replace(report, conflicts=sum(count > 1 for count in answers.values()))
     if not scan.kept:
         remedy = "lower sampling.max_completion_length" if by_context else "raise max_prompt_length"
         raise UserError(f"No prompt is left: {report}. Give other data{f' or {remedy}' if scan.overlong else ''}.")
@@ -103,7 +109,7 @@ class _Scan:
                     continue
                 written = json.dumps(answer, default=str)
                 self._check_unicode(position, text, json.dumps(answer, ensure_ascii=False, default=str))
-                key = _digest(text, written)
+                key = _digest(text, written if self.schema.answer else json.dumps(self._others(row), default=str))
                 if key in self.seen:
                     self.duplicates += 1
                     continue
@@ -118,6 +124,15 @@ class _Scan:
             self.overlong += fits.count(False)
             found = [row for row, kept in zip(found, fits, strict=True) if kept]
         self.kept += found
+
+    def _others(self, row: Row) -> list[object]:
+        """Return the values of all columns but the prompt and the id, which tell apart rows without answers."""
+        head, _, leaf = (self.schema.id or "").partition(".")
+        inner = row.get(head) if leaf else None
+        if isinstance(inner, Mapping):
+            row = {**row, head: {name: value for name, value in inner.items() if name != leaf}}
+        left_out = {*self.schema.prompt_sources, self.schema.id}
+        return [[name, value] for name, value in row.items() if name not in left_out]
 
     def _check_unicode(self, position: int, *texts: str) -> None:
         r"""Reject half of a surrogate pair (`"\ud800"`): JSON allows it, but no tokenizer, log or reward process."""

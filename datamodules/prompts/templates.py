@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError, nearest
@@ -89,6 +90,7 @@ class Renderer:
         self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._keeps_system: bool | None = None  # not known yet
+        self._powers_checked = False
         if self.chat_template_kwargs:
             self._check_chat_template_kwargs()
 
@@ -157,6 +159,9 @@ class Renderer:
     def _apply_chat_template(self, messages: Messages) -> str:
         continued = messages[-1]["role"] == "assistant"  # the policy continues a given start of a reply
         try:
+            if not self._powers_checked:
+                _refuse_powers(self.tokenizer.get_chat_template(self.chat_template_kwargs.get("chat_template")))
+                self._powers_checked = True
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
@@ -198,6 +203,19 @@ class Renderer:
                 hint = nearest(name, names)
                 hint = f" {hint[:1].upper()}{hint[1:]}" if hint.startswith("did you mean") else ""
                 raise UserError(f"chat_template_kwargs has {name!r}, which the chat template does not use.{hint}")
+
+
+def _refuse_powers(template: str) -> None:
+    """Raise ValueError if a chat template raises numbers to powers, of itself or to round them.
+
+    Such a power is one operation that no limit on time can interrupt, and Jinja computes it even while it compiles.
+    """
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    if ("operator", "**") in tokens:
+        raise ValueError("it uses the operator **, which may take any time")
+    rounding = [("operator", "|"), ("name", "round"), ("operator", "(")]
+    if any(tokens[place : place + 3] == rounding for place in range(len(tokens))):
+        raise ValueError("it rounds to a number of places, which may take any time")
 
 
 def _said(error: Exception) -> str:

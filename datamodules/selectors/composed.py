@@ -93,9 +93,14 @@ class Composed(Selector):
     @property
     def _names(self) -> list[str]:
         """Names of the filters' states: the class, then `CLASS.2`, `CLASS.3` for its further filters."""
+        return [type(each).__name__ + number for each, number in zip(self.filters, self._numbers, strict=True)]
+
+    @property
+    def _numbers(self) -> list[str]:
+        """Endings that keep filters of one class apart in states and metrics: none, then `.2`, `.3`."""
         classes = [type(each).__name__ for each in self.filters]
         counts = [classes[: place + 1].count(name) for place, name in enumerate(classes)]
-        return [name if count == 1 else f"{name}.{count}" for name, count in zip(classes, counts, strict=True)]
+        return ["" if count == 1 else f".{count}" for count in counts]
 
     @property
     def explored_ids(self) -> frozenset[str]:
@@ -172,8 +177,8 @@ class Composed(Selector):
 
     def metrics(self) -> dict[str, float]:
         values = self.ranker.metrics()
-        for each in self.filters:
-            values |= each.metrics()
+        for each, number in zip(self.filters, self._numbers, strict=True):
+            values |= {f"{metric}{number}": value for metric, value in each.metrics().items()}
         chosen = max(1, len(self._chosen_now))
         return values | {
             "selection/explored_fraction": len(self._explored) / chosen,

@@ -242,6 +242,32 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "the same name twice": ("x.csv", b"question,answer,answer\na,1,2\n", "names the column 'answer' more than once"),
     "a bare comma": ("x.csv", b"question\nWhat is 1, 2?\n", "line 2 has 2 fields, but the header names 1"),
     "two separators": ("x.csv", b"question;answer\na;1\nb,2\n", "line 3 has 1 fields"),
+    "a key twice": (
+        "x.jsonl",
+        b'{"question": "a"}\n\n{"question": "b", "question": "c"}\n',
+        "line 3: the key 'question' is",
+    ),
+    "a key twice within": (
+        "x.jsonl",
+        b'{"question": "a", "x": [{"y": 1, "y": 1}]}\n',
+        "line 1: the key 'y' is given twice",
+    ),
+    "a key twice once read": (
+        "x.jsonl",
+        b'{"question": "a", "\\u0071uestion": "b"}\n',
+        "line 1: the key 'question' is",
+    ),
+    "a key twice in an array": (
+        "x.json",
+        b'[\n {"question": "a, ]"},\n\n {"question": "b",\n  "x": {"z": 1, "z": 2}}\n]',
+        "line 4: the key 'z' is given twice",
+    ),
+    "a key twice in the first object": ("x.json", b'[{"a": 1, "a": 2}]', "line 1: the key 'a' is given twice"),
+    "thousands of digits in an array": (
+        "x.json",
+        b'[{"a": 1},\n{"a": ' + b"9" * 5000 + b"}]",
+        "line 2: Exceeds the limit",
+    ),
     "no text in parquet": ("x.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "cannot be read as parquet: "),
 }
 

@@ -146,13 +146,27 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     ]
     assert str(pool.report) == (
         f"{path} (question -> answer): 7 rows read, 3 prompts kept, "
-        "dropped 2 empty, 1 duplicate, 1 longer than 6 tokens"
+        "dropped 2 empty, 1 duplicate, 1 longer than 6 tokens, 1 with several different answers (all kept)"
     )
     assert len(set(pool.ids)) == 3
     assert [prompt.id for prompt in pool] == pool.ids
     assert len(load(path, limit=3)) == 2
     with pytest.raises(UserError, match=r"No prompt is left: .* 4 longer than 1 tokens"):
         load(path, max_prompt_length=1)
+
+
+def test_rows_without_answers_are_told_apart_by_their_other_columns(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "f", "tests": ["f(1)"], "extra_info": {"index": 0, "kind": "a"}},
+        {"prompt": "f", "tests": ["f(2)"], "extra_info": {"index": 1, "kind": "a"}},
+        {"prompt": "f", "tests": ["f(2)"], "extra_info": {"index": 2, "kind": "a"}},  # the second under another id
+        {"prompt": "f", "tests": ["f(2)"], "extra_info": {"index": 3, "kind": "b"}},
+    ]
+    for answer in ("auto", None):
+        pool = load(write_jsonl(tmp_path / "data.jsonl", rows), answer_column=answer)
+        kept = [(prompt.columns["tests"], prompt.columns["extra_info"]["kind"]) for prompt in pool]
+        assert kept == [(["f(1)"], "a"), (["f(2)"], "a"), (["f(2)"], "b")]
+        assert str(pool.report).endswith("4 rows read, 3 prompts kept, dropped 1 duplicate")
 
 
 def test_ids_depend_on_the_question_alone(tmp_path: Path) -> None:

@@ -211,3 +211,14 @@ def test_wrong_arguments_are_one_line_errors():
         with pytest.raises(UserError, match=message):
             Composed(Uniform(), **arguments)
     assert Greso(explore=0.25, cool_down=2).explore == 0.25
+
+
+def test_metrics_of_filters_of_one_class_are_apart():
+    class Counted(Only):
+        def metrics(self):
+            return {"selection/admitted": float(self.mask.sum())}
+
+    filters = [Counted([0], 4), Only([1], 4), Counted([0, 1], 4), Counted([0, 1, 2], 4)]
+    metrics = ready(Composed(Scripted(), filters=filters), 4).metrics()
+    admitted = {name: value for name, value in metrics.items() if "admitted" in name}
+    assert admitted == {"selection/admitted": 1, "selection/admitted.2": 2, "selection/admitted.3": 3}

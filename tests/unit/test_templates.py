@@ -147,7 +147,7 @@ BROKEN = {
     "{{ raise_exception('no\n system') }}": "user: no system. Set a plain template",
     "{{ ''.__class__ }}{{ ''.__class__.mro() }}": "SecurityError: ",
     "{{ '%d' % 'x' }}": "TypeError: ",
-    "{{ 'x' * 10 ** 11 }}": "MemoryError",
+    "{{ 'x' * 100000000000 }}": "MemoryError",
     "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}": "TimeoutError: it takes more",
     "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}": "MemoryError",
 }
@@ -166,6 +166,18 @@ def test_whatever_a_chat_template_does_is_one_line_with_its_row(template: str, m
         read_pool(ListTable(rows), Schema("question"), Renderer(tokenizer), "x.jsonl")
     assert str(raised.value).startswith("x.jsonl: row 2: The chat template rejects messages with the roles user: ")
     assert BROKEN[template] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "power", ["{{ 10**10**9 }}", "{%- set n = 10 %}{{ n **n**n }}", "{{ 1|round(999999999, 'floor') }}"]
+)
+def test_a_power_in_a_chat_template_is_refused_before_it_is_compiled(power: str) -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}" + power
+    with pytest.raises(UserError, match=r"x: row 1: The chat template rejects .* may take any time\. Set a plain temp"):
+        read_pool(ListTable([{"question": "a"}]), Schema("question"), Renderer(tokenizer), "x")
+    tokenizer.chat_template = "a ** b {# 2 ** 3 #}{{ '2 ** 3' }}{{ 1.4 | round }}"  # text, and a whole number
+    read_pool(ListTable([{"question": "a"}]), Schema("question"), Renderer(tokenizer), "x")
 
 
 def test_limits_end_with_the_reading() -> None:
