@@ -55,7 +55,7 @@ def read_pool(
     ids = _unique_ids(scan.kept, schema.id_is_index)
 
     def build(index: int) -> Prompt:
-        row = table.rows(places[index : index + 1])[0]
+        row = table.rows([places[index]])[0]
         prompt = schema.prompt_of(row)
         assert prompt is not None, "the scan keeps no row without a prompt"
         rendered, question = renderer(prompt), question_of(prompt)
@@ -167,8 +167,7 @@ class Questions(Sequence[str]):
         return len(self._kept)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # positions only, no slices
-        place = range(len(self))[index]
-        return self._question(self._table.rows(self._kept[place : place + 1])[0])
+        return self._question(self._table.rows([self._kept[index]])[0])
 
     def __iter__(self) -> Iterator[str]:
         for _, rows in batches(self._table, self._kept):

@@ -42,7 +42,7 @@ class DatasetTable:
         if not len(positions):
             return []
         first, last = int(positions[0]), int(positions[-1])
-        adjacent = last - first + 1 == len(positions) and bool(np.all(np.diff(positions) == 1))
+        adjacent = bool(np.all(np.diff(positions) == 1))
         chosen = slice(first, last + 1) if adjacent else [int(place) for place in positions]
         columns = self.dataset[chosen]
         if self._json:  # `datasets` itself decodes with ujson, which changes the last digits of numbers
@@ -118,7 +118,7 @@ class Ranges:
         self._ends = np.cumsum([end - start for _, start, end in parts], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def rows(self, positions: Sequence[int] | np.ndarray) -> list[Row]:
         places = np.asarray(positions, dtype=np.int64)

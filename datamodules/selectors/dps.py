@@ -42,13 +42,13 @@ class Dps(Ranker):
         if not prior > 0:
             raise UserError(f"prior is {prior}, expected a count > 0 for every transition. Use e.g. 1.")
         self.decay, self.prior = decay, prior
-        self._counts = np.empty((3, 3, 0))
+        self._counts: np.ndarray
         """float64 `[3, 3, Q]`: Dirichlet counts of transitions, indexed [to, from, prompt]."""
-        self._belief = np.empty((3, 0))
+        self._belief: np.ndarray
         """float64 `[3, Q]`: probability of each state in this step given all outcomes so far."""
-        self._before = np.empty((3, 0))
+        self._before: np.ndarray
         """float64 `[3, Q]`: the belief of the previous step."""
-        self._seen = np.empty(0, dtype=bool)
+        self._seen: np.ndarray
         """bool `[Q]`: measured in this step."""
         self._partly_rates = 0.0
         self._partly_groups = 0

@@ -54,7 +54,7 @@ class Mopps(Ranker):
         self.target, self.decay = target, decay
         self.prior = np.array([prior_successes, prior_failures])
         self.candidates = candidates
-        self._counts = np.empty((2, 0))
+        self._counts: np.ndarray
         """float64 `[2, Q]`: a and b of every prompt."""
         self._met = 0
         """Places that earlier choices have used up in the endless sequence of shuffled passes."""

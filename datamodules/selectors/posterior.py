@@ -117,7 +117,7 @@ class Posterior(Ranker):
 
     def begin_step(self) -> None:
         super().begin_step()
-        self._model.advance(self._steps - self._model.step)
+        self._model.advance()
         self._explored = (0, 0)
         self._cells = None
 

@@ -23,7 +23,7 @@ class Uniform(Ranker):
 
     def __init__(self) -> None:
         super().__init__()
-        self._turns = NO_PROMPTS
+        self._turns: np.ndarray
         """int64 `[Q]`: passes in which each prompt has had its turn."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
