@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -13,10 +15,12 @@ from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+_TOKEN_BYTES = 12
+"""Of a completion's token in memory, at least: its id (8) and its log-probability (4)."""
 
 
 class RunChecks(StepCallback):
-    """Refuses unsupported precisions and strategies, and more processes than a mini-batch has prompts."""
+    """Refuses unsupported precisions and strategies, and steps that can't be held in memory or divided."""
 
     stage = Stage.PUSH_WEIGHTS
 
@@ -38,6 +42,26 @@ class RunChecks(StepCallback):
             raise UserError(
                 f"trainer.precision is {trainer.precision}, expected one of {', '.join(_PRECISIONS)}. Use bf16-mixed "
                 "to compute in 16 bits: the weights, which need more, stay in float32."
+            )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        for prompts, name, sampling in (
+            (datamodule.prompts_per_step, "sampling", module.sampling),
+            (datamodule.val_batch_size, "val_sampling", module.val_sampling),
+        ):
+            tokens = prompts * sampling.num_generations * sampling.max_completion_length
+            if tokens * _TOKEN_BYTES > memory:
+                raise UserError(
+                    f"model.{name} generates {sampling.num_generations:,} completions of up to "
+                    f"{sampling.max_completion_length:,} tokens for each of {prompts:,} prompts, which take "
+                    f"{tokens * _TOKEN_BYTES >> 30:,} GiB, but this machine has {memory >> 30} GiB. Lower "
+                    "num_generations."
+                )
+        completions = datamodule.prompts_per_step * module.sampling.num_generations
+        if module.mini_batches > completions:
+            raise UserError(
+                f"model.mini_batches is {module.mini_batches}, but a step has {completions} completions "
+                f"(data.prompts_per_step={datamodule.prompts_per_step} times model.sampling.num_generations="
+                f"{module.sampling.num_generations}). Lower it."
             )
         if ranks == 1:
             return

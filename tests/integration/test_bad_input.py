@@ -152,6 +152,18 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "data.prompts_per_step is 0, expected at least",
     ),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
+    "more mini-batches than completions": (
+        lambda c: model(c).update(mini_batches=5),
+        "model.mini_batches is 5, but a step has 4 completions",
+    ),
+    "more completions than memory": (
+        lambda c: model(c)["sampling"].update(num_generations=10**12),
+        "1,000,000,000,000 completions of up to 3 tokens",
+    ),
+    "more validation than memory": (
+        lambda c: model(c).update(val_sampling={"num_generations": 10**12}),
+        "model.val_sampling generates",
+    ),
     "pass@0": (lambda c: model(c).update(pass_at_k=0), "model.pass_at_k is 0; set it to 1 or more"),
     "checkpoint interval": (
         lambda c: callback(c, "RunCheckpoint").update(every=0),
