@@ -1,4 +1,4 @@
-"""Draw the curves of a run from its TensorBoard events."""
+"""Draw the curves of a run from its own record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-Curve = tuple[list[int], list[float]]
+from app.runs.record import METRICS, Curve, read_record
 
 _INFORMATIVE = ("informative_fraction", "fresh_informative_fraction", "uniform_informative_measured")
 _PANELS = (
@@ -27,7 +27,12 @@ _PHASES_PANEL = 6
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
-    """Return steps and values of every scalar in a run folder, from all event files (a resumed run has several)."""
+    """Return steps and values of every scalar in a run folder.
+
+    Runs of earlier versions, and pretraining, have no record but TensorBoard events; a resumed run has several files.
+    """
+    if (folder / METRICS).exists():
+        return read_record(folder)
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     curves = {}

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from app.runs.checkpoint_files import OnDamage, by_age, newest_whole
 from app.runs.lightning_internals import logger_folder, write_to
 from app.runs.ownership import Claim, Owner, new_id
+from app.runs.record import RunRecord
 from app.runs.summary import SUMMARY
 from datamodules.errors import UserError
 
@@ -168,8 +169,11 @@ class RunTrainer(Trainer):
         self.begun = False
         claim = self._claim(Owner(new_id(), command))
         self.run = claim.path
-        for logger in self.loggers:  # before Lightning lets them create their folders
+        given = self.loggers
+        for logger in given:  # before Lightning lets them create their folders
             write_to(logger, claim.path)
+        if command == "fit":
+            self.loggers = [*given, RunRecord(claim.path)]
         try:
             yield claim
         except BaseException:
@@ -177,6 +181,8 @@ class RunTrainer(Trainer):
             kept = self.begun or (claim.made and holds)  # in a folder of before these may be of before
             claim.release(forget=not kept)
             raise
+        finally:
+            self.loggers = given
         claim.release()
         self.continued = claim.path  # by another call with the same trainer
 
