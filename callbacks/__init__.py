@@ -16,6 +16,7 @@ from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_report import RunReport
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.validation import EndValidation, StartValidation
@@ -37,6 +38,7 @@ __all__ = [
     "RunFolder",
     "RunLedger",
     "RunProgress",
+    "RunReport",
     "RunTable",
     "SelectionMonitor",
     "ShardedPolicy",

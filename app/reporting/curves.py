@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -44,23 +45,26 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
 
 
 def draw_curves(folder: Path, picture: Path) -> None:
-    """Draw accuracy, reward, informative fraction, forecast, replay, length and seconds per phase into a PNG.
-
-    Nothing is drawn after a single step, which has no curve.
-    """
+    """Draw the curves of a run into a PNG. Nothing is drawn after a single step, which has no curve."""
     curves = read_scalars(folder)
     if all(len(steps) < 2 for steps, _ in curves.values()):
         return
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 9))
-        # Not the constrained layout, which takes as long as the drawing.
-        figure.subplots_adjust(left=0.045, right=0.985, bottom=0.055, top=0.92, wspace=0.16, hspace=0.34)
-        panels = figure.subplots(3, 3).flatten().tolist()
-        _draw_phases(panels.pop(_PHASES_PANEL), curves)
-        for axes, (title, tags, limits) in zip(panels, _PANELS, strict=True):
-            _draw_panel(axes, title, {tag: curves[tag] for tag in tags if tag in curves}, limits)
-        figure.suptitle(f"{folder.parent.name} / {folder.name}")
+        figure = curves_figure(curves)
+        figure.suptitle(f"{folder.parent.name} / {folder.name}", parse_math=False)
         figure.savefig(picture, dpi=110)
+
+
+def curves_figure(curves: Mapping[str, Curve]) -> Figure:
+    """Draw accuracy, reward, informative fraction, forecast, replay, length and seconds per phase."""
+    figure = Figure(figsize=(12, 9))
+    # Not the constrained layout, which takes as long as the drawing.
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.055, top=0.92, wspace=0.16, hspace=0.34)
+    panels = figure.subplots(3, 3).flatten().tolist()
+    _draw_phases(panels.pop(_PHASES_PANEL), curves)
+    for axes, (title, tags, limits) in zip(panels, _PANELS, strict=True):
+        _draw_panel(axes, title, {tag: curves[tag] for tag in tags if tag in curves}, limits)
+    return figure
 
 
 def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], limits: tuple[float, float] | None) -> None:
@@ -77,7 +81,7 @@ def _draw_panel(axes: Axes, title: str, curves: dict[str, Curve], limits: tuple[
         axes.text(0.5, 0.5, "not measured in this run", ha="center", transform=axes.transAxes, color="gray")
 
 
-def _draw_phases(axes: Axes, curves: dict[str, Curve]) -> None:
+def _draw_phases(axes: Axes, curves: Mapping[str, Curve]) -> None:
     axes.set_title("Seconds per step, by phase", loc="left", fontweight="bold")
     axes.set_xlabel("step")
     tags = [f"time/{phase}" for phase in _PHASES if f"time/{phase}" in curves]

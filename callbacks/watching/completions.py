@@ -48,7 +48,9 @@ class CompletionsLog(StepCallback):
         if batch.step % self.every or not trainer.is_global_zero:
             return
         untrained = [*batch.of("dropped"), *(group for group in batch.of("surplus") if group.source == "fresh")]
-        forecast = {} if batch.forecast is None else dict(zip((p.id for p in batch.prompts), batch.forecast, strict=True))
+        forecast = (
+            {} if batch.forecast is None else dict(zip((p.id for p in batch.prompts), batch.forecast, strict=True))
+        )
         trained = self._rows(pl_module, batch.groups, batch.step, batch.advantages, forecast)
         rows = [*trained, *self._rows(pl_module, untrained, batch.step, forecast=forecast)]
         write_rows(run_folder(trainer) / "completions" / f"step_{batch.step:08d}.parquet", rows)

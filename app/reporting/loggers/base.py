@@ -47,7 +47,9 @@ class Media:
 
 
 def flat(value: object, path: str = "") -> dict[str, Setting]:
-    """Return the leaves of nested mappings and lists of mappings by their paths; other lists as JSON text."""
+    """Return the leaves of nested mappings and lists of mappings by their paths: no nulls, other lists as JSON text."""
+    if value is None:
+        return {}
     if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):

@@ -11,7 +11,7 @@ from app.reporting.loggers.base import Cell, Media, flat
 
 
 class MLflowMedia(Media):
-    """Artifacts of MLflow: a table of completions, pictures, and histograms as JSON; the configuration as parameters."""
+    """Artifacts of MLflow: tables, pictures, and histograms as JSON. The configuration is its parameters."""
 
     logger: MLFlowLogger
 
