@@ -17,6 +17,7 @@ from callbacks.upkeep.random_state import RandomState
 from callbacks.upkeep.run_folder import RunFolder
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
+from callbacks.watching.results import Results
 from callbacks.watching.run_ledger import RunLedger
 from callbacks.watching.run_report import RunReport
 from callbacks.watching.run_table import RunTable
@@ -37,6 +38,7 @@ STANDARD: tuple[type[StepCallback], ...] = (
     RandomState,
     RunLedger,
     RunReport,
+    Results,
     StartValidation,
     EndValidation,
     RunProgress,

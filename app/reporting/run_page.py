@@ -41,6 +41,7 @@ class _Prompt:
     """A prompt of the lists of hardest and easiest ones; numbers are formatted."""
 
     task: str
+    shown: str  # beginning and end of the question
     question: str
     answer: str
     success: str
@@ -232,11 +233,14 @@ def _mixed(prompts: pd.DataFrame) -> pd.Series:
 
 
 def _listed(prompts: pd.DataFrame, completions: pd.DataFrame, *, hardest: bool) -> list[_Prompt]:
-    """Return the prompts with the lowest or highest mean success, often measured ones first, each with a completion."""
+    """Return the prompts with the lowest or highest mean success.
+
+    Of equal ones those with a written completion come first, and then those that were measured more often.
+    """
     measured = prompts[prompts["times_measured"] > 0]
-    order = measured.sort_values(["mean_success", "times_measured"], ascending=[hardest, False], kind="stable")
-    written = order["prompt_id"].isin(completions["prompt_id"])
-    shown = pd.concat([order[written], order[~written]]).head(_LISTED)
+    measured = measured.assign(written=measured["prompt_id"].isin(completions["prompt_id"]))
+    order = ["mean_success", "written", "times_measured"]
+    shown = measured.sort_values(order, ascending=[hardest, False, False], kind="stable").head(_LISTED)
     found = []
     for prompt in shown.to_dict("records"):
         own = completions[completions["prompt_id"] == prompt["prompt_id"]]
@@ -245,6 +249,7 @@ def _listed(prompts: pd.DataFrame, completions: pd.DataFrame, *, hardest: bool) 
         found.append(
             _Prompt(
                 task=_text(prompt["task"]),
+                shown=cut(_text(prompt["question"]), 110),
                 question=cut(_text(prompt["question"])),
                 answer=_text(prompt["answer"]),
                 success=_rate(prompt["mean_success"]),

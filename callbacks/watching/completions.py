@@ -72,8 +72,9 @@ class CompletionsLog(StepCallback):
             self._measured += self._rows(pl_module, batch.groups, _steps(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        command, steps = trainer.state.fn, _steps(trainer)
-        name = f"val_{steps:08d}" if command == "fit" else str(command)
+        assert trainer.state.fn is not None
+        command, steps = trainer.state.fn.value, _steps(trainer)
+        name = f"val_{steps:08d}" if command == "fit" else command
         if trainer.is_global_zero:
             write_rows(run_folder(trainer) / "completions" / f"{name}.parquet", self._measured)
         self._show(trainer, "completions/test" if command == "test" else "completions/val", self._measured, steps)
