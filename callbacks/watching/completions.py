@@ -80,10 +80,10 @@ class CompletionsLog(StepCallback):
         self._show(trainer, "completions/test" if command == "test" else "completions/val", self._measured, steps)
         self._measured = []
 
-    # The same for all batches that are only measured.
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-    on_test_end = on_predict_end = on_validation_end
+    # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
+    on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_end = on_predict_end = on_validation_end  # type: ignore[assignment]
 
     def _rows(
         self,

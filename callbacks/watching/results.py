@@ -84,10 +84,10 @@ class Results(StepCallback):
             print(line, flush=True)
         self._said = []
 
-    # The same for all batches that are only measured.
-    on_test_start = on_predict_start = on_validation_start
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-    on_test_end = on_predict_end = on_validation_end
+    # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
+    on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
+    on_test_end = on_predict_end = on_validation_end  # type: ignore[assignment]
 
 
 def _weights(trainer: Trainer, module: GRPOModule) -> dict[str, str | None]:
