@@ -15,7 +15,9 @@ from callbacks.upkeep.run_folder import RunFolder
 from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
+from callbacks.watching.results import Results
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_report import RunReport
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.validation import EndValidation, StartValidation
@@ -29,6 +31,7 @@ __all__ = [
     "GracefulStop",
     "RandomState",
     "ReferenceRollouts",
+    "Results",
     "RolloutAhead",
     "RolloutReplay",
     "Rollouts",
@@ -37,6 +40,7 @@ __all__ = [
     "RunFolder",
     "RunLedger",
     "RunProgress",
+    "RunReport",
     "RunTable",
     "SelectionMonitor",
     "ShardedPolicy",

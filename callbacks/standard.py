@@ -17,7 +17,9 @@ from callbacks.upkeep.random_state import RandomState
 from callbacks.upkeep.run_folder import RunFolder
 from callbacks.watching.completions import CompletionsLog
 from callbacks.watching.progress import RunProgress
+from callbacks.watching.results import Results
 from callbacks.watching.run_ledger import RunLedger
+from callbacks.watching.run_report import RunReport
 from callbacks.watching.run_table import RunTable
 from callbacks.watching.selection_monitor import SelectionMonitor
 from callbacks.watching.validation import EndValidation, StartValidation
@@ -35,6 +37,8 @@ STANDARD: tuple[type[StepCallback], ...] = (
     CompletionsLog,
     RandomState,
     RunLedger,
+    RunReport,
+    Results,
     StartValidation,
     EndValidation,
     RunProgress,

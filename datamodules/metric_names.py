@@ -118,7 +118,7 @@ METRIC_NAMES = tuple(
         ("ranks/update_token_imbalance", "fraction", "excess of the largest rank's tokens over the mean"),
         ("val/accuracy", "fraction", "validation completions that are correct, failed ones not; mean over prompts"),
         ("val/prompts", "prompts", "validation prompts with a scored completion, which val/* is about"),
-        ("val/pass@*/prompts", "prompts", "those with k scored completions, which val/pass@k is about"),
+        ("val/pass@*_prompts", "prompts", "those with k scored completions, which val/pass@k is about"),
         ("val/pass@*", "fraction", "unbiased estimate of pass@k on the validation prompts"),
         ("val/rewards/*/mean", "", "mean of one reward over the validation prompts to which it applies"),
         ("val/rewards/*/prompts", "prompts", "these prompts"),

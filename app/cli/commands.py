@@ -32,6 +32,7 @@ class Command:
 COMMANDS = {
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
+    "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
 

@@ -128,7 +128,7 @@ class ValidationMetrics(nn.Module):
             f"{stage}/reward": self.reward,
             f"{stage}/completions/mean_length": self.length,
             f"{stage}/prompts": self.prompts,
-            f"{passed}/prompts": self.pass_at_k_prompts,
+            f"{passed}_prompts": self.pass_at_k_prompts,
             f"{stage}/unscored_fraction": self.unscored,
             f"{stage}/failed_fraction": self.failed,
         }

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from app.runs.checkpoint_files import OnDamage, by_age, newest_whole
 from app.runs.lightning_internals import forget_files, logger_folder, write_to
 from app.runs.ownership import Claim, Owner, new_id
+from app.runs.record import RunRecord
 from app.runs.summary import SUMMARY
 from datamodules.errors import UserError
 
@@ -178,8 +179,11 @@ class RunTrainer(Trainer):
         self.begun = False
         claim = self._claim(Owner(new_id(), command))
         self.run = claim.path
-        for logger in self.loggers:  # before Lightning lets them create their folders
+        given = self.loggers
+        for logger in given:  # before Lightning lets them create their folders
             write_to(logger, claim.path, claim.owner.id)
+        if command == "fit":
+            self.loggers = [*given, RunRecord(claim.path)]
         try:
             yield claim
         except BaseException:
@@ -191,6 +195,8 @@ class RunTrainer(Trainer):
                 for logger in self.loggers:
                     forget_files(logger)
             raise
+        finally:
+            self.loggers = given
         claim.release()
         self.continued = claim.path  # by another call with the same trainer
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 
 from app.module import GRPOModule
+from app.reporting.loggers import media_of
 from app.runs.folder import RunTrainer
-from app.runs.lightning_internals import take_csv_back
 from callbacks.stages import Stage, StepCallback
 
 
@@ -24,9 +23,8 @@ class RunFolder(StepCallback):
             self._print(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, CSVLogger):
-                take_csv_back(logger, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        for one in media_of(trainer):
+            one.resume(trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_exception(self, trainer: RunTrainer, pl_module: GRPOModule, exception: BaseException) -> None:
         if trainer.begun:  # else the folder is removed

@@ -1,13 +1,11 @@
-"""The overview page of a run in TensorBoard (Custom Scalars): learning signal, cost and outcome."""
+"""The overview page of a run (Custom Scalars in TensorBoard): learning signal, cost and outcome."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-
+from app.reporting.loggers import Charts
 from datamodules.ledger import STEP_PHASES
 
-CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+CHARTS: Charts = {
     "What teaches": {
         "Informative fraction of the groups": (
             "selection/informative_fraction",
@@ -29,16 +27,4 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """Charts by category, three in a row. A chart shows the metrics whose whole names match one of its regular
-expressions."""
-
-
-def lay_out(trainer: Trainer) -> None:
-    """Write the layout to the run's TensorBoard events; charts leave out metrics that the run does not log."""
-    # TensorBoard matches the beginning of names: "reward" alone would show "reward_std" too.
-    layout = {
-        category: {title: ["Multiline", [f"{name}$" for name in names]] for title, names in charts.items()}
-        for category, charts in CHARTS.items()
-    }
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars(layout)
+expressions; metrics that the run does not log are left out."""

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
 from app.reporting.curves import draw_curves
+from app.reporting.loggers import media_of
 from app.runs.folder import run_folder
 from app.runs.summary import SUMMARY, Evaluation, RolloutCounts, RunSummary
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import RunCheckpoint, is_over
-from callbacks.watching.cockpit import lay_out
+from callbacks.watching.cockpit import CHARTS
 from datamodules.errors import UserError
 from datamodules.ledger import PHASES, STEP_PHASES, Ledger
 from datamodules.online import OnlinePromptDataModule
@@ -83,6 +85,10 @@ class RunLedger(StepCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         self._started = time.perf_counter()
+        config = run_folder(trainer) / "config.yaml"
+        if trainer.is_global_zero and config.exists():  # Lightning's command line has written it
+            for one in media_of(trainer):
+                one.settings(yaml.safe_load(config.read_text(encoding="utf-8")))
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if trainer.is_global_zero:
@@ -90,7 +96,8 @@ class RunLedger(StepCallback):
             path = run_folder(trainer) / SUMMARY
             with contextlib.suppress(OSError, UserError):
                 dataclasses.replace(RunSummary.read(path), completed=False).write(path)
-        lay_out(trainer)
+        for one in media_of(trainer):
+            one.charts(CHARTS)
         self.clock.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:

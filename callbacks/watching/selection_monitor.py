@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.tensorboard import SummaryWriter
 
 from app.module import GRPOModule
 from app.reporting.forecast_quality import brier, informative_probability, pearson
+from app.reporting.loggers import Media, media_of
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
@@ -173,30 +172,26 @@ class SelectionMonitor(StepCallback):
         self._pairs = np.concatenate([self._pairs, pairs])[-_MOST_PAIRS:]
         if batch.reference_forecast is not None:
             self._reference_pairs = np.concatenate([self._reference_pairs, batch.reference_forecast])[-_MOST_PAIRS:]
-        due = self.pictures_every > 0 and (batch.step + 1) % self.pictures_every == 0
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                self._add_histograms(logger.experiment, batch, groups)
-                if due:
-                    self._add_pictures(logger.experiment, batch.step)
-        if due:
+        media = media_of(trainer)
+        if batch.step % self.histograms_every == 0:
+            success = np.array([group.success_rate for group in groups])
+            shown = {"difficulty/measured_success": success, "difficulty/forecast_success": batch.pool_forecast}
+            for one in media:
+                for name, values in shown.items():
+                    if values is not None and len(values):
+                        one.histogram(name, values, batch.step)
+        if self.pictures_every > 0 and (batch.step + 1) % self.pictures_every == 0:
+            self._add_pictures(media, batch.step)
             self._pairs, self._reference_pairs = _NO_PAIRS, _NO_PAIRS
 
-    def _add_histograms(self, writer: SummaryWriter, batch: TrainBatch, groups: list[RolloutGroup]) -> None:
-        if batch.step % self.histograms_every == 0:
-            if groups:
-                success = np.array([group.success_rate for group in groups])
-                writer.add_histogram("difficulty/measured_success", success, batch.step)
-            if batch.pool_forecast is not None:
-                writer.add_histogram("difficulty/forecast_success", batch.pool_forecast, batch.step)
-
-    def _add_pictures(self, writer: SummaryWriter, step: int) -> None:
-        if len(self._pairs) + len(self._reference_pairs):
+    def _add_pictures(self, media: Sequence[Media], step: int) -> None:
+        if media and len(self._pairs) + len(self._reference_pairs):
             title = f"steps {step + 1 - self.pictures_every} to {step}"
             expected, found = self._pairs.T
             for tag, draw in (("reliability", reliability_figure), ("forecast_scatter", scatter_figure)):
                 picture = pixels(draw(expected, found, title, uniform=self._reference_pairs))
-                writer.add_image(f"selection/{tag}", picture, step, dataformats="HWC")
+                for one in media:
+                    one.picture(f"selection/{tag}", picture, step)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -120,6 +120,10 @@ class Selector(ABC):
         """Return the expected success rate of every prompt under the current policy, float64 `[Q]`, if there is one."""
         return None
 
+    def forecast_deviation(self) -> np.ndarray | None:
+        """Return the standard deviation of every forecast, float64 `[Q]`, if the method knows it."""
+        return None
+
     def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
         """Return the number of prompts to request in a refill, when a batch still lacks `missing` groups.
 

@@ -92,12 +92,14 @@ class Mopps(Ranker):
     def forecast(self) -> np.ndarray:
         return self._counts[0] / self._counts.sum(0)
 
+    def forecast_deviation(self) -> np.ndarray:
+        mean = self.forecast()
+        return np.sqrt(mean * (1 - mean) / (self._counts.sum(0) + 1))
+
     def metrics(self) -> dict[str, float]:
-        total = self._counts.sum(0)
-        mean = self._counts[0] / total
         return {
-            "selection/posterior_mean": float(mean.mean()),
-            "selection/posterior_std": float(np.sqrt(mean * (1 - mean) / (total + 1)).mean()),
+            "selection/posterior_mean": float(self.forecast().mean()),
+            "selection/posterior_std": float(self.forecast_deviation().mean()),
         }
 
     def state_dict(self) -> dict[str, Any]:

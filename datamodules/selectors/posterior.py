@@ -171,7 +171,6 @@ class Posterior(Ranker):
         return self._placed().read(self._tabulated().rate)
 
     def forecast_deviation(self) -> np.ndarray:
-        """Return the standard deviation of every prompt's success rate, float64 `[Q]`."""
         return self._placed().read(self._tabulated().rate_deviation)
 
     def _tabulated(self) -> BeliefTable:

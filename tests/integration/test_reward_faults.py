@@ -256,7 +256,7 @@ def test_each_task_is_trained_and_measured_by_its_own_reward(place: Place, failu
     assert found["rewards/unscored_fraction"] == found["rewards/failed_fraction"] == [0.0]
     assert (summary(place)["failed_rewards"], summary(place)["unscored_completions"]) == (0, 0)
     last = {name: values[-1] for name, values in found.items() if name.startswith("val/")}
-    assert last["val/prompts"] == last["val/pass@2/prompts"] == 12
+    assert last["val/prompts"] == last["val/pass@2_prompts"] == 12
     parts = [(last[f"val/rewards/{name}/prompts"], last[f"val/rewards/{name}/mean"]) for name in ("sums", "words")]
     assert sum(prompts for prompts, _ in parts) == 12
     assert [mean for _, mean in parts] == [0.5, 1.0]
@@ -338,7 +338,7 @@ def test_in_validation_a_failed_score_is_wrong_and_not_absent(
 
     right, found = validated("even"), validated(odd)
     assert 0 < right["val/accuracy"] < 1, "the control run must have both outcomes"
-    for name in ("val/accuracy", "val/pass@2", "val/prompts", "val/pass@2/prompts", "val/reward"):
+    for name in ("val/accuracy", "val/pass@2", "val/prompts", "val/pass@2_prompts", "val/reward"):
         assert found[name] == right[name], name
     assert found["val/failed_fraction"] == pytest.approx(1 - right["val/accuracy"])
     assert right["val/failed_fraction"] == 0

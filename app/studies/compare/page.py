@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from html import escape
-from io import StringIO
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from app.reporting.html import SVG_STYLE, render, svg_of
 from app.studies.compare.figures import Figures
 from app.studies.compare.reach import smooth
 from app.studies.compare.records import Comparison
@@ -62,19 +60,7 @@ def page(comparison: Comparison, figures: Figures) -> str:
         rank = others.index(arm.name) if arm.name in others else 0
         color = _GREY if arm.name == baseline else _COLORS[rank % len(_COLORS)]
         styles.append(_ArmStyle(arm.name, color, "--" if rank >= len(_COLORS) else "-"))
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",  # text stays text, which the page's style colours
-            "font.size": 9,
-            "axes.edgecolor": "#9aa3ae",
-            "xtick.color": "#9aa3ae",
-            "ytick.color": "#9aa3ae",
-            "grid.color": "#9aa3ae",
-            "grid.alpha": 0.25,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    ):
+    with matplotlib.rc_context(SVG_STYLE):
         # Key, title, text before the labels, and SVG by label: nothing where no run logged the metric.
         panels = [
             ("accuracy", "Accuracy", "against", _accuracy_charts(comparison, figures, styles)),
@@ -82,9 +68,8 @@ def page(comparison: Comparison, figures: Figures) -> str:
             ("informative", "Informative groups", "of those", _metric_charts(comparison, styles, "informative")),
             ("forecast", "Forecast quality", "", _metric_charts(comparison, styles, "forecast")),
         ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render(
+        Path(__file__).with_name("page.html.jinja"),
         baseline=baseline,
         setting=setting_lines(figures["setting"]),
         sections=[(title, note, table.to_html(border=0)) for title, note, table in sections(figures)],
@@ -190,14 +175,7 @@ def _svg(axes: Axes, key: str) -> str:
     if axes.lines:
         axes.set_xlim(0, max(float(np.max(line.get_xdata())) for line in axes.lines) or 1.0)
     axes.patch.set_gid(f"plane-{key}")
-    buffer = StringIO()
-    # Ids of markers and clip paths are hashes: one salt per chart, so that no chart refers to one that is hidden.
-    with matplotlib.rc_context({"svg.hashsalt": key}):
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    # Ids that matplotlib numbers would repeat from chart to chart.
-    svg = re.sub(r'<g id="[A-Za-z0-9.]+_\d+"', "<g", svg[svg.index("<svg") :])
+    svg = svg_of(figure, key)
     for artist in artists:
         tag = f'<g id="{artist.get_gid()}">'
         svg = svg.replace(tag, f"{tag}<title>{escape(str(artist.get_label()))}</title>")

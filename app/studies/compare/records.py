@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.reporting.curves import Curve, read_scalars
+from app.reporting.curves import read_scalars
+from app.runs.record import Curve
 from app.runs.summary import RunSummary
 from app.studies.compare.reach import Course
 from app.studies.compare.request import Request
