@@ -54,14 +54,26 @@ class CompletionsLog(StepCallback):
             self._show(trainer, "completions/train", batch.groups, batch.step)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: GRPOModule,
+        outputs: object,
+        batch: TrainBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0:
             step = trainer.fit_loop.epoch_loop.total_batch_idx + 1 if trainer.state.fn == "fit" else 0
-            self._show(trainer, "completions/val", batch.groups, step)
+            self._show(trainer, f"completions/{pl_module.measured_set(dataloader_idx)}", batch.groups, step)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: GRPOModule,
+        outputs: object,
+        batch: TrainBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._predicted.extend(_rows(batch.groups, [], 0))
 

@@ -18,6 +18,7 @@ from app.reporting.forecast_quality import brier, informative_probability, pears
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
 from datamodules.types import RolloutGroup, TrainBatch
 
@@ -107,7 +108,7 @@ class SelectionMonitor(StepCallback):
     The metrics `selection/*` (`datamodules.metric_names`) are about all prompts chosen in a step, including those that
     a filter dropped later. A forecast is compared only for prompts whose outcome the selector had not observed; a
     selector that chooses forecasts near 0.5 leaves little to correlate, and `difficulty/reference_pearson` covers the
-    whole pool. What a uniform choice would have had is measured in reference sets and explored prompts
+    whole pool. With several training sources, `train/SOURCE/*` are about the prompts of each. What a uniform choice would have had is measured in reference sets and explored prompts
     (`UniformShare`), and forecast as the mean of 1 - p^G - (1 - p)^G over the pool, which is too high where the
     forecast is uncertain.
 
@@ -170,6 +171,8 @@ class SelectionMonitor(StepCallback):
                 "selection/forecast_pearson": pearson(expected, found),
             }
         batch.metrics |= self._data.selector.metrics()
+        if isinstance(pool := self._data.pools["train"], Mixture):
+            batch.metrics |= by_source(batch, groups, pool)
         self._pairs = np.concatenate([self._pairs, pairs])[-_MOST_PAIRS:]
         if batch.reference_forecast is not None:
             self._reference_pairs = np.concatenate([self._reference_pairs, batch.reference_forecast])[-_MOST_PAIRS:]
@@ -221,6 +224,31 @@ def chosen_groups(batch: TrainBatch) -> list[RolloutGroup]:
         for group in batch.of("trained", "dropped", "surplus")
         if group.source != "replay" and group.prompt.id in chosen and group.completions
     ]
+
+
+def by_source(batch: TrainBatch, chosen: list[RolloutGroup], pool: Mixture) -> dict[str, float]:
+    """Return the metrics of each source of the training prompts, `train/SOURCE/...`.
+
+    Args:
+        batch: a batch that has been trained on.
+        chosen: the groups of the prompts chosen in its step.
+        pool: the pool.
+    """
+    found = {}
+    for name in pool.parts:
+        prompts = [prompt for prompt in batch.prompts if prompt.dataset == name]
+        groups = [group for group in chosen if group.prompt.dataset == name]
+        rewards = [group.rewards for group in batch.groups if group.prompt.dataset == name and group.completions]
+        if batch.prompts:
+            found[f"train/{name}/chosen_fraction"] = len(prompts) / len(batch.prompts)
+        if rewards:
+            found[f"train/{name}/reward"] = float(np.concatenate(rewards).mean())
+        if groups:
+            found[f"train/{name}/mean_success"] = float(np.mean([group.success_rate for group in groups]))
+            found[f"train/{name}/informative_fraction"] = float(np.mean([group.informative for group in groups]))
+        if batch.pool_forecast is not None:
+            found[f"train/{name}/forecast_mean"] = float(pool.by_part(batch.pool_forecast)[name].mean())
+    return found
 
 
 def forecast_pairs(batch: TrainBatch, groups: list[RolloutGroup]) -> np.ndarray:
