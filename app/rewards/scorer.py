@@ -229,9 +229,7 @@ class RewardScorer:
         kept = ~unscored if measured or self.on_failure == "zero" else ~(unscored | any_failed)
         kinds = [failure.kind for result in by_reward for failure in result.failures.values()]
         texts = [completion.text for group in completions for completion in group]
-        labels = [
-            label for prompt, own in zip(prompts, completions, strict=True) for label in _labels(prompt, len(own))
-        ]
+        labels = _labels(prompts, completions)
         self._incidents.add(by_reward, labels, texts, unscored)
         extras: dict[str, list[Any]] = {}
         for result in by_reward:
@@ -287,28 +285,30 @@ def _call(
     prompts: Sequence[Prompt], sampled: Sequence[tuple[Completion, ...]], reward: int, state: TrainerState, seed: int
 ) -> Call:
     rows = [
-        (prompt, item, completion)
-        for prompt, completions in zip(prompts, sampled, strict=True)
-        for item, completion in enumerate(completions)
+        (prompt, completion) for prompt, completions in zip(prompts, sampled, strict=True) for completion in completions
     ]
     columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
     return Call(
         reward=reward,
-        prompts=[prompt.prompt for prompt, _, _ in rows],
+        prompts=[prompt.prompt for prompt, _ in rows],
         completions=[
             completion.text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": completion.text}]
-            for prompt, _, completion in rows
+            for prompt, completion in rows
         ],
-        completion_ids=[completion.token_ids for _, _, completion in rows],
-        columns={name: [prompt.columns.get(name) for prompt, _, _ in rows] for name in columns},
+        completion_ids=[completion.token_ids for _, completion in rows],
+        columns={name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns},
         state=state,
-        labels=[label for prompt, own in zip(prompts, sampled, strict=True) for label in _labels(prompt, len(own))],
+        labels=_labels(prompts, sampled),
         seed=seed,
     )
 
 
-def _labels(prompt: Prompt, completions: int) -> list[str]:
-    return [f"prompt {prompt.id!r}, completion {item}" for item in range(completions)]
+def _labels(prompts: Sequence[Prompt], completions: Sequence[tuple[Completion, ...]]) -> list[str]:
+    return [
+        f"prompt {prompt.id!r}, completion {item}"
+        for prompt, own in zip(prompts, completions, strict=True)
+        for item in range(len(own))
+    ]
 
 
 def _unique_names(rewards: Sequence[Reward]) -> list[str]:

@@ -131,7 +131,7 @@ def _write(
     kept[chosen] = True
 
     def write_prompts(prompts: Iterable[Prompt], path: Path, name: str) -> dict[str, Any]:
-        """Write prompts of a source, verify that they read back unchanged, and return their `PromptFile`'s arguments."""
+        """Write prompts of a source, verify that they read back unchanged, and return the arguments that read them."""
         source = datamodule.train_sources[name]
         options = subset_options(path, source)
         written = [replace(one, id=one.id.removeprefix(f"{name}/")) if name else one for one in prompts]

@@ -68,9 +68,6 @@ def print_run_table(
         table.add_row(name, "", f"{count:,}")
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
-        if isinstance(pool, Mixture):
-            for source, part in pool.parts.items():
-                table.add_row(f"  {source}", "", f"{len(part):,}")
     for row in (*_source_rows(datamodule), *_set_rows(module, datamodule)):
         table.add_row(*row)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
@@ -99,19 +96,16 @@ def print_run_table(
 
 
 def _source_rows(datamodule: OnlinePromptDataModule) -> list[Row]:
-    """Return a row for each of several training sources: what becomes of its share of a step's prompts."""
-    rule, pool = datamodule.mixture, datamodule.pools.get("train")
-    rows = []
+    """Return a row for each of several training sources: its prompts and its share of those chosen."""
+    rows, pool = [], datamodule.pools.get("train")
     for name, source in datamodule.train_sources.items():
-        given = "no weight" if source.weight is None else f"weight {source.weight:g}"
-        if rule == "free":
-            share = "chosen freely" + ("" if source.weight is None else f", {given} not used")
-        elif isinstance(pool, Mixture):
-            share = f"{'at least ' if rule == 'floor' else ''}{pool.floors[name]:.1%}"
-        else:
-            share = given
-        rows.append((f"share of {name} in the prompts chosen (data.mixture {rule})", "", share))
-    return rows if "" not in datamodule.train_sources else []
+        parts = [] if source.weight is None else [f"weight {source.weight:g}"]
+        if isinstance(pool, Mixture):
+            parts.insert(0, f"{len(pool.parts[name]):,} prompts")
+            share = {"keep": f"{pool.floors[name]:.1%} of", "floor": f"at least {pool.floors[name]:.1%} of"}
+            parts.append(f"{share.get(datamodule.mixture, 'any number of')} those chosen")
+        rows.append((f"  source {name} (mixture {datamodule.mixture})", "", ", ".join(parts)))
+    return [] if "" in datamodule.train_sources else rows
 
 
 def _set_rows(module: GRPOModule, datamodule: OnlinePromptDataModule) -> list[Row]:
@@ -121,7 +115,7 @@ def _set_rows(module: GRPOModule, datamodule: OnlinePromptDataModule) -> list[Ro
         if "/" in name:
             sampling = module.sampling_of(one)
             text = f"{sampling.num_generations} completions at temperature {sampling.temperature:g}"
-            rows.append((f"{name}, per prompt", "", text + (f", every {one.every} steps" if one.every > 1 else "")))
+            rows.append((f"  {name}, per prompt", "", text + (f", every {one.every} steps" if one.every > 1 else "")))
     return rows
 
 

@@ -108,9 +108,11 @@ class SelectionMonitor(StepCallback):
     The metrics `selection/*` (`datamodules.metric_names`) are about all prompts chosen in a step, including those that
     a filter dropped later. A forecast is compared only for prompts whose outcome the selector had not observed; a
     selector that chooses forecasts near 0.5 leaves little to correlate, and `difficulty/reference_pearson` covers the
-    whole pool. With several training sources, `train/SOURCE/*` are about the prompts of each. What a uniform choice would have had is measured in reference sets and explored prompts
+    whole pool. What a uniform choice would have had is measured in reference sets and explored prompts
     (`UniformShare`), and forecast as the mean of 1 - p^G - (1 - p)^G over the pool, which is too high where the
     forecast is uncertain.
+
+    With several training sources, `train/SOURCE/*` are about the prompts of each.
 
     Pictures: `selection/reliability` and `selection/forecast_scatter` of the prompts since the last picture, with the
     reference prompts, which cover the whole range, next to the chosen ones.
