@@ -126,6 +126,9 @@ class GRPOModule(LightningModule):
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
+        for k in pass_at_k if isinstance(pass_at_k, list) else [pass_at_k]:
+            if k is not None and k < 1:
+                raise UserError(f"model.pass_at_k is {k}; set it to 1 or more.")
         self.pass_at_k = pass_at_k
         self.measured: dict[str, ValidationMetrics] = {}
         """Metrics of each validation or test set, by the prefix of their names (`OnlinePromptDataModule.sets`)."""

@@ -257,4 +257,4 @@ def test_the_example_of_two_sources_and_two_sets_trains(place: Place, monkeypatc
     found = logged(next(place.path.rglob("summary.json")).parent)
     assert found["train/sums/chosen_fraction"][0] == 0.75
     assert found["val/words/metadata.source_dataset=spell_backward/prompts"][0] == 30
-    assert found["val/prompts"][0] == 70
+    assert found["val/prompts"][0] == found["val/sums/prompts"][0] + 30

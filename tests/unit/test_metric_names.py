@@ -41,6 +41,8 @@ ELSEWHERE = {
     "val/*=*/accuracy",
     "val/*=*/prompts",
     "val/accuracy_*",
+    "val/maj@*",
+    "val/maj@*/prompts",
     "val/informative_fraction",
 }
 """Entries of runs whose completions end before the limit, with ranks, a server, a test, adapters, several sources or
