@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from app.policy.reference import ReferencePolicy
 from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
 from app.ranks import Ranks
-from app.reporting.validation import ValidationMetrics
+from app.reporting.validation import ValidationMetrics, mean_over_sets
 from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
 from app.rewards.answers import check_answers, gold_columns
 from app.rollouts.pipeline import RolloutPipeline
@@ -37,10 +38,14 @@ from app.update.metrics import batch_metrics, update_metrics
 from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts.reading import reward_columns
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
+from datamodules.validation import ValidationSet
+
+_USUAL_K = 4
 
 
 class GRPOModule(LightningModule):
@@ -55,7 +60,8 @@ class GRPOModule(LightningModule):
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
         sampling: sampling of training completions.
         val_sampling: sampling of validation completions; None is `sampling`.
-        pass_at_k: the k of `val/pass@k`, limited to `val_sampling.num_generations`.
+        pass_at_k: the k of `val/pass@k` and `val/maj@k`, one or several, at most `val_sampling.num_generations`; None
+            is 4, or that number if it is less.
         optimization: optimizer and learning-rate schedule.
         surrogate: the loss: form, clipping, importance correction, KL and entropy terms.
         advantage_scale: standard deviation that divides centred rewards: that of the "group" or "batch", or "none".
@@ -83,7 +89,7 @@ class GRPOModule(LightningModule):
         engine: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # jsonargparse shows the defaults of a dataclass only so
         val_sampling: Sampling | None = None,
-        pass_at_k: int = 4,
+        pass_at_k: int | list[int] | None = None,
         optimization: Optimization = Optimization(),  # noqa: B008
         surrogate: SurrogateOptions = SurrogateOptions(),  # noqa: B008
         advantage_scale: Scale = "group",
@@ -108,8 +114,6 @@ class GRPOModule(LightningModule):
                 "model.sampling truncates the distribution, which makes importance ratios wrong. Set temperature > 0, "
                 "top_p 1.0 and top_k 0 for training; val_sampling may truncate."
             )
-        if pass_at_k < 1:
-            raise UserError(f"model.pass_at_k is {pass_at_k}; set it to 1 or more.")
         self.options = LearnerOptions(
             surrogate=surrogate, temperature=sampling.temperature, max_completion_length=sampling.max_completion_length,
             advantage_scale=advantage_scale, advantage_baseline=advantage_baseline,
@@ -122,7 +126,14 @@ class GRPOModule(LightningModule):
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
-        self.measured = ValidationMetrics(min(pass_at_k, self.val_sampling.num_generations), self.scorer.names)
+        for k in pass_at_k if isinstance(pass_at_k, list) else [pass_at_k]:
+            if k is not None and k < 1:
+                raise UserError(f"model.pass_at_k is {k}; set it to 1 or more.")
+        self.pass_at_k = pass_at_k
+        self.measured: dict[str, ValidationMetrics] = {}
+        """Metrics of each validation or test set, by the prefix of their names (`OnlinePromptDataModule.sets`)."""
+        self.last_measured: dict[str, float] = {}
+        """What the last validation or test has measured, by name."""
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
@@ -137,8 +148,16 @@ class GRPOModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.policy.load_tokenizer()
 
-    def prompt_limit(self, *, training: bool) -> int | None:
-        """Return the most tokens of a prompt that leave room for a completion in training or validation, or None.
+    def sampling_of(self, measured: ValidationSet) -> Sampling:
+        """Return the sampling of a validation or test set."""
+        return replace(self.val_sampling, **measured.sampling.given())  # type: ignore[arg-type]  # fields of Sampling
+
+    def prompt_limit(self, measured: ValidationSet | None, where: str) -> int | None:
+        """Return the most tokens of a prompt that leave room for a completion, or None.
+
+        Args:
+            measured: the set of the prompt; None for a training prompt.
+            where: the option that names the set, for messages.
 
         Raises:
             UserError: there is no room.
@@ -146,11 +165,13 @@ class GRPOModule(LightningModule):
         context = self.engine.context_length(self.policy.positions())
         if context is None:
             return None
-        longest = (self.sampling if training else self.val_sampling).max_completion_length
+        longest = (self.sampling if measured is None else self.sampling_of(measured)).max_completion_length
         if longest >= context:
-            name = "sampling" if training or self.val_sampling is self.sampling else "val_sampling"
+            name = "model.sampling" if measured is None or self.val_sampling is self.sampling else "model.val_sampling"
+            if measured is not None and measured.sampling.max_completion_length is not None:
+                name = f"{where}.sampling"
             raise UserError(
-                f"model.{name}.max_completion_length is {longest}, which leaves no room for a prompt within the "
+                f"{name}.max_completion_length is {longest}, which leaves no room for a prompt within the "
                 f"{context} tokens of the policy's context. Lower it."
             )
         return context - longest
@@ -203,11 +224,7 @@ class GRPOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if not self._tried_rewards:  # once: `prepare_data` may have set up before
             self._tried_rewards = True
-            pools = OnlinePromptDataModule.of(self.trainer).pools
-            for name, pool in pools.items():
-                rows = reward_columns(pool, gold_columns(self.scorer.rewards))
-                check_answers(self.scorer.rewards, pool.ids, rows, f"the {name} prompts")
-            self.scorer.try_out([pool[0] for pool in pools.values()])
+            self._check_data(OnlinePromptDataModule.of(self.trainer))
         self._check_tokens()
         if stage != "fit":
             return
@@ -217,6 +234,33 @@ class GRPOModule(LightningModule):
         self.optimization.check_length(self.optimizer_steps)
         if self.resumed is not None:
             self._identity.check(self.resumed)
+
+    def _check_data(self, data: OnlinePromptDataModule) -> None:
+        """Prepare the metrics of each set, and check that the rewards can score the prompts of each source and set."""
+        for name, one in data.sets.items():
+            generations = self.sampling_of(one).num_generations
+            asked, where = self.pass_at_k, "model.pass_at_k"
+            if one.pass_at_k is not None:
+                asked, where = one.pass_at_k, f"data.{name.replace('/', '.', 1)}.pass_at_k"
+            ks = [min(_USUAL_K, generations)] if asked is None else [asked] if isinstance(asked, int) else asked
+            for k in ks:
+                if not 1 <= k <= generations:
+                    raise UserError(
+                        f"{where} asks for pass@{k}, but {name} samples {generations} completions per prompt: expected "
+                        f"1 to {generations}. Raise num_generations of its sampling, or change {where}."
+                    )
+            self.measured[name] = ValidationMetrics(ks, generations, self.scorer.names, data.tags[name])
+        tried = []
+        for name, pool in data.pools.items():
+            for part, its in (pool.parts if isinstance(pool, Mixture) else {"": pool}).items():
+                if not len(its):
+                    continue
+                where = f"data.{name}.{part}".rstrip(".").replace("/", ".", 1)
+                rewards = [self.scorer.rewards[place] for place in self.scorer.applying_to(its[0], where)]
+                rows = reward_columns(its, gold_columns(rewards))
+                check_answers(rewards, its.ids, rows, f"the {part or name} prompts")
+                tried.append(its[0])
+        self.scorer.try_out(tried)
 
     def _check_tokens(self) -> None:
         """Raise UserError if a prompt holds a token that the model has no embedding of."""
@@ -289,15 +333,40 @@ class GRPOModule(LightningModule):
         """End the run if updates are no longer finite. The callbacks' hooks have saved the checkpoint before."""
         self._updates.guard.check(batch.step)
 
-    def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
-        self.measured.update(batch.groups, batch.ledger.counts)
-        named = self.measured.named("test" if self.trainer.testing else "val")
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=max(1, len(batch.groups)))
+    def on_validation_epoch_start(self) -> None:
+        for metrics in self.measured.values():
+            metrics.reset()
 
+    def validation_step(self, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.measured[self.measured_set(dataloader_idx)].update(batch.groups, batch.ledger.counts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of each set that has been measured and, if all of several have, their means."""
+        stage: Literal["val", "test"] = "test" if self.trainer.testing else "val"
+        prefixes = OnlinePromptDataModule.of(self.trainer).measured(stage)
+        sets = {}
+        for name in prefixes:
+            if self.measured[name].measured:
+                shown = stage + name.removeprefix("val").removeprefix("test")
+                sets[shown] = self.measured[name].named(shown)
+        found = {name: value for one in sets.values() for name, value in one.items()}
+        if sets and len(sets) == len(prefixes) and stage not in sets:
+            found |= mean_over_sets(stage, sets)
+        self.last_measured = found
+        # Every rank knows all groups: the mean over ranks is the value itself.
+        self.log_dict(found, sync_dist=self.ranks.size > 1)
+
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: TrainBatch, batch_idx: int) -> TrainBatch:
+    def predict_step(self, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0) -> TrainBatch:
         return batch
+
+    def measured_set(self, dataloader_idx: int) -> str:
+        """Return the name of the set (`OnlinePromptDataModule.sets`) that the loader of a number yields."""
+        stage: Literal["val", "test"] = "val" if self.trainer.validating else "test"
+        return OnlinePromptDataModule.of(self.trainer).measured(stage)[dataloader_idx]
 
     def teardown(self, stage: str) -> None:
         self.scorer.close()

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from lightning.pytorch import LightningDataModule, Trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture, Rule, floors_of, named
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptSource
 from datamodules.prompts.splits import hold_out, split_pool
 from datamodules.seeding import derive_seed, run_seed
 from datamodules.selectors import SelectionContext, Selector, Uniform
 from datamodules.types import Prompt, TrainBatch
+from datamodules.validation import ValidationSet, as_set
 
+Measured = PromptSource | ValidationSet | dict[str, PromptSource | ValidationSet]
+"""One validation or test set, or several by name."""
 _ENDLESS = 10**9
+_NAME = re.compile(r"[\w.-]+")
 
 
 @runtime_checkable
@@ -32,8 +40,13 @@ class PolicySource(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
 
-    def prompt_limit(self, *, training: bool) -> int | None:
-        """Return the most tokens of a prompt that leave room for a completion in training or validation, or None."""
+    def prompt_limit(self, measured: ValidationSet | None, where: str) -> int | None:
+        """Return the most tokens of a prompt that leave room for a completion, or None.
+
+        Args:
+            measured: the set of the prompt; None for a training prompt.
+            where: the option that names the prompts, for messages.
+        """
 
 
 class OnlineLoader:
@@ -63,16 +76,19 @@ class OnlineLoader:
 
 
 class FixedLoader:
-    """Loader of a validation, test or prediction pool, in order, `batch_size` prompts at a time."""
+    """Loader of a validation, test or prediction pool, in order, `batch_size` prompts at a time.
 
-    def __init__(self, pool: PromptPool, batch_size: int) -> None:
-        self._pool, self._batch_size = pool, batch_size
+    It yields nothing when the pool is not due.
+    """
+
+    def __init__(self, pool: PromptPool, batch_size: int, is_due: Callable[[], bool]) -> None:
+        self._pool, self._batch_size, self._is_due = pool, batch_size, is_due
 
     def __len__(self) -> int:
         return -(-len(self._pool) // self._batch_size)
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        for position in range(len(self)):
+        for position in range(len(self) if self._is_due() else 0):
             first = position * self._batch_size
             last = min(first + self._batch_size, len(self._pool))
             yield TrainBatch(position, [self._pool[index] for index in range(first, last)])
@@ -82,12 +98,16 @@ class OnlinePromptDataModule(LightningDataModule):
     """Reads the prompt pools and lets a selector decide what is rolled out next.
 
     Args:
-        train: where the training prompts come from.
-        val: validation prompts; training prompts with the same question are dropped. When None, `val_size` of the
-            training prompts are held out.
-        test: prompts of `dots test` and `dots predict`; when None, the validation prompts.
+        train: where the training prompts come from: a source, or several by name.
+        val: validation prompts: a source, a `ValidationSet`, or several by name, which are measured apart; training
+            prompts with the same question are dropped. When None, `val_size` of the training prompts are held out.
+        test: prompts of `dots test` and `dots predict`, given as `val`; when None, the validation prompts.
         selector: the selection method; None is `Uniform`, which makes the run plain GRPO.
         prompts_per_step: prompt groups in a training batch, `B`, replayed ones included.
+        mixture: what becomes of the shares of several sources in the prompts that the selector chooses. "keep" gives
+            every source its `weight` divided by the sum of all, or its share of all prompts where none has a weight.
+            "floor" gives it at least its weight, a fraction of the prompts. "free" uses no weights: the selector
+            chooses over all prompts alike.
         val_size: prompts held out of `train` when `val` is None.
         val_batch_size: prompts of one validation batch.
         tokenizer: folder or hub name; None uses the policy's.
@@ -95,15 +115,23 @@ class OnlinePromptDataModule(LightningDataModule):
             initial weights.
         cache_dir: where embeddings are cached between runs.
         seed: of pools and choices; None uses the run's `seed_everything`.
+
+    Attributes:
+        train_sources: the training sources by name; a single one has the name "".
+        sets: the validation and test sets by the prefix of their metrics: `val`, or `val/NAME` where they are named.
+        given_sets: those of `sets` that were not held out of the training prompts.
+        pools: the prompts by the same names, and those of training as `train`.
+        tags: the columns by which each set is measured, by the same names.
     """
 
     def __init__(
         self,
-        train: PromptSource,
-        val: PromptSource | None = None,
-        test: PromptSource | None = None,
+        train: PromptSource | dict[str, PromptSource],
+        val: Measured | None = None,
+        test: Measured | None = None,
         selector: Selector | None = None,
         prompts_per_step: int = 32,
+        mixture: Rule = "keep",
         val_size: int = 0,
         val_batch_size: int = 64,
         tokenizer: str | None = None,
@@ -115,19 +143,28 @@ class OnlinePromptDataModule(LightningDataModule):
         for name, given in (("prompts_per_step", prompts_per_step), ("val_batch_size", val_batch_size)):
             if given < 1:
                 raise UserError(f"data.{name} is {given}, expected at least 1. Raise it.")
-        self.sources = {"train": train, "val": val, "test": test}
+        self.train_sources = {"": train} if isinstance(train, PromptSource) else train
+        if not self.train_sources:
+            raise UserError("data.train is an empty mapping, expected at least one source. Add one by its name.")
+        _check_names("train", {} if isinstance(train, PromptSource) else train)
+        self.given_sets = {**_sets("val", val), **_sets("test", test)}
+        self.sets = dict(self.given_sets)
         self.selector = selector or Uniform()
-        self.prompts_per_step, self.val_size, self.val_batch_size = prompts_per_step, val_size, val_batch_size
+        self.prompts_per_step, self.mixture = prompts_per_step, mixture
+        self.val_size, self.val_batch_size = val_size, val_batch_size
         self.tokenizer_path, self.encoder = tokenizer, encoder
         self.cache_dir = Path(cache_dir).expanduser()
         self.seed = run_seed() if seed is None else seed
         self.pools: dict[str, PromptPool] = {}
+        self.tags: dict[str, tuple[str, ...]] = {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """The tokenizer of the prompts; None before the pools are read."""
         self.fresh_prompts = prompts_per_step
         """Prompts that the selector chooses for the next step; a replay callback lowers it when it will add groups."""
         self.prepared: TrainBatch | None = None
         """The batch of a step that has not begun yet, whose prompts were chosen ahead."""
+        self._measured_at: dict[str, int] = {}
+        """Steps done when each set was last measured in training."""
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
@@ -165,23 +202,62 @@ class OnlinePromptDataModule(LightningDataModule):
                 "to a folder or hub name."
             )
         self.tokenizer = tokenizer
-        if policy is not None:
-            limits = {one: policy.prompt_limit(training=one == "train") for one in ("train", "val")}
-            if self.sources["val"] is None and self.val_size:
-                limits["train"] = min((one for one in limits.values() if one is not None), default=None)
-            for name, source in self.sources.items():
-                if source is not None:
-                    source.context_limit = limits["train" if name == "train" else "val"]
-        train = self._read("train", tokenizer)
-        if self.sources["val"] is not None:
-            self.pools["val"] = self._read("val", tokenizer)
-            train = hold_out(train, self.pools["val"])
-        elif self.val_size:
-            train, self.pools["val"] = split_pool(train, self.val_size, self.seed)
-        self.pools["train"] = train
-        if self.sources["test"] is not None:
-            self.pools["test"] = self._read("test", tokenizer)
+        whole = self._measured_pools("val", tokenizer, policy)
+        if self.val_size and not whole:
+            parts = self._training_pools(
+                tokenizer, policy, [None, ValidationSet(next(iter(self.train_sources.values())))]
+            )
+            train, held = split_pool(Mixture(parts) if "" not in parts else parts[""], self.val_size, self.seed)
+            for name, pool in (held.parts if isinstance(held, Mixture) else {"": held}).items():
+                if len(pool):
+                    self._add_set(f"val/{name}".rstrip("/"), ValidationSet(self.train_sources[name]), pool)
+        else:
+            parts = self._training_pools(tokenizer, policy, [None])
+            train = hold_out(Mixture(parts) if "" not in parts else parts[""], *whole)
+        if isinstance(train, Mixture):
+            weights = {name: source.weight for name, source in self.train_sources.items()}
+            train.floors = floors_of(self.mixture, weights, train.parts)
+        self.pools = {"train": train, **self.pools}
+        self._measured_pools("test", tokenizer, policy)
         self._setup_selector(stage)
+
+    def measured(self, stage: Literal["val", "test"]) -> list[str]:
+        """Return the names of the sets of validation or, for "test", of test and prediction, in order."""
+        found = [name for name in self.sets if name.split("/")[0] == stage]
+        return found if found or stage == "val" else self.measured("val")
+
+    def _training_pools(
+        self, tokenizer: PreTrainedTokenizerBase, policy: PolicySource | None, uses: Sequence[ValidationSet | None]
+    ) -> dict[str, PromptPool]:
+        """Read the training sources; `uses` is what their prompts are for, None for training."""
+        parts = {}
+        for name, source in self.train_sources.items():
+            if policy is not None:
+                limits = [policy.prompt_limit(use, "data.val") for use in uses]
+                source.context_limit = min((one for one in limits if one is not None), default=None)
+            # Sources that generate their prompts must not generate the same ones.
+            seed = derive_seed(self.seed, "source", name) if name else self.seed
+            parts[name] = named(source.load(tokenizer, seed), name, source.rewards)
+        return parts
+
+    def _measured_pools(
+        self, stage: Literal["val", "test"], tokenizer: PreTrainedTokenizerBase, policy: PolicySource | None
+    ) -> list[PromptPool]:
+        """Read the sets of a stage, and return their pools before `size` has left prompts out."""
+        found = []
+        for name in [one for one in self.sets if one.split("/")[0] == stage]:
+            one = self.sets[name]
+            if policy is not None:
+                one.source.context_limit = policy.prompt_limit(one, _option(name))
+            # Sources that generate their prompts must not generate the same ones for training and validation.
+            pool = one.source.load(tokenizer, derive_seed(self.seed, name))
+            found.append(named(pool, name.partition("/")[2], one.source.rewards))
+            self._add_set(name, one, one.chosen(found[-1]))
+        return found
+
+    def _add_set(self, name: str, one: ValidationSet, pool: PromptPool) -> None:
+        self.sets[name], self.pools[name] = one, pool
+        self.tags[name] = one.tags_of(pool, _option(name))
 
     def _setup_selector(self, stage: str) -> None:
         """Prepare the selector for training, unless it is: a validation before needs none."""
@@ -193,6 +269,14 @@ class OnlinePromptDataModule(LightningDataModule):
                 f"data.prompts_per_step is {self.prompts_per_step} but the pool has only {len(train)} prompts. "
                 "Lower data.prompts_per_step or add prompts."
             )
+        if isinstance(train, Mixture):
+            for name, floor in train.floors.items():
+                if (most := math.ceil(floor * self.prompts_per_step)) > len(train.parts[name]):
+                    raise UserError(
+                        f"data.train.{name} has {len(train.parts[name])} prompts, but its share of the "
+                        f"{self.prompts_per_step} prompts of a step is up to {most}. Lower its weight or "
+                        "data.prompts_per_step, add prompts, or set data.mixture=free."
+                    )
         module: object = None if self.trainer is None else self.trainer.lightning_module
         encoder = self.encoder or (module.policy_path if isinstance(module, PolicySource) else None)
         self.selector.setup(train, SelectionContext(self.seed, encoder, self.cache_dir))
@@ -234,13 +318,13 @@ class OnlinePromptDataModule(LightningDataModule):
     def train_dataloader(self) -> OnlineLoader:
         return OnlineLoader(self)
 
-    def val_dataloader(self) -> FixedLoader | list[TrainBatch]:
+    def val_dataloader(self) -> list[FixedLoader]:
         return self._fixed("val")
 
-    def test_dataloader(self) -> FixedLoader | list[TrainBatch]:
-        return self._fixed("test" if "test" in self.pools else "val")
+    def test_dataloader(self) -> list[FixedLoader]:
+        return self._fixed("test")
 
-    def predict_dataloader(self) -> FixedLoader | list[TrainBatch]:
+    def predict_dataloader(self) -> list[FixedLoader]:
         return self.test_dataloader()
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: object, dataloader_idx: int) -> TrainBatch:
@@ -248,20 +332,53 @@ class OnlinePromptDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"selector": self.selector.state_dict()}
+        return {"selector": self.selector.state_dict(), "measured_at": dict(self._measured_at)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" in self.pools and self.selector.is_ready:
             self.selector.load_state_dict(state_dict["selector"])
+            self._measured_at = dict(state_dict.get("measured_at", {}))
 
-    def _fixed(self, name: str) -> FixedLoader | list[TrainBatch]:
-        return FixedLoader(self.pools[name], self.val_batch_size) if name in self.pools else []
+    def _fixed(self, stage: Literal["val", "test"]) -> list[FixedLoader]:
+        return [
+            FixedLoader(self.pools[name], self.val_batch_size, partial(self._is_due, name))
+            for name in self.measured(stage)
+        ]
 
-    def _read(self, name: str, tokenizer: PreTrainedTokenizerBase) -> PromptPool:
-        source = self.sources[name]
-        assert source is not None
-        # Sources that generate their prompts must not generate the same ones for training and validation.
-        return source.load(tokenizer, self.seed if name == "train" else derive_seed(self.seed, name))
+    def _is_due(self, name: str) -> bool:
+        """Return whether a set is measured in the validation that begins, and note it if it is."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != "fit":
+            return True
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        due = trainer.should_stop or done - self._measured_at.get(name, -self.sets[name].every) >= self.sets[name].every
+        if due:
+            self._measured_at[name] = done
+        return due
+
+
+def _sets(stage: str, given: Measured | None) -> dict[str, ValidationSet]:
+    """Return the sets that `data.val` or `data.test` gives, by the prefix of their metrics."""
+    if given is None:
+        return {}
+    if isinstance(given, PromptSource | ValidationSet):
+        return {stage: as_set(given)}
+    _check_names(stage, given)
+    return {f"{stage}/{name}": as_set(one) for name, one in given.items()}
+
+
+def _option(name: str) -> str:
+    """Return the option that gives a set."""
+    return f"data.{name.replace('/', '.', 1)}"
+
+
+def _check_names(option: str, given: Mapping[str, object]) -> None:
+    for name in given:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"data.{option} names a source {name!r}, expected letters, digits, '.', '_' and '-': the name is part "
+                "of metrics and prompt ids. Rename it."
+            )
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -60,6 +60,8 @@ class Procedural(PromptSource):
             problem if it has none.
         chat_template_kwargs: arguments of the chat template.
         max_prompt_length: prompts of more tokens are dropped and counted.
+        weight: weight of this source among several (see `data.mixture`); null for its number of prompts.
+        rewards: names of those of model.rewards that score these prompts; null for all of them.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Procedural(PromptSource):
         template: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_length: int | None = None,
+        weight: float | None = None,
+        rewards: list[str] | None = None,
     ) -> None:
         if not tasks:
             raise UserError("Procedural tasks is []. Give at least one reasoning-gym task, e.g. {name: chain_sum}.")
@@ -81,7 +85,7 @@ class Procedural(PromptSource):
                 )
             if reserved := sorted({"seed", "size"} & set(task.params)):
                 raise UserError(f"Procedural task {task.name!r}: params has {reserved[0]!r}. Set it outside of params.")
-        super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length)
+        super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
         self.tasks, self.seed, self.split = tasks, seed, split
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:

@@ -42,6 +42,8 @@ class Prompt:
         prompt: what reward functions see: the rendered text, or the messages of a conversational data set.
         token_ids: the rendered prompt, as the policy reads it.
         columns: all other columns of the data (the answer among them), passed to the rewards by name.
+        dataset: name of its training source or validation set; empty if it has none.
+        rewards: names of the rewards that apply to it; None for all.
     """
 
     id: str
@@ -50,6 +52,8 @@ class Prompt:
     prompt: str | Messages
     token_ids: tuple[int, ...]
     columns: Mapping[str, Any]
+    dataset: str = ""
+    rewards: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,9 +2,9 @@
 
 The only file that uses private names of jsonargparse, which has no public way to list the classes that an option
 accepts (`ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`), nor to call the loader that `set_loader`
-replaces (`yaml_load`), nor one to choose what a change of class keeps (`discard_init_args_on_class_path_change`); its
-`indent_text` fails for an exception without a message. `_actions` and `_SubParsersAction` are argparse's, which cannot
-list the options of a parser otherwise.
+replaces (`yaml_load`), nor one to choose what a change of class keeps (`discard_init_args_on_class_path_change`) or
+which of several types' errors is told (`raise_union_unexpected_value`); its `indent_text` fails for an exception
+without a message. `_actions` and `_SubParsersAction` are argparse's, which cannot list the options of a parser otherwise.
 """
 
 from __future__ import annotations
@@ -166,6 +166,16 @@ def _discard_arguments_of_another_class(parser: Any, before: Any, given: Any) ->
 
 _discard_what_the_class_does_not_accept = _typehints.discard_init_args_on_class_path_change
 _typehints.discard_init_args_on_class_path_change = _discard_arguments_of_another_class
+
+
+def _user_errors_first(subtypes: Any, value: Any, exceptions: list[Exception]) -> NoReturn:
+    """Raise what a class says about its arguments where an option has several types; the first one is the cause."""
+    ordered = sorted(exceptions, key=lambda one: find_user_error(one) is None)
+    _raise_for_all_types(subtypes, value, ordered)
+
+
+_raise_for_all_types = _typehints.raise_union_unexpected_value
+_typehints.raise_union_unexpected_value = _user_errors_first
 
 
 def short_names(base: type) -> dict[str, type]:

@@ -45,7 +45,7 @@ def rows_of(
         answer, expected = reference_answer(prompt.columns, golds), forecast.get(prompt.id)
         known = {
             "prompt_id": prompt.id,
-            "task": task_of(prompt.columns),
+            "task": prompt.dataset or task_of(prompt.columns),
             "question": prompt.question,
             "prompt": text,
             "answer": answer,

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from app.reporting.completions import cut, reference_answer, task_of
+from datamodules.mixture import Mixture
 from datamodules.pool import PromptPool
 from datamodules.prompts.reading import reward_columns
 from datamodules.selectors import Selector
@@ -64,6 +65,11 @@ class PromptHistory:
             golds: columns from which the rewards read reference answers, before the usual ones.
         """
         columns = list(reward_columns(pool, [*golds, *_TASK_COLUMNS]))
+        if isinstance(pool, Mixture):
+            names = list(pool.parts)
+            tasks: list[str | None] = [names[source] for source in pool.source_of]
+        else:
+            tasks = [task_of(each) for each in columns]
         forecast, deviation = selector.forecast(), selector.forecast_deviation()
         unknown = np.full(len(pool), np.nan)
         answers = (reference_answer(each, golds) for each in columns)
@@ -71,7 +77,7 @@ class PromptHistory:
             {
                 "index": np.arange(len(pool)),
                 "prompt_id": list(pool.ids),
-                "task": pa.array([task_of(each) for each in columns], pa.string()),
+                "task": pa.array(tasks, pa.string()),
                 "question": [cut(text, _SHOWN_CHARACTERS) for text in pool.questions],
                 "answer": pa.array([one and cut(one, _SHOWN_CHARACTERS) for one in answers], pa.string()),
                 "forecast": _nullable(unknown if forecast is None else forecast),

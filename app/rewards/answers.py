@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
+from app.rewards.base import EXTRACTED_ANSWER, Column, Reward, Scores, Texts, TokenIds
 from datamodules.answers import accepted
 from datamodules.errors import UserError, nearest
 from datamodules.types import REWARD_ARGUMENTS, Messages
@@ -107,7 +107,13 @@ class AnswerReward(Reward):
 
     def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         answers = gold_answers(columns, len(completions), self.gold)
+        if callable(log_extra := columns.get("log_extra")):
+            log_extra(EXTRACTED_ANSWER, [self.extract(text_of(text)) for text in completions])
         return [self.score(text_of(text), gold) for text, gold in zip(completions, answers, strict=True)]
+
+    def extract(self, text: str) -> str | None:
+        """Return the answer that a completion gives, as text that is equal for equal answers; None without one."""
+        return None
 
     def can_read(self, gold: str) -> bool:
         """Return whether a reference answer says something that this reward can compare with."""

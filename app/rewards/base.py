@@ -14,6 +14,8 @@ TokenIds: TypeAlias = Sequence[list[int]]
 Column: TypeAlias = Any
 """`N` values of whatever type the data has, or one of the extra arguments that TRL passes to functions."""
 Scores: TypeAlias = list[float | None]
+EXTRACTED_ANSWER = "extracted_answer"
+"""Column of `log_extra` that holds the answers that a reward finds in the completions: the votes of maj@k."""
 
 
 class Reward(ABC):

@@ -68,18 +68,22 @@ class Math(AnswerReward):
         return bool(equality.read(gold) if self.strict else _parse_gold(gold))
 
     def score(self, text: str, gold: list[str]) -> float | None:
-        text = text.rpartition("</think>")[2]
-        boxes = [box for box in last_boxes(text) if box]
         if not self.strict:
+            text = text.rpartition("</think>")[2]
+            boxes = [box for box in last_boxes(text) if box]
             return _loose_score(
                 " and ".join(rf"\boxed{{{box}}}" for box in boxes) if self.require_boxed else text, gold
             )
         accepted = [answer for answer in map(equality.read, gold) if answer is not None]
         if not accepted:
             return None
-        found = boxed_answer(text) if boxes or self.require_boxed else _unboxed(text[-_TAIL:])
+        found = self.extract(text)
         given = equality.read(found) if found else None
         return float(given is not None and any(equality.same(right, given) for right in accepted))
+
+    def extract(self, text: str) -> str | None:
+        text = text.rpartition("</think>")[2]
+        return boxed_answer(text) if self.require_boxed or any(last_boxes(text)) else _unboxed(text[-_TAIL:])
 
 
 def _unboxed(text: str) -> str | None:

@@ -15,6 +15,9 @@ from datamodules.errors import UserError
 _SENTENCE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}[^\\_^=]*[ :]")
 """Text around a number, rather than a formula that holds one."""
 
+_MOST_SHOWN = 10**1000
+"""Largest number that is logged: Python writes no integers of more than 4300 digits."""
+
 
 class Numeric(AnswerReward):
     """1 if the number given as the answer equals the reference, else 0; None if the reference is not a number.
@@ -59,13 +62,20 @@ class Numeric(AnswerReward):
         references = [number for number in map(_reference, gold) if number is not None]
         if not references:
             return None
-        found = find_numbers(self.span(text) or "")
-        if not found:
+        given = self._given(text)
+        if given is None:
             return 0.0
-        given = found[0] if self.span.after else found[-1]
         if self.tolerance is None:
             return float(any(right.equals(given) for right in references))
         return float(any(abs(given.value - one.value) <= self.tolerance * abs(one.value) for one in references))
+
+    def extract(self, text: str) -> str | None:
+        given = self._given(text)
+        return None if given is None or abs(given.value) > _MOST_SHOWN else str(given.value)
+
+    def _given(self, text: str) -> Number | None:
+        found = find_numbers(self.span(text) or "")
+        return None if not found else found[0] if self.span.after else found[-1]
 
 
 @lru_cache(maxsize=1024)
@@ -113,8 +123,12 @@ class Exact(AnswerReward):
     def score(self, text: str, gold: list[str]) -> float | None:
         if not gold:
             return None
+        answer = self.extract(text)
+        return float(answer is not None and answer in {self._normal(right) for right in gold})
+
+    def extract(self, text: str) -> str | None:
         answer = self.span(text)
-        return float(answer is not None and self._normal(answer) in {self._normal(right) for right in gold})
+        return None if answer is None else self._normal(answer)
 
     def _normal(self, text: str) -> str:
         if text.strip().startswith((r"\boxed", r"\fbox")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from app.rewards.answers import AnswerSpan, plain, text_of
-from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
+from app.rewards.base import EXTRACTED_ANSWER, Column, Reward, Scores, Texts, TokenIds
 from datamodules.errors import UserError, nearest
 from datamodules.jsonl import loads
 
@@ -55,6 +55,8 @@ class ReasoningGym(Reward):
                     "reasoning-gym, or another reward."
                 )
         entries = [_entry(columns, row) for row in range(len(completions))]
+        if callable(log_extra := columns.get("log_extra")):
+            log_extra(EXTRACTED_ANSWER, [(self.span(text_of(text)) or "").strip() or None for text in completions])
         return [self._score(text_of(text), *entry) for text, entry in zip(completions, entries, strict=True)]
 
     def _score(self, text: str, task: str, entry: dict[str, object]) -> float:

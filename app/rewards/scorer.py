@@ -15,7 +15,7 @@ from app.rewards.formatting import Format
 from app.rewards.incidents import Incidents
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import Call, CallResult, TrainerState
-from datamodules.errors import UserError
+from datamodules.errors import UserError, nearest
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
 from datamodules.types import REWARD_ARGUMENTS, Completion, Prompt, RolloutGroup, Source
@@ -42,6 +42,7 @@ class ScoreResult:
         unscored: completions to which no correctness reward applies. They are always left out.
         dropped: completions left out.
         failed_by_reward: completions whose score by a reward failed, by the name of the reward.
+        asked_by_reward: prompts that a reward was asked to score and their completions, by the name of the reward.
         logged: values given to `log_metric`, by `<reward name>/<metric>`, averaged over completions.
     """
 
@@ -52,6 +53,7 @@ class ScoreResult:
     unscored: int
     dropped: int
     failed_by_reward: Mapping[str, int]
+    asked_by_reward: Mapping[str, tuple[int, int]]
     logged: Mapping[str, WeightedMean]
 
 
@@ -60,7 +62,7 @@ class RewardScorer:
 
     The optimized reward is the weighted sum; a reward that returns None contributes nothing (as in TRL). A completion's
     correctness, which defines how difficult its prompt is, is the score of the first correctness reward (see `Reward`)
-    that applies to it.
+    that applies to it. A prompt whose source names its rewards is scored by these alone, as if the run had no others.
 
     Args:
         rewards: the rewards.
@@ -90,9 +92,7 @@ class RewardScorer:
         self.rewards = list(rewards)
         self.names = _unique_names(self.rewards)
         self.weights = np.array([reward.weight for reward in rewards], dtype=np.float32)
-        marked = [position for position, reward in enumerate(rewards) if reward.correctness]
-        unmarked = [position for position, reward in enumerate(rewards) if reward.correctness is None]
-        self.correctness = marked or unmarked or [0]
+        self.correctness = self._correctness_among(range(len(rewards)))
         """Positions of the correctness rewards."""
         self.on_failure = on_failure
         self.options = workers or WorkerOptions()
@@ -100,6 +100,30 @@ class RewardScorer:
         forms = zip(self.names, rewards, strict=True)
         patterns = {name: reward.pattern.pattern for name, reward in forms if isinstance(reward, Format)}
         self._incidents = Incidents(self.names, self.options, patterns)
+
+    def _correctness_among(self, places: Sequence[int]) -> list[int]:
+        marked = [place for place in places if self.rewards[place].correctness]
+        unmarked = [place for place in places if self.rewards[place].correctness is None]
+        return marked or unmarked or list(places[:1])
+
+    def applying_to(self, prompt: Prompt, where: str = "the data") -> list[int]:
+        """Return the positions of the rewards that score a prompt.
+
+        Args:
+            prompt: the prompt.
+            where: the option that names its source, for messages.
+
+        Raises:
+            UserError: its source names a reward that the run does not have.
+        """
+        if prompt.rewards is None:
+            return list(range(len(self.rewards)))
+        for name in prompt.rewards:
+            if name not in self.names:
+                raise UserError(
+                    f"{where} names the reward {name!r}, which model.rewards lacks: {nearest(name, self.names)}"
+                )
+        return [place for place, name in enumerate(self.names) if name in prompt.rewards]
 
     def start(self) -> None:
         """Start the workers without waiting, so that the first scores do not wait for their imports."""
@@ -123,6 +147,8 @@ class RewardScorer:
         calls, tried = [], []
         for reward, name in enumerate(self.names):
             for prompt in prompts:
+                if reward not in self.applying_to(prompt):
+                    continue
                 answers = (prompt.columns.get(column) for column in ("answer", "solution", "ground_truth"))
                 text = str(next((answer for answer in answers if answer is not None), prompt.question))
                 ids, logprobs = np.array(prompt.token_ids[-1:], np.int32), np.zeros(1, np.float32)
@@ -169,37 +195,41 @@ class RewardScorer:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
         bounds = np.cumsum([0, *map(len, completions)])  # flat rows bounds[b]:bounds[b + 1] belong to prompt b
-        # A chunk is closed as soon as it has `chunk_size` completions; the last may have fewer.
-        cuts = [0]
-        for last in range(1, len(prompts) + 1):
-            if bounds[last] - bounds[cuts[-1]] >= self.options.chunk_size or last == len(prompts):
-                cuts.append(last)
-        chunks = list(pairwise(cuts))
         state = state or TrainerState(global_step=step)
-        calls = []
+        count, applying = int(bounds[-1]), [self.applying_to(prompt) for prompt in prompts]
+        calls, asked = [], []
         for reward, name in enumerate(self.names):
+            mine = [place for place, rewards in enumerate(applying) if reward in rewards]
+            chunks = self._chunks([len(completions[place]) for place in mine])
             for first, last in chunks:
-                seed = derive_seed(name, source, step, prompts[first].id)
-                calls.append(_call(prompts[first:last], completions[first:last], reward, state, seed))
-        results = self._workers.run(calls)
-        size = len(chunks)
-        by_reward = [CallResult.joined(results[at * size : (at + 1) * size]) for at in range(len(self.rewards))]
-        count = int(bounds[-1])
+                its = mine[first:last]
+                seed = derive_seed(name, source, step, prompts[its[0]].id)
+                calls.append(
+                    _call([prompts[one] for one in its], [completions[one] for one in its], reward, state, seed)
+                )
+            rows = np.concatenate([np.arange(bounds[one], bounds[one + 1]) for one in mine]) if mine else bounds[:0]
+            asked.append((mine, rows, len(chunks)))
+        results = iter(self._workers.run(calls))
+        by_reward = [
+            CallResult.joined([next(results) for _ in range(size)]).spread(rows, count) for _, rows, size in asked
+        ]
         scores = np.array([result.scores for result in by_reward], dtype=np.float32).reshape(len(by_reward), count)
         failed = np.zeros(scores.shape, dtype=bool)
         for reward, result in enumerate(by_reward):
             failed[reward, list(result.failures)] = True
         scores[failed] = 0.0
         correctness = np.full(count, np.nan, dtype=np.float32)
-        for reward in reversed(self.correctness):
-            applies = ~np.isnan(scores[reward])
-            correctness[applies] = scores[reward, applies]
+        for place, rewards in enumerate(applying):
+            rows = np.arange(bounds[place], bounds[place + 1])
+            for reward in reversed(self._correctness_among(rewards)):
+                applies = rows[~np.isnan(scores[reward, rows])]
+                correctness[applies] = scores[reward, applies]
         unscored = np.isnan(correctness)
         any_failed = failed.any(axis=0)
         kept = ~unscored if measured or self.on_failure == "zero" else ~(unscored | any_failed)
         kinds = [failure.kind for result in by_reward for failure in result.failures.values()]
         texts = [completion.text for group in completions for completion in group]
-        labels = [label for call in calls[:size] for label in call.labels]
+        labels = _labels(prompts, completions)
         self._incidents.add(by_reward, labels, texts, unscored)
         extras: dict[str, list[Any]] = {}
         for result in by_reward:
@@ -234,32 +264,51 @@ class RewardScorer:
             unscored=int(unscored.sum()),
             dropped=int(count - kept.sum()),
             failed_by_reward=dict(zip(self.names, failed.sum(axis=1).tolist(), strict=True)),
+            asked_by_reward={
+                name: (len(mine), len(rows)) for name, (mine, rows, _) in zip(self.names, asked, strict=True)
+            },
             logged=logged.reward_metrics,
         )
+
+    def _chunks(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """Return half-open ranges of groups of these sizes, closed as soon as they have `chunk_size` completions."""
+        cuts, open_size = [0], 0
+        for last, size in enumerate(sizes, start=1):
+            open_size += size
+            if open_size >= self.options.chunk_size or last == len(sizes):
+                cuts.append(last)
+                open_size = 0
+        return list(pairwise(cuts))
 
 
 def _call(
     prompts: Sequence[Prompt], sampled: Sequence[tuple[Completion, ...]], reward: int, state: TrainerState, seed: int
 ) -> Call:
     rows = [
-        (prompt, item, completion)
-        for prompt, completions in zip(prompts, sampled, strict=True)
-        for item, completion in enumerate(completions)
+        (prompt, completion) for prompt, completions in zip(prompts, sampled, strict=True) for completion in completions
     ]
     columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
     return Call(
         reward=reward,
-        prompts=[prompt.prompt for prompt, _, _ in rows],
+        prompts=[prompt.prompt for prompt, _ in rows],
         completions=[
             completion.text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": completion.text}]
-            for prompt, _, completion in rows
+            for prompt, completion in rows
         ],
-        completion_ids=[completion.token_ids for _, _, completion in rows],
-        columns={name: [prompt.columns.get(name) for prompt, _, _ in rows] for name in columns},
+        completion_ids=[completion.token_ids for _, completion in rows],
+        columns={name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns},
         state=state,
-        labels=[f"prompt {prompt.id!r}, completion {item}" for prompt, item, _ in rows],
+        labels=_labels(prompts, sampled),
         seed=seed,
     )
+
+
+def _labels(prompts: Sequence[Prompt], completions: Sequence[tuple[Completion, ...]]) -> list[str]:
+    return [
+        f"prompt {prompt.id!r}, completion {item}"
+        for prompt, own in zip(prompts, completions, strict=True)
+        for item in range(len(own))
+    ]
 
 
 def _unique_names(rewards: Sequence[Reward]) -> list[str]:

@@ -151,6 +151,8 @@ class RolloutPipeline:
             "rewards/dropped": result.dropped,
         }
         counts |= {f"rewards/failed/{name}": failed for name, failed in result.failed_by_reward.items()}
+        for name, (asked, its) in result.asked_by_reward.items():
+            counts |= {f"rewards/asked_prompts/{name}": asked, f"rewards/asked/{name}": its}
         return Rolled(result.groups, counts, result.logged)
 
     def stop_if_a_reward_fails(self, ledger: Ledger, where: str) -> None:
@@ -163,9 +165,11 @@ class RolloutPipeline:
         Raises:
             UserError: names the first cause. The same on every rank, which knows the causes of its own share.
         """
-        count = int(ledger.counts["rewards/completions"])
         for name in self.scorer.names:
-            if count and ledger.counts[f"rewards/failed/{name}"] == count:
+            count = int(ledger.counts[f"rewards/asked/{name}"])
+            # A reward that is asked about some prompts only may fail on the one prompt of a step.
+            enough = ledger.counts[f"rewards/asked_prompts/{name}"] > 1 or count == ledger.counts["rewards/completions"]
+            if count and enough and ledger.counts[f"rewards/failed/{name}"] == count:
                 cause = self.scorer.incidents.first_cause(name) or "on another rank, whose message tells the cause"
                 raise UserError(
                     f"{where}: every score of reward {name!r} failed, those of {count} completions; first on {cause}. "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +130,29 @@ def _write(
     kept = np.zeros(len(pool), dtype=bool)
     kept[chosen] = True
 
-    def write_prompts(prompts: Iterable[Prompt], path: Path) -> dict[str, Any]:
-        """Write prompts, verify that they read back unchanged, and return the arguments of their `PromptFile`."""
-        options = subset_options(path, datamodule.sources["train"])
-        written = list(prompts)
+    def write_prompts(prompts: Iterable[Prompt], path: Path, name: str) -> dict[str, Any]:
+        """Write prompts of a source, verify that they read back unchanged, and return the arguments that read them."""
+        source = datamodule.train_sources[name]
+        options = subset_options(path, source)
+        written = [replace(one, id=one.id.removeprefix(f"{name}/")) if name else one for one in prompts]
         write_subset(written, path)
         check_subset(options, written, module.tokenizer)
-        return options
+        return options | {"weight": source.weight, "rewards": source.rewards}
 
-    train = write_prompts((pool[index] for index in chosen), out)
+    def write_sources(prompts: Sequence[Prompt], path: Path) -> dict[str, dict[str, Any]]:
+        """Write a file per source, and return the arguments by the name of the source; a single one has the name ""."""
+        found = {}
+        for name in datamodule.train_sources:
+            its = [prompt for prompt in prompts if prompt.dataset == name]
+            if its:
+                found[name] = write_prompts(its, path.with_suffix(f".{name}.jsonl") if name else path, name)
+        return found
+
+    train = write_sources([pool[index] for index in chosen], out)
     val = None
-    if datamodule.sources["val"] is None and "val" in datamodule.pools:
-        val = write_prompts(datamodule.pools["val"], out.with_suffix(".val.jsonl"))
+    if held := [name for name in datamodule.measured("val") if name not in datamodule.given_sets]:
+        prompts = [prompt for name in held for prompt in datamodule.pools[name]]
+        val = write_sources(prompts, out.with_suffix(".val.jsonl"))
     write_config(out.with_suffix(".yaml"), type(datamodule), train, val)
     write_scores(out.with_suffix(".scores.parquet"), pool.ids, measured.arrays, score, chosen)
     with replacing(out.with_suffix(".png")) as temporary:

@@ -35,16 +35,25 @@ def write_scores(
         pq.write_table(pa.table(columns), temporary)
 
 
-def write_config(path: Path, data_class: type, train: dict[str, Any], val: dict[str, Any] | None) -> None:
+def write_config(
+    path: Path, data_class: type, train: dict[str, dict[str, Any]], val: dict[str, dict[str, Any]] | None
+) -> None:
     """Write an overlay for `dots fit --config BASE --config PATH` that trains on the subset.
 
     `data_class` is that of the DataModule; `train` and `val` are the arguments of the `PromptFile`s of the subset and
-    of the validation prompts, if those were held out of the pool.
+    of the validation prompts, if those were held out of the pool, by the name of their source.
     """
-    prompt_file = "datamodules.prompts.PromptFile"
-    options: dict[str, Any] = {"train": {"class_path": prompt_file, "init_args": train}}
+
+    def option(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        found = {
+            name: {"class_path": "datamodules.prompts.PromptFile", "init_args": arguments}
+            for name, arguments in files.items()
+        }
+        return found.get("", found)
+
+    options: dict[str, Any] = {"train": option(train)}
     if val is not None:
-        options |= {"val": {"class_path": prompt_file, "init_args": val}, "val_size": 0}
+        options |= {"val": option(val), "val_size": 0}
     overlay = {"data": {"class_path": f"{data_class.__module__}.{data_class.__qualname__}", "init_args": options}}
     head = f"# The subset of `dots select`: dots fit --config BASE.yaml --config {path}\n"
     write_whole(path, head + yaml.safe_dump(overlay, sort_keys=False, allow_unicode=True, width=120))

@@ -31,7 +31,7 @@ class Rollouts(StepCallback):
     """Rolls out a batch's prompts before its step: `G` scored completions each, added to `batch.groups`.
 
     Prompts that already have a group, which `ReferenceRollouts` has just rolled out with the same policy, are skipped.
-    Validation, test and prediction batches are rolled out with the module's validation sampling.
+    Validation, test and prediction batches are rolled out with the sampling of their set.
     """
 
     stage = Stage.ROLL_OUT
@@ -44,7 +44,8 @@ class Rollouts(StepCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        pipeline, sampling = pl_module.pipeline, pl_module.val_sampling
+        measured = OnlinePromptDataModule.of(trainer).sets[pl_module.measured_set(dataloader_idx)]
+        pipeline, sampling = pl_module.pipeline, pl_module.sampling_of(measured)
         batch.add(pipeline.roll(batch.prompts, sampling, batch.ledger, purpose="validate", step=0, source="fresh"))
         self._measured.add(batch.ledger)
         if self._measured.counts["validate/prompts"] > 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -20,9 +21,12 @@ from app.runs.checkpoint_files import check as check_files
 from app.runs.folder import CHECKPOINTS, LAST, RunTrainer, owner_id, run_folder
 from app.runs.ownership import Claim
 from callbacks.stages import Stage, StepCallback
-from datamodules.errors import UserError
+from datamodules.errors import UserError, nearest
 from datamodules.online import OnlinePromptDataModule
 from datamodules.types import TrainBatch
+
+BEST = "best.ckpt"
+"""Link to the checkpoint with the best validation."""
 
 
 class RunCheckpoint(StepCallback, Checkpoint):
@@ -37,6 +41,9 @@ class RunCheckpoint(StepCallback, Checkpoint):
     Args:
         every: steps between two checkpoints.
         keep: number of newest checkpoints to keep.
+        keep_best: metric of validation such as `val/accuracy` or `val/gsm8k/accuracy`: the checkpoint with its highest
+            value so far is kept too, and `best.ckpt` links to it. A step whose validation is the best is saved even
+            when it is not due.
         dirpath: folder of the checkpoints; null for `checkpoints/` in the run's folder.
         on_write_error: what to do when a checkpoint cannot be written (disk full, folder gone): "continue" warns and
             trains until the next one is due, "stop" ends the run. Older checkpoints are kept. A failure always ends the
@@ -49,13 +56,16 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self,
         every: int = 10,
         keep: int = 2,
+        keep_best: str | None = None,
         dirpath: str | None = None,
         on_write_error: Literal["continue", "stop"] = "continue",
     ) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"RunCheckpoint has every={every} and keep={keep}, expected at least 1 each. Raise them.")
         self.every = every
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
+        self._best: tuple[float, int] | None = None
+        """Highest value of `keep_best` after a step, and the number of steps."""
         self.dirpath = dirpath
         self.on_write_error = on_write_error
         self.seconds = 0.0
@@ -69,6 +79,11 @@ class RunCheckpoint(StepCallback, Checkpoint):
             raise UserError(
                 f"Two callbacks.RunCheckpoint write to {self.dirpath or 'the folder of the run'}, but each needs a "
                 "folder of its own. Set another dirpath, or list one of them."
+            )
+        if self.keep_best is not None and not datamodule.measured("val") and not datamodule.val_size:
+            raise UserError(
+                f"checkpoint.keep_best is {self.keep_best}, but the run has no validation prompts. Set data.val or "
+                "data.val_size."
             )
         if trainer.is_global_zero and self.dirpath:
             _check_writable(Path(self.dirpath))
@@ -136,7 +151,34 @@ class RunCheckpoint(StepCallback, Checkpoint):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if self.keep_best is not None and self._is_best(self.keep_best, pl_module.last_measured):
+            self._due = self._step
         self._save(trainer, pl_module)
+
+    def _is_best(self, name: str, measured: Mapping[str, float]) -> bool:
+        """Return whether a validation has the highest value so far; not that of the initial policy."""
+        if name not in measured and self._best is None and self._step == 0:
+            raise UserError(
+                f"checkpoint.keep_best is {name}, which no validation of this run measures: {nearest(name, measured)}"
+            )
+        value = measured.get(name, math.nan)
+        if not self._step or math.isnan(value) or (self._best is not None and value <= self._best[0]):
+            return False
+        self._best = value, self._step
+        return True
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(dirpath=self.dirpath)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._best is None else {"best": list(self._best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        value, step = state_dict["best"]
+        self._best = value, step
 
     def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not pl_module.diverged:
@@ -159,14 +201,17 @@ class RunCheckpoint(StepCallback, Checkpoint):
             _write(trainer, path, temporary)
             if trainer.is_global_zero:
                 seal(path)
-                link = _temporary(path.with_name(LAST))
-                link.unlink(missing_ok=True)
-                link.symlink_to(path.name)
-                os.replace(link, path.with_name(LAST))
+                best = -1 if self._best is None else self._best[1]
+                for name in (LAST, BEST) if step_of(path) == best else (LAST,):
+                    link = _temporary(path.with_name(name))
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(path.name)
+                    os.replace(link, path.with_name(name))
                 # Later ones are damaged: the run has resumed from one before them.
                 earlier = [one for one in by_age(path.parent) if step_of(one) <= step_of(path)]
                 for old in earlier[self.keep :]:
-                    remove(old)
+                    if step_of(old) != best:
+                        remove(old)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise

@@ -24,7 +24,7 @@ class CompletionsLog(StepCallback):
     dropped or the batch had no place for. Further columns are the reference answer (`answer`), the part of the data
     that the prompt is from (`task`), the success rate that the selector expected (`forecast`), the data's own columns,
     and what reward functions give to `log_extra`. Validations within a run leave `completions/val_*.parquet`, and
-    `dots validate`, `test` and `predict` a file of their name.
+    `dots validate`, `test` and `predict` a file of their name; those of a named set are in a folder of its name.
 
     Args:
         every: steps between two files.
@@ -40,7 +40,7 @@ class CompletionsLog(StepCallback):
             )
         self.every = every
         self.samples = samples
-        self._measured: list[Row] = []
+        self._measured: dict[str, list[Row]] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
@@ -57,7 +57,7 @@ class CompletionsLog(StepCallback):
         self._show(trainer, "completions/train", trained, batch.step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        self._measured = []
+        self._measured = {}
 
     def on_validation_batch_end(
         self,
@@ -69,16 +69,18 @@ class CompletionsLog(StepCallback):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.is_global_zero:
-            self._measured += self._rows(pl_module, batch.groups, _steps(trainer))
+            name = pl_module.measured_set(dataloader_idx).partition("/")[2]  # empty where there is one set only
+            self._measured.setdefault(name, []).extend(self._rows(pl_module, batch.groups, _steps(trainer)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         assert trainer.state.fn is not None
         command, steps = trainer.state.fn.value, _steps(trainer)
-        name = f"val_{steps:08d}" if command == "fit" else command
-        if trainer.is_global_zero:
-            write_rows(run_folder(trainer) / "completions" / f"{name}.parquet", self._measured)
-        self._show(trainer, "completions/test" if command == "test" else "completions/val", self._measured, steps)
-        self._measured = []
+        file = f"val_{steps:08d}" if command == "fit" else command
+        tag = "completions/test" if command == "test" else "completions/val"
+        for name, rows in self._measured.items():
+            write_rows(run_folder(trainer) / "completions" / name / f"{file}.parquet", rows)
+            self._show(trainer, f"{tag}/{name}" if name else tag, rows, steps)
+        self._measured = {}
 
     # The same for all batches that are only measured; the base class annotates these hooks more narrowly.
     on_test_start = on_predict_start = on_validation_start  # type: ignore[assignment]

@@ -59,15 +59,19 @@ class Results(StepCallback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if command == "predict":  # for which Lightning has no metrics
             metrics = {"mean_success": self._correct.value}
-        weights, pools = _weights(trainer, pl_module), OnlinePromptDataModule.of(trainer).pools
-        pool = pools["test"] if command != "validate" and "test" in pools else pools["val"]
-        report = pool.report or pools["train"].report  # from which the validation prompts were held out
+        weights, data = _weights(trainer, pl_module), OnlinePromptDataModule.of(trainer)
         content = {
             "command": command,
             **weights,
             "prompts": self._prompts,
-            "data": None if report is None else str(report),
-            "sampling": asdict(pl_module.val_sampling),
+            "sets": {
+                name: {
+                    # Prompts that were held out were read with the training prompts.
+                    "data": str(data.pools[name].report or data.pools["train"].report),
+                    "sampling": asdict(pl_module.sampling_of(data.sets[name])),
+                }
+                for name in data.measured("val" if command == "validate" else "test")
+            },
             "metrics": {name: value for name, value in sorted(metrics.items()) if math.isfinite(value)},
         }
         folder.mkdir(parents=True, exist_ok=True)

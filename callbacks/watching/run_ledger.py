@@ -147,7 +147,13 @@ class RunLedger(StepCallback):
             logger.log_metrics(measured, step=batch.step)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: GRPOModule,
+        outputs: object,
+        batch: TrainBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self.total.add(batch.ledger)
 
@@ -155,7 +161,7 @@ class RunLedger(StepCallback):
         # Validation is not part of the next step's time.
         self.clock.start()
         pl_module.scorer.incidents.report("Validation")
-        accuracy = float(trainer.callback_metrics.get("val/accuracy", math.nan))
+        accuracy = pl_module.last_measured.get("val/accuracy", math.nan)  # not where a set was not due
         if trainer.state.fn == "fit" and not math.isnan(accuracy):  # it is where no completion has been scored
             evaluation = Evaluation(
                 step=self.steps,
@@ -231,7 +237,10 @@ class RunLedger(StepCallback):
             failed_rewards=int(counts["rewards/timed_out"] + counts["rewards/crashed"]),
             val={"first": accuracy[0], "best": max(accuracy), "last": accuracy[-1]} if accuracy else {},
             evaluations=tuple(self.evaluations),
-            validation_prompts=self._pools["val"].fingerprint if "val" in self._pools else None,
+            validation_prompts="+".join(
+                pool.fingerprint for name, pool in self._pools.items() if name.split("/")[0] == "val"
+            )
+            or None,
             training_seconds=round(self.clock.seconds, 3),
             seconds={name: round(value, 3) for name, value in seconds.items()},
             rollout_overlapped_seconds=round(counts["overlapped_seconds"], 3),

@@ -24,9 +24,10 @@ from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.sharded_policy import ShardedPolicy
+from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
-from datamodules.procedural import Procedural
-from datamodules.prompts import PromptFile
+from datamodules.pool import PromptPool
+from datamodules.prompts import PromptSource
 
 _SHOWN = 1000  # characters of a prompt
 _PROMPT_LENGTH = 512  # assumed where the data set no limit
@@ -67,6 +68,8 @@ def print_run_table(
         table.add_row(name, "", f"{count:,}")
     for name, pool in datamodule.pools.items():
         table.add_row(f"{name} prompts", "", f"{len(pool):,}")
+    for row in (*_source_rows(datamodule), *_set_rows(module, datamodule)):
+        table.add_row(*row)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     stored, held = module.policy.stored_dtype(), module.policy.weights_dtype()
     for row in (
@@ -82,20 +85,46 @@ def print_run_table(
             table.add_row(*row)
     Console().print(table)
     for name, pool in datamodule.pools.items():
-        if pool.report is not None:
-            Console().print(f"{name}: {pool.report}", highlight=False, markup=False)
-    if "train" in datamodule.pools and datamodule.tokenizer is not None:
-        Console().print(_first_prompt(datamodule, datamodule.tokenizer), highlight=False, markup=False, soft_wrap=True)
+        for source, part in (pool.parts if isinstance(pool, Mixture) else {"": pool}).items():
+            if part.report is not None:
+                Console().print(f"{name} {source}".rstrip() + f": {part.report}", highlight=False, markup=False)
+    train = datamodule.pools.get("train")
+    if train is not None and datamodule.tokenizer is not None:
+        for name, part in (train.parts if isinstance(train, Mixture) else {"": train}).items():
+            text = _first_prompt(part, datamodule.train_sources[name], name, datamodule.tokenizer)
+            Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _first_prompt(datamodule: OnlinePromptDataModule, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the first training prompt as the policy reads it, special tokens included, and what rendered it."""
-    tokens = datamodule.pools["train"][0].token_ids
+def _source_rows(datamodule: OnlinePromptDataModule) -> list[Row]:
+    """Return a row for each of several training sources: its prompts and its share of those chosen."""
+    rows, pool = [], datamodule.pools.get("train")
+    for name, source in datamodule.train_sources.items():
+        parts = [] if source.weight is None else [f"weight {source.weight:g}"]
+        if isinstance(pool, Mixture):
+            parts.insert(0, f"{len(pool.parts[name]):,} prompts")
+            share = {"keep": f"{pool.floors[name]:.1%} of", "floor": f"at least {pool.floors[name]:.1%} of"}
+            parts.append(f"{share.get(datamodule.mixture, 'any number of')} those chosen")
+        rows.append((f"  source {name} (mixture {datamodule.mixture})", "", ", ".join(parts)))
+    return [] if "" in datamodule.train_sources else rows
+
+
+def _set_rows(module: GRPOModule, datamodule: OnlinePromptDataModule) -> list[Row]:
+    """Return a row for each named validation or test set: how it is measured."""
+    rows = []
+    for name, one in datamodule.sets.items():
+        if "/" in name:
+            sampling = module.sampling_of(one)
+            text = f"{sampling.num_generations} completions at temperature {sampling.temperature:g}"
+            rows.append((f"  {name}, per prompt", "", text + (f", every {one.every} steps" if one.every > 1 else "")))
+    return rows
+
+
+def _first_prompt(pool: PromptPool, source: PromptSource, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the first prompt of a source as the policy reads it, special tokens included, and what rendered it."""
+    tokens = pool[0].token_ids
     text = tokenizer.decode(list(tokens), skip_special_tokens=False)
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
-    source = datamodule.sources["train"]
-    assert source is not None, "its pool has been read"
     renderer = source.renderer(tokenizer)
     by = "without a template"
     if renderer.uses_chat_template:
@@ -103,7 +132,7 @@ def _first_prompt(datamodule: OnlinePromptDataModule, tokenizer: PreTrainedToken
     elif renderer.template is not None:
         by = "rendered by the data's template"
         by += ", in place of the tokenizer's chat template" if tokenizer.chat_template is not None else ""
-    return f"first prompt, {len(tokens)} tokens, {by}:\n{text}"
+    return f"first prompt{f' of {name}' if name else ''}, {len(tokens)} tokens, {by}:\n{text}"
 
 
 def _run_rows(
@@ -160,8 +189,9 @@ def _memory_rows(
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     sharded = next((one for one in callbacks if isinstance(one, ShardedPolicy)), None)
     references = max((one.size for one in callbacks if isinstance(one, ReferenceRollouts)), default=0)
-    train, prompts, engine = datamodule.sources["train"], datamodule.prompts_per_step, module.engine
-    limit = train.max_prompt_length if isinstance(train, PromptFile | Procedural) else None
+    prompts, engine = datamodule.prompts_per_step, module.engine
+    limits = [source.max_prompt_length for source in datamodule.train_sources.values()]
+    limit = max((one for one in limits if one is not None), default=None) if None not in limits else None
     stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
     precision = Precision(
         weights=stored,

@@ -17,6 +17,7 @@ from app.reporting.loggers import Media, media_of
 from app.reporting.pictures import pixels, reliability_figure, scatter_figure
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
 from datamodules.types import RolloutGroup, TrainBatch
 
@@ -110,6 +111,8 @@ class SelectionMonitor(StepCallback):
     (`UniformShare`), and forecast as the mean of 1 - p^G - (1 - p)^G over the pool, which is too high where the
     forecast is uncertain.
 
+    With several training sources, `train/SOURCE/*` are about the prompts of each.
+
     Pictures: `selection/reliability` and `selection/forecast_scatter` of the prompts since the last picture, with the
     reference prompts, which cover the whole range, next to the chosen ones.
 
@@ -169,6 +172,8 @@ class SelectionMonitor(StepCallback):
                 "selection/forecast_pearson": pearson(expected, found),
             }
         batch.metrics |= self._data.selector.metrics()
+        if isinstance(pool := self._data.pools["train"], Mixture):
+            batch.metrics |= by_source(batch, groups, pool)
         self._pairs = np.concatenate([self._pairs, pairs])[-_MOST_PAIRS:]
         if batch.reference_forecast is not None:
             self._reference_pairs = np.concatenate([self._reference_pairs, batch.reference_forecast])[-_MOST_PAIRS:]
@@ -216,6 +221,31 @@ def chosen_groups(batch: TrainBatch) -> list[RolloutGroup]:
         for group in batch.of("trained", "dropped", "surplus")
         if group.source != "replay" and group.prompt.id in chosen and group.completions
     ]
+
+
+def by_source(batch: TrainBatch, chosen: list[RolloutGroup], pool: Mixture) -> dict[str, float]:
+    """Return the metrics of each source of the training prompts, `train/SOURCE/...`.
+
+    Args:
+        batch: a batch that has been trained on.
+        chosen: the groups of the prompts chosen in its step.
+        pool: the pool.
+    """
+    found = {}
+    for name in pool.parts:
+        prompts = [prompt for prompt in batch.prompts if prompt.dataset == name]
+        groups = [group for group in chosen if group.prompt.dataset == name]
+        rewards = [group.rewards for group in batch.groups if group.prompt.dataset == name and group.completions]
+        if batch.prompts:
+            found[f"train/{name}/chosen_fraction"] = len(prompts) / len(batch.prompts)
+        if rewards:
+            found[f"train/{name}/reward"] = float(np.concatenate(rewards).mean())
+        if groups:
+            found[f"train/{name}/mean_success"] = float(np.mean([group.success_rate for group in groups]))
+            found[f"train/{name}/informative_fraction"] = float(np.mean([group.informative for group in groups]))
+        if batch.pool_forecast is not None:
+            found[f"train/{name}/forecast_mean"] = float(pool.by_part(batch.pool_forecast)[name].mean())
+    return found
 
 
 def forecast_pairs(batch: TrainBatch, groups: list[RolloutGroup]) -> np.ndarray:

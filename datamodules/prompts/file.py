@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
-from datamodules.prompts.files import open_table
+from datamodules.prompts.files import matching, open_table
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import SchemaOverrides, detect
 from datamodules.prompts.tables import ranges
@@ -27,6 +28,8 @@ class PromptSource(ABC):
         template: plain template; empty for the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.
         max_prompt_length: longest prompt in tokens; None for no limit.
+        weight: weight of the source among several; None for its number of prompts.
+        rewards: names of the rewards that score its prompts; None for all.
         context_limit: longest prompt in tokens that the policy's context leaves room for; None for no limit. The data
             module sets it.
     """
@@ -35,6 +38,8 @@ class PromptSource(ABC):
     template: str = ""
     chat_template_kwargs: dict[str, Any] | None = None
     max_prompt_length: int | None = None
+    weight: float | None = None
+    rewards: list[str] | None = None
     context_limit: int | None = None
 
     def __init__(
@@ -43,12 +48,22 @@ class PromptSource(ABC):
         template: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_length: int | None = None,
+        weight: float | None = None,
+        rewards: list[str] | None = None,
     ) -> None:
         self._check_positive(max_prompt_length=max_prompt_length)
+        if weight is not None and not 0 <= weight < math.inf:
+            raise UserError(f"{type(self).__name__} weight is {weight}, expected a number of at least 0. Change it.")
+        if rewards == []:
+            raise UserError(
+                f"{type(self).__name__} rewards is an empty list, so that nothing would score its prompts. Name at "
+                "least one of model.rewards, or set null for all of them."
+            )
         if template:
             check_template(template)
         self.system_prompt, self.template = system_prompt, template
         self.chat_template_kwargs, self.max_prompt_length = chat_template_kwargs, max_prompt_length
+        self.weight, self.rewards = weight, rewards
 
     @abstractmethod
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -78,8 +93,8 @@ class PromptFile(PromptSource):
     ShareGPT (`conversations`). A `context` goes before its `question`. All other columns are passed to the rewards.
 
     Args:
-        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`. It is never a
-            pattern.
+        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`; or a list of them,
+            which are read one after the other. It is a pattern only with `glob`.
         split: split of a hub data set or folder; slices such as `train[:10%]` are allowed.
         name: configuration of a hub data set, e.g. `main`.
         prompt_column: column with the text or messages, which then are the whole prompt; a dot leads into an object
@@ -95,11 +110,16 @@ class PromptFile(PromptSource):
         chat_template_kwargs: arguments of the chat template, e.g. `{enable_thinking: false}`.
         max_prompt_length: prompts of more tokens are dropped and counted.
         limit: number of rows to read, from the start.
+        weight: weight of this source among several (see `data.mixture`); null for its number of prompts.
+        rewards: names of those of model.rewards that score these prompts (a reward's `name`, by default its class or
+            function in lower case); null for all of them.
+        glob: whether `path` is a pattern such as `shards/*.jsonl`, whose files are read in the order of their names;
+            `**` matches folders.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         split: str = "train",
         name: str | None = None,
         prompt_column: str | None = None,
@@ -111,17 +131,35 @@ class PromptFile(PromptSource):
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_length: int | None = None,
         limit: int | None = None,
+        weight: float | None = None,
+        rewards: list[str] | None = None,
+        glob: bool = False,
     ) -> None:
-        super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length)
+        super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
         self._check_positive(limit=limit)
-        self.path, self.name, self.split, self.limit = path, name, split, limit
+        if not path:
+            raise UserError("PromptFile path is empty. Name a file, a folder or a hub data set.")
+        self.path, self.name, self.split, self.limit, self.glob = path, name, split, limit, glob
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        if self.glob:
+            paths = [file for pattern in paths for file in matching(pattern)]
+        source = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
-        table = open_table(self.path, self.name, self.split, [column for column in named if column is not None])
+        text_columns = [column for column in named if column is not None]
+        tables = [open_table(path, self.name, self.split, text_columns) for path in paths]
+        table = ranges([(one, 0, len(one)) for one in tables])
         if self.limit is not None:
             table = ranges([(table, 0, min(self.limit, len(table)))])
         probe = table.rows(range(min(_PROBE, len(table))))
-        schema = detect(table.columns, probe, self.overrides, self.path)
-        return read_pool(table, schema, self.renderer(tokenizer), self.path, self.max_prompt_length, self.context_limit)
+        schema = detect(table.columns, probe, self.overrides, source)
+        for path, one in zip(paths, tables, strict=True):
+            for column in (schema.prompt, schema.answer):
+                if column is not None and column.split(".")[0] not in {name.split(".")[0] for name in one.columns}:
+                    raise UserError(
+                        f"{path} has no column {column!r}, which the other files of {source} have: its columns are "
+                        f"{', '.join(map(repr, one.columns))}. Make it a source of its own, or rename the column."
+                    )
+        return read_pool(table, schema, self.renderer(tokenizer), source, self.max_prompt_length, self.context_limit)

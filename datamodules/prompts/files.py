@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,6 +65,18 @@ def open_table(path: str, name: str | None, split: str, text_columns: Sequence[s
         raise UserError(
             f"{path!r} is neither a local file or folder nor a readable hub data set: {_root_cause(error)}"
         ) from error
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the files and folders that a pattern such as `shards/*.jsonl` matches, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(glob(str(_local(pattern)), recursive=True))
+    if not found:
+        raise UserError(f"The pattern {pattern!r} matches no file. Correct it, or set glob=false to name one file.")
+    return found
 
 
 def _local(path: str) -> Path:

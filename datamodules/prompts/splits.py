@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture
 from datamodules.pool import PromptPool
 from datamodules.prompts.reading import Questions
 from datamodules.seeding import derive_seed
@@ -46,16 +47,16 @@ def split_pool(pool: PromptPool, size: int, seed: int) -> tuple[PromptPool, Prom
             f"A validation split of {size} prompts would divide the prompts of one question. Set data.val_size to "
             f"{size - left}."
         )
-    return _without(pool, held), sub_pool(pool, np.flatnonzero(held))
+    return _without(pool, held), _only(pool, held)
 
 
-def hold_out(train: PromptPool, val: PromptPool) -> PromptPool:
-    """Return `train` without the prompts whose question occurs in `val`.
+def hold_out(train: PromptPool, *val: PromptPool) -> PromptPool:
+    """Return `train` without the prompts whose question occurs in one of the pools of `val`.
 
     Raises:
         UserError: no prompt is left.
     """
-    questions = set(val.questions)
+    questions = {question for pool in val for question in pool.questions}
     held = np.fromiter((question in questions for question in train.questions), dtype=bool, count=len(train))
     if held.all():
         raise UserError(f"All {len(train)} training prompts are also validation prompts. Give other data or seeds.")
@@ -78,8 +79,17 @@ def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
     return PromptPool(build, ids, questions, digests=digests)
 
 
+def _only(pool: PromptPool, mask: np.ndarray) -> PromptPool:
+    """Return the prompts of a bool `[Q]` mask."""
+    if isinstance(pool, Mixture):
+        return Mixture({name: _only(pool.parts[name], part) for name, part in pool.by_part(mask).items()})
+    return sub_pool(pool, np.flatnonzero(mask))
+
+
 def _without(pool: PromptPool, held: np.ndarray) -> PromptPool:
     """Return the prompts that are not held out, with the number held out in the report."""
+    if isinstance(pool, Mixture):
+        return Mixture({name: _without(pool.parts[name], part) for name, part in pool.by_part(held).items()})
     rest = sub_pool(pool, np.flatnonzero(~held))
     if pool.report is not None:
         rest.report = replace(pool.report, kept=len(rest), held_out=pool.report.held_out + int(held.sum()))

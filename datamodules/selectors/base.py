@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture
 from datamodules.pool import PromptPool
 from datamodules.seeding import generator
 from datamodules.selectors.sampling import top_k
@@ -56,6 +57,8 @@ class Selector(ABC):
         self._draws = 0
         self._steps = 0
         self._chosen_now = NO_PROMPTS
+        self._owed_to_sources = np.empty(0)
+        """float64 `[S]`: prompts, and fractions of one, that are still due to each source of a mixture."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         """Attach the pool, and embed it where the method reads texts. Called once, before the first choice.
@@ -64,6 +67,8 @@ class Selector(ABC):
             UserError: a text encoder or predictor is unusable.
         """
         self._pool, self._seed = pool, context.seed
+        if isinstance(pool, Mixture):
+            self._owed_to_sources = np.zeros(len(pool.parts))
 
     @property
     def is_ready(self) -> bool:
@@ -103,9 +108,29 @@ class Selector(ABC):
                 f"data.prompts_per_step is {n} but only {left} prompts can be chosen. "
                 "Lower data.prompts_per_step or add prompts."
             )
-        chosen = self.select(min(n, left), excluded)
+        chosen = self._select_from_sources(min(n, left), excluded)
         self._chosen_now = np.concatenate([self._chosen_now, chosen])
         return [self.pool.ids[position] for position in chosen]
+
+    def _select_from_sources(self, n: int, excluded: np.ndarray) -> np.ndarray:
+        """Select what is due to each source of a mixture, then the rest among all prompts.
+
+        By priority this is the best choice in which every source has its due.
+        """
+        if not isinstance(self.pool, Mixture) or not any(self.pool.floors.values()):
+            return self.select(n, excluded)
+        source_of, found = self.pool.source_of, NO_PROMPTS
+        free = np.ones(len(source_of), dtype=bool)
+        free[excluded] = False
+        left = np.bincount(source_of[free], minlength=len(self.pool.parts))
+        for source, due in enumerate(self.pool.quotas(n, self._owed_to_sources, left)):
+            if due:
+                chosen = self.select(int(due), np.flatnonzero(~free | (source_of != source)))
+                free[chosen] = False
+                found = np.concatenate([found, chosen])
+        if len(found) == n:
+            return found
+        return np.concatenate([found, self.select(n - len(found), np.flatnonzero(~free))])
 
     def choose_references(self, n: int) -> list[str]:
         """Return the ids of `min(n, Q)` uniformly drawn prompts whose measured difficulty informs the forecasts."""
@@ -137,13 +162,16 @@ class Selector(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that future choices depend on, as tensors and plain values (for `weights_only=True`)."""
-        return {
+        state = {
             "selector": type(self).__name__,
             "pool": self.pool.fingerprint,
             "draws": self._draws,
             "steps": self._steps,
             "chosen_now": torch.from_numpy(self._chosen_now.copy()),
         }
+        if len(self._owed_to_sources):
+            state["owed_to_sources"] = torch.from_numpy(self._owed_to_sources.copy())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state. Raises UserError if it was saved with another pool or another method."""
@@ -159,6 +187,8 @@ class Selector(ABC):
             )
         self._draws, self._steps = state["draws"], state["steps"]
         self._chosen_now = state["chosen_now"].numpy().copy()
+        if "owed_to_sources" in state:
+            self._owed_to_sources = state["owed_to_sources"].numpy().copy()
 
     # For subclasses.
 

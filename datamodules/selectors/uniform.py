@@ -33,7 +33,7 @@ class Uniform(Ranker):
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
         size = len(self.pool)
         place = np.empty(size)
-        for number in range(int(self._turns.min()), int(self._turns.max()) + 1):
+        for number in np.unique(self._turns).tolist():  # the sources of a mixture may be many passes apart
             now = self._turns == number
             place[now] = number * size + pass_ranks(self._seed, type(self).__name__, number, size)[now]
         return -place

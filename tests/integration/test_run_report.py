@@ -159,8 +159,9 @@ def test_what_was_measured_is_said_and_kept(place: Place, command: str) -> None:
     assert code == 0, said
     folder = Path("runs/other/version_0")
     results = json.loads((folder / "results.json").read_text())
-    assert results["command"] == command and results["prompts"] == 6 and "val.jsonl" in results["data"]
-    assert results["sampling"]["num_generations"] == 2
+    assert results["command"] == command and results["prompts"] == 6
+    (measured,) = results["sets"].values()
+    assert "val.jsonl" in measured["data"] and measured["sampling"]["num_generations"] == 2
     policy = model(yaml.safe_load(Path("run.yaml").read_text()))["policy"]["path"]
     assert results["policy"] == policy
     if given:

@@ -54,10 +54,10 @@ class Note(Callback):
 '''
 
 # A file of its own, because each worker imports it: Lightning would take seconds.
-REWARDS = '''
+REWARDS = """
 def alternate(completions, **rest):
     return [float(number % 2) for number in range(len(completions))]
-'''
+"""
 
 
 @pytest.fixture

@@ -30,12 +30,23 @@ ELSEWHERE = {
     "ranks/update_token_imbalance",
     "test/*",
     "time/rollout_overlapped",
+    "train/*/chosen_fraction",
+    "train/*/forecast_mean",
+    "train/*/informative_fraction",
+    "train/*/mean_success",
+    "train/*/reward",
     "train/loss",
     "updates/dropout",
+    "val/*/*",
+    "val/*=*/accuracy",
+    "val/*=*/prompts",
     "val/accuracy_*",
+    "val/maj@*",
+    "val/maj@*_prompts",
     "val/informative_fraction",
 }
-"""Entries of runs whose completions end before the limit, with ranks, a server, a test, adapters, or pretraining."""
+"""Entries of runs whose completions end before the limit, with ranks, a server, a test, adapters, several sources or
+sets, or pretraining."""
 
 
 class Validated(Callback):

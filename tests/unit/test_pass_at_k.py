@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from app.reporting.validation import PassAtK
+from app.reporting.validation import PassAtK, majority_at_k
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 0, 2), (4, 1, 2), (5, 3, 2), (6, 2, 4), (6, 5, 4), (3, 3, 3)])
@@ -29,3 +29,21 @@ def test_it_averages_over_prompts_and_leaves_out_short_groups():
 
 def test_without_prompts_it_is_not_a_number():
     assert torch.isnan(PassAtK(1).compute())
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers", "k", "expected"),
+    [
+        # Of four draws of three: one has two votes for b, two are ties of three answers, one has no right answer.
+        ([True, False, False, False], ["a", "b", "b", "c"], 3, (1 / 3 + 1 / 3) / 4),
+        ([True, False, False, False], ["a", "b", "b", "c"], 4, 0.0),
+        ([True, True, False, False], ["1/2", "0.5", "b", "b"], 4, 0.5),
+        ([True, False, False], ["a", None, None], 2, 2 / 3),
+        ([False, False], [None, None], 1, 0.0),
+        ([True, True, False], ["a", "a", "b"], 1, 2 / 3),
+    ],
+)
+def test_majority_counts_the_draws_in_which_the_right_answer_has_most_votes(
+    correct: list[bool], answers: list[str | None], k: int, expected: float
+) -> None:
+    assert majority_at_k(correct, answers, k) == pytest.approx(expected)

@@ -191,3 +191,21 @@ class CallResult:
                 column = whole.extras.setdefault(name, [None] * start)
                 column += part.extras.get(name, [None] * len(part.scores))
         return whole
+
+    def spread(self, rows: np.ndarray, count: int) -> CallResult:
+        """Return the same result as that of a call for `count` completions, of which these are the `rows`."""
+        if len(rows) == count:
+            return self
+
+        def placed(values: Sequence[Loggable]) -> list[Loggable]:
+            whole: list[Loggable] = [None] * count
+            for row, value in zip(rows.tolist(), values, strict=True):
+                whole[row] = value
+            return whole
+
+        scores: Scores = [None] * count
+        for row, score in zip(rows.tolist(), self.scores, strict=True):
+            scores[row] = score
+        failures = {int(rows[item]): failure for item, failure in self.failures.items()}
+        extras = {name: placed(values) for name, values in self.extras.items()}
+        return replace(self, scores=scores, failures=failures, extras=extras)
