@@ -1,7 +1,8 @@
-"""The `dots` command: LightningCLI with `DotsTrainer`, one-line errors, and a resume in the same folder."""
+"""The subcommands of `dots` with a model and data: LightningCLI, one-line errors, and a resume in the same folder."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from app.cli.commands import COMMANDS, epilog
+from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
 from app.cli.failures import stage
 from app.cli.parsing import DotsArgumentParser, run_or_exit
 from app.cli.trainer import DotsTrainer
@@ -29,11 +30,13 @@ from app.runs import changed_config
 from app.runs.checkpoint_files import OnDamage
 from app.runs.checkpoint_files import check as check_files
 from app.runs.checkpoint_files import read as read_checkpoint
-from app.runs.folder import Runs, find_last, is_run
+from app.runs.folder import Runs, checkpoint_of, find_last, is_run
 from app.runs.identity import check_weights
 from app.runs.sharded_checkpoint import read_rest
 from callbacks import CompletionsLog, RunCheckpoint, SelectionMonitor, StartValidation
 from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts import PromptFile
 
 _CONFIGURABLE: dict[type[Callback], str] = {
     RunCheckpoint: "checkpoint",
@@ -42,7 +45,15 @@ _CONFIGURABLE: dict[type[Callback], str] = {
     StartValidation: "start_validation",
 }
 """Standard callbacks with options, by the section of the configuration that holds them: `--checkpoint.every 5`."""
-_OWN_SUBCOMMANDS = ("describe", "export", "select", "serve")
+DEFAULTS: dict[str, Any] = {
+    "model": {"class_path": "app.module.GRPOModule"},
+    "data": {
+        "class_path": "datamodules.online.OnlinePromptDataModule",
+        "init_args": {"train": {"class_path": "datamodules.prompts.PromptFile"}},
+    },
+}
+"""The classes of a run whose config names none."""
+_OWN_SUBCOMMANDS = ("data", "describe", "export", "select", "serve")
 
 
 class DotsCLI(LightningCLI):
@@ -50,6 +61,9 @@ class DotsCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._given = sys.argv[1:] if args is None else args
+        self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
+        if self._asks_for_help:
+            self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
         super().__init__(
             trainer_class=DotsTrainer,
             seed_everything_default=0,
@@ -60,7 +74,6 @@ class DotsCLI(LightningCLI):
             parser_kwargs={
                 "prog": "dots",
                 "description": "Data-efficient reinforcement fine-tuning of language models.",
-                "epilog": epilog(),
             },
             auto_configure_optimizers=False,
             args=args,
@@ -74,11 +87,31 @@ class DotsCLI(LightningCLI):
         first = self._given[0] if self._given else None
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)  # its hundred options are of no use to the one that was given
+        kwargs["description"] = f"{LIGHTNING_COMMANDS[subcommand].capitalize()}."
+        if self._asks_for_help:
+            kwargs["usage"] = f"dots {subcommand} [--config FILE ...] [options]"
+            parser = self.init_parser(**kwargs)
+            parser.add_method_arguments(klass, subcommand, skip=set(self.subcommands()[subcommand]))
+            self._add_arguments(parser)
+            return parser
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self._asks_for_help:
+            self._add_arguments_for_help(parser)
+            return
+        super().add_core_arguments_to_parser(parser)
+        parser.set_defaults(copy.deepcopy(DEFAULTS))
+
+    def _add_arguments_for_help(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the default classes, which jsonargparse lists only if they cannot be replaced."""
+        parser.add_class_arguments(GRPOModule, "model", fail_untyped=False, sub_configs=True)
+        parser.add_class_arguments(PromptFile, "data.train", fail_untyped=False)
+        parser.add_class_arguments(OnlinePromptDataModule, "data", fail_untyped=False, sub_configs=True, skip={"train"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with stage("reading the command line and configs"):
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
@@ -106,6 +139,8 @@ class DotsCLI(LightningCLI):
         )
         for kind, name in _CONFIGURABLE.items():
             parser.add_lightning_class_args(kind, name)
+        if self._asks_for_help:  # Lightning's hundred options come last
+            parser.add_lightning_class_args(DotsTrainer, "trainer")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint holds no hyperparameters, and must not choose which classes are instantiated."""
@@ -118,8 +153,9 @@ class DotsCLI(LightningCLI):
                     "--weights_only false would unpickle the checkpoint, which runs any code in it. Drop it."
                 )
             config.weights_only = True
-        if self.subcommand == "describe":
+        if self.subcommand in ("data", "describe"):
             _describe_here(config)
+        _check_trainer(config)
         if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
             # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
             # a logger of its own.
@@ -164,6 +200,8 @@ class DotsCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             found = self._find_last(config)
             config.ckpt_path = self.config_init[self.subcommand].ckpt_path = found
+        elif (given := config.get("ckpt_path")) is not None:
+            config.ckpt_path = self.config_init[self.subcommand].ckpt_path = str(checkpoint_of(Path(given)))
         if self.subcommand in _OWN_SUBCOMMANDS:
             self.trainer.loggers = []
         resumed = _read_checkpoint(config)
@@ -216,10 +254,23 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:
     return read_checkpoint(path)
 
 
+def _check_trainer(config: Any) -> None:
+    """Raise UserError for options of Lightning's trainer that the model has its own for."""
+    if config.model.class_path != DEFAULTS["model"]["class_path"]:
+        return
+    for name, default, instead in (
+        ("accumulate_grad_batches", 1, "model.max_tokens_per_microbatch, the tokens of a forward and backward pass"),
+        ("gradient_clip_val", None, "model.optimization.clip_norm"),
+        ("gradient_clip_algorithm", None, "model.optimization.clip_norm"),
+    ):
+        if config.trainer[name] not in (default, None):
+            raise UserError(f"trainer.{name} is {config.trainer[name]}, which GRPO does not use. Set {instead}.")
+
+
 def _describe_here(config: Any) -> None:
     """Describe a run of any size on this machine: its processes are counted, not started."""
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
-    if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
+    if config.get("world_size", 1) is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
     config.trainer.strategy = "auto"
@@ -250,8 +301,4 @@ def main(args: list[str] | None = None) -> None:
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
     else:
-        run_or_exit(lambda: DotsCLI(args))
-
-
-if __name__ == "__main__":
-    main()
+        run_or_exit(lambda: DotsCLI(given))

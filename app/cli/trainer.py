@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from app.cli.data_page import describe_data
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.runs.folder import Runs, RunTrainer, find_last
+from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
 from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
@@ -42,13 +44,17 @@ class DotsTrainer(RunTrainer):
     callbacks for these.
 
     Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end:
-    a fraction as `val_check_interval` is one of the run's steps, by default a tenth.
+    a fraction as `val_check_interval` is one of the run's steps, by default a tenth, and `max_epochs` counts passes: as
+    many steps as it takes to choose as many prompts as there are. It is 1 where nothing else ends the run.
     """
 
     def __init__(
         self,
         *,
         callbacks: list[Callback] | Callback | None = None,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time: str | timedelta | dict[str, int] | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
@@ -69,6 +75,9 @@ class DotsTrainer(RunTrainer):
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
+            max_epochs=-1,
+            max_steps=max_steps,
+            max_time=max_time,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
@@ -87,13 +96,17 @@ class DotsTrainer(RunTrainer):
             inference_mode=inference_mode,
             **kwargs,
         )
+        if max_epochs is not None:
+            self.passes = None if max_epochs < 0 else max_epochs
+        elif max_steps == -1 and not any(isinstance(one, Timer) for one in self._callbacks):
+            self.passes = 1
         self._interval = val_check_interval if isinstance(val_check_interval, int | float) else None
         if not in_steps:
             self.val_check_interval = 1.0  # not set by Lightning, nor read
         self._validates_by_time = not in_steps
         raise_stop_iteration(self)
         self._options: dict[str, Any] = {
-            **kwargs, "limit_train_batches": limit_train_batches,
+            **kwargs, "max_time": max_time, "limit_train_batches": limit_train_batches,
             "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar,
         }  # fmt: skip
 
@@ -114,6 +127,8 @@ class DotsTrainer(RunTrainer):
             found = find_last(Runs.of(self))
             rank_zero_info(f"ckpt_path last: {found.said}{found.then}")
             self.continued, ckpt_path = found.folder, found.checkpoint
+        elif ckpt_path is not None and "://" not in str(ckpt_path):
+            ckpt_path = checkpoint_of(Path(ckpt_path))
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):
                 callback.check(self, module, data)
@@ -174,7 +189,7 @@ class DotsTrainer(RunTrainer):
 
         Args:
             model: the module of the run.
-            ckpt_path: a checkpoint file, or "last".
+            ckpt_path: a checkpoint file, a run folder, or "last".
             out: the folder to write; it must not exist or be empty.
             dtype: of the weights in the folder; "auto" is that of the policy's own files, to which trained weights are
                 rounded.
@@ -187,7 +202,7 @@ class DotsTrainer(RunTrainer):
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
         model.configure_model()
-        model.policy_model.load_state_dict(checkpoint_weights(Path(ckpt_path)))
+        model.policy_model.load_state_dict(checkpoint_weights(checkpoint_of(Path(ckpt_path))))
         trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
         trained = max(trainable, key=lambda one: one.itemsize)
         written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
@@ -198,6 +213,27 @@ class DotsTrainer(RunTrainer):
             told += f", the dtype of {model.policy_path}" if dtype == "auto" else ""
             told += f"; the trained weights are {_name(trained)}, which --dtype {_name(trained)} writes unrounded"
         print(told)
+
+    def data(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what a config reads: rows, lengths, rendered prompts and the answers that the rewards see.
+
+        Args:
+            model: the module of the run, whose weights are not loaded.
+            datamodule: the data of the run.
+            ckpt_path: not used; the config.yaml of a run names it.
+            weights_only: not used; the config.yaml of a run names it.
+        """
+        module, data = _of_a_run(model, datamodule)
+        self.strategy.connect(module)
+        data.trainer = self
+        data.setup("validate")
+        print(describe_data(data, module.scorer))
 
     def select(
         self,
@@ -267,7 +303,14 @@ class DotsTrainer(RunTrainer):
             raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
         serve(model, host, port, start_timeout_s, open_to_network)
 
-    def _set_interval(self, module: GRPOModule) -> None:
+    def limit_steps(self, most: int) -> None:
+        super().limit_steps(most)
+        self._set_interval(self.lightning_module)
+
+    def _set_interval(self, module: LightningModule) -> None:
+        if self.max_steps < 1 and self.passes is not None:
+            return  # the length is known once the prompts are read
+        assert isinstance(module, GRPOModule)
         if not self._validates_by_time and not self.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self.val_check_interval = validation_interval(self._interval, self.max_steps, module.mini_batches)
 
