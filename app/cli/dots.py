@@ -13,15 +13,18 @@ from typing import Any
 
 # Set before torch and tokenizers are imported by what follows.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import yaml
+from huggingface_hub.utils import enable_progress_bars
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
 from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
 from app.cli.failures import stage
-from app.cli.parsing import DotsArgumentParser, run_or_exit
+from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
 from app.import_path import hidden_files, put_user_folder_last
 from app.module import GRPOModule
@@ -276,20 +279,44 @@ def _describe_here(config: Any) -> None:
     config.trainer.strategy = "auto"
 
 
+_NOTICES = (
+    "litlogger",
+    "Tip:",
+    "GPU available: False",
+    "TPU available: False",
+    "Seed set to",
+    "`Trainer.fit` stopped:",
+)
+_WARNINGS = (
+    "does not have many workers",
+    "Trying to infer the `batch_size`",
+    "litlogger",
+    "Previous log files in this directory will be deleted",  # they are kept
+    "Total length of `list` across ranks is zero",  # a run without validation prompts
+)
+_LIBRARIES = r"(lightning|torch|transformers|datasets|peft|jsonargparse|tensorboard|matplotlib)(\.|$)"
+
+
 def quiet() -> None:
-    """Drop notices that say nothing about the user's run."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
-    warnings.filterwarnings("ignore", message=".*litlogger.*")
-    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # kept here
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
-    )
+    """Drop notices that say nothing about the user's run, and bars of what takes no time.
+
+    Bars of downloads stay.
+    """
+    for text in _WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}")
+    for category in (FutureWarning, DeprecationWarning):  # of one library about its use of another
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not any(one in record.getMessage() for one in _NOTICES))
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command; `args` default to the process's own."""
-    quiet()
+    given = sys.argv[1:] if args is None else args
+    if DEBUG_FLAG not in given and not debugging():
+        quiet()
     put_user_folder_last()
     for file, installed in hidden_files():
         rank_zero_only(print)(
@@ -297,7 +324,6 @@ def main(args: list[str] | None = None) -> None:
             "a config names it.",
             file=sys.stderr,
         )
-    given = sys.argv[1:] if args is None else args
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
     else:

@@ -144,7 +144,10 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "No module named 'datamodule'. Did you mean 'datamodules.selectors.Dots'?",
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
-    "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
+    "no class": (
+        lambda c: data(c).update(selector={"init_args": {"target": 0.5}}),
+        "Is data.selector.class_path missing?",
+    ),
     "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate is -1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),
