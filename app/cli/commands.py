@@ -50,8 +50,8 @@ LIGHTNING_COMMANDS = {
     "select": "choose a subset of the prompts before training",
     "serve": "run a vLLM server of the policy",
 }
-ALIASES = {"train": "fit", "eval": "test"}
-"""Other names of subcommands."""
+ALIASES = {"train": "fit", "eval": "test", "data": "show_data"}
+"""Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
     ("Start", ("init", "data", "describe")),
     ("Train", ("fit", "select", "serve")),

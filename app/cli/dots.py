@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
+from app.cli.dry_run import DryRun
 from app.cli.failures import stage
 from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
@@ -56,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 """The classes of a run whose config names none."""
-_OWN_SUBCOMMANDS = ("data", "describe", "export", "select", "serve")
+_OWN_SUBCOMMANDS = ("show_data", "describe", "export", "select", "serve")
 
 
 class DotsCLI(LightningCLI):
@@ -64,6 +65,7 @@ class DotsCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._given = sys.argv[1:] if args is None else args
+        self._tried: DryRun | None = None
         self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
         if self._asks_for_help:
             self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
@@ -90,14 +92,22 @@ class DotsCLI(LightningCLI):
         first = self._given[0] if self._given else None
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)  # its hundred options are of no use to the one that was given
-        kwargs["description"] = f"{LIGHTNING_COMMANDS[subcommand].capitalize()}."
+        summary = LIGHTNING_COMMANDS[subcommand.removeprefix("show_")]
+        kwargs["description"] = f"{summary[:1].upper()}{summary[1:]}."
         if self._asks_for_help:
             kwargs["usage"] = f"dots {subcommand} [--config FILE ...] [options]"
             parser = self.init_parser(**kwargs)
             parser.add_method_arguments(klass, subcommand, skip=set(self.subcommands()[subcommand]))
             self._add_arguments(parser)
-            return parser
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        else:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            told = "try everything once: a small step, validation, a checkpoint; nothing is kept"
+            parser.add_argument("--dry_run", action="store_true", help=told)
+            if self._asks_for_help:  # `app.cli.entry` writes it out
+                told = "folder of a run to continue, with its own config and its newest checkpoint"
+                parser.add_argument("--resume", metavar="RUN", help=told)
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if self._asks_for_help:
@@ -128,6 +138,8 @@ class DotsCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:  # the public hook after it is not called when it fails
         with stage(f"running dots {subcommand}"), ExitStack() as owned:
+            if self._tried is not None:
+                owned.enter_context(self._tried)
             if subcommand in ("validate", "test", "predict") and isinstance(self.trainer, DotsTrainer):
                 owned.enter_context(self.trainer.own_folder(subcommand))
             super()._run_subcommand(subcommand)
@@ -156,9 +168,11 @@ class DotsCLI(LightningCLI):
                     "--weights_only false would unpickle the checkpoint, which runs any code in it. Drop it."
                 )
             config.weights_only = True
-        if self.subcommand in ("data", "describe"):
+        if self.subcommand in ("show_data", "describe"):
             _describe_here(config)
         _check_trainer(config)
+        if config.get("dry_run"):
+            self._tried = DryRun(config)
         if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
             # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
             # a logger of its own.
@@ -179,6 +193,8 @@ class DotsCLI(LightningCLI):
             )
         else:
             self.trainer_class, callbacks = Trainer, []  # pretraining has no rollouts
+        if self._tried is not None:
+            callbacks = [*callbacks, self._tried.stop]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except UserError:

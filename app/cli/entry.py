@@ -34,13 +34,13 @@ def expand(given: list[str]) -> list[str]:
     if not given:
         _refuse("no command is given. dots --help lists them.")
     name, rest = ALIASES.get(given[0], given[0]), given[1:]
-    names = [*LIGHTNING_COMMANDS, *COMMANDS]
+    names = [*LIGHTNING_COMMANDS, *COMMANDS, *ALIASES.values()]
     if not name.startswith("-") and name not in names:
-        hint = nearest(name, [*names, *ALIASES])
+        hint = nearest(name, [*LIGHTNING_COMMANDS, *COMMANDS, *ALIASES])
         _refuse(f"subcommand {name!r} does not exist. {hint[:1].upper()}{hint[1:]} (dots --help lists all)")
     if name == "fit":
         return [name, *_resumed(rest)]
-    if name in LIGHTNING_COMMANDS and rest and not rest[0].startswith("-"):
+    if name not in COMMANDS and rest and not rest[0].startswith("-"):
         run = rest[0]
         return [name, *_of_run(run, run if name in _OF_A_CHECKPOINT else None), *rest[1:]]
     return [name, *rest]

@@ -119,6 +119,17 @@ class DotsTrainer(RunTrainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
+        """Train the policy.
+
+        Args:
+            model: the module of the run.
+            train_dataloaders: not used, or the data module.
+            val_dataloaders: not used.
+            datamodule: the data of the run.
+            ckpt_path: resume from a checkpoint file, the newest of a run folder, or "last": the newest of the last run,
+                which continues in its folder.
+            weights_only: not used: a checkpoint is never unpickled.
+        """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         module, data = _of_a_run(model, datamodule)
@@ -182,6 +193,7 @@ class DotsTrainer(RunTrainer):
         ckpt_path: str,
         out: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        adapter: bool = False,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -193,6 +205,7 @@ class DotsTrainer(RunTrainer):
             out: the folder to write; it must not exist or be empty.
             dtype: of the weights in the folder; "auto" is that of the policy's own files, to which trained weights are
                 rounded.
+            adapter: write the adapters of `model.policy.lora` alone, unmerged, for peft and vLLM.
             datamodule: not used; the config.yaml of a run names one.
             weights_only: not used: a checkpoint is never unpickled.
         """
@@ -206,15 +219,15 @@ class DotsTrainer(RunTrainer):
         trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
         trained = max(trainable, key=lambda one: one.itemsize)
         written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
-        export(model.policy_model, model.tokenizer, folder, written)
+        export(model.policy_model, model.tokenizer, folder, written, adapter_only=adapter)
         model.teardown("export")
-        told = f"wrote {folder} in {_name(written)}"
+        told = f"wrote {'the adapters to ' if adapter else ''}{folder} in {_name(written)}"
         if written.itemsize < trained.itemsize:
             told += f", the dtype of {model.policy_path}" if dtype == "auto" else ""
             told += f"; the trained weights are {_name(trained)}, which --dtype {_name(trained)} writes unrounded"
         print(told)
 
-    def data(
+    def show_data(
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
