@@ -33,11 +33,9 @@ class Command:
 
 
 COMMANDS = {
-    "init": Command("write a config for your data, model and reward, and show what it reads", "app.cli.init:main"),
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
-    "completion": Command("print the completion script of a shell", "app.cli.completion:main"),
 }
 LIGHTNING_COMMANDS = {
     "fit": "train a policy (also: dots train)",
@@ -53,11 +51,10 @@ LIGHTNING_COMMANDS = {
 ALIASES = {"train": "fit", "eval": "test", "data": "show_data"}
 """Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
-    ("Start", ("init", "data", "describe")),
+    ("Start", ("data", "describe")),
     ("Train", ("fit", "select", "serve")),
     ("Use", ("validate", "test", "predict", "export")),
     ("Study", ("compare", "forecast", "difficulty")),
-    ("Shell", ("completion",)),
 )
 
 

@@ -58,7 +58,9 @@ class DryRun(AbstractContextManager["DryRun"]):
             raise UserError("--dry_run tries a new run, which keeps nothing. Leave --ckpt_path or --resume out.")
         model, data, trainer = config.model.get("init_args"), config.data.get("init_args"), config.trainer
         if not model or "sampling" not in model or "prompts_per_step" not in data:
-            raise UserError(f"--dry_run is for runs of app.module.GRPOModule, but the model is {config.model.class_path}.")
+            raise UserError(
+                f"--dry_run is for runs of app.module.GRPOModule, but the model is {config.model.class_path}."
+            )
         self._folder = TemporaryDirectory(prefix="dots_dry_run_")
         self._started = time.monotonic()
         self.stop = _StopAfterOneStep()
