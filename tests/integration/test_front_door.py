@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from app.reporting.curves import read_scalars
-from tests.support.refusal import TINY, Place
+from tests.support.refusal import TINY, Place, files
 
 SMALL = (
     "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.prompts_per_step=4", "--data.cache_dir=cache",
@@ -91,3 +91,30 @@ def test_rewards_by_short_names_functions_files_and_classes(place: Place) -> Non
 )
 def test_a_reward_that_does_not_exist_is_refused(place: Place, given: str, expected: str) -> None:
     assert expected in place.refused(*SHORTEST, f"--model.rewards={given}", *SMALL)
+
+
+def test_a_run_folder_stands_for_its_config_and_checkpoint(place: Place) -> None:
+    assert place.run("train", *SHORTEST[1:], "--model.rewards=math", *SMALL, "--trainer.max_steps=1")[0] == 0
+    run = "lightning_logs/version_0"
+    code, said = place.run("fit", "--resume", run, "--trainer.max_steps=2")
+    assert code == 0, said
+    assert summary(place)["steps"] == 2
+    assert not (place.path / "lightning_logs" / "version_1").exists()
+    code, said = place.run("export", run, "--out", "exported")
+    assert code == 0, said
+    assert (place.path / "exported" / "model.safetensors").is_file()
+    assert "has no adapters" in place.refused("export", run, "--out", "adapters", "--adapter", "true")
+    assert "no such folder" in place.refused("export", "runs/absent", "--out", "other")
+
+
+def test_a_dry_run_keeps_nothing_and_the_data_are_shown(place: Place) -> None:
+    before = files(place.path)
+    rewards = ("--model.rewards=numeric", *SMALL)
+    code, out, said = place.run_with_output(*SHORTEST, *rewards, "--dry_run")
+    assert code == 0, said
+    assert "dry run: ok in" in out and "Nothing was kept." in out and "4 groups of 2 completions" in out
+    assert "GPU available" not in said and "Seed set" not in said
+    code, out, said = place.run_with_output("data", *SHORTEST[1:], *rewards)
+    assert code == 0, said
+    assert "8 rows read, 8 prompts kept" in out and "numeric sees answer='1'" in out
+    assert files(place.path) == before
