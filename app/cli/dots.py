@@ -66,6 +66,9 @@ class DotsCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         self._given = sys.argv[1:] if args is None else args
         self._tried: DryRun | None = None
+        self._is_dry = self._given[:1] == ["fit"] and "--dry_run" in self._given
+        if self._is_dry:
+            self._given = args = [one for one in self._given if one != "--dry_run"]
         self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
         if self._asks_for_help:
             self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
@@ -101,12 +104,11 @@ class DotsCLI(LightningCLI):
             self._add_arguments(parser)
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
+        if subcommand == "fit" and self._asks_for_help:  # neither is part of a config
             told = "try everything once: a small step, validation, a checkpoint; nothing is kept"
             parser.add_argument("--dry_run", action="store_true", help=told)
-            if self._asks_for_help:  # `app.cli.entry` writes it out
-                told = "folder of a run to continue, with its own config and its newest checkpoint"
-                parser.add_argument("--resume", metavar="RUN", help=told)
+            told = "folder of a run to continue, with its own config and its newest checkpoint"
+            parser.add_argument("--resume", metavar="RUN", help=told)
         return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -171,7 +173,7 @@ class DotsCLI(LightningCLI):
         if self.subcommand in ("show_data", "describe"):
             _describe_here(config)
         _check_trainer(config)
-        if config.get("dry_run"):
+        if self._is_dry:
             self._tried = DryRun(config)
         if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
             # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
