@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from app.reporting.curves import read_scalars
-from tests.support.refusal import TINY, Place, files
+from tests.support.refusal import ROOT, TINY, Place, files
 
 SMALL = (
     "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.prompts_per_step=4", "--data.cache_dir=cache",
@@ -118,3 +120,11 @@ def test_a_dry_run_keeps_nothing_and_the_data_are_shown(place: Place) -> None:
     assert code == 0, said
     assert "8 rows read, 8 prompts kept" in out and "numeric sees answer='1'" in out
     assert files(place.path) == before
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    show = "import sys; from app.cli.entry import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for argument, expected in (("--help", "  fit         train a policy (also: dots train)"), ("--version", "dots ")):
+        done = subprocess.run([sys.executable, "-c", show, argument], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
