@@ -4,7 +4,7 @@ from app.import_path import put_user_folder_last
 
 put_user_folder_last()  # before anything is imported that a file in it could hide
 
-from app.cli.dots import main  # noqa: E402
+from app.cli.entry import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

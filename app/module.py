@@ -27,10 +27,10 @@ from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
 from app.ranks import Ranks
 from app.reporting.validation import ValidationMetrics, mean_over_sets
-from app.rewards import Reward, RewardScorer, TrainerState, WorkerOptions
+from app.rewards import Named, Reward, RewardScorer, TrainerState, WorkerOptions, rewards_of
 from app.rewards.answers import check_answers, gold_columns
 from app.rollouts.pipeline import RolloutPipeline
-from app.runs.folder import run_folder
+from app.runs.folder import RunTrainer, run_folder
 from app.runs.identity import RunIdentity
 from app.runs.lightning_internals import configure_model_early
 from app.update.learner import Learner, LearnerOptions
@@ -56,7 +56,8 @@ class GRPOModule(LightningModule):
 
     Args:
         policy: the model to train.
-        rewards: score the completions; see `Reward` for which of them measure correctness.
+        rewards: score the completions: one or a list. A name (`math`, `numeric`), a function (`my_rewards.is_right`,
+            `my_rewards.py:is_right`), or a class with options; see `Reward` for which measure correctness.
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
         sampling: sampling of training completions.
         val_sampling: sampling of validation completions; None is `sampling`.
@@ -85,7 +86,7 @@ class GRPOModule(LightningModule):
     def __init__(
         self,
         policy: Policy,
-        rewards: list[Reward],
+        rewards: list[Named] | Named,
         engine: RolloutEngine | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # jsonargparse shows the defaults of a dataclass only so
         val_sampling: Sampling | None = None,
@@ -124,7 +125,7 @@ class GRPOModule(LightningModule):
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
         self.policy, self.optimization, self._compiles = policy, optimization, compile
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
-        self.scorer = RewardScorer(rewards, on_reward_failure, reward_workers)
+        self.scorer = RewardScorer(rewards_of(rewards), on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
         for k in pass_at_k if isinstance(pass_at_k, list) else [pass_at_k]:
             if k is not None and k < 1:
@@ -228,9 +229,16 @@ class GRPOModule(LightningModule):
         self._check_tokens()
         if stage != "fit":
             return
+        if isinstance(self.trainer, RunTrainer) and self.trainer.passes is not None:
+            datamodule = OnlinePromptDataModule.of(self.trainer)
+            per_pass = -(-len(datamodule.pools["train"]) // datamodule.prompts_per_step)
+            self.trainer.limit_steps(self.trainer.passes * per_pass * self.mini_batches)
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
         if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
-            raise UserError(f"trainer.max_steps is {steps}, and prompts never run out. Set it or trainer.max_time.")
+            raise UserError(
+                f"trainer.max_steps is {steps}, and prompts never run out. Set it, trainer.max_epochs (passes over "
+                "the prompts) or trainer.max_time."
+            )
         self.optimization.check_length(self.optimizer_steps)
         if self.resumed is not None:
             self._identity.check(self.resumed)

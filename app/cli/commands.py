@@ -1,13 +1,16 @@
-"""The subcommands of `dots` that do not go through LightningCLI: studies and tools with options of their own."""
+"""The subcommands of `dots`: one list of all, and those that do not go through LightningCLI."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from app.cli.failures import stage
-from app.cli.parsing import DotsArgumentParser
+
+if TYPE_CHECKING:
+    from app.cli.parsing import DotsArgumentParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +38,42 @@ COMMANDS = {
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
+LIGHTNING_COMMANDS = {
+    "fit": "train a policy (also: dots train)",
+    "validate": "measure a policy on the validation prompts",
+    "test": "measure a policy on the test prompts (also: dots eval)",
+    "predict": "write completions of the test prompts",
+    "data": "show what a config reads: rows, lengths, three prompts with their answers",
+    "describe": "show what a run will do, and its memory, without loading weights",
+    "export": "write a checkpoint's policy as a Hugging Face folder",
+    "select": "choose a subset of the prompts before training",
+    "serve": "run a vLLM server of the policy",
+}
+ALIASES = {"train": "fit", "eval": "test", "data": "show_data"}
+"""Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
+_ORDER = (
+    ("Start", ("data", "describe")),
+    ("Train", ("fit", "select", "serve")),
+    ("Use", ("validate", "test", "predict", "export")),
+    ("Study", ("compare", "forecast", "difficulty")),
+)
+
+
+def overview() -> str:
+    """Return the text of `dots --help`."""
+    lines = ["usage: dots COMMAND [options]", "", "Data-efficient reinforcement fine-tuning of language models."]
+    for title, names in _ORDER:
+        lines += ["", title]
+        lines += [f"  {name:<11} {LIGHTNING_COMMANDS.get(name) or COMMANDS[name].summary}" for name in names]
+    return "\n".join([
+        *lines, "",
+        "A first run:  dots fit --model.policy.path MODEL --data.train.path my.jsonl --model.rewards math",
+        "Options:      dots COMMAND --help; dots --version; --debug shows the traceback of an error",
+    ])  # fmt: skip
 
 
 def command_parser(name: str, description: str) -> DotsArgumentParser:
     """Return a parser for `dots NAME`, with one-line errors."""
+    from app.cli.parsing import DotsArgumentParser
+
     return DotsArgumentParser(prog=f"dots {name}", description=description)
-
-
-def epilog() -> str:
-    """Return the part of `dots --help` that lists these subcommands."""
-    return "Also: " + "; ".join(f"dots {name} - {command.summary}" for name, command in COMMANDS.items()) + "."

@@ -1,7 +1,8 @@
-"""The `dots` command: LightningCLI with `DotsTrainer`, one-line errors, and a resume in the same folder."""
+"""The subcommands of `dots` with a model and data: LightningCLI, one-line errors, and a resume in the same folder."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -12,15 +13,19 @@ from typing import Any
 
 # Set before torch and tokenizers are imported by what follows.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import yaml
+from huggingface_hub.utils import enable_progress_bars
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from transformers.utils import logging as transformers_logging
 
-from app.cli.commands import COMMANDS, epilog
+from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
+from app.cli.dry_run import DryRun
 from app.cli.failures import stage
-from app.cli.parsing import DotsArgumentParser, run_or_exit
+from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
 from app.import_path import hidden_files, put_user_folder_last
 from app.module import GRPOModule
@@ -29,11 +34,13 @@ from app.runs import changed_config
 from app.runs.checkpoint_files import OnDamage
 from app.runs.checkpoint_files import check as check_files
 from app.runs.checkpoint_files import read as read_checkpoint
-from app.runs.folder import Runs, find_last, is_run
+from app.runs.folder import Runs, checkpoint_of, find_last, is_run
 from app.runs.identity import check_weights
 from app.runs.sharded_checkpoint import read_rest
 from callbacks import CompletionsLog, RunCheckpoint, SelectionMonitor, StartValidation
 from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts import PromptFile
 
 _CONFIGURABLE: dict[type[Callback], str] = {
     RunCheckpoint: "checkpoint",
@@ -42,7 +49,15 @@ _CONFIGURABLE: dict[type[Callback], str] = {
     StartValidation: "start_validation",
 }
 """Standard callbacks with options, by the section of the configuration that holds them: `--checkpoint.every 5`."""
-_OWN_SUBCOMMANDS = ("describe", "export", "select", "serve")
+DEFAULTS: dict[str, Any] = {
+    "model": {"class_path": "app.module.GRPOModule"},
+    "data": {
+        "class_path": "datamodules.online.OnlinePromptDataModule",
+        "init_args": {"train": {"class_path": "datamodules.prompts.PromptFile"}},
+    },
+}
+"""The classes of a run whose config names none."""
+_OWN_SUBCOMMANDS = ("show_data", "describe", "export", "select", "serve")
 
 
 class DotsCLI(LightningCLI):
@@ -50,6 +65,13 @@ class DotsCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._given = sys.argv[1:] if args is None else args
+        self._tried: DryRun | None = None
+        self._is_dry = self._given[:1] == ["fit"] and "--dry_run" in self._given
+        if self._is_dry:
+            self._given = args = [one for one in self._given if one != "--dry_run"]
+        self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
+        if self._asks_for_help:
+            self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
         super().__init__(
             trainer_class=DotsTrainer,
             seed_everything_default=0,
@@ -60,7 +82,6 @@ class DotsCLI(LightningCLI):
             parser_kwargs={
                 "prog": "dots",
                 "description": "Data-efficient reinforcement fine-tuning of language models.",
-                "epilog": epilog(),
             },
             auto_configure_optimizers=False,
             args=args,
@@ -74,11 +95,38 @@ class DotsCLI(LightningCLI):
         first = self._given[0] if self._given else None
         if first in self.subcommands() and first != subcommand:
             return self.init_parser(**kwargs)  # its hundred options are of no use to the one that was given
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        summary = LIGHTNING_COMMANDS[subcommand.removeprefix("show_")]
+        kwargs["description"] = f"{summary[:1].upper()}{summary[1:]}."
+        if self._asks_for_help:
+            kwargs["usage"] = f"dots {subcommand} [--config FILE ...] [options]"
+            parser = self.init_parser(**kwargs)
+            parser.add_method_arguments(klass, subcommand, skip=set(self.subcommands()[subcommand]))
+            self._add_arguments(parser)
+        else:
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit" and self._asks_for_help:  # neither is part of a config
+            told = "try everything once: a small step, validation, a checkpoint; nothing is kept"
+            parser.add_argument("--dry_run", action="store_true", help=told)
+            told = "folder of a run to continue, with its own config and its newest checkpoint"
+            parser.add_argument("--resume", metavar="RUN", help=told)
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self._asks_for_help:
+            self._add_arguments_for_help(parser)
+            return
+        super().add_core_arguments_to_parser(parser)
+        parser.set_defaults(copy.deepcopy(DEFAULTS))
+
+    def _add_arguments_for_help(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the default classes, which jsonargparse lists only if they cannot be replaced."""
+        parser.add_class_arguments(GRPOModule, "model", fail_untyped=False, sub_configs=True)
+        parser.add_class_arguments(PromptFile, "data.train", fail_untyped=False)
+        parser.add_class_arguments(OnlinePromptDataModule, "data", fail_untyped=False, sub_configs=True, skip={"train"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with stage("reading the command line and configs"):
-            super().parse_arguments(parser, args)
+            self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
@@ -92,6 +140,8 @@ class DotsCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:  # the public hook after it is not called when it fails
         with stage(f"running dots {subcommand}"), ExitStack() as owned:
+            if self._tried is not None:
+                owned.enter_context(self._tried)
             if subcommand in ("validate", "test", "predict") and isinstance(self.trainer, DotsTrainer):
                 owned.enter_context(self.trainer.own_folder(subcommand))
             super()._run_subcommand(subcommand)
@@ -106,6 +156,8 @@ class DotsCLI(LightningCLI):
         )
         for kind, name in _CONFIGURABLE.items():
             parser.add_lightning_class_args(kind, name)
+        if self._asks_for_help:  # Lightning's hundred options come last
+            parser.add_lightning_class_args(DotsTrainer, "trainer")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a checkpoint holds no hyperparameters, and must not choose which classes are instantiated."""
@@ -118,8 +170,11 @@ class DotsCLI(LightningCLI):
                     "--weights_only false would unpickle the checkpoint, which runs any code in it. Drop it."
                 )
             config.weights_only = True
-        if self.subcommand == "describe":
+        if self.subcommand in ("show_data", "describe"):
             _describe_here(config)
+        _check_trainer(config)
+        if self._is_dry:
+            self._tried = DryRun(config)
         if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
             # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
             # a logger of its own.
@@ -140,6 +195,8 @@ class DotsCLI(LightningCLI):
             )
         else:
             self.trainer_class, callbacks = Trainer, []  # pretraining has no rollouts
+        if self._tried is not None:
+            callbacks = [*callbacks, self._tried.stop]
         try:
             return super()._instantiate_trainer(config, callbacks)
         except UserError:
@@ -164,6 +221,8 @@ class DotsCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             found = self._find_last(config)
             config.ckpt_path = self.config_init[self.subcommand].ckpt_path = found
+        elif (given := config.get("ckpt_path")) is not None:
+            config.ckpt_path = self.config_init[self.subcommand].ckpt_path = str(checkpoint_of(Path(given)))
         if self.subcommand in _OWN_SUBCOMMANDS:
             self.trainer.loggers = []
         resumed = _read_checkpoint(config)
@@ -216,29 +275,66 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:
     return read_checkpoint(path)
 
 
+def _check_trainer(config: Any) -> None:
+    """Raise UserError for options of Lightning's trainer that the model has its own for."""
+    if config.model.class_path != DEFAULTS["model"]["class_path"]:
+        return
+    for name, default, instead in (
+        ("accumulate_grad_batches", 1, "model.max_tokens_per_microbatch, the tokens of a forward and backward pass"),
+        ("gradient_clip_val", None, "model.optimization.clip_norm"),
+        ("gradient_clip_algorithm", None, "model.optimization.clip_norm"),
+    ):
+        if config.trainer[name] not in (default, None):
+            raise UserError(f"trainer.{name} is {config.trainer[name]}, which GRPO does not use. Set {instead}.")
+
+
 def _describe_here(config: Any) -> None:
     """Describe a run of any size on this machine: its processes are counted, not started."""
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
-    if config.world_size is None and isinstance(devices, int | str) and str(devices).isdigit():
+    if config.get("world_size", 1) is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
     config.trainer.strategy = "auto"
 
 
+_NOTICES = (
+    "litlogger",
+    "Tip:",
+    "GPU available: False",
+    "TPU available: False",
+    "Seed set to",
+    "`Trainer.fit` stopped:",
+)
+_WARNINGS = (
+    "does not have many workers",
+    "Trying to infer the `batch_size`",
+    "litlogger",
+    "Previous log files in this directory will be deleted",  # they are kept
+    "Total length of `list` across ranks is zero",  # a run without validation prompts
+)
+_LIBRARIES = r"(lightning|torch|transformers|datasets|peft|jsonargparse|tensorboard|matplotlib)(\.|$)"
+
+
 def quiet() -> None:
-    """Drop notices that say nothing about the user's run."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
-    warnings.filterwarnings("ignore", message=".*litlogger.*")
-    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # kept here
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
-    )
+    """Drop notices that say nothing about the user's run, and bars of what takes no time.
+
+    Bars of downloads stay.
+    """
+    for text in _WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}")
+    for category in (FutureWarning, DeprecationWarning):  # of one library about its use of another
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not any(one in record.getMessage() for one in _NOTICES))
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command; `args` default to the process's own."""
-    quiet()
+    given = sys.argv[1:] if args is None else args
+    if DEBUG_FLAG not in given and not debugging():
+        quiet()
     put_user_folder_last()
     for file, installed in hidden_files():
         rank_zero_only(print)(
@@ -246,12 +342,7 @@ def main(args: list[str] | None = None) -> None:
             "a config names it.",
             file=sys.stderr,
         )
-    given = sys.argv[1:] if args is None else args
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
     else:
-        run_or_exit(lambda: DotsCLI(args))
-
-
-if __name__ == "__main__":
-    main()
+        run_or_exit(lambda: DotsCLI(given))

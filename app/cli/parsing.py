@@ -4,7 +4,7 @@ The only file that uses private names of jsonargparse, which has no public way t
 accepts (`ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`), nor to call the loader that `set_loader`
 replaces (`yaml_load`), nor one to choose what a change of class keeps (`discard_init_args_on_class_path_change`) or
 which of several types' errors is told (`raise_union_unexpected_value`); its `indent_text` fails for an exception
-without a message. `_actions` and `_SubParsersAction` are argparse's, which cannot list the options of a parser otherwise.
+without a message. `_actions` and `_SubParsersAction` are argparse's, which can't list a parser's options otherwise.
 """
 
 from __future__ import annotations

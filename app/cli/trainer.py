@@ -11,14 +11,16 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from app.cli.data_page import describe_data
 from app.cli.serve import serve
 from app.module import GRPOModule
 from app.policy.weights import checkpoint_weights, export
-from app.runs.folder import Runs, RunTrainer, find_last
+from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
 from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
@@ -43,13 +45,17 @@ class DotsTrainer(RunTrainer):
     callbacks for these.
 
     Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end:
-    a fraction as `val_check_interval` is one of the run's steps, by default a tenth.
+    a fraction as `val_check_interval` is one of the run's steps, by default a tenth, and `max_epochs` counts passes: as
+    many steps as it takes to choose as many prompts as there are. It is 1 where nothing else ends the run.
     """
 
     def __init__(
         self,
         *,
         callbacks: list[Callback] | Callback | None = None,
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time: str | timedelta | dict[str, int] | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
@@ -70,6 +76,9 @@ class DotsTrainer(RunTrainer):
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
+            max_epochs=-1,
+            max_steps=max_steps,
+            max_time=max_time,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
@@ -88,13 +97,17 @@ class DotsTrainer(RunTrainer):
             inference_mode=inference_mode,
             **kwargs,
         )
+        if max_epochs is not None:
+            self.passes = None if max_epochs < 0 else max_epochs
+        elif max_steps == -1 and not any(isinstance(one, Timer) for one in self._callbacks):
+            self.passes = 1
         self._interval = val_check_interval if isinstance(val_check_interval, int | float) else None
         if not in_steps:
             self.val_check_interval = 1.0  # not set by Lightning, nor read
         self._validates_by_time = not in_steps
         raise_stop_iteration(self)
         self._options: dict[str, Any] = {
-            **kwargs, "limit_train_batches": limit_train_batches,
+            **kwargs, "max_time": max_time, "limit_train_batches": limit_train_batches,
             "enable_checkpointing": enable_checkpointing, "enable_progress_bar": enable_progress_bar,
         }  # fmt: skip
 
@@ -107,6 +120,17 @@ class DotsTrainer(RunTrainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
+        """Train the policy.
+
+        Args:
+            model: the module of the run.
+            train_dataloaders: not used, or the data module.
+            val_dataloaders: not used.
+            datamodule: the data of the run.
+            ckpt_path: resume from a checkpoint file, the newest of a run folder, or "last": the newest of the last run,
+                which continues in its folder.
+            weights_only: not used: a checkpoint is never unpickled.
+        """
         if isinstance(train_dataloaders, LightningDataModule):
             train_dataloaders, datamodule = None, train_dataloaders
         module, data = _of_a_run(model, datamodule)
@@ -115,6 +139,8 @@ class DotsTrainer(RunTrainer):
             found = find_last(Runs.of(self))
             rank_zero_info(f"ckpt_path last: {found.said}{found.then}")
             self.continued, ckpt_path = found.folder, found.checkpoint
+        elif ckpt_path is not None and "://" not in str(ckpt_path):
+            ckpt_path = checkpoint_of(Path(ckpt_path))
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):
                 callback.check(self, module, data)
@@ -168,6 +194,7 @@ class DotsTrainer(RunTrainer):
         ckpt_path: str,
         out: str,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        adapter: bool = False,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -175,10 +202,11 @@ class DotsTrainer(RunTrainer):
 
         Args:
             model: the module of the run.
-            ckpt_path: a checkpoint file, or "last".
+            ckpt_path: a checkpoint file, a run folder, or "last".
             out: the folder to write; it must not exist or be empty.
             dtype: of the weights in the folder; "auto" is that of the policy's own files, to which trained weights are
                 rounded.
+            adapter: write the adapters of `model.policy.lora` alone, unmerged, for peft and vLLM.
             datamodule: not used; the config.yaml of a run names one.
             weights_only: not used: a checkpoint is never unpickled.
         """
@@ -188,23 +216,44 @@ class DotsTrainer(RunTrainer):
         if not isinstance(model, GRPOModule):
             raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
         model.configure_model()
-        model.policy_model.load_state_dict(checkpoint_weights(Path(ckpt_path)))
+        model.policy_model.load_state_dict(checkpoint_weights(checkpoint_of(Path(ckpt_path))))
         trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
         trained = max(trainable, key=lambda one: one.itemsize)
         written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
         try:
-            export(model.policy_model, model.tokenizer, folder, written)
+            export(model.policy_model, model.tokenizer, folder, written, adapter_only=adapter)
         except OSError as error:
             raise UserError(
                 f"--out {folder} cannot be written ({error.strerror or error}). Free disk space, make the folder above "
                 "it writable, or give another name."
             ) from error
         model.teardown("export")
-        told = f"wrote {folder} in {_name(written)}"
+        told = f"wrote {'the adapters to ' if adapter else ''}{folder} in {_name(written)}"
         if written.itemsize < trained.itemsize:
             told += f", the dtype of {model.policy_path}" if dtype == "auto" else ""
             told += f"; the trained weights are {_name(trained)}, which --dtype {_name(trained)} writes unrounded"
         print(told)
+
+    def show_data(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what a config reads: rows, lengths, rendered prompts and the answers that the rewards see.
+
+        Args:
+            model: the module of the run, whose weights are not loaded.
+            datamodule: the data of the run.
+            ckpt_path: not used; the config.yaml of a run names it.
+            weights_only: not used; the config.yaml of a run names it.
+        """
+        module, data = _of_a_run(model, datamodule)
+        self.strategy.connect(module)
+        data.trainer = self
+        data.setup("validate")
+        print(describe_data(data, module.scorer))
 
     def select(
         self,
@@ -274,7 +323,14 @@ class DotsTrainer(RunTrainer):
             raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
         serve(model, host, port, start_timeout_s, open_to_network)
 
-    def _set_interval(self, module: GRPOModule) -> None:
+    def limit_steps(self, most: int) -> None:
+        super().limit_steps(most)
+        self._set_interval(self.lightning_module)
+
+    def _set_interval(self, module: LightningModule) -> None:
+        if self.max_steps < 1 and self.passes is not None:
+            return  # the length is known once the prompts are read
+        assert isinstance(module, GRPOModule)
         if not self._validates_by_time and not self.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self.val_check_interval = validation_interval(self._interval, self.max_steps, module.mini_batches)
 

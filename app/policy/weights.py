@@ -71,7 +71,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
+def export(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    adapter_only: bool = False,
+) -> None:
     """Write a Hugging Face folder that `from_pretrained` loads, with adapters merged into the weights.
 
     The folder appears when all of it is written, and nothing is left if that fails. The model cannot be used
@@ -82,10 +89,16 @@ def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         tokenizer: the policy's tokenizer.
         folder: does not exist or is empty.
         dtype: of the weights in the folder.
+        adapter_only: write only the adapters, which `peft.PeftModel.from_pretrained` adds to the initial weights.
+
+    Raises:
+        UserError: the disk is full, or the policy has no adapters to write.
     """
     policy: Any = model
     lm = causal_lm(model)
-    if is_adapted(model):
+    if adapter_only and not is_adapted(model):
+        raise UserError("--adapter: the policy has no adapters, all its weights were trained. Drop --adapter.")
+    if is_adapted(model) and not adapter_only:
         for parameter in lm.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         lm = policy.merge_and_unload()
@@ -99,10 +112,10 @@ def export(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as temporary:
         written = Path(temporary) / "policy"
         try:
-            lm.save_pretrained(written)
+            (policy if adapter_only else lm).save_pretrained(written)
         except SafetensorError as error:
             raise UserError(f"{folder} cannot be written ({error}). Free disk space or give another folder") from error
-        if generation is not None:
+        if generation is not None and not adapter_only:
             generation.to_json_file(written / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(written)
         folder.parent.mkdir(parents=True, exist_ok=True)

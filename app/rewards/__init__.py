@@ -6,6 +6,7 @@ from app.rewards.base import Reward
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
 from app.rewards.math import Math
+from app.rewards.named import Named, rewards_of
 from app.rewards.numeric import Exact, Numeric
 from app.rewards.reasoning_gym import ReasoningGym
 from app.rewards.scorer import RewardScorer, ScoreResult
@@ -17,6 +18,7 @@ __all__ = [
     "Format",
     "Function",
     "Math",
+    "Named",
     "Numeric",
     "ReasoningGym",
     "Reward",
@@ -26,6 +28,7 @@ __all__ = [
     "SoftOverlong",
     "TrainerState",
     "WorkerOptions",
+    "rewards_of",
 ]
 
 

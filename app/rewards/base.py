@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 from datamodules.types import Messages
 
@@ -34,6 +34,12 @@ class Reward(ABC):
     one_by_one: ClassVar[bool] = False
     """Whether a worker calls the reward with one completion at a time, under the time limit for each, so that a failure
     costs no other score. For rewards whose scores depend on nothing but their own row."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Set the defaults, so that a subclass whose `__init__` does not call this class's has them."""
+        made = super().__new__(cls)
+        made.weight, made.correctness, made.name = 1.0, None, cls.__name__.lower()
+        return made
 
     def __init__(self, weight: float = 1.0, correctness: bool | None = None, name: str | None = None) -> None:
         self.weight = weight

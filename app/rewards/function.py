@@ -1,4 +1,4 @@
-"""A user's Python function as a reward, named by its dotted path."""
+"""A user's Python function as a reward, named by its dotted path or by its file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import importlib.machinery
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
 from datamodules.errors import UserError, nearest
@@ -26,26 +31,41 @@ class Function(Reward):
     by one: those before a failure are kept, and the time limit is that of one score.
 
     Args:
-        path: module and function, e.g. `my_rewards.accuracy`, on the Python path or in the working directory.
+        path: module and function, e.g. `my_rewards.accuracy`, on the Python path or in the working directory, or file
+            and function, e.g. `rewards/mine.py:accuracy`. A class whose instances are called is built once per worker.
         weight: factor of this reward in the optimised sum.
         correctness: whether this reward measures correctness; null decides by the other rewards (see `Reward`).
         name: name in logged metrics; the function's name by default.
+        kwargs: further arguments of the function at every call, or those of the class when it is built.
 
     Raises:
         UserError: `path` cannot name a function of an importable module.
     """
 
     def __init__(
-        self, path: str, weight: float = 1.0, correctness: bool | None = None, name: str | None = None
+        self,
+        path: str,
+        weight: float = 1.0,
+        correctness: bool | None = None,
+        name: str | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(weight, correctness, name or path.rpartition(".")[2])
-        self.path = path
+        module, _, function = path.rpartition(":" if ":" in path else ".")
+        super().__init__(weight, correctness, name or function)
+        self.path, self.kwargs = path, kwargs or {}
         self._call: RewardFunction | None = None
         self._accepted: set[str] | None = None
-        parts = path.split(".")
+        self._file = os.path.abspath(module) if module.endswith(".py") else ""
+        if self._file and function.isidentifier():
+            if not os.path.isfile(self._file):
+                scripts = [one.name for one in Path(self._file).parent.glob("*.py")]
+                raise UserError(f"Reward function {path!r}: there is no file {module}; {nearest(module, scripts)}")
+            return
+        parts = [*module.split("."), function]
         if len(parts) < 2 or not all(part.isidentifier() for part in parts):
             raise UserError(
-                f"Reward function {path!r} is not of the form 'module.function'. Write e.g. 'my_rewards.f'."
+                f"Reward function {path!r} is neither 'module.function' nor 'file.py:function'. Write e.g. "
+                "'my_rewards.py:is_right'."
             )
         if parts[0] == "__main__":
             raise UserError(
@@ -59,9 +79,27 @@ class Function(Reward):
                 "Install it, or run from its folder."
             )
 
+    @classmethod
+    def of(cls, function: Callable[..., object]) -> Function:
+        """Return the reward of a function given from Python. Raises UserError unless workers can import it."""
+        module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+        if module is None or not name.isidentifier():
+            raise UserError(
+                f"The reward {name or function!r} is not a function at the top of a module, and workers import rewards "
+                "by name. Move it to one, or write a subclass of app.rewards.Reward."
+            )
+        return cls(f"{module}.{name}")
+
     def load(self) -> None:
-        self._call = _resolve(self.path)
-        parameters = inspect.signature(self._call).parameters.values()
+        target = _resolve(self.path, self._file)
+        if inspect.isclass(target):
+            target = target(**self.kwargs)
+            if not callable(target):
+                raise UserError(f"Reward {self.path!r} is a class whose instances cannot be called. Give it __call__.")
+        elif self.kwargs:
+            target = partial(target, **self.kwargs)
+        self._call = target
+        parameters = inspect.signature(target).parameters.values()
         takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         self._accepted = None if takes_all else {parameter.name for parameter in parameters}
 
@@ -77,6 +115,8 @@ class Function(Reward):
         arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         if self._accepted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._accepted}
+        if isinstance(self._call, partial):  # a column of the data must not replace an option
+            arguments = {name: value for name, value in arguments.items() if name not in self.kwargs}
         scores = self._call(**arguments)
         if not inspect.isawaitable(scores):
             return scores
@@ -90,17 +130,28 @@ class Function(Reward):
         return {**self.__dict__, "_call": None, "_accepted": None}
 
 
-def _resolve(path: str) -> RewardFunction:
-    module_name, _, name = path.rpartition(".")
+def _resolve(path: str, file: str) -> Any:
+    """Import the function or class that a path names."""
+    module_name, _, name = path.rpartition(":" if ":" in path else ".")
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name) if not file else _run_file(Path(file))
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"Reward function {path!r}: importing {module_name!r} fails ({cause}). Fix it.") from error
-    function: RewardFunction | None = getattr(module, name, None)
+    function = getattr(module, name, None)
     if function is None:
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"Reward function {path!r}: {module_name!r} has no {name!r}; {nearest(name, defined)}")
-    if not callable(function) or inspect.isclass(function):
+    if not callable(function):
         raise UserError(f"Reward function {path!r} is a {type(function).__name__}, not a function. Name a function.")
     return function
+
+
+def _run_file(file: Path) -> ModuleType:
+    sys.path.append(str(file.parent))  # for what the file imports from beside it
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None, "the name of the file ends in .py"
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -132,6 +132,12 @@ def is_run(folder: Path) -> bool:
     return bool(checkpoint_folders(folder)) or (owner is not None and owner.command == "fit")
 
 
+def checkpoint_of(path: Path) -> Path:
+    """Return the newest intact checkpoint of a run folder; what is none, such as a checkpoint, is returned as it is."""
+    saved = checkpoint_folders(path) if path.is_dir() else []
+    return newest_whole(saved, "previous") if saved else path
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """Return the folders that hold checkpoints of the run in this folder."""
     owner = Owner.of(run)
@@ -153,6 +159,8 @@ class RunTrainer(Trainer):
     """The folder of the run in progress; on ranks other than 0 known once the callbacks are set up."""
     continued: Path | None = None
     """The folder of an earlier run that this one continues; None for a folder of its own."""
+    passes: int | None = None
+    """Passes over the training prompts after which the run ends; None where only `max_steps` or a time ends it."""
     begun = False
     """Whether the run has got as far as its first completions; what fails before is a failed start."""
 
@@ -163,6 +171,10 @@ class RunTrainer(Trainer):
             return super().log_dir
         found: str = self.strategy.broadcast(str(self.run))
         return found
+
+    def limit_steps(self, most: int) -> None:
+        """End the run after `most` optimizer steps, unless `max_steps` ends it before."""
+        self.fit_loop.epoch_loop.max_steps = most if self.max_steps < 1 else min(most, self.max_steps)
 
     @contextmanager
     def own_folder(self, command: str) -> Iterator[Claim | None]:

@@ -38,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "subcommand": (("fti", "--config", "run.yaml"), "subcommand 'fti' does not exist. Did you mean 'fit'?"),
-    "no subcommand": ((), "to be one of {fit,"),
+    "no subcommand": ((), "no command is given. dots --help lists them."),
     "no such config": (("fit", "--config", "rum.yaml"), "rum.yaml: no such file. Did you mean 'run.yaml'?"),
     "option": ((*FIT, "--trainer.max_step=3"), "trainer.max_step is not an option. Did you mean 'max_steps'?"),
     "option of the model": (
@@ -59,9 +59,18 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "accelerator": ((*FIT, "--trainer.accelerator=cudda"), "cudda"),
     "strategy": ((*FIT, "--trainer.strategy=dpp"), "dpp"),
     "devices": ((*FIT, "--trainer.devices=0"), "`Trainer(devices='0')` value is not a valid input"),
-    "clipping by the trainer": ((*FIT, "--trainer.gradient_clip_val=1"), "gradient_clip_val"),
-    "accumulation by the trainer": ((*FIT, "--trainer.accumulate_grad_batches=2"), "accumulate_grad_batches"),
-    "no end": ((*FIT, "--trainer.max_steps=-1"), "trainer.max_steps is -1, and prompts never run out. Set it"),
+    "clipping by the trainer": (
+        (*FIT, "--trainer.gradient_clip_val=1"),
+        "trainer.gradient_clip_val is 1, which GRPO does not use. Set model.optimization.clip_norm.",
+    ),
+    "accumulation by the trainer": (
+        (*FIT, "--trainer.accumulate_grad_batches=2"),
+        "trainer.accumulate_grad_batches is 2, which GRPO does not use. Set model.max_tokens_per_microbatch",
+    ),
+    "no end": (
+        (*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"),
+        "trainer.max_steps is -1, and prompts never run out. Set it",
+    ),
     "--weights_only": ((*FIT, "--weights_only=maybe"), "weights_only=maybe: expected"),
     "policy missing": ((*FIT, "--model.policy.path=./absent"), "policy.path=./absent: no such folder. Expected a"),
     "checkpoint missing": ((*FIT, "--ckpt_path=runs/no.ckpt"), "no.ckpt: no such file. Expected a checkpoint"),
@@ -135,7 +144,10 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "No module named 'datamodule'. Did you mean 'datamodules.selectors.Dots'?",
     ),
     "required": (lambda c: model(c)["policy"].pop("path"), "path is missing"),
-    "no class": (lambda c: c["model"].pop("class_path"), "Is model.class_path missing?"),
+    "no class": (
+        lambda c: data(c).update(selector={"init_args": {"target": 0.5}}),
+        "Is data.selector.class_path missing?",
+    ),
     "learning rate": (lambda c: model(c).update(optimization={"learning_rate": -1}), "learning_rate is -1"),
     "one completion": (
         lambda c: model(c)["sampling"].update(num_generations=1),
@@ -193,7 +205,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
     "no rewards": (lambda c: model(c).update(rewards=[]), "rewards is an empty list, expected at least one reward"),
     "reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "mine"}}]),
-        "Reward function 'mine' is not of the form 'module.function'. Write e.g. 'my_rewards.f'.",
+        "Reward function 'mine' is neither 'module.function' nor 'file.py:function'. Write e.g. 'my_rewards.py:is_",
     ),
     "module of a reward function": (
         lambda c: model(c).update(rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "absent.f"}}]),

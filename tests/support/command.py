@@ -190,7 +190,7 @@ def _child(
     os.chdir(cwd)
     sys.path[:0] = [cwd, *([path] if path else [])]
     sys.argv = ["dots", *arguments]
-    from app.cli.dots import main
+    from app.cli.entry import main
 
     main()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.cli.dots import main
+from app.cli.entry import main
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny_policy"

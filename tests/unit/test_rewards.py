@@ -315,7 +315,7 @@ def test_function_gets_the_arguments_it_names(tmp_path, monkeypatch):
         Function("dots_mine.name").load()
     with pytest.raises(UserError, match="no module 'dots_absent'"):
         Function("dots_absent.f")
-    with pytest.raises(UserError, match=r"not of the form 'module\.function'"):
+    with pytest.raises(UserError, match=r"neither 'module\.function' nor"):
         Function("named")
 
 

@@ -1,0 +1,74 @@
+"""The command's first look at its arguments. What can be answered without loading torch is answered at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from app.cli.commands import ALIASES, COMMANDS, LIGHTNING_COMMANDS, overview
+from datamodules.errors import nearest
+
+_OF_A_CHECKPOINT = ("validate", "test", "predict", "export", "select")
+"""Subcommands that a run folder gives its checkpoint to, besides its config."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `dots`; `args` default to the process's own."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] in (["--help"], ["-h"], ["help"]):
+        print(overview())
+    elif given[:1] == ["--version"]:
+        print(f"dots {version('dots-grpo')}")
+    else:
+        expanded = expand(given)
+        from app.cli.dots import main as run
+
+        run(expanded)
+
+
+def expand(given: list[str]) -> list[str]:
+    """Return the arguments with aliases, `--resume RUN` and `COMMAND RUN` written out; exit if there is no command."""
+    if not given:
+        _refuse("no command is given. dots --help lists them.")
+    name, rest = ALIASES.get(given[0], given[0]), given[1:]
+    names = [*LIGHTNING_COMMANDS, *COMMANDS, *ALIASES.values()]
+    if not name.startswith("-") and name not in names:
+        hint = nearest(name, [*LIGHTNING_COMMANDS, *COMMANDS, *ALIASES])
+        _refuse(f"subcommand {name!r} does not exist. {hint[:1].upper()}{hint[1:]} (dots --help lists all)")
+    if name == "fit":
+        return [name, *_resumed(rest)]
+    if name not in COMMANDS and rest and not rest[0].startswith("-"):
+        run = rest[0]
+        return [name, *_of_run(run, run if name in _OF_A_CHECKPOINT else None), *rest[1:]]
+    return [name, *rest]
+
+
+def _resumed(rest: list[str]) -> list[str]:
+    for place, token in enumerate(rest):
+        option, equals, run = token.partition("=")
+        if option == "--resume":
+            end = place + (1 if equals else 2)
+            if not equals and end > len(rest):
+                _refuse("--resume is given no run folder. Write e.g. --resume runs/my_run/version_0.")
+            return [*_of_run(run if equals else rest[place + 1], "last"), *rest[:place], *rest[end:]]
+    return rest
+
+
+def _of_run(run: str, checkpoint: str | None) -> list[str]:
+    config = Path(run, "config.yaml")
+    if not config.is_file():
+        there = "there is no config.yaml in it" if os.path.isdir(run) else "there is no such folder"
+        _refuse(f"{run} is not a run folder: {there}. Give the folder of a run, e.g. runs/my_run/version_0.")
+    return ["--config", str(config), *(() if checkpoint is None else ("--ckpt_path", checkpoint))]
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"dots: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
