@@ -1,4 +1,4 @@
-"""Write the pages that repeat what the program knows: command line, configuration, metrics. `python -m docs.generate`."""
+"""Write the pages of what the program knows, command line, configuration and metrics: `python -m docs.generate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import re
 from argparse import Action
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NoReturn
 from unittest.mock import patch
 
@@ -46,9 +48,10 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`data.selector`.",
         tuple(
             f"datamodules.selectors.{name}"
-            for name in ("Uniform", "Dots", "Greso", "Mopps", "Dps", "Pools", "Posterior", "Composed")
-        )
-        + ("datamodules.selectors.ZeroVarianceSkip",),
+            for name in (
+                "Uniform", "Dots", "Greso", "Mopps", "Dps", "Pools", "Posterior", "Composed", "ZeroVarianceSkip",
+            )
+        ),
     ),
     "Callbacks": (
         "`trainer.callbacks`, a list. Those marked *standard* on [Callbacks](callbacks.md) need not be listed.",
@@ -95,12 +98,13 @@ def subcommands(parser: DotsArgumentParser) -> dict[str, DotsArgumentParser]:
     return dict(choices)
 
 
+@cache
 def study_help(name: str) -> str:
     """Return what `dots NAME --help` prints."""
     out = io.StringIO()
-    with patch.dict(os.environ, {"COLUMNS": STUDY_WIDTH, "NO_COLOR": "1"}), contextlib.redirect_stdout(out):
-        with contextlib.suppress(SystemExit):
-            COMMANDS[name].run(["--help"])
+    shown = patch.dict(os.environ, {"COLUMNS": STUDY_WIDTH, "NO_COLOR": "1"})
+    with shown, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        COMMANDS[name].run(["--help"])
     return out.getvalue().strip()
 
 
@@ -143,7 +147,9 @@ def config_page(parser: DotsArgumentParser) -> str:
             [
                 one
                 for one in _all(subcommands(parser)["fit"])
-                if re.fullmatch(r"trainer\.(limit_\w+|val_check_interval|num_sanity_val_steps|log_every_n_steps)", one.dest)
+                if re.fullmatch(
+                    r"trainer\.(limit_\w+|val_check_interval|num_sanity_val_steps|log_every_n_steps)", one.dest
+                )
             ]
         ),
     ]
@@ -177,7 +183,9 @@ def metrics_page(text: str) -> str:
 def _options(parser: DotsArgumentParser) -> dict[str, Action]:
     """Return the options of a subcommand that no class of the run has."""
     return {
-        one.dest: one for one in _all(parser) if not re.match(r"(trainer|model|data|help|config|print_config)\b", one.dest)
+        one.dest: one
+        for one in _all(parser)
+        if not re.match(r"(trainer|model|data|help|config|print_config)\b", one.dest)
     }
 
 
@@ -243,8 +251,6 @@ def _capital(text: str) -> str:
 
 
 def _first_sentence(path: str) -> str:
-    from pkgutil import resolve_name
-
     text = " ".join((resolve_name(path).__doc__ or "").strip().partition("\n\n")[0].split())
     return _cell(text)
 
