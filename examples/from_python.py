@@ -22,6 +22,7 @@ def main(max_steps: int = 20) -> DotsTrainer:
         Policy(str(HERE.parent / "configs" / "tiny_policy")),
         rewards=[Numeric(after="#### ")],
         sampling=Sampling(num_generations=8, max_completion_length=64),
+        val_sampling=Sampling(num_generations=4, max_completion_length=64),
         optimization=Optimization(learning_rate=3e-4),
     )
     problems = PromptFile(str(HERE / "math" / "problems.jsonl"), template="{question}\n")

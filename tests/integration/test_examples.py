@@ -46,7 +46,7 @@ def test_math_chooses_and_measures(clone: Path, monkeypatch: pytest.MonkeyPatch)
 def test_words_are_scored_by_two_functions(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(clone / "examples" / "words", monkeypatch, "--config", "run.yaml")
     rows = pq.read_table(run / "completions" / "step_00000000.parquet").to_pylist()
-    assert len(rows) == 64
+    assert len(rows) == 64 and len({row["correctness"] for row in rows}) == 2  # longer than what it was pretrained on
     for row in rows:
         word = row["question"].rpartition(": ")[2]
         assert row["correctness"] == float(row["completion"].rpartition("#### ")[2].strip() == word[::-1])
@@ -55,7 +55,16 @@ def test_words_are_scored_by_two_functions(clone: Path, monkeypatch: pytest.Monk
 
 
 def test_lora_trains_adapters_only(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fit(clone / "examples" / "math", monkeypatch, "--config", "run.yaml", "--config", "../lora/run.yaml")
+    run = fit(
+        clone / "examples" / "math",
+        monkeypatch,
+        "--config",
+        "run.yaml",
+        "--config",
+        "../lora/run.yaml",
+        "--data.val_size",
+        "4",
+    )
     assert run.parent.name == "lora"
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     up = [tensor for name, tensor in state.items() if "lora_B" in name]
@@ -83,4 +92,4 @@ def test_the_notebook_runs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None
         exec(compile(source, "notebook.ipynb", "exec"), names)
     by_prompt, forecast = names["by_prompt"], names["forecast"]
     assert len(by_prompt) == 16 and by_prompt["success"].between(0, 1).all()  # type: ignore[arg-type,index]
-    assert len(forecast) == 80 and forecast.between(0, 1).all()  # type: ignore[arg-type,attr-defined]
+    assert len(forecast) == 88 and forecast.between(0, 1).all()  # type: ignore[arg-type,attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentError
 
@@ -21,6 +23,8 @@ from app.cli.commands import COMMANDS
 from app.cli.parsing import DotsArgumentParser
 from datamodules.metric_names import METRIC_NAMES, metric_name
 from docs.generate import CLASSES, DOCS, command_parser, pages, study_help, subcommands
+from tests.support.command import logged
+from tests.support.refusal import Place
 
 ROOT = DOCS.parent
 PAGES = sorted(
@@ -166,6 +170,28 @@ def parse(words: list[str], parser: DotsArgumentParser) -> None:
     if "--config" not in words:
         words += ["--config", "run.yaml"]
     parser.parse_args(words)
+
+
+def test_the_code_of_the_guides_trains(reader: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The reader's own reward, class, selector and callback, together in the config of the first page."""
+    place = Place.at(reader, monkeypatch, capfd)
+    (page,) = [block.text for block in blocks("yaml") if block.page == "docs/index.md"]
+    rows = [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in range(8)]
+    (reader / "my_prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (reader / "first.yaml").write_text(page)
+    found = "[{class_path: app.rewards.Function, init_args: {path: my_rewards.is_right}}, my_classes.Length]"
+    small = ["--model.policy.path", "configs/tiny_policy", "--model.sampling.max_completion_length", "4",
+             "--data.prompts_per_step", "4", "--trainer.accelerator", "cpu", "--data.cache_dir", "cache"]  # fmt: skip
+    code, said = place.run(
+        "fit", "--config", "first.yaml", *small, "--trainer.max_steps", "2", "--model.rewards", found,
+        "--data.selector", "my_selectors.LeastSeen", "--trainer.callbacks+=my_callbacks.Longest",
+    )  # fmt: skip
+    assert code == 0, said[-2000:]
+    run = reader / "lightning_logs" / "version_0"
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["OnlinePromptDataModule"]["selector"]
+    assert state["seen"].tolist() == [1.0] * 8  # two steps of four: those seen least came first
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert max(logged(run)["my/longest"].values()) > 0 and "rewards/length/mean" in logged(run)
 
 
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
