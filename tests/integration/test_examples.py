@@ -46,7 +46,9 @@ def test_math_chooses_and_measures(clone: Path, monkeypatch: pytest.MonkeyPatch)
 def test_words_are_scored_by_two_functions(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(clone / "examples" / "words", monkeypatch, "--config", "run.yaml")
     rows = pq.read_table(run / "completions" / "step_00000000.parquet").to_pylist()
-    assert len(rows) == 64 and len({row["correctness"] for row in rows}) == 2  # longer than what it was pretrained on
+    assert (
+        len(rows) == 64 and len({row["correctness"] for row in rows}) == 2
+    )  # the policy has learnt six letters, not seven
     for row in rows:
         word = row["question"].rpartition(": ")[2]
         assert row["correctness"] == float(row["completion"].rpartition("#### ")[2].strip() == word[::-1])
@@ -91,5 +93,5 @@ def test_the_notebook_runs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for source in [code[0].replace("STEPS = 6", "STEPS = 2"), *code[1:]]:
         exec(compile(source, "notebook.ipynb", "exec"), names)
     by_prompt, forecast = names["by_prompt"], names["forecast"]
-    assert len(by_prompt) == 16 and by_prompt["success"].between(0, 1).all()  # type: ignore[arg-type,index]
+    assert 8 <= len(by_prompt) <= 16 and by_prompt["success"].between(0, 1).all()  # type: ignore[arg-type,index]
     assert len(forecast) == 88 and forecast.between(0, 1).all()  # type: ignore[arg-type,attr-defined]
