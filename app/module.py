@@ -27,7 +27,7 @@ from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
 from app.ranks import Ranks
 from app.reporting.validation import ValidationMetrics, mean_over_sets
-from app.rewards import Named, Reward, RewardScorer, TrainerState, WorkerOptions, rewards_of
+from app.rewards import Named, RewardScorer, TrainerState, WorkerOptions, rewards_of
 from app.rewards.answers import check_answers, gold_columns
 from app.rollouts.pipeline import RolloutPipeline
 from app.runs.folder import RunTrainer, run_folder
