@@ -20,6 +20,7 @@ import app.rewards
 import callbacks
 import datamodules.selectors
 from app.cli.commands import COMMANDS
+from app.cli.entry import expand
 from app.cli.parsing import DotsArgumentParser
 from datamodules.metric_names import METRIC_NAMES, metric_name
 from docs.generate import CLASSES, DOCS, command_parser, pages, study_help, subcommands
@@ -162,6 +163,7 @@ def test_a_command_is_one(
 
 def parse(words: list[str], parser: DotsArgumentParser) -> None:
     """Parse a command line without running it."""
+    words = expand(words)
     if words[0] in COMMANDS:
         known = set(re.findall(r"--\w+", study_help(words[0])))
         assert {one for one in words if one.startswith("--")} <= known
