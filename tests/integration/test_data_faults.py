@@ -169,7 +169,8 @@ CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n
             {},
             "it takes more than 1 s",
         ),
-        ("{{ 'x' * 10 ** 11 }}", {}, "MemoryError"),
+        ("{{ 'x' * 100000000000 }}", {}, "MemoryError"),
+        ("{{ 10 ** 10 ** 9 }}", {}, "it uses the operator **"),
         ("{{ messages[-1].content }}", {"system_prompt": "Think."}, "The chat template leaves out system messages"),
         (
             CHAT,
