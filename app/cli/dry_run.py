@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from app.module import GRPOModule
 from app.runs.folder import checkpoint_of
@@ -29,17 +29,17 @@ class _StopAfterOneStep(Callback):
         self.found: list[str] = []
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         trainer.should_stop = True  # before the checkpoint and the validation of a run's end are due
         self.batch = batch
 
-    def teardown(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        if self.batch is None or not trainer.is_global_zero:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.batch is None or not trainer.is_global_zero or not isinstance(pl_module, GRPOModule):
             return
         groups = self.batch.groups
         self.found = [f"{len(groups)} groups of {pl_module.sampling.num_generations} completions were trained on"]
-        measured = {**self.batch.metrics, **trainer.callback_metrics}
+        measured: dict[str, Any] = {**self.batch.metrics, **trainer.callback_metrics}
         self.found += [f"{name} {float(measured[name]):.3f}" for name in ("reward", "val/accuracy") if name in measured]
 
 

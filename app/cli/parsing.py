@@ -168,10 +168,10 @@ _discard_what_the_class_does_not_accept = _typehints.discard_init_args_on_class_
 _typehints.discard_init_args_on_class_path_change = _discard_arguments_of_another_class
 
 
-def _user_errors_first(subtypes: Any, value: Any, exceptions: list[Exception]) -> NoReturn:
+def _user_errors_first(subtypes: Any, val: Any, exceptions: list[Exception]) -> NoReturn:
     """Raise what a class says about its arguments where an option has several types; the first one is the cause."""
     ordered = sorted(exceptions, key=lambda one: find_user_error(one) is None)
-    _raise_for_all_types(subtypes, value, ordered)
+    _raise_for_all_types(subtypes, val, ordered)
 
 
 _raise_for_all_types = _typehints.raise_union_unexpected_value
