@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "The pattern '*.josnl' matches no file",
     ),
     "every": (lambda c: data(c)["val"]["sums"].update(every=0), "every of a validation set is 0"),
-    "none": (lambda c: data(c).update(train={}), "data.train is an empty mapping"),
+    "none": (lambda c: data(c).update(train={}), "data.train.path is missing"),
 }
 
 
