@@ -97,7 +97,9 @@ def explain(message: str, parser: KnownNames) -> str:
         members = [name for text in expected if "Literal[" in text for name in re.findall(r"'([^']*)'", text)]
         types = re.sub(r"<class '(.+?)'>", r"\1", " or ".join(expected)).replace("NoneType", "null")
         types = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", types)
-        return f"{option}={value}: expected {types}.{_hint(value, members, only_near=True)}"
+        lacks = value.startswith("{'init_args'") and any("subclass" in text for text in expected)
+        more = f" Is {option}.class_path missing?" if lacks else _hint(value, members, only_near=True)
+        return f"{option}={value}: expected {types}.{more}"
     line = " ".join(f"{option}: {cause}".removeprefix(": ").split()).replace('in "<unicode string>", ', "at ")
     return line if len(line) <= _MAX_LENGTH else line[:_MAX_LENGTH] + " ..."
 

@@ -129,7 +129,7 @@ def test_lengths_are_counted_by_the_completions_of_their_pool(place: Place) -> N
             "model.sampling.max_completion_length is 512",
         ),
         (
-            lambda c: model(c).update(val_sampling={"max_completion_length": 600}),
+            lambda c: (model(c).update(val_sampling={"max_completion_length": 600}), data(c).update(val_size=2)),
             "model.val_sampling.max_completion_length is 600, which leaves no room for a prompt within the 512 tokens",
         ),
         (
