@@ -33,12 +33,14 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
 LIGHTNING_COMMANDS = {
+    "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
     "fit": "train a policy (also: dots train)",
     "validate": "measure a policy on the validation prompts",
     "test": "measure a policy on the test prompts (also: dots eval)",
@@ -52,9 +54,9 @@ LIGHTNING_COMMANDS = {
 ALIASES = {"train": "fit", "eval": "test", "data": "show_data"}
 """Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
-    ("Start", ("data", "describe")),
+    ("Start", ("init", "data", "describe")),
     ("Train", ("fit", "select", "serve")),
-    ("Use", ("validate", "test", "predict", "export")),
+    ("Use", ("validate", "test", "predict", "export", "report")),
     ("Study", ("compare", "forecast", "difficulty")),
 )
 
@@ -67,7 +69,7 @@ def overview() -> str:
         lines += [f"  {name:<11} {LIGHTNING_COMMANDS.get(name) or COMMANDS[name].summary}" for name in names]
     return "\n".join([
         *lines, "",
-        "A first run:  dots fit --model.policy.path MODEL --data.train.path my.jsonl --model.rewards math",
+        "A first run:  dots init --data my.jsonl --model MODEL --reward math",
         "Options:      dots COMMAND --help; dots --version; --debug shows the traceback of an error",
     ])  # fmt: skip
 

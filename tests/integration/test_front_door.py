@@ -128,3 +128,29 @@ def test_help_and_version_load_nothing_heavy() -> None:
         done = subprocess.run([sys.executable, "-c", show, argument], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+def test_init_writes_a_config_that_trains_and_overwrites_nothing(place: Place) -> None:
+    given = ("--data", "pool.jsonl", "--model", str(TINY))
+    (place.path / "run.yaml").unlink()
+    code, out, said = place.run_with_output("init", *given)
+    assert code == 0, said
+    assert "pool.jsonl (question -> answer): 8 rows read, 7 prompts kept, 1 held out for validation" in out
+    assert out.count("as the policy reads it") == 3 and "ground_truth='8'" in out
+    assert "wrote run.yaml and my_rewards.py. Next: dots fit --config run.yaml" in out
+    config = (place.path / "run.yaml").read_text()
+    assert len(config.splitlines()) <= 15
+    code, said = place.run("fit", "--config", "run.yaml", "--trainer.max_steps=1", "--trainer.accelerator=cpu",
+                           "--model.sampling.max_completion_length=3", "--data.cache_dir=cache")  # fmt: skip
+    assert code == 0, said
+    assert "run.yaml exists, and dots init overwrites nothing" in place.refused("init", *given)
+    assert (place.path / "run.yaml").read_text() == config
+
+
+def test_a_failed_init_leaves_nothing(place: Place) -> None:
+    (place.path / "run.yaml").unlink()
+    given = ("--data", "pool.jsonl", "--model", str(TINY))
+    assert "nowhere.py" in place.refused("init", *given, "--reward", "nowhere.py:is_right")
+    assert "no_such_file" in place.refused("init", "--data", "no_such_file.jsonl", "--model", str(TINY))
+    assert "no/model" in place.refused("init", "--data", "pool.jsonl", "--model", "no/model")
+    assert "--data" in place.refused("init", "--model", str(TINY))
