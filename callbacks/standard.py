@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from callbacks.algorithm.rollouts import Rollouts
 from callbacks.algorithm.weight_sync import WeightSync
 from callbacks.stages import StepCallback, in_order
-from callbacks.upkeep.checkpoint import RunCheckpoint
+from callbacks.upkeep.checkpoint import RunCheckpoint, check_places
 from callbacks.upkeep.checks import RunChecks
 from callbacks.upkeep.failed_step import FailedStep
 from callbacks.upkeep.graceful_stop import GracefulStop
@@ -57,7 +57,7 @@ def with_standard(
         progress_bar: whether `RunProgress` is added.
 
     Raises:
-        UserError: one of Dots' callbacks is listed twice.
+        UserError: one of Dots' callbacks is listed twice, or two checkpoint callbacks have one folder.
     """
     listed = list(callbacks)
     kinds = [type(one) for one in listed if isinstance(one, StepCallback)]
@@ -65,6 +65,7 @@ def with_standard(
         # Each RunCheckpoint has a folder of its own.
         if sum(issubclass(other, kind) for other in kinds) > 1 and not issubclass(kind, RunCheckpoint):
             raise UserError(f"trainer.callbacks lists callbacks.{kind.__name__} more than once. List it once.")
+    check_places([one for one in listed if isinstance(one, RunCheckpoint)])
     left_out = {RunCheckpoint: not checkpoints, RunProgress: not progress_bar}
     missing = [
         kind() for kind in STANDARD if not left_out.get(kind) and not any(isinstance(one, kind) for one in listed)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,12 +74,6 @@ class RunCheckpoint(StepCallback, Checkpoint):
         self._saved = 0
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
-        others = [one for one in self.all_of(trainer) if one is not self]
-        if any(_place(one.dirpath) == _place(self.dirpath) for one in others):
-            raise UserError(
-                f"Two callbacks.RunCheckpoint write to {self.dirpath or 'the folder of the run'}, but each needs a "
-                "folder of its own. Set another dirpath, or list one of them."
-            )
         if self.keep_best is not None and not datamodule.measured("val") and not datamodule.val_size:
             raise UserError(
                 f"checkpoint.keep_best is {self.keep_best}, but the run has no validation prompts. Set data.val or "
@@ -228,6 +222,16 @@ class RunCheckpoint(StepCallback, Checkpoint):
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder of the checkpoints; correct on rank 0."""
         return Path(self.dirpath) if self.dirpath else run_folder(trainer) / CHECKPOINTS
+
+
+def check_places(callbacks: Sequence[RunCheckpoint]) -> None:
+    """Raise UserError if two of the callbacks write to one folder."""
+    for number, one in enumerate(callbacks):
+        if any(_place(one.dirpath) == _place(other.dirpath) for other in callbacks[:number]):
+            raise UserError(
+                f"Two callbacks.RunCheckpoint write to {one.dirpath or 'the folder of the run'}, but each needs a "
+                "folder of its own. Set another dirpath, or list one of them."
+            )
 
 
 def _place(dirpath: str | None) -> Path | None:
