@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callbacks.watching.completions import _rows
+from app.reporting.completions import rows_of
 from datamodules.difficulty.outcomes import RecordedOutcomes, question_key, read_outcomes, split_questions
 from datamodules.errors import UserError
 from tests.support.builders import group, prompt
@@ -20,7 +20,7 @@ from tests.support.fuzzing import examples
 
 def write_step(folder, step, groups):
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(_rows(groups, [], step))), folder / f"step_{step:08d}.parquet")
+    pq.write_table(pa.Table.from_pylist(list(rows_of(groups, step, [], [], {}))), folder / f"step_{step:08d}.parquet")
 
 
 def test_a_run_counts_each_group_once_at_its_birth(tmp_path):
