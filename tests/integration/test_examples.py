@@ -56,6 +56,7 @@ def test_words_are_scored_by_two_functions(clone: Path, monkeypatch: pytest.Monk
     assert "rewards/right_letters/length_error" in logged(run)
 
 
+@pytest.mark.long
 def test_lora_trains_adapters_only(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fit(
         clone / "examples" / "math",

@@ -128,6 +128,7 @@ def test_rollouts_of_the_tiny_policy() -> None:
     assert found == pytest.approx(measured, rel=WITHIN)
 
 
+@pytest.mark.long
 def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, check=True

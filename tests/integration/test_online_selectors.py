@@ -59,7 +59,7 @@ def test_short_names_and_options_are_understood(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("Greso", "Posterior") else pytest.param(name, marks=pytest.mark.long) for name in OWN_METRICS],
+    [name if name == "Posterior" else pytest.param(name, marks=pytest.mark.long) for name in OWN_METRICS],
 )
 def test_ten_steps_by_short_name(name: str, tmp_path: Path):
     done = dots(*fit_arguments(tmp_path, f"--data.selector={name}"), *SHORT)

@@ -33,6 +33,7 @@ def test_both_do_the_same_work_in_turn(tmp_path: Path) -> None:
     assert "Dots / TRL" in done.stdout
 
 
+@pytest.mark.long
 def test_a_policy_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = throughput(tmp_path, "--policy=nowhere/policy")
     assert done.returncode == 2
