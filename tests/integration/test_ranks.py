@@ -113,7 +113,7 @@ def succeeded(done: list[Done]) -> None:
 
 def completions(folder: Path) -> list[list[dict]]:
     """The rows of every step's file."""
-    files = sorted((run_of(folder) / "completions").glob("*.parquet"))
+    files = sorted((run_of(folder) / "completions").glob("step_*.parquet"))
     return [pq.read_table(file).to_pylist() for file in files]
 
 
