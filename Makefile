@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs generated pages clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,13 +99,11 @@ format: install ## Rewrite files in the house format
 types: install ## Type check
 	$(BIN)/mypy
 
-docs: generated pages ## Write the generated pages and build the documentation in site/, strictly
-
-generated: install
+docs: install ## Write the generated pages, and build the documentation
 	$(BIN)/python -m docs.generate
+	$(MAKE) --no-print-directory pages
 
-# Without `generated`: a test compares those pages with the program.
-pages: $(VENV)/.docs
+pages: $(VENV)/.docs ## Build the documentation in site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv, caches and build leftovers (runs/ and models/ stay)

@@ -125,7 +125,7 @@ def _scalars(run: Path) -> dict[str, list[list[float]]]:
 
 def _hash_completions(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.parquet")):
+    for file in sorted(folder.glob("step_*.parquet")):
         digest.update(json.dumps(pq.read_table(file).to_pylist(), sort_keys=True).encode())
     return digest.hexdigest()
 
