@@ -32,14 +32,14 @@ class Command:
             entry(args)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
     "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
-LIGHTNING_COMMANDS = {
+LIGHTNING_COMMANDS: dict[str, str] = {
     "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
     "fit": "train a policy (also: dots train)",
     "validate": "measure a policy on the validation prompts",
@@ -51,7 +51,7 @@ LIGHTNING_COMMANDS = {
     "select": "choose a subset of the prompts before training",
     "serve": "run a vLLM server of the policy",
 }
-ALIASES = {"train": "fit", "eval": "test", "data": "show_data"}
+ALIASES: dict[str, str] = {"train": "fit", "eval": "test", "data": "show_data"}
 """Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
     ("Start", ("init", "data", "describe")),

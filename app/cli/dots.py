@@ -64,7 +64,7 @@ class DotsCLI(LightningCLI):
     """`dots fit|validate|test|predict|describe|export|select|serve`, models and data named by `class_path`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
-        self._given = sys.argv[1:] if args is None else args
+        self._given: list[str] = sys.argv[1:] if args is None else args
         self._tried: DryRun | None = None
         self._is_dry = self._given[:1] == ["fit"] and "--dry_run" in self._given
         if self._is_dry:

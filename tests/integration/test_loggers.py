@@ -187,6 +187,7 @@ class Unknown(Logger):
     assert [row["step"] for row in rows[1:]] == [0, 0, 0, 1, 1]  # validations at 0, 1 and 2 steps, and two steps
 
 
+@pytest.mark.long
 def test_a_resume_continues_the_record_with_any_logger(place: Place) -> None:
     control = fitted(place, False, "--trainer.max_steps=4")
     chosen = logger("CSVLogger", save_dir="rows", name="n")

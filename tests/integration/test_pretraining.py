@@ -111,6 +111,7 @@ def measured() -> Measured:
     return Measured.of(successes)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_committed_policy_leaves_something_to_learn(measured: Measured) -> None:
     assert 0.15 <= measured.accuracy <= 0.50

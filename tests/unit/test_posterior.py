@@ -17,6 +17,7 @@ from datamodules.posterior.model import Constants
 from datamodules.selectors import Composed, Mopps, Posterior, SelectionContext
 from datamodules.types import Outcomes
 from tests.support.selector_builders import outcomes, pool_of, saved_and_loaded
+from tests.support.tables import few
 
 SIZE, WIDTH = 200, 8
 
@@ -246,7 +247,7 @@ def test_wrong_arguments_are_one_line_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["static", "learning fast", "unlearning", "forgetful", "jumps"])
+@pytest.mark.parametrize("kind", few(["static", "learning fast", "unlearning", "forgetful", "jumps"], 2))
 def test_not_worse_than_mopps_in_worlds_of_other_character(kind, tmp_path):
     """Six seeds make the error of the difference small enough where prompts are forgotten within ten steps."""
     seeds, found = 6, {}
