@@ -40,7 +40,6 @@ COMMANDS: dict[str, Command] = {
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
 }
 LIGHTNING_COMMANDS: dict[str, str] = {
-    "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
     "fit": "train a policy (also: dots train)",
     "validate": "measure a policy on the validation prompts",
     "test": "measure a policy on the test prompts (also: dots eval)",
