@@ -159,8 +159,8 @@ class RewardScorer:
         for (name, where), result in zip(tried, self._workers.run(calls), strict=True):
             if failure := result.failures.get(0):
                 logger.warning(
-                    "Reward %r fails on a trial completion of %s: %s. The run goes on, and ends if the reward fails on "
-                    "every completion of a step.", name, where, failure.error,
+                    "Reward %r fails on a trial completion of %s: %s. Training continues, and ends if the reward fails "
+                    "on every completion of a step.", name, where, failure.error,
                 )  # fmt: skip
 
     @property

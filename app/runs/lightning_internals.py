@@ -58,7 +58,7 @@ def logger_folder(logger: Logger) -> tuple[str | None, str | None, str | None]:
 def write_to(logger: Logger, folder: Path, run_id: str) -> None:
     """Point a logger that writes files at the run's folder; it has not written anything yet.
 
-    A Weights & Biases run has the id of the run, unless another was given: a resume goes on in it.
+    A Weights & Biases run has the id of the run, unless another was given, so that a resume continues it.
 
     TensorBoardLogger and CSVLogger take their folder, `save_dir/name/version`, only when they are built. CSVLogger
     deletes its file of an earlier start with its first access: the file is renamed until `take_csv_back`.

@@ -61,7 +61,7 @@ class TrainingClock:
 
 
 class RunLedger(StepCallback):
-    """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
+    """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and, after two steps, `curves.png`.
 
     Interrupted runs get both files too, with `"completed": false`. A resumed run continues the sums.
     """
