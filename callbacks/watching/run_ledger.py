@@ -61,9 +61,10 @@ class TrainingClock:
 
 
 class RunLedger(StepCallback):
-    """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and, after two steps, `curves.png`.
+    """Logs all metrics of a step, with `time/*` and token counts; at the end writes `summary.json` and `curves.png`.
 
-    Interrupted runs get both files too, with `"completed": false`. A resumed run continues the sums.
+    A single step has no curves. Interrupted runs get both files too, with `"completed": false`. A resumed run continues
+    the sums.
     """
 
     stage = Stage.ACCOUNT
