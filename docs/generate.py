@@ -1,11 +1,16 @@
-"""Write the pages of what the program knows, command line, configuration and metrics: `python -m docs.generate`."""
+"""Write the pages of what the program knows, command line, configuration and metrics: `python -m docs.generate`.
+
+`--check` writes nothing and fails, with the differences, where a page is not what would be written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import re
+import sys
 from argparse import Action
 from collections.abc import Iterator
 from functools import cache
@@ -261,9 +266,16 @@ def _first_sentence(path: str) -> str:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the pages, or compare them with those that would be written."""
+    if sys.argv[1:] != ["--check"]:
+        for name, text in pages().items():
+            (DOCS / name).write_text(text)
+        return
     for name, text in pages().items():
-        (DOCS / name).write_text(text)
+        old = (DOCS / name).read_text().splitlines()
+        difference = "\n".join(difflib.unified_diff(old, text.splitlines(), name, "as the program has it", lineterm=""))
+        if difference:
+            sys.exit(f"{difference}\n{name} is out of date: run `python -m docs.generate`")
 
 
 if __name__ == "__main__":

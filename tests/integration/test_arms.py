@@ -33,6 +33,7 @@ def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["dots"])
 
 
+@pytest.mark.long
 def test_arms_change_what_selects_rolls_out_and_replays_and_nothing_else() -> None:
     asked = request()
     found = {name: resolve(asked, arm(name), 0) for name in ARMS}

@@ -39,6 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_every_chart_shows_something_of_the_quickstart(finished: Path) -> None:
     logged = read_scalars(run_of(finished))
     for category, charts in CHARTS.items():

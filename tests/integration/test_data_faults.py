@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tests.support.refusal import ROOT, TINY, Place, data, model, source, write_pool
+from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
 
@@ -80,7 +81,7 @@ def test_one_line(place: Place, name: str, content: bytes | None, said: str) -> 
 LONG = {"question": "Add these: " + "1 + " * 700 + "1 =", "answer": "701"}
 
 
-@pytest.mark.parametrize("where", ["train", "val", "split"])
+@pytest.mark.parametrize("where", few(["train", "val", "split"], 1))
 def test_a_prompt_without_room_for_a_completion_is_dropped_and_counted(place: Place, where: str) -> None:
     """512 positions less 3 of the completion leave 509 tokens."""
     write_pool(place.path / "pool.jsonl", [*sums(*range(8)), LONG] if where != "val" else sums(*range(8)))

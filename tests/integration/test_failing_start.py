@@ -119,6 +119,7 @@ def _saved(place: Place) -> Path:
     return place.path / "runs/small/version_0/checkpoints/step_00000001.ckpt"
 
 
+@pytest.mark.long
 def test_export_to_a_place_that_cannot_be(place: Place) -> None:
     saved = str(_saved(place))
     (place.path / "file").write_text("mine")

@@ -68,6 +68,7 @@ def test_every_evaluation_says_what_had_been_spent(finished: Path):
     assert phases <= summary["training_seconds"] < summary["seconds"]["total"] - summary["seconds"]["validate"]
 
 
+@pytest.mark.long
 def test_a_run_killed_behind_its_last_checkpoint_still_gets_its_account(finished: Path, tmp_path: Path):
     shutil.copytree(finished / "quickstart", tmp_path / "quickstart", symlinks=True)
     summary = run_of(tmp_path) / "summary.json"
@@ -151,6 +152,7 @@ def test_the_checkpoint_loads_without_pickle_and_holds_everything(finished: Path
     assert len(state["callbacks"]["RandomState"]["torch"])
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path):
     arguments = fit_arguments(tmp_path, EVERY_STEP)
     run = run_of(tmp_path)
@@ -168,6 +170,7 @@ def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path
     assert spent(tmp_path) == spent(finished)
 
 
+@pytest.mark.long
 def test_without_selection_and_replay_it_is_plain_grpo(tmp_path: Path):
     done = dots(*fit_arguments(tmp_path, "--config", "configs/arms/grpo.yaml"))
     assert done.returncode == 0, done.stderr[-2000:]

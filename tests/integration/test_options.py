@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.refusal import Place, model
+from tests.support.tables import few
 
 
 @pytest.fixture
@@ -16,7 +17,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "option", [["--model.policy.lora", "null"], ["--model.policy.lora=null"], ["--model.init_args.policy.lora=null"]]
+    "option",
+    few([["--model.policy.lora", "null"], ["--model.policy.lora=null"], ["--model.init_args.policy.lora=null"]], 1),
 )
 def test_null_takes_adapters_back(place: Place, option: list[str]) -> None:
     place.config(lambda config: model(config)["policy"].update(lora={"rank": 4}))

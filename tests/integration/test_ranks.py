@@ -160,6 +160,7 @@ def test_two_processes_choose_and_update_as_one(alone: Path, pairs: Callable[[st
     assert max(scalars(pairs(strategy))["ranks/update_token_imbalance"].values()) <= 0.1
 
 
+@pytest.mark.long
 def test_processes_with_unlike_numbers_of_passes_wait_for_one_another(tmp_path: Path):
     # One completion per pass; dealt by tokens, the ranks get more or fewer of them, replayed and fresh.
     more = ("--trainer.max_steps=12", "--model.mini_batches=2", "--model.max_tokens_per_microbatch=1")

@@ -242,6 +242,7 @@ def test_last_is_the_run_whose_config_is_given(place: Place) -> None:
     assert before and runs_in(place.path) == [f"runs/small/version_{number}" for number in range(3)]
 
 
+@pytest.mark.long
 def test_a_run_killed_before_its_first_checkpoint_starts_over(place: Place) -> None:
     place.config(lambda config: callback(config, "RunCheckpoint").update(every=50))
     run = place.path / "runs/small/version_0"
@@ -357,6 +358,7 @@ def kept(config: dict[str, Any]) -> None:
     callback(config, "RunCheckpoint").update(dirpath="kept", every=1, keep=2)
 
 
+@pytest.mark.long
 def test_checkpoints_of_another_run_are_never_touched(place: Place) -> None:
     place.config(kept)
     ran(place, *FIT, "--trainer.max_steps=3")

@@ -112,6 +112,7 @@ def test_a_run_leaves_a_look_into_its_pool(place: Place) -> None:
         assert window.run("return document.body.scrollWidth <= window.innerWidth")
 
 
+@pytest.mark.long
 def test_a_stopped_and_resumed_run_has_the_history_of_one_that_was_not(place: Place) -> None:
     assert place.run(*FIT)[0] == 0
     expected = table(RUN / "prompts.parquet")

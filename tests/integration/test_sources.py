@@ -247,6 +247,7 @@ def test_a_metric_to_keep_the_best_by_that_is_not_measured_is_named_at_the_start
     assert "did you mean 'val/sums/accuracy'?" in said
 
 
+@pytest.mark.long
 def test_the_example_of_two_sources_and_two_sets_trains(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     code, said = place.run(

@@ -76,7 +76,7 @@ def test_prompts_beyond_the_servers_limit_are_found_when_the_data_are_read(place
     assert "leaves no room for a prompt within the 3 tokens" in place.refused(*FIT)
 
 
-@pytest.mark.parametrize(("now", "fresh", "made_ahead"), [(3, 3, 2), (1, 1, 1)])
+@pytest.mark.parametrize(("now", "fresh", "made_ahead"), few([(3, 3, 2), (1, 1, 1)], 1))
 def test_a_resume_with_another_number_of_prompts_changes_the_batch_made_ahead(
     place: Place, server: StandIn, now: int, fresh: int, made_ahead: int
 ) -> None:

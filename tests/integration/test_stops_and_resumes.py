@@ -147,6 +147,7 @@ def test_a_run_without_validation_data_is_saved(place: Place, hook: str) -> None
     assert measured(run_of(place)) == []
 
 
+@pytest.mark.long
 def test_a_run_that_max_epochs_ended_continues_as_if_never_stopped(place: Place) -> None:
     """Its last checkpoint is written at the end of an epoch."""
     parts = ("--trainer.max_steps=99", "--trainer.limit_train_batches=2")

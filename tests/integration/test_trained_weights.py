@@ -68,7 +68,10 @@ def last(place: Place) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("dtype", "precision", "rounding"),
-    [(torch.bfloat16, "32-true", 2**-8), (torch.float16, "32-true", 2**-11), (torch.bfloat16, "bf16-mixed", 2**-8)],
+    few(
+        [(torch.bfloat16, "32-true", 2**-8), (torch.float16, "32-true", 2**-11), (torch.bfloat16, "bf16-mixed", 2**-8)],
+        1,
+    ),
     ids=["bfloat16", "float16", "mixed"],
 )
 def test_small_updates_are_not_lost_to_the_dtype_of_the_file(

@@ -38,6 +38,7 @@ def test_the_installed_modules_win_and_the_files_are_named(place: Place) -> None
     assert "my_rewards" not in said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_command_as_a_module(place: Place) -> None:
     """`python -m` puts the folder first, so that only `app.py` itself cannot be helped."""

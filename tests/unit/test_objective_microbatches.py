@@ -16,6 +16,7 @@ from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
 from datamodules.types import Prompt, RolloutGroup
 from tests.support.policies import flat_gradient, gradient, group_of, module_on, tiny_model
+from tests.support.tables import few
 
 VOCABULARY = 11
 SIZE = 4
@@ -68,7 +69,7 @@ def in_microbatches(module: GRPOModule, count: int) -> Tensor:
     raise AssertionError(f"no budget makes {count} micro-batches or more")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", few(VARIANTS, 3))
 def test_any_number_of_microbatches(name: str) -> None:
     module = module_on(tiny_model(VOCABULARY, seed=3), tiny_model(VOCABULARY, seed=4), **VARIANTS[name])
     whole = in_microbatches(module, 1)

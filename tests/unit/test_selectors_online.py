@@ -111,26 +111,32 @@ def million():
 @pytest.mark.timing
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_million_prompts(million, name, monkeypatch, tmp_path):
-    """Choosing 512 of 1,000,000 prompts with forecasts takes at most 2 s of one core and 2 GB."""
+    """Choosing 512 of 1,000,000 prompts with forecasts takes at most as long as 150 sorts of a million, and 2 GB.
+
+    That is about 4 s of a core; a Python loop over the pool takes ten times as long. The sort next to each choice tells
+    a slow core from a slow selector.
+    """
     random_embeddings(monkeypatch, MILLION if "Dots" in name else 1, 64)
     rng = np.random.default_rng(0)
     tracemalloc.start()
     selector = SELECTORS[name]()
     selector.setup(million, SelectionContext(seed=0, policy_path="policy", cache_dir=tmp_path))
-    everywhere = np.arange(0, MILLION, 3)
+    everywhere, unsorted = np.arange(0, MILLION, 3), rng.random(MILLION)
     selector.observe(outcomes(everywhere, rng.binomial(8, rng.random(len(everywhere))) / 8))
-    ids, seconds = selector.choose(512), []
+    ids, sorts = selector.choose(512), []
     for step in range(4):
         selector.observe(outcomes([int(each[1:]) for each in ids], rng.binomial(8, 0.5, 512) / 8, step=step))
         references = [int(each[1:]) for each in selector.choose_references(256)]
         selector.observe(outcomes(references, rng.binomial(8, 0.5, 256) / 8, "reference", step))
         start = time.perf_counter()
+        np.sort(unsorted)
+        middle = time.perf_counter()
         ids = selector.choose(512)
         selector.forecast()
-        seconds.append(time.perf_counter() - start)
+        sorts.append((time.perf_counter() - middle) / (middle - start))
         assert len(set(ids)) == 512
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    print(f"{name}: {np.median(seconds):.2f} s, peak of NumPy and Python {peak / 1e9:.2f} GB")
-    assert float(np.median(seconds)) <= 2.0
+    print(f"{name}: {np.median(sorts):.1f} sorts, peak of NumPy and Python {peak / 1e9:.2f} GB")
+    assert np.median(sorts) <= 150
     assert peak <= 2e9
