@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from app.rewards.base import Reward
 from app.rewards.formatting import Format
 from app.rewards.incidents import Incidents
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
-from app.rewards.workers.task import Call, CallResult, TrainerState
+from app.rewards.workers.task import Call, CallResult, Loggable, TrainerState
 from datamodules.errors import UserError, nearest
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
@@ -195,67 +195,53 @@ class RewardScorer:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
         bounds = np.cumsum([0, *map(len, completions)])  # flat rows bounds[b]:bounds[b + 1] belong to prompt b
-        state = state or TrainerState(global_step=step)
+        rows = [np.arange(first, last) for first, last in pairwise(bounds)]
         count, applying = int(bounds[-1]), [self.applying_to(prompt) for prompt in prompts]
-        calls, asked = [], []
-        for reward, name in enumerate(self.names):
-            mine = [place for place, rewards in enumerate(applying) if reward in rewards]
-            chunks = self._chunks([len(completions[place]) for place in mine])
-            for first, last in chunks:
-                its = mine[first:last]
-                seed = derive_seed(name, source, step, prompts[its[0]].id)
-                calls.append(
-                    _call([prompts[one] for one in its], [completions[one] for one in its], reward, state, seed)
-                )
-            rows = np.concatenate([np.arange(bounds[one], bounds[one + 1]) for one in mine]) if mine else bounds[:0]
-            asked.append((mine, rows, len(chunks)))
-        results = iter(self._workers.run(calls))
+        state = state or TrainerState(global_step=step)
+        scored_by = [
+            [place for place, rewards in enumerate(applying) if reward in rewards] for reward in range(len(self.names))
+        ]
+        calls = [
+            [
+                _call([prompts[one] for one in its], [completions[one] for one in its], reward, state,
+                      derive_seed(self.names[reward], source, step, prompts[its[0]].id))
+                for its in self._chunks(places, list(map(len, completions)))
+            ]
+            for reward, places in enumerate(scored_by)
+        ]  # fmt: skip
+        results = iter(self._workers.run([call for its in calls for call in its]))
         by_reward = [
-            CallResult.joined([next(results) for _ in range(size)]).spread(rows, count) for _, rows, size in asked
+            CallResult.joined([next(results) for _ in its]).spread(_rows_of(places, rows), count)
+            for its, places in zip(calls, scored_by, strict=True)
         ]
         scores = np.array([result.scores for result in by_reward], dtype=np.float32).reshape(len(by_reward), count)
         failed = np.zeros(scores.shape, dtype=bool)
         for reward, result in enumerate(by_reward):
             failed[reward, list(result.failures)] = True
         scores[failed] = 0.0
-        correctness = np.full(count, np.nan, dtype=np.float32)
-        for place, rewards in enumerate(applying):
-            rows = np.arange(bounds[place], bounds[place + 1])
-            for reward in reversed(self._correctness_among(rewards)):
-                applies = rows[~np.isnan(scores[reward, rows])]
-                correctness[applies] = scores[reward, applies]
-        unscored = np.isnan(correctness)
-        any_failed = failed.any(axis=0)
+        correctness = self._correctness(scores, rows, applying)
+        unscored, any_failed = np.isnan(correctness), failed.any(axis=0)
         kept = ~unscored if measured or self.on_failure == "zero" else ~(unscored | any_failed)
-        kinds = [failure.kind for result in by_reward for failure in result.failures.values()]
         texts = [completion.text for group in completions for completion in group]
-        labels = _labels(prompts, completions)
-        self._incidents.add(by_reward, labels, texts, unscored)
-        extras: dict[str, list[Any]] = {}
-        for result in by_reward:
-            for column, values in result.extras.items():
-                known = extras.get(column, values)
-                extras[column] = [new if old is None else old for old, new in zip(known, values, strict=True)]
-        logged = Ledger()
-        for name, result in zip(self.names, by_reward, strict=True):
-            for metric, value, weight in result.metrics:
-                logged.average(f"{name}/{metric}", WeightedMean(value * weight, weight))
+        self._incidents.add(by_reward, _labels(prompts, completions), texts, unscored)
         total = np.nansum(scores * self.weights[:, None], axis=0).astype(np.float32)
+        extras = _extras(by_reward)
         groups = []
-        for prompt, sampled, start in zip(prompts, completions, bounds, strict=False):
-            rows = start + np.flatnonzero(kept[start : start + len(sampled)])
+        for prompt, sampled, own in zip(prompts, completions, rows, strict=True):
+            left = own[kept[own]]
             groups.append(
                 RolloutGroup(
                     prompt=prompt,
-                    completions=tuple(sampled[row - start] for row in rows),
-                    rewards=total[rows],
-                    correctness=correctness[rows],
-                    components={name: scores[reward, rows] for reward, name in enumerate(self.names)},
+                    completions=tuple(sampled[row - own[0]] for row in left),
+                    rewards=total[left],
+                    correctness=correctness[left],
+                    components={name: scores[reward, left] for reward, name in enumerate(self.names)},
                     source=source,
                     birth_step=step,
-                    extras={column: [values[row] for row in rows] for column, values in extras.items()},
+                    extras={column: [values[row] for row in left] for column, values in extras.items()},
                 )
             )
+        kinds = [failure.kind for result in by_reward for failure in result.failures.values()]
         return ScoreResult(
             groups=groups,
             timed_out=kinds.count("timed_out"),
@@ -265,20 +251,62 @@ class RewardScorer:
             dropped=int(count - kept.sum()),
             failed_by_reward=dict(zip(self.names, failed.sum(axis=1).tolist(), strict=True)),
             asked_by_reward={
-                name: (len(mine), len(rows)) for name, (mine, rows, _) in zip(self.names, asked, strict=True)
+                name: (len(places), len(_rows_of(places, rows)))
+                for name, places in zip(self.names, scored_by, strict=True)
             },
-            logged=logged.reward_metrics,
+            logged=_logged(self.names, by_reward),
         )
 
-    def _chunks(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """Return half-open ranges of groups of these sizes, closed as soon as they have `chunk_size` completions."""
+    def _correctness(
+        self, scores: np.ndarray, rows: Sequence[np.ndarray], applying: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Return the correctness `[N]` of scores `[R, N]`, NaN where no correctness reward applies.
+
+        Args:
+            scores: of `R` rewards, NaN where one does not apply.
+            rows: the completions of each prompt.
+            applying: the rewards of each prompt.
+        """
+        found = np.full(scores.shape[1], np.nan, dtype=np.float32)
+        for own, rewards in zip(rows, applying, strict=True):
+            for reward in reversed(self._correctness_among(rewards)):
+                applies = own[~np.isnan(scores[reward, own])]
+                found[applies] = scores[reward, applies]
+        return found
+
+    def _chunks(self, places: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
+        """Cut places of groups of these sizes into runs that end as soon as they have `chunk_size` completions."""
         cuts, open_size = [0], 0
-        for last, size in enumerate(sizes, start=1):
-            open_size += size
-            if open_size >= self.options.chunk_size or last == len(sizes):
+        for last, place in enumerate(places, start=1):
+            open_size += sizes[place]
+            if open_size >= self.options.chunk_size or last == len(places):
                 cuts.append(last)
                 open_size = 0
-        return list(pairwise(cuts))
+        return [places[first:last] for first, last in pairwise(cuts)]
+
+
+def _rows_of(places: Sequence[int], rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the completions of these prompts."""
+    return np.concatenate([np.empty(0, int), *(rows[place] for place in places)])
+
+
+def _extras(results: Sequence[CallResult]) -> dict[str, list[Loggable]]:
+    """Return what `log_extra` was given by column: the first value that any reward has given a completion."""
+    extras: dict[str, list[Loggable]] = {}
+    for result in results:
+        for column, values in result.extras.items():
+            known = extras.get(column, values)
+            extras[column] = [new if old is None else old for old, new in zip(known, values, strict=True)]
+    return extras
+
+
+def _logged(names: Sequence[str], results: Sequence[CallResult]) -> dict[str, WeightedMean]:
+    """Return what `log_metric` was given, by `<reward name>/<metric>`."""
+    logged = Ledger()
+    for name, result in zip(names, results, strict=True):
+        for metric, value, weight in result.metrics:
+            logged.average(f"{name}/{metric}", WeightedMean(value * weight, weight))
+    return logged.reward_metrics
 
 
 def _call(

@@ -11,8 +11,9 @@ import pytest
 from app.rewards import Exact, Format, Function, Math, Numeric, ReasoningGym, Reward, RewardScorer, SoftOverlong
 from app.rewards.answers import check_answers
 from app.rewards.numbers import find_numbers
-from app.rewards.workers.main import FunctionLog, within_limit
+from app.rewards.workers.function_log import FunctionLog
 from app.rewards.workers.results import checked
+from app.rewards.workers.serving import within_limit
 from app.rewards.workers.task import MAX_REPLY_BYTES, CallResult, Failure, Reply
 from app.rewards.workers.trial import check_result
 from datamodules.errors import UserError
