@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -20,15 +19,17 @@ from app.engines import RolloutEngine, Sampling, Transformers
 from app.objective.advantages import Baseline, Scale
 from app.objective.ratios import Aggregation
 from app.objective.surrogate import SurrogateOptions
+from app.policy.adapters import causal_lm
 from app.policy.compilation import compile_layers
-from app.policy.model import Policy, causal_lm, switch_off_dropout
+from app.policy.model import Policy
+from app.policy.modes import switch_off_dropout
 from app.policy.reference import ReferencePolicy
 from app.policy.sharding import Sharding
 from app.policy.weights import plain_weights
 from app.ranks import Ranks
 from app.reporting.validation import ValidationMetrics, mean_over_sets
 from app.rewards import Named, RewardScorer, TrainerState, WorkerOptions, rewards_of
-from app.rewards.answers import check_answers, gold_columns
+from app.rollouts.checks import check_rewards, check_tokens, metrics_of_sets
 from app.rollouts.pipeline import RolloutPipeline
 from app.runs.folder import RunTrainer, run_folder
 from app.runs.identity import RunIdentity
@@ -38,14 +39,10 @@ from app.update.metrics import batch_metrics, update_metrics
 from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
-from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
-from datamodules.prompts.reading import reward_columns
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
-
-_USUAL_K = 4
 
 
 class GRPOModule(LightningModule):
@@ -138,7 +135,7 @@ class GRPOModule(LightningModule):
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
-        self._tried_rewards = False
+        self._checked_data: OnlinePromptDataModule | None = None
 
     @property
     def policy_path(self) -> str:
@@ -223,15 +220,16 @@ class GRPOModule(LightningModule):
             self.setup(self.trainer.state.fn or "")
 
     def setup(self, stage: str) -> None:
-        if not self._tried_rewards:  # once: `prepare_data` may have set up before
-            self._tried_rewards = True
-            self._check_data(OnlinePromptDataModule.of(self.trainer))
-        self._check_tokens()
+        data = OnlinePromptDataModule.of(self.trainer)
+        if self._checked_data is not data:  # once: `prepare_data` may have set up before
+            self._checked_data = data
+            self.measured = metrics_of_sets(data, self.scorer.names, self.sampling_of, self.pass_at_k)
+            check_rewards(data, self.scorer)
+        check_tokens(data, self.policy, self.tokenizer)
         if stage != "fit":
             return
         if isinstance(self.trainer, RunTrainer) and self.trainer.passes is not None:
-            datamodule = OnlinePromptDataModule.of(self.trainer)
-            per_pass = -(-len(datamodule.pools["train"]) // datamodule.prompts_per_step)
+            per_pass = -(-len(data.pools["train"]) // data.prompts_per_step)
             self.trainer.limit_steps(self.trainer.passes * per_pass * self.mini_batches)
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
         if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):
@@ -243,50 +241,10 @@ class GRPOModule(LightningModule):
         if self.resumed is not None:
             self._identity.check(self.resumed)
 
-    def _check_data(self, data: OnlinePromptDataModule) -> None:
-        """Prepare the metrics of each set, and check that the rewards can score the prompts of each source and set."""
-        for name, one in data.sets.items():
-            generations = self.sampling_of(one).num_generations
-            asked, where = self.pass_at_k, "model.pass_at_k"
-            if one.pass_at_k is not None:
-                asked, where = one.pass_at_k, f"data.{name.replace('/', '.', 1)}.pass_at_k"
-            ks = [min(_USUAL_K, generations)] if asked is None else [asked] if isinstance(asked, int) else asked
-            for k in ks:
-                if not 1 <= k <= generations:
-                    raise UserError(
-                        f"{where} asks for pass@{k}, but {name} samples {generations} completions per prompt: expected "
-                        f"1 to {generations}. Raise num_generations of its sampling, or change {where}."
-                    )
-            self.measured[name] = ValidationMetrics(ks, generations, self.scorer.names, data.tags[name])
-        tried = []
-        for name, pool in data.pools.items():
-            for part, its in (pool.parts if isinstance(pool, Mixture) else {"": pool}).items():
-                if not len(its):
-                    continue
-                where = f"data.{name}.{part}".rstrip(".").replace("/", ".", 1)
-                rewards = [self.scorer.rewards[place] for place in self.scorer.applying_to(its[0], where)]
-                rows = reward_columns(its, gold_columns(rewards))
-                check_answers(rewards, its.ids, rows, f"the {part or name} prompts")
-                tried.append(its[0])
-        self.scorer.try_out(tried)
-
-    def _check_tokens(self) -> None:
-        """Raise UserError if a prompt holds a token that the model has no embedding of."""
-        if not (unknown := self.policy.unknown_tokens(self.tokenizer)):
-            return
-        datamodule: OnlinePromptDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
-        for prompt in chain.from_iterable(datamodule.pools.values()):
-            if found := [unknown[token] for token in prompt.token_ids if token in unknown]:
-                raise UserError(
-                    f"Prompt {prompt.id!r} holds the token {found[0]!r}, which the tokenizer of {self.policy_path} has "
-                    "but its model has no embedding of. Resize the model's embedding to its tokenizer "
-                    "(resize_token_embeddings), or leave the token out of prompts and templates."
-                )
-
     @cached_property
     def _identity(self) -> RunIdentity:
-        datamodule: OnlinePromptDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
-        return RunIdentity.of(self.tokenizer, datamodule.pools["train"], self.sampling.num_generations)
+        train = OnlinePromptDataModule.of(self.trainer).pools["train"]
+        return RunIdentity.of(self.tokenizer, train, self.sampling.num_generations)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()
@@ -296,7 +254,7 @@ class GRPOModule(LightningModule):
             checkpoint["callbacks"] = {}  # the state of training, which refers to the prompts of its pool
 
     def configure_model(self) -> None:
-        if hasattr(self, "policy_model"):
+        if "policy_model" in self._modules:  # Lightning calls this again for each stage
             return
         if self.sharding is not None:
             self.policy_model = self.sharding.load(self.policy, compiles=self._compiles)

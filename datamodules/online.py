@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Self
 
 from lightning.pytorch import LightningDataModule, Trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
+from datamodules.loaders import FixedLoader, OnlineLoader
 from datamodules.mixture import Mixture, Rule, floors_of, named
+from datamodules.policy_source import PolicySource
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptSource
 from datamodules.prompts.splits import hold_out, split_pool
@@ -24,74 +26,7 @@ from datamodules.validation import ValidationSet, as_set
 
 Measured = PromptSource | ValidationSet | dict[str, PromptSource | ValidationSet]
 """One validation or test set, or several by name."""
-_ENDLESS = 10**9
 _NAME = re.compile(r"[\w.-]+")
-
-
-@runtime_checkable
-class PolicySource(Protocol):
-    """A LightningModule that has a policy, whose tokenizer and initial weights are the defaults of the data."""
-
-    @property
-    def policy_path(self) -> str:
-        """Folder or hub name of the initial weights."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-
-    def prompt_limit(self, measured: ValidationSet | None, where: str) -> int | None:
-        """Return the most tokens of a prompt that leave room for a completion, or None.
-
-        Args:
-            measured: the set of the prompt; None for a training prompt.
-            where: the option that names the prompts, for messages.
-        """
-
-
-class OnlineLoader:
-    """An endless loader whose state is the number of steps begun.
-
-    It has a length (`trainer.max_steps` ends the run) because Lightning fetches a loader without one a batch ahead, and
-    a choice must depend on the outcomes of the previous step.
-    """
-
-    def __init__(self, datamodule: OnlinePromptDataModule) -> None:
-        self._datamodule = datamodule
-        self._step = 0
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        while True:
-            self._step += 1
-            yield self._datamodule.next_batch(self._step - 1)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self._step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._step = state["step"]
-
-
-class FixedLoader:
-    """Loader of a validation, test or prediction pool, in order, `batch_size` prompts at a time.
-
-    It yields nothing when the pool is not due.
-    """
-
-    def __init__(self, pool: PromptPool, batch_size: int, is_due: Callable[[], bool]) -> None:
-        self._pool, self._batch_size, self._is_due = pool, batch_size, is_due
-
-    def __len__(self) -> int:
-        return -(-len(self._pool) // self._batch_size)
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        for position in range(len(self) if self._is_due() else 0):
-            first = position * self._batch_size
-            last = min(first + self._batch_size, len(self._pool))
-            yield TrainBatch(position, [self._pool[index] for index in range(first, last)])
 
 
 class OnlinePromptDataModule(LightningDataModule):
@@ -316,7 +251,7 @@ class OnlinePromptDataModule(LightningDataModule):
         return prompts
 
     def train_dataloader(self) -> OnlineLoader:
-        return OnlineLoader(self)
+        return OnlineLoader(self.next_batch)
 
     def val_dataloader(self) -> list[FixedLoader]:
         return self._fixed("val")

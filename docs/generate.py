@@ -34,7 +34,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "app.module.GRPOModule",
             "app.engines.Sampling",
-            "app.policy.model.Lora",
+            "app.policy.adapters.Lora",
             "datamodules.online.OnlinePromptDataModule",
         ),
     ),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -17,9 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from app.cli.data_page import describe_data
+from app.cli.export import export_policy
 from app.cli.serve import serve
 from app.module import GRPOModule
-from app.policy.weights import checkpoint_weights, export
 from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
 from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
@@ -210,29 +208,8 @@ class DotsTrainer(RunTrainer):
             datamodule: not used; the config.yaml of a run names one.
             weights_only: not used: a checkpoint is never unpickled.
         """
-        folder = Path(out)
-        if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out {out} exists and is not an empty folder. Give a new name.")
-        if not isinstance(model, GRPOModule):
-            raise UserError(f"--model is {type(model).__name__}, but dots export needs app.module.GRPOModule.")
-        model.configure_model()
-        model.policy_model.load_state_dict(checkpoint_weights(checkpoint_of(Path(ckpt_path))))
-        trainable = [one.dtype for one in model.policy_model.parameters() if one.requires_grad]
-        trained = max(trainable, key=lambda one: one.itemsize)
-        written = model.policy.stored_dtype() if dtype == "auto" else getattr(torch, dtype)
-        try:
-            export(model.policy_model, model.tokenizer, folder, written, adapter_only=adapter)
-        except OSError as error:
-            raise UserError(
-                f"--out {folder} cannot be written ({error.strerror or error}). Free disk space, make the folder above "
-                "it writable, or give another name."
-            ) from error
-        model.teardown("export")
-        told = f"wrote {'the adapters to ' if adapter else ''}{folder} in {_name(written)}"
-        if written.itemsize < trained.itemsize:
-            told += f", the dtype of {model.policy_path}" if dtype == "auto" else ""
-            told += f"; the trained weights are {_name(trained)}, which --dtype {_name(trained)} writes unrounded"
-        print(told)
+        module = _grpo(model, "export")
+        print(export_policy(module, checkpoint_of(Path(ckpt_path)), Path(out), dtype, adapter_only=adapter))
 
     def show_data(
         self,
@@ -319,9 +296,7 @@ class DotsTrainer(RunTrainer):
             ckpt_path: not used: a run pushes its weights to the server before it generates.
             weights_only: not used: a checkpoint is never unpickled.
         """
-        if not isinstance(model, GRPOModule):
-            raise UserError(f"--model is {type(model).__name__}, but dots serve needs app.module.GRPOModule.")
-        serve(model, host, port, start_timeout_s, open_to_network)
+        serve(_grpo(model, "serve"), host, port, start_timeout_s, open_to_network)
 
     def limit_steps(self, most: int) -> None:
         super().limit_steps(most)
@@ -349,8 +324,10 @@ class DotsTrainer(RunTrainer):
         )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _grpo(model: LightningModule, command: str) -> GRPOModule:
+    if not isinstance(model, GRPOModule):
+        raise UserError(f"--model is {type(model).__name__}, but dots {command} needs app.module.GRPOModule.")
+    return model
 
 
 def _of_a_run(model: LightningModule, datamodule: Any) -> tuple[GRPOModule, OnlinePromptDataModule]:

@@ -1,17 +1,13 @@
 """The policy: any Hugging Face causal language model, loaded, adapted and described.
 
-The file for private names of transformers: `_attn_implementation` is the only way to switch attention for a single
-forward pass (`set_attn_implementation` reloads it for every submodule), `_supports_attention_backend` says whether a
-model goes through `AttentionInterface` at all, `_tied_weights_keys` names the weights that share a tensor,
-`_gradient_checkpointing_func` runs a layer that recomputes its activations.
+A file for private names of transformers: `_attn_implementation` names the attention, `_supports_attention_backend` says
+whether a model goes through `AttentionInterface` at all, `_tied_weights_keys` names the weights that share a tensor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,35 +28,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from app.policy.adapters import Lora, add_lora, causal_lm
+from app.policy.modes import recompute_in_evaluation_mode
 from datamodules.errors import UserError
-
-
-@dataclass
-class Lora:
-    """Low-rank adaptation with peft: only small added matrices are trained (Hu et al., arXiv 2106.09685).
-
-    The matrices are float32; the weights that they adapt keep the dtype of their file.
-
-    Args:
-        rank: rank of the added matrices.
-        alpha: their product is scaled by `alpha / rank`.
-        dropout: dropout on the adapters' input in updates, which rollouts do not have; see `updates/dropout`.
-        target_modules: names of the linear layers to adapt; "all-linear" adapts all but the head.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-
-    def __post_init__(self) -> None:
-        for name, fits, expected in [
-            ("rank", self.rank >= 1, "1 or more"),
-            ("alpha", 0 < self.alpha < float("inf"), "a number above 0"),
-            ("dropout", 0 <= self.dropout < 1, "0 or more and below 1"),
-        ]:
-            if not fits:
-                raise UserError(f"policy.lora.{name} is {getattr(self, name)}; set it to {expected}.")
 
 
 @dataclass
@@ -235,99 +205,8 @@ class Policy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    _recompute_in_evaluation_mode(layer)
+                    recompute_in_evaluation_mode(layer)
         return model if self.lora is None else add_lora(model, self.lora)
-
-
-def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
-    """Wrap `model` with peft and freeze its own weights. Raises UserError without peft or for unsuitable options."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("policy.lora is set, but peft is not installed. Run: pip install 'dots-grpo[lora]'") from error
-    model.enable_input_require_grads()
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation says int, its arithmetic takes any number
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(
-            f"policy.lora.target_modules={lora.target_modules}: {' '.join(str(error).split())}. "
-            'Expected names of linear layers, or ["all-linear"]'
-        ) from error
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if ".base_layer" in name and len(shared := names[id(parameter)]) > 1:
-            raise UserError(
-                f"policy.lora.target_modules={lora.target_modules}: {shared[0]} and {shared[1]} are one tensor, which "
-                "an adapter of one of them would split in two. Leave both out of target_modules"
-            )
-    return adapted
-
-
-def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Make forward passes the same as in rollouts: dropout, skipped layers and router noise are off.
-
-    Only adapters keep their dropout, because `Lora.dropout` asks for it, and layers that recompute their activations
-    keep the flag by which they do so.
-    """
-    model.eval()
-    for name, module in model.named_modules():
-        recomputes = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-        module.training = recomputes or "lora_dropout" in name
-
-
-def _recompute_in_evaluation_mode(layer: GradientCheckpointingLayer) -> None:
-    """Let `layer.training` decide whether activations are recomputed, but not whether the layer drops any."""
-    checkpointed: Any = layer._gradient_checkpointing_func
-
-    def run(forward: Callable[..., Any], *args: Any) -> Any:
-        def evaluated(*args: Any) -> Any:
-            layer.training = False
-            try:
-                return forward(*args)
-            finally:
-                layer.training = True
-
-        return checkpointed(evaluated, *args)
-
-    layer._gradient_checkpointing_func = run  # type: ignore[assignment]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode (no dropout, and no gradient checkpointing, which disables the cache), then back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """Return the Hugging Face model, unwrapped from peft if necessary; adapters stay active."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-
-
-@contextmanager
-def attending(lm: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Run forward passes with a registered attention implementation; None keeps the model's own."""
-    own = lm.config._attn_implementation
-    lm.config._attn_implementation = implementation or own
-    try:
-        yield
-    finally:
-        lm.config._attn_implementation = own
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

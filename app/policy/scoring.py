@@ -13,7 +13,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from app.objective.logprobs import token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
-from app.policy.model import attending, causal_lm, full_attention_only, plain_attention, uses_sdpa
+from app.policy.adapters import adapted_weight, causal_lm
+from app.policy.model import full_attention_only, plain_attention, uses_sdpa
+from app.policy.modes import attending
 
 SHARED_PROMPT = "dots_shared_prompt"
 _FORWARD_METHOD = "dots_completion_logprobs"
@@ -77,14 +79,6 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     """
     lm = causal_lm(model)
     return plain_attention(lm) and uses_sdpa(lm) and not lm.is_gradient_checkpointing
-
-
-def adapted_weight(layer: torch.nn.Module) -> Tensor:
-    """Return the weight of a layer, with its LoRA update if it has one that is not switched off."""
-    base = layer.get_base_layer().weight if hasattr(layer, "get_base_layer") else layer.weight  # type: ignore[operator]
-    for adapter in [] if getattr(layer, "disable_adapters", False) else getattr(layer, "active_adapters", []):
-        base = base + layer.get_delta_weight(adapter)  # type: ignore[operator]
-    return base  # type: ignore[return-value]
 
 
 def logit_scale(lm: PreTrainedModel) -> float:

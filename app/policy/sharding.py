@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from app.policy.adapters import causal_lm
 from app.policy.compilation import compile_layers
-from app.policy.model import Policy, causal_lm, decoder_layers
+from app.policy.model import Policy, decoder_layers
 from app.policy.scoring import register_logprobs_forward
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,19 +12,14 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from app.policy.model import causal_lm, tied_weight_names
-from app.policy.scoring import adapted_weight
+from app.policy.adapters import adapted_weight, causal_lm, is_adapted, peft_model
+from app.policy.model import tied_weight_names
 from app.runs import checkpoint_files
 from app.runs.sharded_checkpoint import whole_weights
 from datamodules.errors import UserError
 
 CHECKPOINT_PREFIX = "policy_model."
 """Prefix of the policy's tensors in a checkpoint."""
-
-
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Return True if only adapters of the model are trained: if peft wraps it."""
-    return hasattr(model, "merge_adapter")
 
 
 def plain_weights(model: torch.nn.Module, changing: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,14 +88,13 @@ def export(
     Raises:
         UserError: the disk is full, or the policy has no adapters to write.
     """
-    policy: Any = model
-    lm = causal_lm(model)
-    if adapter_only and not is_adapted(model):
+    adapted, lm = peft_model(model), causal_lm(model)
+    if adapter_only and adapted is None:
         raise UserError("--adapter: the policy has no adapters, all its weights were trained. Drop --adapter.")
-    if is_adapted(model) and not adapter_only:
+    if adapted is not None and not adapter_only:
         for parameter in lm.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        lm = policy.merge_and_unload()
+        lm = adapted.merge_and_unload()
     for parameter in lm.parameters():
         parameter.data = parameter.data.to(dtype)
     # save_pretrained refuses settings that contradict each other (a temperature without sampling), which
@@ -112,7 +105,7 @@ def export(
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as temporary:
         written = Path(temporary) / "policy"
         try:
-            (policy if adapter_only else lm).save_pretrained(written)
+            (adapted if adapted is not None and adapter_only else lm).save_pretrained(str(written))
         except SafetensorError as error:
             raise UserError(f"{folder} cannot be written ({error}). Free disk space or give another folder") from error
         if generation is not None and not adapter_only:

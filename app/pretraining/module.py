@@ -83,7 +83,7 @@ class DemonstrationPretraining(L.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it when one is given
 
     def configure_model(self) -> None:
-        if hasattr(self, "policy"):
+        if "policy" in self._modules:  # Lightning calls this again for each stage
             return
         tokenizer = self.data.tokenizer
         config = self.config(

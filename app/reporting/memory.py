@@ -15,7 +15,8 @@ import torch
 from app.objective.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from app.objective.packing import plan_microbatches
 from app.objective.shared_prompt import plan_shared
-from app.policy.model import causal_lm, decoder_layers
+from app.policy.adapters import causal_lm
+from app.policy.model import decoder_layers
 from app.policy.weights import count_parameters
 
 _FLOAT = 4

@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
-from app.policy.model import causal_lm
+from app.policy.adapters import causal_lm
 from app.policy.weights import plain_weights
 from app.rollouts.pipeline import RolloutPipeline
 from datamodules.ledger import Ledger

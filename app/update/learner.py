@@ -14,7 +14,7 @@ from app.objective.advantages import Baseline, Scale
 from app.objective.packing import PackedBatch
 from app.objective.ratios import Aggregation
 from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
-from app.policy.model import evaluating
+from app.policy.modes import evaluating
 from app.policy.reference import ReferencePolicy
 from app.policy.scoring import completion_logprobs
 from app.ranks import Ranks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
-from app.policy.weights import is_adapted, plain_weights
+from app.policy.adapters import is_adapted
+from app.policy.weights import plain_weights
 from callbacks.stages import Stage, StepCallback
 from datamodules.types import TrainBatch
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from app.engines import Transformers
 from app.engines.transformers.shared_cache import SLACK
 from app.module import GRPOModule
-from app.policy.model import causal_lm
+from app.policy.adapters import causal_lm
 from app.policy.scoring import can_share_prompts
 from app.policy.weights import count_parameters
 from app.reporting.memory import Precision, StepSizes, memory_parts

@@ -14,8 +14,9 @@ from app.cli.dots import main
 from app.engines import Sampling, Transformers
 from app.module import GRPOModule
 from app.objective.packing import ScoredSequence
+from app.policy.adapters import Lora
 from app.policy.compilation import compile_layers
-from app.policy.model import Lora, Policy
+from app.policy.model import Policy
 from app.policy.scoring import completion_logprobs
 from app.reporting.curves import read_scalars
 from datamodules.errors import UserError

@@ -19,7 +19,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from app.policy.model import Policy, switch_off_dropout
+from app.policy.model import Policy
+from app.policy.modes import switch_off_dropout
 from tests.support.command import logged
 from tests.support.refusal import TINY, Place, model
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from app.cli import DotsTrainer
 from app.module import GRPOModule
-from app.policy.model import Lora, Policy
+from app.policy.adapters import Lora
+from app.policy.model import Policy
 from app.policy.weights import checkpoint_weights, plain_weights
 from app.rewards import Numeric
 from datamodules.errors import UserError

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from app.engines import Sampling, Vllm
 from app.engines.requests import EngineError
-from app.policy.model import Lora, Policy, add_lora, causal_lm
+from app.policy.adapters import Lora, add_lora, causal_lm
+from app.policy.model import Policy
 from app.policy.weights import plain_weights
 from datamodules.errors import UserError
 from datamodules.seeding import sample_seeds

@@ -24,7 +24,7 @@ from app.engines import Sampling, VllmServer
 from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient
 from app.engines.wire.push import WeightPusher
-from app.policy.model import Lora, add_lora, causal_lm
+from app.policy.adapters import Lora, add_lora, causal_lm
 from app.policy.weights import plain_weights
 from app.reporting.curves import read_scalars
 from datamodules.errors import UserError

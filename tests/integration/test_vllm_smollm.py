@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from app.engines import RolloutEngine, Sampling, Transformers, Vllm
-from app.policy.model import Policy, causal_lm
+from app.policy.adapters import causal_lm
+from app.policy.model import Policy
 from app.policy.weights import plain_weights
 from datamodules.types import Completion, Prompt
 from tests.support.smollm import PACKAGE, convert

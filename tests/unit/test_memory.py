@@ -17,7 +17,9 @@ from transformers import (
 
 from app.engines.transformers.shared_cache import SLACK, SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
-from app.policy.model import Lora, Policy, add_lora, attending
+from app.policy.adapters import Lora, add_lora
+from app.policy.model import Policy
+from app.policy.modes import attending
 from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision, StepSizes, memory_parts

@@ -12,7 +12,8 @@ import torch
 from app.cli.trainer import DotsTrainer
 from app.engines import Sampling
 from app.module import GRPOModule
-from app.policy.model import Lora, Policy
+from app.policy.adapters import Lora
+from app.policy.model import Policy
 from app.rewards import ReasoningGym
 from app.subsets.base import Column, best
 from app.subsets.frozen_policy import FrozenPolicy

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from app.objective.packing import ScoredSequence
-from app.policy.model import Lora, Policy
+from app.policy.adapters import Lora
+from app.policy.model import Policy
 from app.policy.reference import ReferencePolicy
 from app.update.microbatches import MicroBatches
 from tests.support.policies import TINY

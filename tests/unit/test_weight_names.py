@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from app.engines.worker.weight_names import not_pushed
-from app.policy.model import Lora, Policy, add_lora
-from app.policy.weights import is_adapted, plain_weights
+from app.policy.adapters import Lora, add_lora, is_adapted
+from app.policy.model import Policy
+from app.policy.weights import plain_weights
 from tests.support.policies import TINY, tiny_model
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

@@ -16,7 +16,9 @@ from app.engines.transformers.kv_cache import GrowingCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache
-from app.policy.model import attending, causal_lm, evaluating, plain_attention
+from app.policy.adapters import causal_lm
+from app.policy.model import plain_attention
+from app.policy.modes import attending, evaluating
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
