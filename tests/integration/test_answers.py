@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.refusal import Place, model, source, write_pool
@@ -81,3 +82,64 @@ def test_answers_of_which_none_can_be_read_are_refused(place: Place) -> None:
     rewards(place, ("app.rewards.Numeric", {}))
     said = place.refused("fit", "--config", "run.yaml", touches=True)
     assert "3 of 3 reference answers of the train prompts cannot be read by numeric, the first is 'east'" in said
+
+
+# Reference answer, a right completion and a wrong one.
+EXPRESSIONS = [
+    (r"The roots are $\boxed{2}$ and $\boxed{3}$.", r"\boxed{3} or \boxed{2}", r"\boxed{3}"),
+    (r"So \boxed{-1}, \boxed{1} and \boxed{7}", r"\boxed{7, 1, -1}", r"\boxed{1} and \boxed{7}"),
+    (r"\fbox{42}", r"\fbox{42}", r"\fbox{24}"),
+    (r"\fbox{-42}", r"\boxed{-42}", r"-42, no: \boxed{42}"),
+    ("#### 3,5", r"\boxed{3, 5}", r"\boxed{35}"),
+    ("#### 1, 2, 3", r"\boxed{1,2,3}", r"\boxed{6}"),
+    ("#### 1,234", r"\boxed{1234}", r"\boxed{1, 234}"),
+    ("4", r"\boxed{4}", r"\boxed{} 4"),
+    ("4", r"5 and so \boxed{4}", r"The \boxed{} is 4"),
+    ("4", r"\fbox{4.0}", r"\boxed{?} 4"),
+    ("4", r"\boxed{8/2}", r"\boxed{\text{ }} so 4"),
+    ("CAB", r"\boxed{CAB}", r"\boxed{ABC}"),
+    ("STOP", r"\boxed{\text{STOP}}", r"\boxed{POTS}"),
+    (r"\text{listen}", r"\boxed{listen}", r"\boxed{\text{silent}}"),
+    ("2004_5", r"\boxed{2004_5}", r"\boxed{2004_7}"),
+    ("1011_2", r"\boxed{1011_{2}}", r"\boxed{1011}"),
+    (r"1.6\times10^{-19}", r"\boxed{1.6 \cdot 10^{-19}}", r"\boxed{3.2\times10^{-19}}"),
+    (r"6.02 \times 10^{23}", r"\boxed{6.02e23}", r"\boxed{6.03 \times 10^{23}}"),
+    ("12,5", r"\boxed{12, 5}", r"\boxed{5,12}"),
+    ("(2, 7)", r"\boxed{\left(2,7\right)}", r"\boxed{(7, 2)}"),
+    (r"\{1, 2\}", r"\boxed{\{2, 1\}}", r"\boxed{(1, 2)}"),
+    (0.00005, r"\boxed{5 \times 10^{-5}}", r"\boxed{5}"),
+    (2.5e22, r"\boxed{2.5 \cdot 10^{22}}", r"\boxed{24999999999999997902848}"),
+]
+NUMBERS = [
+    ("12 km^2", "12 m^2", "2"),
+    ("12 km^2", "about 12", "144 km^2"),
+    ("7 m^3 of water", "it holds 7 m^3", "it holds 3"),
+    ("1 1/2", "1.5", "1/2"),
+    ("2 3/4 cups", "2.75 cups", "3/4"),
+    ("-1 1/4", "-5/4", "-3/4"),
+    (0.00005, "0.00005", "5"),
+    (1e-7, "1e-7", "7"),
+    ("#### 1,018", "1,018", "18"),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "reward"),
+    [(EXPRESSIONS, ("app.rewards.Math", {"require_boxed": True})), (NUMBERS, ("app.rewards.Numeric", {}))],
+    ids=["math", "numeric"],
+)
+def test_right_and_wrong_answers_of_a_run(
+    place: Place, table: list[tuple[object, str, str]], reward: tuple[str, dict[str, Any]]
+) -> None:
+    pool = [{"question": f"{at}?", "answer": gold, "written": both} for at, (gold, *both) in enumerate(table)]
+    # One file for each row: a column of the others has one type.
+    for at, row in enumerate(pool):
+        write_pool(place.path / f"pool_{at}.jsonl", [row])
+    rewards(place, reward, path=[f"pool_{at}.jsonl" for at in range(len(pool))])
+    command = "fit", "--config", "run.yaml", f"--data.prompts_per_step={len(pool)}"
+    code, said = place.run(*command, "--model.engine=tests.support.written_engine.Written")
+    assert code == 0, said[-2000:]
+    seen = pq.read_table(place.path / "runs/small/version_0/completions/step_00000000.parquet").to_pylist()
+    found = {(row["question"], row["completion"]): row["correctness"] for row in seen}
+    expected = {(row["question"], text): float(text == row["written"][0]) for row in pool for text in row["written"]}
+    assert found == expected

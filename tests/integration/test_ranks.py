@@ -64,6 +64,10 @@ class Misbehaving(StepCallback):
                 raise RuntimeError("broken on purpose")
             if self.what == "hang":
                 time.sleep(600)
+            if self.what == "spoil":  # a weight of this rank's part
+                own = [one.to_local() for one in trainer.lightning_module.policy_model.parameters()]
+                next(one for one in own if one.numel()).data.view(-1)[0] = float("inf")
+                return
             pathlib.Path(__file__).with_name("struck").touch()
             os.kill(os.getpid(), getattr(signal, self.what))
 """
@@ -73,7 +77,7 @@ def misbehaving(folder: Path, what: str, *, rank: int, step: int, where: str = "
     """A callback that does `what` on one rank in a step, as an option of the command line.
 
     Args:
-        what: "raise", "hang" or the name of a signal.
+        what: "raise", "hang", "spoil" (makes one weight of a sharded policy infinite) or the name of a signal.
         where: in the step: "start", "generate", "update", "push" or "save".
     """
     (folder / "misbehaving.py").write_text(MISBEHAVING)
@@ -311,6 +315,18 @@ def test_a_rank_struck_anywhere_ends_the_run_and_it_goes_on(
     assert scalars(tmp_path) == scalars(pairs("fsdp2"))
     weights, others = weights_of(pairs("fsdp2")), weights_of(tmp_path)
     assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+
+
+def test_weights_that_are_not_finite_on_one_rank_are_never_saved(tmp_path: Path):
+    spoiled = misbehaving(tmp_path, "spoil", rank=1, step=2, where="update")
+    started = time.monotonic()
+    done = dots_on_ranks(2, *arguments(tmp_path, 2, EVERY_STEP, spoiled, strategy="fsdp2"), path=tmp_path)
+    assert time.monotonic() - started < 120
+    assert [one.returncode for one in done] == [2, 2], done[0].stderr[-2000:]
+    assert "Stopped at step 2: the update made the norm of the weights NaN or infinite" in done[0].stderr
+    saved = sorted(path.name for path in (run_of(tmp_path) / "checkpoints").glob("step_*.ckpt"))
+    assert saved[-1] == "step_00000002.ckpt"
+    assert all(one.isfinite().all() for one in weights_of(tmp_path).values())
 
 
 @pytest.mark.long
