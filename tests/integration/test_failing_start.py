@@ -137,18 +137,22 @@ def test_export_to_a_place_that_cannot_be(place: Place) -> None:
             subprocess.run(["umount", str(small)], check=True)
 
 
-STUDIES: dict[str, tuple[str, ...]] = {
-    "compare": ("--config", "broken.yaml"),
-    "forecast": ("--run", "broken", "--config", "run.yaml"),
-    "difficulty": ("train", "--config", "broken.yaml"),
+STUDIES = {
+    "base": ("compare", "--base", "broken.yaml", "--arms", "a=run.yaml", "b=run.yaml", "--out", "o"),
+    "arm": ("compare", "--base", "run.yaml", "--arms", "b=broken.yaml", "a=run.yaml", "--out", "o"),
+    "forecast": ("forecast", "--config", "broken.yaml", "--traces", "pool.jsonl", "--selector", "Dots", "--out", "o"),
+    "difficulty": ("difficulty", "fit", "--config", "broken.yaml"),
+    "data": ("data", "--config", "broken.yaml"),
 }
+BROKEN = {"a: [": "while parsing a flow node", "\x00": "unacceptable character", "5": "mapping", "- 1\n- 2": "mapping"}
 
 
-@pytest.mark.parametrize("content", ["a: [", "\x00", "5", "- 1\n- 2", "{}"])
-@pytest.mark.parametrize("command", STUDIES)
-def test_start_of_a_study(place: Place, command: str, content: str) -> None:
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize("study", STUDIES)
+def test_start_of_a_study(place: Place, study: str, content: str) -> None:
     (place.path / "broken.yaml").write_text(content)
-    line = place.refused(command, *STUDIES[command])
+    line = place.refused(*STUDIES[study])
+    assert "broken.yaml" in line and BROKEN[content] in line, line
     assert line.isprintable() and len(line) < 900
 
 

@@ -430,3 +430,13 @@ def test_the_default_root_is_the_working_folder(place: Place) -> None:
     ran(place, "predict", "--config", "run.yaml", "--data.val_size=2", *LAST)
     assert (place.path / "lightning_logs/version_1/completions/predict.parquet").exists()
     assert not (place.path / "config.yaml").exists() and not (place.path / "checkpoints").exists()
+
+
+def test_variables_in_the_folder_of_the_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOTS_TEST_RUNS", str(place.path / "elsewhere"))
+    code, said = place.run(*FIT, "--trainer.logger.save_dir=${DOTS_TEST_RUNS}/deep")
+    assert code == 0, said[-2000:]
+    assert (place.path / "elsewhere/deep/small/version_0/summary.json").is_file()
+    line = place.refused(*FIT, "--trainer.logger.save_dir=$DOTS_TEST_UNSET/deep")
+    assert "names the variable $DOTS_TEST_UNSET, which is not set" in line
+    assert "the home of a user who does not exist" in place.refused(*FIT, "--trainer.logger.save_dir=~nobody_here/runs")

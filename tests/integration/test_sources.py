@@ -10,6 +10,9 @@ import pytest
 import torch
 import yaml
 
+from datamodules.errors import UserError
+from datamodules.online import OnlinePromptDataModule
+from datamodules.prompts.file import PromptFile
 from tests.support.command import ROOT, logged
 from tests.support.refusal import Place, data, model, write_pool
 
@@ -259,3 +262,10 @@ def test_the_example_of_two_sources_and_two_sets_trains(place: Place, monkeypatc
     assert found["train/sums/chosen_fraction"][0] == 0.75
     assert found["val/words/metadata.source_dataset=spell_backward/prompts"][0] == 30
     assert found["val/prompts"][0] == found["val/sums/prompts"][0] + 30
+
+
+def test_no_source_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="data.train is an empty mapping, expected at least one source"):
+        OnlinePromptDataModule(train={})
+    with pytest.raises(UserError, match=r"data.train names a source 'a b', expected letters, digits"):
+        OnlinePromptDataModule(train={"a b": PromptFile(path="pool.jsonl")})

@@ -202,8 +202,9 @@ def test_a_run_with_a_time_limit_only(place: Place) -> None:
     )
     unlimited = ("--trainer.max_steps=-1", "--trainer.max_time=00:00:00:02")
     assert "a fraction up to 1.0" in place.refused(*FIT, *unlimited, "--trainer.val_check_interval=0.5")
-    ran(place, *FIT, *unlimited)
+    said = ran(place, *FIT, *unlimited)
     done = account(run_of(place))
+    assert f"step {done['steps']}  reward" in said and "/-1" not in said
     assert done["steps"] > 2 and done["completed"] is True
     assert done["reference"]["prompts"] == 2 * (done["steps"] + 1)  # a set before the first step and after each
     assert steps_of(run_of(place)) == [done["steps"]] and measured(run_of(place))[-1] == done["steps"]
