@@ -265,7 +265,7 @@ def test_the_example_of_two_sources_and_two_sets_trains(place: Place, monkeypatc
 
 
 def test_no_source_at_all_is_refused() -> None:
-    with pytest.raises(UserError, match="data.train is an empty mapping, expected at least one source"):
+    with pytest.raises(UserError, match=r"data\.train is an empty mapping, expected at least one source"):
         OnlinePromptDataModule(train={})
-    with pytest.raises(UserError, match=r"data.train names a source 'a b', expected letters, digits"):
+    with pytest.raises(UserError, match=r"data\.train names a source 'a b', expected letters, digits"):
         OnlinePromptDataModule(train={"a b": PromptFile(path="pool.jsonl")})
