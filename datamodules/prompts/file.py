@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -11,13 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.prompts.files import matching, open_table
+from datamodules.prompts.readers import FileOptions
 from datamodules.prompts.reading import read_pool
-from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.tables import ranges
+from datamodules.prompts.schemas import PROBE, Schema, SchemaOverrides, detect
+from datamodules.prompts.tables import Table, files_of, ranges
 from datamodules.prompts.templates import Renderer, check_template
-
-_PROBE = 64
-"""Number of rows that the schema is detected from."""
 
 
 class PromptSource(ABC):
@@ -115,6 +114,7 @@ class PromptFile(PromptSource):
             function in lower case); null for all of them.
         glob: whether `path` is a pattern such as `shards/*.jsonl`, whose files are read in the order of their names;
             `**` matches folders.
+        encoding: of text files, e.g. `gbk` or `latin-1`; null for UTF-8.
     """
 
     def __init__(
@@ -134,12 +134,14 @@ class PromptFile(PromptSource):
         weight: float | None = None,
         rewards: list[str] | None = None,
         glob: bool = False,
+        encoding: str | None = None,
     ) -> None:
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
         self._check_positive(limit=limit)
         if not path:
             raise UserError("PromptFile path is empty. Name a file, a folder or a hub data set.")
         self.path, self.name, self.split, self.limit, self.glob = path, name, split, limit, glob
+        self.encoding = encoding
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -148,18 +150,24 @@ class PromptFile(PromptSource):
             paths = [file for pattern in paths for file in matching(pattern)]
         source = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
-        text_columns = [column for column in named if column is not None]
-        tables = [open_table(path, self.name, self.split, text_columns) for path in paths]
-        table = ranges([(one, 0, len(one)) for one in tables])
+        options = FileOptions(tuple(column for column in named if column is not None), self.encoding)
+        read = [(path, open_table(path, self.name, self.split, options)) for path in paths]
+        table = ranges([(one, 0, len(one)) for _, one in read])
         if self.limit is not None:
             table = ranges([(table, 0, min(self.limit, len(table)))])
-        probe = table.rows(range(min(_PROBE, len(table))))
+        probe = table.rows(range(min(PROBE, len(table))))
         schema = detect(table.columns, probe, self.overrides, source)
-        for path, one in zip(paths, tables, strict=True):
-            for column in (schema.prompt, schema.answer):
-                if column is not None and column.split(".")[0] not in {name.split(".")[0] for name in one.columns}:
-                    raise UserError(
-                        f"{path} has no column {column!r}, which the other files of {source} have: its columns are "
-                        f"{', '.join(map(repr, one.columns))}. Make it a source of its own, or rename the column."
-                    )
+        self._check_same_columns([(one.file or path, one) for path, table in read for one in files_of(table)], schema)
         return read_pool(table, schema, self.renderer(tokenizer), source, self.max_prompt_length, self.context_limit)
+
+    def _check_same_columns(self, files: Sequence[tuple[str, Table]], schema: Schema) -> None:
+        """Raise UserError if a file lacks the prompt, answer or choices that another one has."""
+        for column in (schema.prompt, schema.answer, *schema.choices):
+            head = (column or "").split(".")[0]
+            having = [any(name.split(".")[0] == head for name in one.columns) for _, one in files]
+            if column is not None and not all(having):
+                (lacking, one), (other, _) = files[having.index(False)], files[having.index(True)]
+                raise UserError(
+                    f"{lacking} has no column {column!r}, which {other} has: its columns are "
+                    f"{', '.join(map(repr, one.columns))}. Make it a source of its own, or rename the column."
+                )
