@@ -57,7 +57,7 @@ def plain(value: object) -> object:
 class AnswerSpan:
     """Locates the answer within a completion.
 
-    Both options are empty when unset: the command line would read an optional string as YAML, and `####` as a comment.
+    Both options are empty when unset.
 
     Args:
         after: the answer is the text after the last occurrence of this string.

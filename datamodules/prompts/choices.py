@@ -60,7 +60,7 @@ class Choices:
             texts = [one.strip() for one in self.texts]
             return texts.index(text) if texts.count(text) == 1 else None
         text = text.removesuffix(".0")  # a column of integers with a gap is stored as floats
-        place = int(text) - (naming == "number") if text.isascii() and text.isdigit() else -1
+        place = int(text) - (naming == "number") if re.fullmatch("[0-9]{1,3}", text) else -1
         return place if 0 <= place < len(self.texts) else None
 
 

@@ -89,11 +89,15 @@ class PromptFile(PromptSource):
     `reward_model.ground_truth` or `reward_spec.ground_truth`), OpenRLHF (`input`, `label`), open-instruct (`messages`,
     `ground_truth`), NeMo-RL (`input`, `output`), GSM8K (`question`, `answer` with `####`), MATH (`problem`, `answer`
     or `solution`), Alpaca (`instruction` and `input`, `output`), Dolly (`instruction` and `context`, `response`),
-    ShareGPT (`conversations`). A `context` goes before its `question`. All other columns are passed to the rewards.
+    ShareGPT (`conversations`), multiple choice (`question`, `choices` and `answer`, `label` or `answerKey`: the choices
+    follow the question as lettered lines, and the answer is a letter). A `context` goes before its `question`. The last
+    reply of a conversation is the answer where no column is. A `system` column is the row's system message, and `tools`
+    go to the chat template. All other columns are passed to the rewards.
 
     Args:
-        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`; or a list of them,
-            which are read one after the other. It is a pattern only with `glob`.
+        path: a .jsonl, .json, .parquet, .csv or .tsv file (texts also with .gz, .bz2 or .xz), a folder, or a hub name
+            such as `openai/gsm8k`; or a list of them, which are read one after the other. It is a pattern only with
+            `glob`.
         split: split of a hub data set or folder; slices such as `train[:10%]` are allowed.
         name: configuration of a hub data set, e.g. `main`.
         prompt_column: column with the text or messages, which then are the whole prompt; a dot leads into an object
@@ -104,8 +108,8 @@ class PromptFile(PromptSource):
             (verbatim).
         id_column: column that names the rows; by default `extra_info.index`, a unique `id`, or a hash of the prompt.
         system_prompt: goes before every prompt that has no system message.
-        template: plain template such as `Question: {question}\\nAnswer:`; by default the tokenizer's chat template,
-            or the plain text if it has none.
+        template: plain template such as `Question: {question}\\nAnswer:`, which may name any column; by default the
+            tokenizer's chat template, or the plain text if it has none.
         chat_template_kwargs: arguments of the chat template, e.g. `{enable_thinking: false}`.
         max_prompt_length: prompts of more tokens are dropped and counted.
         limit: number of rows to read, from the start.

@@ -223,9 +223,9 @@ class Schema:
         answer = self.answer_of(row)
         additions: dict[str, object] = {"question": question}
         if answer is not None:
-            if self.answer == "answer":
-                if self.answer_format != "verbatim":
-                    additions["rationale"] = row["answer"]
+            if self.answer == "answer" and self.answer_format != "verbatim":
+                additions["rationale"] = row["answer"]
+            if self.answer == "answer" or self.naming:  # where letters are asked for, no other column is the answer
                 columns["answer"] = answer
             additions |= dict.fromkeys(("answer", "solution", "ground_truth"), answer)
         for name, value in additions.items():

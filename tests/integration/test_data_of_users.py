@@ -60,7 +60,7 @@ SHAREGPT = {"keys": ("from", "value"), "names": ("human", "gpt")}
 
 @pytest.mark.parametrize(
     ("row", "schema", "prompt", "answer"),
-    [
+    few([
         (lambda n: {"messages": turns(f"{n}+1?", f"{n + 1}")}, "messages -> its last turn", "{n}+1?", "{n+1}"),
         (
             lambda n: {"conversations": turns(f"{n}+1?", f"so \\boxed{{{n + 1}}}", **SHAREGPT), "id": n},
@@ -95,8 +95,8 @@ SHAREGPT = {"keys": ("from", "value"), "names": ("human", "gpt")}
             "Be brief.\n\n{n}+1?",
             "{n+1}",
         ),
-    ],
-)
+    ], 5),
+)  # fmt: skip
 def test_forms_of_questions_and_answers(
     place: Place, row: Callable[[int], dict[str, Any]], schema: str, prompt: str, answer: str
 ) -> None:
@@ -132,7 +132,7 @@ LINES = "{n}+1?\nA. {n}\nB. {n+1}\nC. {n+2}\nD. {n+3}"
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [
+    few([
         (lambda n: {**mmlu(n), "answer": 1}, "question + choices -> letter of answer, which counts from 0"),
         (lambda n: {**mmlu(n), "label": "B"}, "question + choices -> letter of label"),
         (lambda n: {**mmlu(n), "answer": ["(b)"]}, "question + choices -> letter of answer"),
@@ -159,7 +159,7 @@ LINES = "{n}+1?\nA. {n}\nB. {n+1}\nC. {n+2}\nD. {n+3}"
             lambda n: {"question": f"{n}+1?", **dict(zip("ABCD", mmlu(n)["choices"], strict=True)), "answer": "B"},
             "question + A to D -> letter of answer",
         ),
-    ],
+    ], 5),
 )  # fmt: skip
 def test_multiple_choice(place: Place, row: Callable[[int], dict[str, Any]], said: str) -> None:
     report, prompts, seen = shown(place, [row(n) for n in (0, 4, 8)])
@@ -185,6 +185,8 @@ def test_choices_counted_from_one_and_answers_that_name_none(place: Place) -> No
     assert (prompts[0], seen[0]) == ("0+1?", "answer='the sum is 1'")
     blank = [*({**mmlu(n), "answer": 1} for n in range(3)), {**mmlu(3), "answer": -1}]
     assert shown(place, blank)[0].endswith("4 rows read, 3 prompts kept, dropped 1 empty")
+    both = [{**mmlu(n), "answer": str(n + 1), "answerKey": "B"} for n in range(3)]
+    assert shown(place, both)[2][0] == "answer='B'"
 
 
 def test_a_template_names_any_column_and_the_choices_stand_where_it_says(place: Place) -> None:
@@ -306,7 +308,7 @@ def test_files_of_every_kind_hold_the_same_rows(place: Place) -> None:
     code, out, err = place.run_with_output(*command(f"[{', '.join(FILES)}]"))
     assert code == 0, err
     assert "train: a.tsv and 10 more (question -> answer): 22 rows read, 2 prompts kept, dropped 20 duplicate" in out
-    assert '  | say "é, 国"\n  exact sees answer=\'国\'' in out
+    assert "  | say \"é, 国\"\n  exact sees answer='国'" in out
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def test_an_encoding_is_used_and_a_wrong_one_named(place: Place) -> None:
     (place.path / "x.csv").write_bytes(TABLE.encode("gbk"))
     code, out, err = place.run_with_output(*command("x.csv", "--data.train.encoding=gbk"))
     assert code == 0, err
-    assert '  | say "é, 国"\n  exact sees answer=\'国\'' in out
+    assert "  | say \"é, 国\"\n  exact sees answer='国'" in out
     assert "'x.csv' is not ascii" in place.refused(*command("x.csv", "--data.train.encoding=ascii"))
     assert "'x.csv' is not nosuch" in place.refused(*command("x.csv", "--data.train.encoding=nosuch"))
 
