@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import datasets
 import numpy as np
@@ -50,9 +49,10 @@ class FileOptions:
 def _content(path: Path, options: FileOptions) -> bytes:
     """Return a text file's content in UTF-8."""
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            content = file.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        content = path.read_bytes()
+        if path.suffix in _UNPACK:
+            content = _UNPACK[path.suffix](content)
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{str(path)!r} cannot be read ({cause}). Give a readable file.") from error
     if not content.strip():
@@ -126,15 +126,13 @@ def _wrapped(content: bytes, where: str) -> list[Row] | None:
             return None  # read as lines, whose errors are named
     except RecursionError:
         return None
-    if not isinstance(row, dict):
-        return None
+    if not isinstance(row, dict) or any(name.lower() in PROMPTS for name in row):
+        return None  # no object, or a row
     lists = [
         name
         for name, value in row.items()
         if isinstance(value, list) and value and isinstance(value[0], dict) and not is_message(value[0])
     ]
-    if any(name.lower() in PROMPTS for name in row.keys() - lists):
-        return None  # a row
     if len(lists) > 1:
         raise UserError(
             f"{where} is one object with several lists of rows ({', '.join(map(repr, lists))}). Write a file for each."
@@ -189,7 +187,9 @@ def _read_csv(path: Path, options: FileOptions) -> Table:
     text = decoded(_content(path, options), repr(str(path)), is_file=True)
     csv.field_size_limit(MAX_LINE)
     first = next(line for line in text.splitlines() if line.strip())
-    separator = max(",;\t|", key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    separator = (
+        "\t" if ".tsv" in path.suffixes else max(",;\t|", key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     records: list[list[str]] = []
     header: list[str] = []
@@ -232,7 +232,11 @@ def _typed(cells: Sequence[str]) -> Sequence[object]:
     return cells
 
 
-_OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
 _TEXT: dict[str, Callable[[Path, FileOptions], Table]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
@@ -243,11 +247,11 @@ _TEXT: dict[str, Callable[[Path, FileOptions], Table]] = {
 READERS: dict[str, Callable[[Path, FileOptions], Table]] = {
     **_TEXT,
     ".parquet": _read_parquet,
-    **{ending + packed: reader for ending, reader in _TEXT.items() for packed in _OPENERS},
+    **{ending + packed: reader for ending, reader in _TEXT.items() for packed in _UNPACK},
 }
 """The supported endings. A reader raises UserError."""
 
 
 def ending_of(path: Path) -> str:
     """Return the ending that says how a file is read: its last, or its last two if it is compressed."""
-    return "".join(path.suffixes[-2:]) if path.suffix in _OPENERS else path.suffix
+    return "".join(path.suffixes[-2:]) if path.suffix in _UNPACK else path.suffix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.answers import AnswerFormat, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError, nearest
@@ -198,7 +198,7 @@ class Schema:
         """Return the row's own system message; None if it has none. Raises ValueError if it is no text."""
         return None if self.system is None else _text(row.get(self.system), self.system)
 
-    def tools_of(self, row: Row) -> list[object] | None:
+    def tools_of(self, row: Row) -> list[dict[str, Any]] | None:
         """Return the functions for the chat template; None if the row has none. Raises ValueError if it is no list."""
         value = None if self.tools is None else row.get(self.tools)
         if isinstance(value, str) and value.strip():
@@ -442,7 +442,7 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
-def _without_none(value: object) -> object:
+def _without_none(value: Any) -> Any:
     """Return a value without the keys that are None, which Arrow adds where other rows have them."""
     if isinstance(value, Mapping):
         return {key: _without_none(one) for key, one in value.items() if one is not None}

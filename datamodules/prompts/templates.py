@@ -144,7 +144,7 @@ class Renderer:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._keeps_system: bool | None = None  # not known yet
         self._powers_checked: set[bool] = set()  # by whether functions are described: they may have their own template
-        self._fields = frozenset() if template is None else frozenset(_fields(template))
+        self._fields: frozenset[str] = frozenset() if template is None else frozenset(_fields(template))
         self.columns = sorted(self._fields - set(_FIELDS))
         if self.chat_template_kwargs:
             self._check_chat_template_kwargs()
@@ -175,7 +175,7 @@ class Renderer:
         self,
         prompt: str | Messages,
         system: str | None = None,
-        tools: Sequence[object] | None = None,
+        tools: list[dict[str, Any]] | None = None,
         row: Row | None = None,
     ) -> Rendered:
         """Render a question or a conversation.
@@ -249,7 +249,7 @@ class Renderer:
         """Return the chat template that is used. Raises ValueError if there are several and none is the default."""
         return self.tokenizer.get_chat_template(self.chat_template_kwargs.get("chat_template"), tools=tools)
 
-    def _apply_chat_template(self, messages: Messages, tools: Sequence[object] | None = None) -> str:
+    def _apply_chat_template(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> str:
         continued = messages[-1]["role"] == "assistant"  # the policy continues a given start of a reply
         try:
             if (described := tools is not None) not in self._powers_checked:
@@ -271,7 +271,7 @@ class Renderer:
         assert isinstance(text, str), "tokenize=False gives text"
         return text
 
-    def _check_system(self, messages: Messages, text: str, tools: Sequence[object] | None) -> None:
+    def _check_system(self, messages: Messages, text: str, tools: list[dict[str, Any]] | None) -> None:
         """Check that another system message gives another text. Raises UserError if the template leaves it out."""
         others = [{**one, "content": one["content"] + "."} if one["role"] == "system" else one for one in messages]
         self._keeps_system = self._apply_chat_template(others, tools) != text
