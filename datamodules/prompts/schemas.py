@@ -291,10 +291,10 @@ def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverri
             parts = [names[_CONTEXT], prompt]
     if prompt is None:
         found, accepted = ", ".join(map(repr, columns)), ", ".join(map(repr, PROMPTS))
-        text = f"={folded['text']} if it holds prompts: text for pretraining has none" if "text" in folded else ""
+        hint = f"={folded['text']} if it holds prompts: text for pretraining has none" if "text" in folded else ""
         raise UserError(
             f"{source} has no prompt column: its columns are {found}; expected one of {accepted}. "
-            f"Set prompt_column{text}."
+            f"Set prompt_column{hint}."
         )
     ends_with_answer = (
         overrides.answer_column == "auto" and answer is None and _ends_with_answer(prompt, probe, overrides)

@@ -257,7 +257,7 @@ class Renderer:
                 self._powers_checked.add(described)
             text = self.tokenizer.apply_chat_template(
                 messages,
-                tools=tools,
+                tools=None if tools is None else list(tools),  # of a wider type
                 tokenize=False,
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
