@@ -95,7 +95,10 @@ def decoded(content: bytes, where: str, *, is_file: bool = False) -> str:
     except UnicodeDecodeError as error:
         number, byte = content.count(b"\n", 0, error.start) + 1, f"byte 0x{content[error.start]:02X}"
         line = f" line {number}" if is_file else ""
-        raise UserError(f"{where}{line} is not UTF-8 ({byte}: {error.reason}). Save the file as UTF-8.") from error
+        raise UserError(
+            f"{where}{line} is not UTF-8 ({byte}: {error.reason}). Save the file as UTF-8, or set the encoding of its "
+            "source if it is data (encoding: gbk)."
+        ) from error
 
 
 def check_depth(value: object, where: str) -> None:

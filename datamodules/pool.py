@@ -29,6 +29,7 @@ class ReadReport:
         held_out: prompts moved to the validation pool.
         hidden_columns: columns not passed to rewards, because one of their arguments has the same name.
         conflicts: prompts that stand in the data with several different answers; all are kept.
+        other_columns: all other columns, where none is known to hold answers and none was named.
     """
 
     source: str
@@ -42,6 +43,7 @@ class ReadReport:
     held_out: int = 0
     hidden_columns: tuple[str, ...] = ()
     conflicts: int = 0
+    other_columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         too_long = f"longer than {self.max_prompt_length} tokens"
@@ -52,7 +54,10 @@ class ReadReport:
         line += f", {self.held_out} held out for validation" if self.held_out else ""
         line += f", dropped {', '.join(parts)}" if parts else ""
         line += f", {self.conflicts} with several different answers (all kept)" if self.conflicts else ""
-        return line + (f"; not passed to rewards: {', '.join(self.hidden_columns)}" if self.hidden_columns else "")
+        line += f"; not passed to rewards: {', '.join(self.hidden_columns)}" if self.hidden_columns else ""
+        if self.other_columns:
+            line += f"; if one of {', '.join(self.other_columns)} holds the answers, set answer_column to it"
+        return line
 
 
 class PromptPool(Sequence[Prompt]):

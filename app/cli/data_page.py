@@ -54,9 +54,11 @@ def _rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _seen(reward: Reward, prompt: Prompt) -> str:
     """Return the reference answer that a built-in reward compares with, or the columns that a function is passed."""
-    for path in gold_columns([reward]):
+    for path in (paths := gold_columns([reward])):
         if (value := lookup(prompt.columns, path)) is not None:
             return f"{path}={_short(value)}"
+    if paths:
+        return "no reference answer"
     shown = [f"{name}={_short(value)}" for name, value in prompt.columns.items()]
     return ", ".join(shown) or "no column but the prompt"
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace, _typehints, set_loader
 from jsonargparse._loaders_dumpers import yaml_load
-from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
+from jsonargparse._typehints import ActionTypeHint, NestedArg, get_all_subclass_paths
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -82,8 +82,6 @@ class DotsArgumentParser(LightningArgumentParser):
         if DEBUG_FLAG in given:
             os.environ[DEBUG_VARIABLE] = "1"
             given = [token for token in given if token != DEBUG_FLAG]
-        if not self.exit_on_error:  # jsonargparse passes the null of an option to a nested class as `--option=None`
-            given = [f"{token[:-4]}null" if token.endswith("=None") else token for token in given]
         return super().parse_args(given, *rest, **kwargs)
 
     def parse_path(self, path: Any, *rest: Any, **kwargs: Any) -> Namespace:
@@ -176,6 +174,23 @@ def _user_errors_first(subtypes: Any, val: Any, exceptions: list[Exception]) -> 
 
 _raise_for_all_types = _typehints.raise_union_unexpected_value
 _typehints.raise_union_unexpected_value = _user_errors_first
+
+
+def _value_as_written(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Load the text of an option for what it is; text that no other type of the option accepts stays as it is.
+
+    jsonargparse loads the text of `--data.train.template TEXT` once for `data`, and hands on what Python prints for the
+    result. It is only the option itself that knows whether text is expected, and that loads it once more. Text of which
+    YAML would leave nothing, a comment, is text.
+    """
+    if isinstance(value, NestedArg):
+        return value, None
+    loaded, path = _parse_value(value, *args, **kwargs)
+    lost = loaded is None and isinstance(value, str) and value.lstrip().startswith("#")
+    return (value, None) if lost else (loaded, path)
+
+
+_parse_value, _typehints.parse_value_or_config = _typehints.parse_value_or_config, _value_as_written
 
 
 def short_names(base: type) -> dict[str, type]:

@@ -57,7 +57,7 @@ def plain(value: object) -> object:
 class AnswerSpan:
     """Locates the answer within a completion.
 
-    Both options are empty when unset: the command line would read an optional string as YAML, and `####` as a comment.
+    Both options are empty when unset.
 
     Args:
         after: the answer is the text after the last occurrence of this string.
@@ -184,12 +184,14 @@ def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) 
     present = [name for name in names if name.split(".")[0] in columns]
     if count and not present:
         own = sorted(columns.keys() - REWARD_ARGUMENTS)
+        others = ", ".join(repr(name) for name in own if name != "question") or "none"
         given = ", ".join(map(repr, own)) or "none"
         if column is not None and own:
             raise UserError(f"The data has no column {column!r} for gold, only {given}: {nearest(column, own)}")
         raise UserError(
-            f"The data has no column with reference answers (its columns: {given}). Set gold to the right column, or "
-            f"give it one of the usual names: {', '.join(GOLD_COLUMNS)}."
+            f"The data has no column with reference answers (columns that are not the prompt: {others}). Set "
+            "answer_column of its source to the right one, e.g. --data.train.answer_column NAME, or give it one of the "
+            f"usual names: {', '.join(GOLD_COLUMNS)}."
         )
     return [_first_gold(columns, row, present) for row in range(count)]
 

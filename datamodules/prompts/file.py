@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -11,13 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.prompts.files import matching, open_table
+from datamodules.prompts.readers import FileOptions
 from datamodules.prompts.reading import read_pool
-from datamodules.prompts.schemas import SchemaOverrides, detect
-from datamodules.prompts.tables import ranges
+from datamodules.prompts.schemas import PROBE, Schema, SchemaOverrides, detect
+from datamodules.prompts.tables import Table, files_of, ranges
 from datamodules.prompts.templates import Renderer, check_template
-
-_PROBE = 64
-"""Number of rows that the schema is detected from."""
 
 
 class PromptSource(ABC):
@@ -90,11 +89,15 @@ class PromptFile(PromptSource):
     `reward_model.ground_truth` or `reward_spec.ground_truth`), OpenRLHF (`input`, `label`), open-instruct (`messages`,
     `ground_truth`), NeMo-RL (`input`, `output`), GSM8K (`question`, `answer` with `####`), MATH (`problem`, `answer`
     or `solution`), Alpaca (`instruction` and `input`, `output`), Dolly (`instruction` and `context`, `response`),
-    ShareGPT (`conversations`). A `context` goes before its `question`. All other columns are passed to the rewards.
+    ShareGPT (`conversations`), multiple choice (`question`, `choices` and `answer`, `label` or `answerKey`: the choices
+    follow the question as lettered lines, and the answer is a letter). A `context` goes before its `question`. The last
+    reply of a conversation is the answer where no column is. A `system` column is the row's system message, and `tools`
+    go to the chat template. All other columns are passed to the rewards.
 
     Args:
-        path: a .jsonl, .json, .parquet or .csv file, a folder, or a hub name such as `openai/gsm8k`; or a list of them,
-            which are read one after the other. It is a pattern only with `glob`.
+        path: a .jsonl, .json, .parquet, .csv or .tsv file (texts also with .gz, .bz2 or .xz), a folder, or a hub name
+            such as `openai/gsm8k`; or a list of them, which are read one after the other. It is a pattern only with
+            `glob`.
         split: split of a hub data set or folder; slices such as `train[:10%]` are allowed.
         name: configuration of a hub data set, e.g. `main`.
         prompt_column: column with the text or messages, which then are the whole prompt; a dot leads into an object
@@ -105,8 +108,8 @@ class PromptFile(PromptSource):
             (verbatim).
         id_column: column that names the rows; by default `extra_info.index`, a unique `id`, or a hash of the prompt.
         system_prompt: goes before every prompt that has no system message.
-        template: plain template such as `Question: {question}\\nAnswer:`; by default the tokenizer's chat template,
-            or the plain text if it has none.
+        template: plain template such as `Question: {question}\\nAnswer:`, which may name any column; by default the
+            tokenizer's chat template, or the plain text if it has none.
         chat_template_kwargs: arguments of the chat template, e.g. `{enable_thinking: false}`.
         max_prompt_length: prompts of more tokens are dropped and counted.
         limit: number of rows to read, from the start.
@@ -115,6 +118,7 @@ class PromptFile(PromptSource):
             function in lower case); null for all of them.
         glob: whether `path` is a pattern such as `shards/*.jsonl`, whose files are read in the order of their names;
             `**` matches folders.
+        encoding: of text files, e.g. `gbk` or `latin-1`; null for UTF-8.
     """
 
     def __init__(
@@ -134,12 +138,14 @@ class PromptFile(PromptSource):
         weight: float | None = None,
         rewards: list[str] | None = None,
         glob: bool = False,
+        encoding: str | None = None,
     ) -> None:
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
         self._check_positive(limit=limit)
         if not path:
             raise UserError("PromptFile path is empty. Name a file, a folder or a hub data set.")
         self.path, self.name, self.split, self.limit, self.glob = path, name, split, limit, glob
+        self.encoding = encoding
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -148,18 +154,24 @@ class PromptFile(PromptSource):
             paths = [file for pattern in paths for file in matching(pattern)]
         source = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         named = [self.overrides.prompt_column, self.overrides.named_answer, self.overrides.id_column]
-        text_columns = [column for column in named if column is not None]
-        tables = [open_table(path, self.name, self.split, text_columns) for path in paths]
-        table = ranges([(one, 0, len(one)) for one in tables])
+        options = FileOptions(tuple(column for column in named if column is not None), self.encoding)
+        read = [(path, open_table(path, self.name, self.split, options)) for path in paths]
+        table = ranges([(one, 0, len(one)) for _, one in read])
         if self.limit is not None:
             table = ranges([(table, 0, min(self.limit, len(table)))])
-        probe = table.rows(range(min(_PROBE, len(table))))
+        probe = table.rows(range(min(PROBE, len(table))))
         schema = detect(table.columns, probe, self.overrides, source)
-        for path, one in zip(paths, tables, strict=True):
-            for column in (schema.prompt, schema.answer):
-                if column is not None and column.split(".")[0] not in {name.split(".")[0] for name in one.columns}:
-                    raise UserError(
-                        f"{path} has no column {column!r}, which the other files of {source} have: its columns are "
-                        f"{', '.join(map(repr, one.columns))}. Make it a source of its own, or rename the column."
-                    )
+        self._check_same_columns([(one.file or path, one) for path, table in read for one in files_of(table)], schema)
         return read_pool(table, schema, self.renderer(tokenizer), source, self.max_prompt_length, self.context_limit)
+
+    def _check_same_columns(self, files: Sequence[tuple[str, Table]], schema: Schema) -> None:
+        """Raise UserError if a file lacks the prompt, answer or choices that another one has."""
+        for column in (schema.prompt, schema.answer, *schema.choices):
+            head = (column or "").split(".")[0]
+            having = [any(name.split(".")[0] == head for name in one.columns) for _, one in files]
+            if column is not None and not all(having):
+                (lacking, one), (other, _) = files[having.index(False)], files[having.index(True)]
+                raise UserError(
+                    f"{lacking} has no column {column!r}, which {other} has: its columns are "
+                    f"{', '.join(map(repr, one.columns))}. Make it a source of its own, or rename the column."
+                )

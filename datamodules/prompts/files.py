@@ -20,23 +20,23 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from datamodules.errors import UserError, nearest
-from datamodules.prompts.readers import READERS
+from datamodules.prompts.readers import READERS, FileOptions, ending_of
 from datamodules.prompts.tables import DatasetTable, Table, ranges
 
 _FAILURES = (DatasetsError, pa.ArrowException, OSError, ValueError, KeyError, StopIteration, RuntimeError)
 """Exceptions of `datasets` for unreadable data. RuntimeError: a data set that is a script, which is never run."""
 
-_ENDINGS = ", ".join(READERS)
+_ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv (also with .gz, .bz2 or .xz), .parquet"
 
 
-def open_table(path: str, name: str | None, split: str, text_columns: Sequence[str]) -> Table:
+def open_table(path: str, name: str | None, split: str, options: FileOptions) -> Table:
     """Open one split; a single file is that split, whatever its name.
 
     Args:
         path: file, folder or hub name.
         name: configuration of a hub data set or folder.
         split: split, or slices of splits such as `train[:10%]`.
-        text_columns: columns of a CSV file that stay text, in addition to the known prompt and answer columns.
+        options: how local files are read.
 
     Raises:
         UserError: the data does not exist or cannot be read.
@@ -48,14 +48,14 @@ def open_table(path: str, name: str | None, split: str, text_columns: Sequence[s
     except OSError as error:
         raise UserError(f"{path[:200]!r} cannot be opened ({error.strerror}). Give the path of a file.") from error
     if is_file:
-        if local.suffix not in READERS:
-            raise UserError(f"{str(local)!r} ends in {local.suffix!r}, expected one of {_ENDINGS}. Convert it.")
-        return _sliced(split, {bases[0]: [READERS[local.suffix](local, text_columns)]})
+        if ending_of(local) not in READERS:
+            raise UserError(f"{str(local)!r} ends in {ending_of(local)!r}, expected one of {_ENDINGS}. Convert it.")
+        return _sliced(split, {bases[0]: [_read(local, options)]})
     if is_dir:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             return _sliced(split, _saved(local, bases))
-        return _sliced(split, _folder(local, name, bases, text_columns))
-    if local.suffix in READERS or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return _sliced(split, _folder(local, name, bases, options))
+    if ending_of(local) in READERS or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path!r} does not exist: {_nearby(local)}")
     try:
         if "/" not in path and path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}"):
@@ -65,6 +65,12 @@ def open_table(path: str, name: str | None, split: str, text_columns: Sequence[s
         raise UserError(
             f"{path!r} is neither a local file or folder nor a readable hub data set: {_root_cause(error)}"
         ) from error
+
+
+def _read(path: Path, options: FileOptions) -> Table:
+    table = READERS[ending_of(path)](path, options)
+    table.file = str(path)
+    return table
 
 
 def matching(pattern: str) -> list[str]:
@@ -122,7 +128,7 @@ def _saved(path: Path, splits: Sequence[str]) -> dict[str, list[Table]]:
     return {split: [DatasetTable(found[split].with_format(None))] for split in splits}
 
 
-def _folder(path: Path, name: str | None, splits: Sequence[str], text_columns: Sequence[str]) -> dict[str, list[Table]]:
+def _folder(path: Path, name: str | None, splits: Sequence[str], options: FileOptions) -> dict[str, list[Table]]:
     """Read a folder of files, which belong to splits as `datasets` assigns them.
 
     `datasets` sees a copy of the folder with empty files under plain names, since it takes names for patterns.
@@ -148,7 +154,7 @@ def _folder(path: Path, name: str | None, splits: Sequence[str], text_columns: S
         chosen = {split: [files[Path(file)] for file in map(str, found[split])] for split in splits}
     tables: dict[str, list[Table]] = {}
     for split, members in chosen.items():
-        tables[split] = [READERS[file.suffix](file, text_columns) for file in members if file.suffix in READERS]
+        tables[split] = [_read(file, options) for file in members if ending_of(file) in READERS]
         if not tables[split]:
             raise UserError(f"Folder {str(path)!r} has no data file ({_ENDINGS}) in split {split!r}. Add one.")
     return tables
@@ -175,7 +181,7 @@ def _nearby(path: Path) -> str:
     missing = path.absolute()
     while not missing.parent.is_dir():
         missing = missing.parent
-    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() or entry.suffix in READERS)
+    entries = sorted(entry.name for entry in missing.parent.iterdir() if entry.is_dir() or ending_of(entry) in READERS)
     if not entries:
         return f"{str(missing.parent)!r} has no data file ({_ENDINGS})"
     hint = nearest(missing.name, entries)

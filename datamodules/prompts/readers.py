@@ -1,13 +1,22 @@
-"""Readers of local files by ending: JSON Lines, JSON arrays, parquet and CSV. Every defect is named with its place."""
+"""Readers of local files by ending: JSON Lines, JSON arrays, parquet, CSV and TSV, the texts also compressed.
+
+Every defect is named with its place.
+"""
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
+import gzip
 import io
 import json
+import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -17,28 +26,56 @@ import pyarrow.parquet as pq
 
 from datamodules.errors import UserError
 from datamodules.jsonl import MAX_LINE, STRICT, check_depth, decoded, parse_object
-from datamodules.prompts.schemas import ANSWERS, PROMPTS
+from datamodules.prompts.schemas import ANSWERS, PROMPTS, is_message
 from datamodules.prompts.tables import DatasetTable, JsonLinesTable, ListTable, Row, Table
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d{1,3})?", re.ASCII)
 _TRUTH = {"true": True, "True": True, "false": False, "False": False}
 
 
-def _content(path: Path) -> bytes:
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """How local files are read.
+
+    Attributes:
+        text_columns: columns of a CSV file that stay text, in addition to the known prompt and answer columns.
+        encoding: of text files, e.g. `gbk`; None for UTF-8, and for UTF-16 where a byte order mark says so.
+    """
+
+    text_columns: tuple[str, ...] = ()
+    encoding: str | None = None
+
+
+def _content(path: Path, options: FileOptions) -> bytes:
+    """Return a text file's content in UTF-8."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}). Give a readable file.") from error
+        if path.suffix in _UNPACK:
+            content = _UNPACK[path.suffix](content)
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{str(path)!r} cannot be read ({cause}). Give a readable file.") from error
     if not content.strip():
         raise UserError(f"{str(path)!r} is empty. Give a file of rows with a prompt column.")
-    return content
+    encoding = options.encoding or (
+        "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+    )
+    if encoding is None:
+        return content
+    try:
+        return content.decode(encoding).encode()
+    except (UnicodeError, LookupError) as error:
+        raise UserError(f"{str(path)!r} is not {encoding} ({error}). Set encoding to the one it has.") from error
 
 
-def _read_json(path: Path, text_columns: Sequence[str]) -> Table:
-    """Read an array of objects, or one object per line."""
-    content, where = _content(path), repr(str(path))
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+def _read_json(path: Path, options: FileOptions) -> Table:
+    """Read an array of objects, one object per line, or one object with an array of objects (`{"data": [...]}`)."""
+    content, where = _content(path, options), repr(str(path))
+    start_of_text = content.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start_of_text[:1] == b"[":
         return ListTable(_array(path, content))
+    if (rows := _wrapped(start_of_text, where)) is not None:
+        return ListTable(rows)
     starts_ends: list[tuple[int, int]] = []
     columns: dict[str, None] = {}
     start = 0
@@ -71,6 +108,44 @@ def _array(path: Path, content: bytes) -> list[Row]:
     return rows
 
 
+def _wrapped(content: bytes, where: str) -> list[Row] | None:
+    """Return the rows of a file that is one object with one array of objects; None if it is anything else.
+
+    Raises:
+        UserError: it is one object with several.
+    """
+    first, _, rest = content.partition(b"\n")
+    try:
+        row = STRICT.decode(first.decode())
+        if rest.strip():  # one object per line
+            return None
+    except ValueError:
+        try:
+            row = STRICT.decode(content.decode())
+        except (ValueError, RecursionError):
+            return None  # read as lines, whose errors are named
+    except RecursionError:
+        return None
+    if not isinstance(row, dict) or any(name.lower() in PROMPTS for name in row):
+        return None  # no object, or a row
+    lists = [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not is_message(value[0])
+    ]
+    if len(lists) > 1:
+        raise UserError(
+            f"{where} is one object with several lists of rows ({', '.join(map(repr, lists))}). Write a file for each."
+        )
+    if not lists:
+        return None
+    for number, one in enumerate(row[lists[0]], start=1):
+        if not isinstance(one, dict):
+            raise UserError(f"{where} {lists[0]} row {number}: {str(one)[:40]!r} is not an object. Correct it.")
+        check_depth(one, f"{where} {lists[0]} row {number}")
+    return list(row[lists[0]])
+
+
 def _failing_line(text: str) -> int:
     """Return the line of an array's first element whose values cannot be read."""
     place = text.index("[")
@@ -91,7 +166,7 @@ def _next(text: str, place: int) -> int:
     return place
 
 
-def _read_parquet(path: Path, text_columns: Sequence[str]) -> Table:
+def _read_parquet(path: Path, options: FileOptions) -> Table:
     try:
         with path.open("rb") as file:  # a path would be read as a URL or a partitioned folder
             table = pq.ParquetFile(file).read()
@@ -104,15 +179,17 @@ def _read_parquet(path: Path, text_columns: Sequence[str]) -> Table:
         raise UserError(f"{str(path)!r} cannot be read as parquet: {cause}") from error
 
 
-def _read_csv(path: Path, text_columns: Sequence[str]) -> Table:
-    """Read a table whose first row names its columns, separated by commas, semicolons or tabs (RFC 4180).
+def _read_csv(path: Path, options: FileOptions) -> Table:
+    """Read a table whose first row names its columns, separated by commas, semicolons, tabs or bars (RFC 4180).
 
     Columns that hold only numbers, or only true and false, become such; prompts and answers stay as they are spelt.
     """
-    text = decoded(_content(path), repr(str(path)), is_file=True)
+    text = decoded(_content(path, options), repr(str(path)), is_file=True)
     csv.field_size_limit(MAX_LINE)
     first = next(line for line in text.splitlines() if line.strip())
-    separator = max(",;\t", key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    separator = (
+        "\t" if ".tsv" in path.suffixes else max(",;\t|", key=lambda one: len(next(csv.reader([first], delimiter=one))))
+    )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     records: list[list[str]] = []
     header: list[str] = []
@@ -139,9 +216,9 @@ def _read_csv(path: Path, text_columns: Sequence[str]) -> Table:
             )
         else:
             records.append(record)
-    texts = {*PROMPTS, *ANSWERS, *text_columns}
+    texts = {*PROMPTS, *ANSWERS}
     columns = [
-        list(cells) if name in texts else _typed(cells)
+        list(cells) if name in options.text_columns or name.lower() in texts else _typed(cells)
         for name, cells in zip(header, zip(*records, strict=True), strict=bool(records))
     ]
     return ListTable([dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)], header)
@@ -155,11 +232,26 @@ def _typed(cells: Sequence[str]) -> Sequence[object]:
     return cells
 
 
-READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+_TEXT: dict[str, Callable[[Path, FileOptions], Table]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,
-    ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
-"""The supported endings. A reader takes a path and the columns of a CSV file that stay text, and raises UserError."""
+READERS: dict[str, Callable[[Path, FileOptions], Table]] = {
+    **_TEXT,
+    ".parquet": _read_parquet,
+    **{ending + packed: reader for ending, reader in _TEXT.items() for packed in _UNPACK},
+}
+"""The supported endings. A reader raises UserError."""
+
+
+def ending_of(path: Path) -> str:
+    """Return the ending that says how a file is read: its last, or its last two if it is compressed."""
+    return "".join(path.suffixes[-2:]) if path.suffix in _UNPACK else path.suffix

@@ -13,9 +13,9 @@ import numpy as np
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
 from datamodules.prompts.bounded import bounded
-from datamodules.prompts.schemas import Schema, lookup, question_of
+from datamodules.prompts.schemas import PROBE, Schema, lookup, question_of, with_heads
 from datamodules.prompts.tables import Row, Table, batches
-from datamodules.prompts.templates import Renderer
+from datamodules.prompts.templates import Renderer, check_columns
 from datamodules.types import REWARD_ARGUMENTS, Prompt
 
 
@@ -36,15 +36,22 @@ def read_pool(
     Raises:
         UserError: no row is left, or a row's prompt is neither text nor messages.
     """
+    if renderer.template is not None:
+        probe = table.rows(range(min(PROBE, len(table)))) if renderer.columns else []
+        check_columns(renderer.template, schema, table.columns, probe, source)
+    schema = schema.without(renderer.columns)
+    if schema.tools and not renderer.reads_tools:
+        schema = replace(schema, tools=None, unused=(*schema.unused, schema.tools))
     limit = min((one for one in (max_prompt_length, context_limit) if one is not None), default=None)
     by_context = limit is not None and limit != max_prompt_length
     scan = _Scan(schema, renderer, source, limit)
-    scanned = table.narrow(schema.sources) if schema.answer else table
+    scanned = table.narrow([*schema.sources, *with_heads(renderer.columns)]) if schema.answer else table
     for positions, rows in batches(scanned, np.arange(len(table))):
         scan.add(positions, rows)
     described, dropped = f"{source} ({schema})", (scan.empty, scan.duplicates, scan.overlong)
     hidden = tuple(sorted(REWARD_ARGUMENTS & set(table.columns)))
     report = ReadReport(described, len(table), len(scan.kept), *dropped, limit, by_context, hidden_columns=hidden)
+    report = replace(report, other_columns=schema.others)
     if schema.answer:
         answers = Counter(row.digests[0] for row in scan.kept)
         report = replace(report, conflicts=sum(count > 1 for count in answers.values()))
@@ -56,9 +63,10 @@ def read_pool(
 
     def build(index: int) -> Prompt:
         row = table.rows([places[index]])[0]
-        prompt = schema.prompt_of(row)
+        prompt, rendered = schema.prompt_of(row), renderer.render(row, schema)
         assert prompt is not None, "the scan keeps no row without a prompt"
-        rendered, question = renderer(prompt), question_of(prompt)
+        assert rendered is not None, "it has a prompt"
+        question = question_of(prompt)
         tokens = tuple(renderer.encode([rendered.text])[0])
         return Prompt(ids[index], index, question, rendered.prompt, tokens, schema.columns_of(row, question))
 
@@ -101,9 +109,10 @@ class _Scan:
                 try:
                     prompt, answer = self.schema.prompt_of(row), self.schema.answer_of(row)
                     lacks_answer = self.schema.answer and self.schema.answer_required and answer is None
-                    text = "" if prompt is None or lacks_answer else self.renderer(prompt).text
+                    rendered = None if lacks_answer else self.renderer.render(row, self.schema)
                 except ValueError as error:
                     raise UserError(f"{self.source}: row {position + 1}: {error}") from error
+                text = "" if rendered is None else rendered.text
                 if prompt is None or not text:
                     self.empty += 1
                     continue

@@ -15,7 +15,13 @@ Row = Mapping[str, object]
 
 
 class Table(Protocol):
-    """A sequence of rows; each row maps column names to values."""
+    """A sequence of rows; each row maps column names to values.
+
+    Attributes:
+        file: the local file that holds them; empty if it is not one file.
+    """
+
+    file: str
 
     @property
     def columns(self) -> Sequence[str]: ...
@@ -29,6 +35,7 @@ class DatasetTable:
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
+        self.file = ""
         self._json = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Json)]
 
     @property
@@ -70,6 +77,7 @@ class ListTable:
     def __init__(self, items: Sequence[Row], columns: Sequence[str] | None = None) -> None:
         self.items = items
         self.columns = list(dict.fromkeys(name for row in items for name in row)) if columns is None else columns
+        self.file = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -92,6 +100,7 @@ class JsonLinesTable:
 
     def __init__(self, content: bytes, places: np.ndarray, columns: Sequence[str]) -> None:
         self.content, self.places, self.columns = content, places, columns
+        self.file = ""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -114,6 +123,7 @@ class Ranges:
 
     def __init__(self, parts: Sequence[tuple[Table, int, int]]) -> None:
         self.parts = parts
+        self.file = ""
         self.columns: Sequence[str] = list(dict.fromkeys(name for table, _, _ in parts for name in table.columns))
         self._ends = np.cumsum([end - start for _, start, end in parts], dtype=np.int64)
 
@@ -140,6 +150,16 @@ def ranges(parts: Sequence[tuple[Table, int, int]]) -> Table:
     """Return `Ranges`, or the table itself if it is the only one and whole."""
     table, start, end = parts[0]
     return table if len(parts) == 1 and (start, end) == (0, len(table)) else Ranges(parts)
+
+
+def files_of(table: Table) -> Iterator[Table]:
+    """Yield the tables of single files that a table consists of."""
+    if isinstance(table, Ranges):
+        for part, start, end in table.parts:
+            if end > start:
+                yield from files_of(part)
+    else:
+        yield table
 
 
 def batches(table: Table, positions: np.ndarray) -> Iterator[tuple[np.ndarray, list[Row]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError, nearest
 from datamodules.prompts.bounded import bounded
-from datamodules.prompts.schemas import question_of
+from datamodules.prompts.choices import CHOICES, choices_of
+from datamodules.prompts.schemas import Schema, lookup, question_of
+from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 
 _FIELDS = ("question", "system_prompt")
+_NAME = re.compile(r"[^\W\d][^\[\]{}!:]*")
 
 _MAX_CHARACTERS_PER_TOKEN = 1000
 """More than any vocabulary's longest entry has."""
@@ -37,7 +41,7 @@ class Rendered:
 
 
 def check_template(template: str) -> None:
-    """Check that a template is a format string with `{question}` and, optionally, `{system_prompt}`.
+    """Check that a template is a format string with `{question}`, `{system_prompt}` or columns of the data.
 
     Raises:
         UserError: it is not.
@@ -46,19 +50,65 @@ def check_template(template: str) -> None:
         fields = _fields(template)
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}. Write literal braces as {{{{ and }}}}.") from error
-    if unknown := sorted(fields - set(_FIELDS)):
-        raise UserError(
-            f"template {template!r}: field {unknown[0]!r} is unknown, expected one of {_FIELDS}. "
-            "Write literal braces as {{ and }}."
-        )
-    if "question" not in fields:
-        raise UserError(f"template {template!r} has no field {{question}}. Put it where the question belongs.")
+    if unknown := sorted(field for field in fields if not _NAME.fullmatch(field)):
+        raise _unknown(template, unknown[0], "a column")
+    if not fields - {"system_prompt"}:
+        raise _no_question(template)
     try:
         with bounded() as start:
             start()
-            template.format(question="", system_prompt="")
+            _FORMATTER.vformat(template, (), dict.fromkeys(fields, ""))
     except Exception as error:
         raise UserError(f"template {template!r}: {_said(error)}. Write the fields without a format.") from error
+
+
+def check_columns(template: str, schema: Schema, columns: Sequence[str], rows: Sequence[Row], source: str) -> None:
+    """Check that data has the columns that a template names, and that it names the question or what it is read from.
+
+    Raises:
+        UserError: it does not.
+    """
+    fields = _fields(template)
+    for field in sorted(fields - set(_FIELDS)):
+        if field not in columns and not any(lookup(row, field) is not None for row in rows):
+            raise _unknown(template, field, f"a column of {source} ({', '.join(map(repr, columns))})")
+    if schema.answer in fields and not schema.ends_with_answer:
+        raise UserError(
+            f"template {template!r} names {schema.answer!r}, so that the policy would read the answer. Remove it."
+        )
+    if not fields & {"question", *schema.prompt_sources}:
+        raise _no_question(template)
+
+
+def _unknown(template: str, field: str, columns: str) -> UserError:
+    return UserError(
+        f"template {template!r}: field {field!r} is unknown, expected one of {_FIELDS} or {columns}. "
+        "Write literal braces as {{ and }}."
+    )
+
+
+def _no_question(template: str) -> UserError:
+    return UserError(f"template {template!r} has no field {{question}}. Put it where the question belongs.")
+
+
+class _Fields(string.Formatter):
+    """Takes the text between braces as the name of a value: no attribute or element of it can be reached."""
+
+    def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, str]:
+        return kwargs[field_name], field_name
+
+
+_FORMATTER = _Fields()
+
+
+def _written(row: Row, field: str) -> str:
+    """Return a column as a template shows it: choices as lettered lines, other lists and objects as JSON."""
+    value = lookup(row, field)
+    if field in CHOICES and (choices := choices_of(value)):
+        return str(choices)
+    if value is None or isinstance(value, str | int | float):
+        return "" if value is None else str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _fields(template: str) -> set[str]:
@@ -73,9 +123,12 @@ class Renderer:
 
     Args:
         tokenizer: the policy's tokenizer.
-        template: format string with `{question}`; None to use the chat template, if any.
+        template: format string with `{question}` and columns of the data; None to use the chat template, if any.
         system_prompt: goes first, unless the conversation has its own system message.
         chat_template_kwargs: arguments of the chat template (e.g. `enable_thinking`).
+
+    Attributes:
+        columns: columns of the data that the template names, as paths.
     """
 
     def __init__(
@@ -90,7 +143,9 @@ class Renderer:
         self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._keeps_system: bool | None = None  # not known yet
-        self._powers_checked = False
+        self._powers_checked: set[bool] = set()  # by whether functions are described: they may have their own template
+        self._fields: frozenset[str] = frozenset() if template is None else frozenset(_fields(template))
+        self.columns = sorted(self._fields - set(_FIELDS))
         if self.chat_template_kwargs:
             self._check_chat_template_kwargs()
 
@@ -98,25 +153,59 @@ class Renderer:
     def uses_chat_template(self) -> bool:
         return self.template is None and self.tokenizer.chat_template is not None
 
-    def __call__(self, prompt: str | Messages) -> Rendered:
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the chat template describes functions."""
+        return self.uses_chat_template and re.search(r"\btools\b", self._chat_template([])) is not None
+
+    def render(self, row: Row, schema: Schema) -> Rendered | None:
+        """Render a row; None if it has no prompt.
+
+        Raises:
+            UserError: the chat template rejects it.
+            ValueError: a column is not what it should be.
+        """
+        prompt = schema.prompt_of(row)
+        if prompt is None:
+            return None
+        system = None if schema.system in self.columns else schema.system_of(row)
+        return self(prompt, system, schema.tools_of(row), row)
+
+    def __call__(
+        self,
+        prompt: str | Messages,
+        system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        row: Row | None = None,
+    ) -> Rendered:
         """Render a question or a conversation.
+
+        Args:
+            prompt: the question or the messages.
+            system: system message of a conversation that has none, in place of `system_prompt`.
+            tools: functions for the chat template.
+            row: columns that the template may name.
 
         Raises:
             UserError: the chat template rejects it.
         """
+        system = system if system is not None else self.system_prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        own = [message["content"] for message in messages if message["role"] == "system"]
         if self.template is not None:
-            system = self.system_prompt or ""
-            text = self.template.format(question=question_of(prompt), system_prompt=system)
-            if system and "system_prompt" not in _fields(self.template):
+            system = "\n\n".join(own) or system or ""
+            values = {"question": question_of(prompt), "system_prompt": system}
+            values |= {name: _written(row or {}, name) for name in self.columns}
+            text = _FORMATTER.vformat(self.template, (), values)
+            if system and "system_prompt" not in self._fields:
                 text = f"{system}\n\n{text}"
             return Rendered(text, text)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if self.system_prompt is not None and not any(message["role"] == "system" for message in messages):
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if system is not None and not own:
+            messages = [{"role": "system", "content": system}, *messages]
         if self.uses_chat_template:
-            text = self._apply_chat_template(messages)
-            if self._keeps_system is None and any(message["role"] == "system" for message in messages):
-                self._check_system(messages, text)
+            text = self._apply_chat_template(messages, tools)
+            if self._keeps_system is None and (own or system is not None):
+                self._check_system(messages, text, tools)
         else:
             text = _as_text(messages)
         return Rendered(text if isinstance(prompt, str) else messages, text)
@@ -156,14 +245,19 @@ class Renderer:
             fits[place] = len(ids) <= limit
         return fits
 
-    def _apply_chat_template(self, messages: Messages) -> str:
+    def _chat_template(self, tools: list[dict[str, Any]] | None = None) -> str:
+        """Return the chat template that is used. Raises ValueError if there are several and none is the default."""
+        return self.tokenizer.get_chat_template(self.chat_template_kwargs.get("chat_template"), tools=tools)
+
+    def _apply_chat_template(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> str:
         continued = messages[-1]["role"] == "assistant"  # the policy continues a given start of a reply
         try:
-            if not self._powers_checked:
-                _refuse_powers(self.tokenizer.get_chat_template(self.chat_template_kwargs.get("chat_template")))
-                self._powers_checked = True
+            if (described := tools is not None) not in self._powers_checked:
+                _refuse_powers(self._chat_template([] if described else None))
+                self._powers_checked.add(described)
             text = self.tokenizer.apply_chat_template(
                 messages,
+                tools=None if tools is None else list(tools),  # of a wider type
                 tokenize=False,
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
@@ -177,10 +271,10 @@ class Renderer:
         assert isinstance(text, str), "tokenize=False gives text"
         return text
 
-    def _check_system(self, messages: Messages, text: str) -> None:
+    def _check_system(self, messages: Messages, text: str, tools: list[dict[str, Any]] | None) -> None:
         """Check that another system message gives another text. Raises UserError if the template leaves it out."""
         others = [{**one, "content": one["content"] + "."} if one["role"] == "system" else one for one in messages]
-        self._keeps_system = self._apply_chat_template(others) != text
+        self._keeps_system = self._apply_chat_template(others, tools) != text
         if not self._keeps_system:
             raise UserError(
                 "The chat template leaves out system messages, so the policy would not read system_prompt or those of "
@@ -194,7 +288,7 @@ class Renderer:
             why = "the tokenizer has no chat template" if self.template is None else "template replaces it"
             raise UserError(f"chat_template_kwargs has {given}, but no chat template is used: {why}. Remove them.")
         try:
-            used = self.tokenizer.get_chat_template(self.chat_template_kwargs.get("chat_template"))
+            used = self._chat_template()
         except ValueError as error:  # several templates, and none is the default
             raise UserError(f"The chat template cannot be chosen: {_said(error)}") from error
         names = {"chat_template", *re.findall(r"[^\W\d]\w*", used)}

@@ -16,6 +16,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptFile
 from datamodules.prompts.files import open_table
+from datamodules.prompts.readers import FileOptions
 from datamodules.prompts.splits import split_pool
 from datamodules.prompts.subset import write_subset
 from datamodules.prompts.tables import DatasetTable
@@ -87,14 +88,14 @@ def test_one_prompt_may_be_held_out(tmp_path: Path) -> None:
 
 def test_both_spellings_of_truth_in_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,lower,upper,mixed\na,true,True,true\nb,false,False,maybe\n")
-    rows = open_table(str(tmp_path / "a.csv"), None, "train", []).rows([0, 1])
+    rows = open_table(str(tmp_path / "a.csv"), None, "train", FileOptions()).rows([0, 1])
     assert [[row[name] for name in ("lower", "upper", "mixed")] for row in rows] == [
         [True, True, "true"],
         [False, False, "maybe"],
     ]
 
 
-@pytest.mark.parametrize("template", ["no field", "{answer}{question}", "{question"])
+@pytest.mark.parametrize("template", ["no field", "{}{question}", "{question"])
 def test_a_wrong_template_is_refused_before_any_data_are_read(template: str) -> None:
     with pytest.raises(UserError, match="template"):
         PromptFile("missing.jsonl", template=template)

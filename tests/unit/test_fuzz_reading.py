@@ -15,6 +15,7 @@ from datamodules.answers import accepted, boxed_answer, extract, gsm8k_answer
 from datamodules.errors import UserError
 from datamodules.prompts.file import SchemaOverrides, detect
 from datamodules.prompts.files import open_table
+from datamodules.prompts.readers import FileOptions
 from datamodules.prompts.reading import read_pool
 from datamodules.prompts.tables import ListTable
 from datamodules.prompts.templates import Renderer
@@ -82,7 +83,7 @@ def _opens_or_says_why(content: bytes, ending: str) -> None:
         path.write_bytes(content)
         said, rows = str(path), []
         try:
-            table = open_table(str(path), None, "train", [])
+            table = open_table(str(path), None, "train", FileOptions())
             rows = table.rows(range(len(table)))
         except UserError as error:
             said = str(error)
@@ -162,11 +163,11 @@ def test_a_broken_array_is_named(content: bytes, said: str, ending: str, tmp_pat
     path = tmp_path / f"data{ending}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"data{ending}'.*{said}"):
-        open_table(str(path), None, "train", [])
+        open_table(str(path), None, "train", FileOptions())
 
 
 def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": ' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"data.jsonl' line 2 is nested too deeply"):
-        open_table(str(path), None, "train", [])
+        open_table(str(path), None, "train", FileOptions())

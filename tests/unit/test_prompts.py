@@ -166,7 +166,8 @@ def test_rows_without_answers_are_told_apart_by_their_other_columns(tmp_path: Pa
         pool = load(write_jsonl(tmp_path / "data.jsonl", rows), answer_column=answer)
         kept = [(prompt.columns["tests"], prompt.columns["extra_info"]["kind"]) for prompt in pool]
         assert kept == [(["f(1)"], "a"), (["f(2)"], "a"), (["f(2)"], "b")]
-        assert str(pool.report).endswith("4 rows read, 3 prompts kept, dropped 1 duplicate")
+        hint = "; if one of tests, extra_info holds the answers, set answer_column to it" if answer else ""
+        assert str(pool.report).endswith(f"4 rows read, 3 prompts kept, dropped 1 duplicate{hint}")
 
 
 def test_ids_depend_on_the_question_alone(tmp_path: Path) -> None:

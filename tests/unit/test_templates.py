@@ -74,14 +74,33 @@ def test_plain_text_begins_but_does_not_end_with_special_tokens() -> None:
     [
         ("{question} in \\boxed{}", r"field '' .* Write literal braces as \{\{ and \}\}"),
         ("{question} {", "Write literal braces"),
-        ("{prompt}", "field 'prompt'"),
-        ("{question.__class__}", "field 'question.__class__'"),
         ("no field", r"has no field \{question\}"),
+        ("{system_prompt}", r"has no field \{question\}"),
     ],
 )
 def test_wrong_templates_say_why(template: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         check_template(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        ("{prompt}", r"field 'prompt' is unknown, .* or a column of x \('question', 'answer', 'level', 'extra'\)"),
+        ("{question.__class__}", "field 'question.__class__'"),
+        ("{question} {extra.nosuch}", "field 'extra.nosuch'"),
+        ("{level}", r"has no field \{question\}"),
+        ("{question} {answer}", "names 'answer', so that the policy would read the answer"),
+    ],
+)
+def test_templates_name_columns_of_the_data(template: str, match: str) -> None:
+    row = {"question": "2+3?", "answer": "5", "level": 3, "extra": {"unit": None, "hint": ["a"]}}
+    schema = Schema("question", "answer")
+    with pytest.raises(UserError, match=match):
+        read_pool(ListTable([row]), schema, Renderer(character_tokenizer(), template), "x")
+    fine = Renderer(character_tokenizer(), "{question} {level} {extra.hint} {extra}")
+    read = read_pool(ListTable([row]), schema, fine, "x")[0]
+    assert (read.question, read.prompt) == ("2+3?", '2+3? 3 ["a"] {"unit": null, "hint": ["a"]}')
 
 
 def test_refusing_chat_template_is_the_users_error() -> None:
