@@ -105,6 +105,13 @@ def test_only_the_guilty_completion_is_left_out(word, caplog):
     assert ("First traceback" in caplog.text) == (word in ("memory", "raise", "leave"))
 
 
+@pytest.mark.parametrize("word", ["raise", "exit", "sleep"])
+def test_of_two_completions_the_innocent_one_keeps_its_score(word):
+    with scoring(Function("dots_functions.hostile")) as scorer:
+        assert texts(score(scorer, data(("ok", word)))) == [["ok"]]
+        assert texts(score(scorer, data((word, "wrong")))) == [["wrong"]]
+
+
 def test_failed_scores_can_count_as_zero_and_a_group_can_lose_all():
     batch = data(("sleep", "ok"), ("raise",))
     with scoring(Format("ok|raise", weight=0.5), Function("dots_functions.hostile", correctness=True)) as scorer:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from app.rewards import Format, Reward, RewardScorer, WorkerOptions
+from app.rewards import (
+    Exact,
+    Format,
+    Function,
+    Math,
+    Numeric,
+    ReasoningGym,
+    Reward,
+    RewardScorer,
+    SoftOverlong,
+    WorkerOptions,
+    rewards_of,
+)
 from app.rewards.base import Column, Scores, Texts, TokenIds
 from app.rewards.incidents import Incidents
 from app.rewards.workers import frames
-from app.rewards.workers.task import MAX_METRIC, MAX_SCORE, CallResult, Reply
+from app.rewards.workers.main import FunctionLog
+from app.rewards.workers.results import checked
+from app.rewards.workers.task import MAX_METRIC, MAX_SCORE, CallResult, Failure, Reply
 from app.rewards.workers.trial import check_arguments
 from datamodules.errors import UserError
+from datamodules.types import Completion, Prompt
 
 
 class Plain(Reward):
@@ -30,8 +47,10 @@ class Silent(Plain):
 
 
 def test_a_reward_counts_once_and_has_its_class_for_a_name() -> None:
-    for reward in (Plain(), Silent()):
+    for reward in (Plain(), Silent(), Math(), Numeric(), Exact()):
         assert (reward.weight, reward.correctness, reward.name) == (1.0, None, type(reward).__name__.lower())
+    others: list[Reward] = [Format("a"), SoftOverlong(4, 2), ReasoningGym(), Function("json.dumps")]
+    assert [(one.weight, one.correctness) for one in others] == [(1.0, False), (1.0, False), (1.0, None), (1.0, None)]
 
 
 def test_frames_are_read_whole_and_within_the_limit() -> None:
@@ -99,7 +118,169 @@ def test_a_server_that_does_not_end_is_killed_with_its_workers() -> None:
     scorer = RewardScorer([Format("a")], workers=WorkerOptions(num_workers=1))
     scorer.wait_ready()
     started = set(psutil.Process().children(recursive=True)) - before
-    next(one for one in started if one.ppid() == psutil.Process().pid).suspend()
+    server = next(one for one in started if one.ppid() == psutil.Process().pid)
+    server.suspend()
     scorer.close()
+    assert not psutil.pid_exists(server.pid)  # it is not left as a zombie either
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
+
+
+def test_a_report_names_each_reward_its_count_and_its_first_failure(caplog: pytest.LogCaptureFixture) -> None:
+    incidents = Incidents(["a", "b"], WorkerOptions(time_limit_s=2.5))
+    labels = [f"prompt 'p', completion {row}" for row in range(3)]
+    late, crash = Failure("timed_out", "too late"), Failure("crashed", "ValueError: x", "the traceback")
+    fine = CallResult([1.0, 0.0, 1.0])
+    incidents.add([fine, fine], labels, ["x", "y", "z"], np.zeros(3, bool))
+    incidents.report("Step 0")
+    assert caplog.messages == []
+    for _ in range(2):
+        failed = CallResult([1.0, None, None], {2: late, 1: crash}, overran=3)
+        incidents.add([fine, failed], labels, ["x", "y", "z"], np.array([False, True, True]))
+    assert incidents.first_cause("a") is None
+    assert incidents.first_cause("b") == "prompt 'p', completion 1 ('y'): ValueError: x"
+    incidents.report("Step 1")
+    slow, lost, traceback = caplog.messages
+    assert slow == (
+        "Step 1: reward 'b' took more than model.reward_workers.time_limit_s=2.5 s for calls of 6 completions, which "
+        "were scored again one by one: raise it, lower model.reward_workers.chunk_size, or yield the scores; reward "
+        "'b' failed on 4 of 6 completions (2 took too long, 2 crashed), first on prompt 'p', completion 1 ('y'): "
+        "ValueError: x."
+    )
+    assert lost.startswith(
+        "Step 1: no correctness reward applies to 4 of 6 completions, the first of which is prompt 'p', completion 1. "
+    )
+    assert traceback == "First traceback of reward 'b':\nthe traceback"
+    caplog.clear()
+    incidents.report("Step 2")
+    assert caplog.messages == []
+    incidents.add([fine, CallResult([1.0, None, None], {1: crash})], labels, ["x", "y", "z"], np.ones(3, bool))
+    incidents.report("Step 3")
+    assert [line[:40] for line in caplog.messages] == ["Step 3: reward 'b' failed on 1 of 3 comp"]
+
+
+def test_results_of_calls_are_joined_and_put_in_their_rows() -> None:
+    crash = Failure("crashed", "x")
+    first = CallResult([1.0, None], {1: crash}, [("m", 1.0, 2.0)], {"a": [5, 6]}, ["odd"], overran=2)
+    whole = CallResult.joined([first, CallResult([0.5], {}, [("m", 4.0, 1.0)], {}, ["big"], overran=1)])
+    assert (whole.metrics, whole.notes, whole.overran) == ([("m", 1.0, 2.0), ("m", 4.0, 1.0)], ["odd", "big"], 3)
+    wide = whole.spread(np.array([1, 3, 4]), 5)
+    assert wide.scores == [None, 1.0, None, None, 0.5]
+    assert wide.failures == {3: crash}
+    assert wide.extras == {"a": [None, 5, None, 6, None]}
+    assert (wide.metrics, wide.notes, wide.overran) == (whole.metrics, whole.notes, 3)
+
+
+def test_what_a_function_logs_has_bounds() -> None:
+    log = FunctionLog(2)
+    for value in (1, 4.0, np.float32(7)):
+        log.log_metric("m", value)  # type: ignore[arg-type]
+    log.log_metric("n" * 100, -MAX_METRIC)
+    for bad in (math.nan, 1.1 * MAX_METRIC, "x", 10**400):
+        log.log_metric("bad", bad)  # type: ignore[arg-type]
+    assert log.metrics == [("m", 4.0), ("n" * 100, -MAX_METRIC)]
+    assert log.notes == ["log_metric('bad') got a value that is not a finite number of float32: left out"]
+    for name in ("n" * 101, "", "a\nb", 3):
+        log.log_extra(name, [1, 2])  # type: ignore[arg-type]
+    assert log.notes[1:] == ["log_extra got a name that is not text of 1 to 100 printable characters: left out"]
+    for place in range(101):
+        log.log_extra(f"c{place}", [2**63 - 1, 2**63])
+    assert list(log.extras) == [f"c{place}" for place in range(100)]
+    assert log.extras["c0"] == [2**63 - 1, str(2**63)]
+    log.log_extra("c1", [np.int64(3), [None]])
+    assert log.extras["c1"] == [3, "[None]"]
+    log.log_extra("c2", [-(2**63) + 1, 10**5000])
+    assert log.extras["c2"] == [-(2**63) + 1, "<int>"]
+    for place in range(9):
+        log.log_metric(f"bad {place}", math.inf)
+    assert len(log.notes) == 5
+
+
+def test_scores_are_at_most_a_million() -> None:
+    scores, errors = checked([MAX_SCORE, -MAX_SCORE, 1_000_001, -1e9, True, None], 6)
+    assert scores == [1e6, -1e6, None, None, 1.0, None]
+    assert list(errors) == [2, 3]
+    assert errors[3].startswith("returned -1e+09, but float32 arithmetic needs scores of at most 1e+06 in magnitude")
+
+
+def test_rewards_have_short_names() -> None:
+    kinds = [
+        type(one) for one in rewards_of(["math", "NUMERIC", "reasoning_gym", "ReasoningGym", Exact(), "json.dumps"])
+    ]
+    assert kinds == [Math, Numeric, ReasoningGym, ReasoningGym, Exact, Function]
+    assert [type(one) for one in rewards_of("exact")] == [Exact]
+    for one in (json.dumps, [json.dumps]):
+        (function,) = rewards_of(one)  # type: ignore[arg-type]
+        assert isinstance(function, Function)
+        assert (function.path, function.name) == ("json.dumps", "dumps")
+    for wrong, told in (
+        ("nath", "did you mean 'Math'"),
+        ("soft_overlong", "SoftOverlong needs max_completion_length and buffer"),
+        (lambda completions: completions, "is not a function at the top of a module"),
+        ([Math], "expected a reward, the name of one, or a function"),
+        ([3], "holds 3, but expected"),
+    ):
+        with pytest.raises(UserError, match=told):
+            rewards_of(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["num_workers", "time_limit_s", "memory_limit_mb", "load_limit_s", "chunk_size"])
+def test_limits_of_workers_are_above_zero(name: str) -> None:
+    assert getattr(WorkerOptions(**{name: 1}), name) == 1
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(UserError, match=rf"workers\.{name} is {wrong}, but must be above 0"):
+            WorkerOptions(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_the_answer_that_is_logged_is_one_text_for_equal_numbers() -> None:
+    numeric = Numeric()
+    found = [numeric.extract(text) for text in ("2/4 or 0.50", "so 1,000.0", "none", "1e1000", "2e1000", "-2e1000")]
+    assert found == ["1/2", "1000", None, "1" + "0" * 1000, None, None]
+    assert Exact().extract(" So  BE it. ") == "so be it"
+    assert Math().extract(r"\boxed{3} and \boxed{4}") == r"\boxed{3}, \boxed{4}"
+
+
+def test_groups_stay_together_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dots_sizes.py").write_text(
+        "def size(completions, **rest): return [len(completions)] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = [2, 3, 1, 5, 1]
+    prompts = [Prompt(str(place), place, "?", "?", (1,), {}) for place in range(len(sizes))]
+    one = Completion(np.array([1], np.int32), np.zeros(1, np.float32), "stop", 0, "x")
+    scorer = RewardScorer([Function("dots_sizes.size")], workers=WorkerOptions(num_workers=1, chunk_size=4))
+    try:
+        result = scorer.score(prompts, [(one,) * size for size in sizes], source="fresh", step=0)
+    finally:
+        scorer.close()
+    # 2 and 3 fill a chunk of at least 4, so do 1 and 5, and the last one is alone.
+    assert [group.rewards.tolist() for group in result.groups] == [[5] * 2, [5] * 3, [6], [6] * 5, [1]]
+    assert result.asked_by_reward == {"size": (5, 12)}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is east. It is not west.", "east"),
+        ("north. So 18", "18"),
+        ("first line\n18", "18"),
+        ("the answer is 3 of 4", "3"),
+        ("3 of 4", "4"),
+        ("answer: $x$ or $y$", "x"),
+        ("$x$ or $y$", "y"),
+        ("answer: 1\nanswer: 2", "2"),
+        ("nothing\nat all", None),
+    ],
+)
+def test_the_answer_in_running_text(text: str, answer: str | None) -> None:
+    assert Math().extract(text) == answer
+
+
+def test_a_file_of_rewards_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def right(completions): return [1.0 for _ in completions]\n")
+    assert Function(f"{tmp_path}/mine.py:right").name == "right"
+    with pytest.raises(UserError, match=r"there is no file .*mime\.py; did you mean 'mine\.py'"):
+        Function(f"{tmp_path}/mime.py:right")
+    reward = Function(f"{tmp_path}/mine.py:wrong")
+    with pytest.raises(UserError, match="has no 'wrong'"):
+        reward.load()
