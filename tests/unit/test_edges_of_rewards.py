@@ -25,6 +25,7 @@ from app.rewards import (
     WorkerOptions,
     rewards_of,
 )
+from app.rewards.answers import plain
 from app.rewards.base import Column, Scores, Texts, TokenIds
 from app.rewards.incidents import Incidents
 from app.rewards.workers import frames
@@ -284,3 +285,68 @@ def test_a_file_of_rewards_that_does_not_exist_is_refused_at_once(tmp_path: Path
     reward = Function(f"{tmp_path}/mine.py:wrong")
     with pytest.raises(UserError, match="has no 'wrong'"):
         reward.load()
+
+
+def score(reward: Reward, completions: list[str], **columns: list[object]) -> Scores:
+    return reward(["?"] * len(completions), completions, [[0]] * len(completions), **columns)
+
+
+def test_a_task_is_named_by_its_entry_or_else_by_its_row() -> None:
+    reward = ReasoningGym()
+    rows = {"answer": ["3"], "question": ["?"]}
+    assert score(reward, ["3"], metadata=[{}], source_dataset=["gcd"], **rows) == [1.0]
+    assert score(reward, ["3"], metadata=['{"source_dataset": "gcd"}'], source_dataset=["none"], **rows) == [1.0]
+    with pytest.raises(UserError, match=r"metadata\.source_dataset='none' is not a reasoning-gym task"):
+        score(reward, ["3"], metadata=[{}], source_dataset=["none"], **rows)
+    with pytest.raises(UserError, match="is not an object with the key 'source_dataset'"):
+        score(reward, ["3"], metadata=["[1]"], **rows)
+
+
+def test_values_of_parquet_become_plain_ones() -> None:
+    value = {"a": np.array([[1, 2]]), 3: (np.float32(0.5), [np.int64(1), None])}
+    assert plain(value) == {"a": [[1, 2]], "3": (0.5, [1, None])}
+    assert json.dumps(plain(value)) == '{"a": [[1, 2]], "3": [0.5, [1, null]]}'
+
+
+def test_a_dotted_column_leads_into_objects_and_json() -> None:
+    deep = Numeric(gold="a.b.c")
+    found = score(deep, ["7"] * 5, a=[{"b": {"c": 7}}, '{"b": {"c": "8"}}', "no json", {"b": 7}, None])
+    assert found == [1.0, 0.0, None, None, None]
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(0, 0.0), (6, 0.0), (7, -0.25), (9, -0.75), (10, -1.0), (12, -1.0)])
+def test_a_long_completion_is_punished_little_by_little(length: int, penalty: float) -> None:
+    reward = SoftOverlong(max_completion_length=10, buffer=4)
+    assert reward(["?"], ["x"], [[0] * length]) == [penalty]
+    SoftOverlong(4, 4)
+    for wrong in (0, 5):
+        with pytest.raises(UserError, match=f"buffer={wrong} and max_completion_length=4"):
+            SoftOverlong(4, wrong)
+
+
+def test_options_of_a_function_win_over_columns_and_make_a_class(tmp_path: Path) -> None:
+    (tmp_path / "options.py").write_text(
+        "def scaled(completions, scale=1.0, shift=0.0): return [scale * len(one) + shift for one in completions]\n"
+        "class Judge:\n"
+        "    made = 0\n"
+        "    def __init__(self, scale): self.scale = scale; Judge.made += 1\n"
+        "    def __call__(self, completions, **rest): return [self.scale * Judge.made + len(rest)] * len(completions)\n"
+        "class Mute: pass\n"
+        "constant = 3\n"
+    )
+    path, columns = str(tmp_path / "options.py"), {"scale": [9, 9], "shift": 0.5, "other": [1, 1]}
+    assert score(Function(f"{path}:scaled", kwargs={"scale": 2.0}), ["ab", "c"], **columns) == [4.5, 2.5]  # type: ignore[arg-type]
+    judge = Function(f"{path}:Judge", kwargs={"scale": 10})
+    for _ in range(2):  # it is made once, and receives prompts, completion_ids and the three columns
+        assert score(judge, ["ab", "c"], **columns) == [15, 15]  # type: ignore[arg-type]
+    for name, told in (("Mute", "instances cannot be called"), ("constant", "is a int, not a function")):
+        with pytest.raises(UserError, match=told):
+            Function(f"{path}:{name}").load()
+    for wrong, told in (
+        ("__main__.f", "in __main__"),
+        ("a.b-c", "neither"),
+        (":f", "neither"),
+        ("absent_one.f", "no mod"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Function(wrong)
