@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from app.rewards import (
 from app.rewards.answers import plain
 from app.rewards.base import Column, Scores, Texts, TokenIds
 from app.rewards.incidents import Incidents
+from app.rewards.numbers import find_numbers
 from app.rewards.workers import frames
 from app.rewards.workers.main import FunctionLog
 from app.rewards.workers.results import checked
@@ -246,7 +248,7 @@ def test_groups_stay_together_in_chunks(tmp_path: Path, monkeypatch: pytest.Monk
         "def size(completions, **rest): return [len(completions)] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    sizes = [2, 3, 1, 5, 1]
+    sizes = [3, 2, 3, 5, 1]
     prompts = [Prompt(str(place), place, "?", "?", (1,), {}) for place in range(len(sizes))]
     one = Completion(np.array([1], np.int32), np.zeros(1, np.float32), "stop", 0, "x")
     scorer = RewardScorer([Function("dots_sizes.size")], workers=WorkerOptions(num_workers=1, chunk_size=4))
@@ -254,9 +256,9 @@ def test_groups_stay_together_in_chunks(tmp_path: Path, monkeypatch: pytest.Monk
         result = scorer.score(prompts, [(one,) * size for size in sizes], source="fresh", step=0)
     finally:
         scorer.close()
-    # 2 and 3 fill a chunk of at least 4, so do 1 and 5, and the last one is alone.
-    assert [group.rewards.tolist() for group in result.groups] == [[5] * 2, [5] * 3, [6], [6] * 5, [1]]
-    assert result.asked_by_reward == {"size": (5, 12)}
+    # 3 and 2 fill a chunk of at least 4, so do 3 and 5, and the last one is alone.
+    assert [group.rewards.tolist() for group in result.groups] == [[5] * 3, [5] * 2, [8] * 3, [8] * 5, [1]]
+    assert result.asked_by_reward == {"size": (5, 14)}
 
 
 @pytest.mark.parametrize(
@@ -350,3 +352,50 @@ def test_options_of_a_function_win_over_columns_and_make_a_class(tmp_path: Path)
     ):
         with pytest.raises(UserError, match=told):
             Function(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("9" * 1000, Fraction(10**1000 - 1)),
+        ("9" * 1001, None),
+        ("1e1000", Fraction(10**1000)),
+        ("1e1001", None),
+        ("1e-1000", Fraction(1, 10**1000)),
+        ("1e00001", Fraction(10)),
+        ("1e000001", None),
+        ("10^500", Fraction(10**500)),
+        ("10^501", None),
+        ("2^{-2}", Fraction(1, 4)),
+        ("0^2", Fraction(0)),
+        ("0^-1", None),
+        ("3 1/0", None),
+        (r"\frac{1}{0}", None),
+        ("1/0", None),
+        (r"0.1\overline{6}", Fraction(1, 6)),
+        (r"-1.\overline{09}", Fraction(-12, 11)),
+        (r"1\frac{2}{3}", Fraction(5, 3)),
+        ("-2 1/4", Fraction(-9, 4)),
+        ("1.5/0.5", Fraction(3)),
+    ],
+)
+def test_numbers_are_exact_and_bounded(text: str, value: Fraction | None) -> None:
+    assert [number.value for number in find_numbers(text)] == ([] if value is None else [value])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("1000000.0", "1000000.1", True),  # one unit of the last place
+        ("1000000.0", "1000000.2", False),
+        ("1.00000000", "1.000001", True),  # 1e-6 relative to the larger
+        ("1.00000000", "1.000002", False),
+        ("1e6", "1000001", False),  # integers are exact
+        ("2.5e1", "25.00001", True),
+        ("2.5e1", "25.00004", False),
+        ("1/3", "0.33333334", True),
+    ],
+)
+def test_decimals_may_be_rounded(one: str, other: str, equal: bool) -> None:
+    (left,), (right,) = find_numbers(one), find_numbers(other)
+    assert left.equals(right) is right.equals(left) is equal
