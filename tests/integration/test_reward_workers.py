@@ -27,6 +27,14 @@ WORD = {
     "child": lambda: subprocess.Popen(["sleep", "615"]) and time.sleep(600),
 }
 hostile = act("hostile")
+scored = 0
+def counting(completions, **rest):
+    """Yields how many completions were scored before."""
+    global scored
+    for c in completions:
+        if text(c) != "ok": WORD[text(c)]()
+        scored += 1
+        yield scored - 1
 def short(completions, **rest): return [1.0]
 def torch_loaded(completions, **rest):
     return [float(any(m in sys.modules for m in ("torch", "transformers", "lightning")))] * len(completions)
@@ -110,6 +118,21 @@ def test_of_two_completions_the_innocent_one_keeps_its_score(word):
     with scoring(Function("dots_functions.hostile")) as scorer:
         assert texts(score(scorer, data(("ok", word)))) == [["ok"]]
         assert texts(score(scorer, data((word, "wrong")))) == [["wrong"]]
+
+
+def test_scores_that_were_yielded_before_a_failure_are_not_computed_again():
+    with scoring(Function("dots_functions.counting"), num_workers=1) as scorer:
+        result = score(scorer, data(("ok", "ok", "raise", "ok", "ok")))
+    assert texts(result) == [["ok"] * 4]
+    assert result.groups[0].rewards.tolist() == [0, 1, 2, 3]
+
+
+def test_the_fourth_late_completion_in_a_row_costs_the_rest_of_its_call_and_the_third_does_not():
+    with scoring(Function("dots_functions.hostile"), time_limit_s=0.3, num_workers=1) as scorer:
+        three = score(scorer, data((*["sleep"] * 3, "ok")))
+        four = score(scorer, data((*["sleep"] * 4, "ok", "ok")))
+    assert (texts(three), three.timed_out) == ([["ok"]], 3)
+    assert (texts(four), four.timed_out) == ([[]], 6)
 
 
 def test_failed_scores_can_count_as_zero_and_a_group_can_lose_all():

@@ -127,6 +127,8 @@ def test_a_template_has_ten_seconds_and_four_gib_in_the_main_thread() -> None:
     def limits() -> object:
         return resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # whatever a test before this one has left
     before, elsewhere = limits(), []
     with bounded() as start:
         start()
@@ -144,6 +146,7 @@ def test_a_template_has_ten_seconds_and_four_gib_in_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert elsewhere == [before]
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_named_columns_of_csv_keep_their_spelling(tmp_path: Path) -> None:
@@ -230,3 +233,24 @@ def test_the_schema_is_that_of_the_first_sixty_four_rows(tmp_path: Path) -> None
     rows[63]["answer"] = "bare"
     pool = load(write_jsonl(tmp_path / "b.jsonl", rows))
     assert pool[0].columns["answer"] == "so\n#### 0"
+
+
+def test_messages_in_parts_are_joined_and_hold_text_alone(tmp_path: Path) -> None:
+    def asked(content: object) -> str:
+        rows = [{"prompt": [{"role": "user", "content": content}], "answer": "1"}]
+        return load(write_jsonl(tmp_path / "a.jsonl", rows)).questions[0]
+
+    assert asked([{"type": "text", "text": "1+1"}, {"type": "text", "text": " = ?"}]) == "1+1 = ?"
+    assert asked(["1+1", {"text": "="}]) == "1+1="
+    assert asked("1+1") == "1+1"
+    with pytest.raises(UserError, match="row 1: a message holds parts other than text"):
+        asked([{"type": "text", "text": "1+1"}, {"type": "image", "image": "a.png"}])
+
+
+def test_the_cause_of_an_unreadable_set_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'json' is neither a local file .*: it is the name of a file format$"):
+        open_table("json", None, "train", [])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset_dict.json").write_text("{")
+    with pytest.raises(UserError, match="set' cannot be read as a data set: Expecting property name"):
+        open_table(str(tmp_path / "set"), None, "train", [])

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import struct
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -302,6 +303,10 @@ def test_a_task_is_named_by_its_entry_or_else_by_its_row() -> None:
         score(reward, ["3"], metadata=[{}], source_dataset=["none"], **rows)
     with pytest.raises(UserError, match="is not an object with the key 'source_dataset'"):
         score(reward, ["3"], metadata=["[1]"], **rows)
+    logged: dict[str, list[str | None]] = {}
+    columns = {"answer": ["3"] * 2, "metadata": [{"source_dataset": "gcd"}] * 2, "log_extra": logged.__setitem__}
+    score(reward, [" 3\n", " "], **columns)  # type: ignore[arg-type]
+    assert logged == {"extracted_answer": ["3", None]}
 
 
 def test_values_of_parquet_become_plain_ones() -> None:
@@ -326,15 +331,20 @@ def test_a_long_completion_is_punished_little_by_little(length: int, penalty: fl
             SoftOverlong(4, wrong)
 
 
-def test_options_of_a_function_win_over_columns_and_make_a_class(tmp_path: Path) -> None:
+def test_options_of_a_function_win_over_columns_and_make_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # loading adds the folder
+    (tmp_path / "dots_beside.py").write_text("nothing = 0\n")
     (tmp_path / "options.py").write_text(
+        "from dots_beside import nothing\n"
         "def scaled(completions, scale=1.0, shift=0.0): return [scale * len(one) + shift for one in completions]\n"
         "class Judge:\n"
         "    made = 0\n"
         "    def __init__(self, scale): self.scale = scale; Judge.made += 1\n"
         "    def __call__(self, completions, **rest): return [self.scale * Judge.made + len(rest)] * len(completions)\n"
         "class Mute: pass\n"
-        "constant = 3\n"
+        "constant = 3 + nothing\n"
     )
     path, columns = str(tmp_path / "options.py"), {"scale": [9, 9], "shift": 0.5, "other": [1, 1]}
     assert score(Function(f"{path}:scaled", kwargs={"scale": 2.0}), ["ab", "c"], **columns) == [4.5, 2.5]  # type: ignore[arg-type]
