@@ -29,8 +29,7 @@ WORD = {
 hostile = act("hostile")
 scored = 0
 def counting(completions, **rest):
-    """Yields how many completions were scored before."""
-    global scored
+    global scored  # the score of each is the number of those before it
     for c in completions:
         if text(c) != "ok": WORD[text(c)]()
         scored += 1

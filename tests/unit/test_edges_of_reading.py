@@ -248,7 +248,7 @@ def test_messages_in_parts_are_joined_and_hold_text_alone(tmp_path: Path) -> Non
 
 
 def test_the_cause_of_an_unreadable_set_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'json' is neither a local file .*: it is the name of a file format$"):
+    with pytest.raises(UserError, match=r"'json' is neither a local file .*: it is the name of a file format$"):
         open_table("json", None, "train", [])
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_dict.json").write_text("{")
