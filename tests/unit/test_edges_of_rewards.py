@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import sys
@@ -123,6 +124,7 @@ def test_a_server_that_does_not_end_is_killed_with_its_workers() -> None:
     scorer.wait_ready()
     started = set(psutil.Process().children(recursive=True)) - before
     server = next(one for one in started if one.ppid() == psutil.Process().pid)
+    assert os.getsid(server.pid) == server.pid  # Ctrl-C in the trainer's terminal does not reach it
     server.suspend()
     scorer.close()
     assert not psutil.pid_exists(server.pid)  # it is not left as a zombie either
