@@ -202,7 +202,7 @@ def test_what_a_function_logs_has_bounds() -> None:
     assert len(log.notes) == 5
 
 
-def test_scores_are_at_most_a_million() -> None:
+def test_scores_are_at_most_1e6() -> None:
     scores, errors = checked([MAX_SCORE, -MAX_SCORE, 1_000_001, -1e9, True, None], 6)
     assert scores == [1e6, -1e6, None, None, 1.0, None]
     assert list(errors) == [2, 3]
