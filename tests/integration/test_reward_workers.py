@@ -25,6 +25,7 @@ WORD = {
     "raise": lambda: 1 / 0, "leave": lambda: sys.exit(0), "nan": lambda: float("nan"), "text": lambda: "1",
     "wrong": lambda: 0.0, "none": lambda: None,
     "child": lambda: subprocess.Popen(["sleep", "615"]) and time.sleep(600),
+    "session": lambda: subprocess.Popen(["sleep", "615"], start_new_session=True) and time.sleep(600),
 }
 hostile = act("hostile")
 scored = 0
@@ -166,9 +167,10 @@ def test_a_wrong_number_of_scores_fails_all_of_them(caplog):
     assert "prompt 'p0', completion 0 ('a'): returned 1 scores for 2 completions" in caplog.text
 
 
-def test_processes_started_by_a_killed_worker_die_too():
+@pytest.mark.parametrize("word", ["child", "session"])
+def test_processes_started_by_a_killed_worker_die_too(word):
     with scoring(Function("dots_functions.hostile")) as scorer:
-        assert score(scorer, data(("child", "ok"))).timed_out == 1
+        assert score(scorer, data((word, "ok"))).timed_out == 1
         sleepers = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "615"]]
         _, alive = psutil.wait_procs(sleepers, timeout=5)
         assert not alive
