@@ -122,9 +122,10 @@ def test_of_two_completions_the_innocent_one_keeps_its_score(word):
 
 def test_scores_that_were_yielded_before_a_failure_are_not_computed_again():
     with scoring(Function("dots_functions.counting"), num_workers=1) as scorer:
+        assert score(scorer, data(("ok",))).groups[0].rewards.tolist() == [0]
         result = score(scorer, data(("ok", "ok", "raise", "ok", "ok")))
     assert texts(result) == [["ok"] * 4]
-    assert result.groups[0].rewards.tolist() == [0, 1, 2, 3]
+    assert result.groups[0].rewards.tolist() == [1, 2, 3, 4]  # by the same worker
 
 
 def test_the_fourth_late_completion_in_a_row_costs_the_rest_of_its_call_and_the_third_does_not():

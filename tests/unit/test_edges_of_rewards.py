@@ -62,7 +62,8 @@ def test_frames_are_read_whole_and_within_the_limit() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         reader = frames.FrameReader(ours, limit=4)
-        assert reader.read() == []
+        frames.send(ours, 1, b"", timeout=2.0)
+        assert reader.read() == []  # at once
         frames.send(theirs, 7, b"four")
         frames.send(theirs, 8, b"")
         theirs.sendall(struct.pack("!4sQQ", b"dots", 9, 2) + b"l")
@@ -393,6 +394,13 @@ def test_options_of_a_function_win_over_columns_and_make_a_class(
 )
 def test_numbers_are_exact_and_bounded(text: str, value: Fraction | None) -> None:
     assert [number.value for number in find_numbers(text)] == ([] if value is None else [value])
+
+
+def test_a_reference_nested_too_deeply_is_none() -> None:
+    deep = "(" * 9 + "1" + ")" * 9
+    assert not Math(strict=False).can_read(deep)
+    assert Math(strict=False).can_read(deep[1:-1])
+    assert score(Math(strict=False), [r"\boxed{1}"], answer=[deep]) == [None]
 
 
 @pytest.mark.parametrize(
