@@ -270,6 +270,7 @@ def test_groups_stay_together_in_chunks(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("The answer is east. It is not west.", "east"),
         ("north. So 18", "18"),
+        ("The answer is x = east.", "x = east"),
         ("first line\n18", "18"),
         ("the answer is 3 of 4", "3"),
         ("3 of 4", "4"),
