@@ -59,7 +59,9 @@ class Function(Reward):
         if self._file and function.isidentifier():
             if not os.path.isfile(self._file):
                 scripts = [one.name for one in Path(self._file).parent.glob("*.py")]
-                raise UserError(f"Reward function {path!r}: there is no file {module}; {nearest(module, scripts)}")
+                raise UserError(
+                    f"Reward function {path!r}: there is no file {module}; {nearest(Path(module).name, scripts)}"
+                )
             return
         parts = [*module.split("."), function]
         if len(parts) < 2 or not all(part.isidentifier() for part in parts):

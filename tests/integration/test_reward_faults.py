@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -477,7 +478,8 @@ def test_an_attack_costs_at_most_the_scores_of_its_call(place: Place, caplog: py
     assert [row["long"] for row in notes] == [str(2**70)] * 2
     assert "big" not in table(place)[0]
     assert sum(line.startswith("Step 0: ") for line in warnings_of(caplog)) == 1
-    sleepers = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "617"]]
+    own = {"cmdline": ["sleep", "617"], "cwd": os.getcwd()}  # another run's may still be dying
+    sleepers = [one for one in psutil.process_iter(["cmdline", "cwd"]) if one.info == own]
     _, alive = psutil.wait_procs(sleepers, timeout=3)
     assert not alive
 

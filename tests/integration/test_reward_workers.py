@@ -25,8 +25,16 @@ WORD = {
     "raise": lambda: 1 / 0, "leave": lambda: sys.exit(0), "nan": lambda: float("nan"), "text": lambda: "1",
     "wrong": lambda: 0.0, "none": lambda: None,
     "child": lambda: subprocess.Popen(["sleep", "615"]) and time.sleep(600),
+    "session": lambda: subprocess.Popen(["sleep", "615"], start_new_session=True) and time.sleep(600),
 }
 hostile = act("hostile")
+scored = 0
+def counting(completions, **rest):
+    global scored  # the score of each is the number of those before it
+    for c in completions:
+        if text(c) != "ok": WORD[text(c)]()
+        scored += 1
+        yield scored - 1
 def short(completions, **rest): return [1.0]
 def torch_loaded(completions, **rest):
     return [float(any(m in sys.modules for m in ("torch", "transformers", "lightning")))] * len(completions)
@@ -105,6 +113,29 @@ def test_only_the_guilty_completion_is_left_out(word, caplog):
     assert ("First traceback" in caplog.text) == (word in ("memory", "raise", "leave"))
 
 
+@pytest.mark.parametrize("word", ["raise", "exit", "sleep"])
+def test_of_two_completions_the_innocent_one_keeps_its_score(word):
+    with scoring(Function("dots_functions.hostile")) as scorer:
+        assert texts(score(scorer, data(("ok", word)))) == [["ok"]]
+        assert texts(score(scorer, data((word, "wrong")))) == [["wrong"]]
+
+
+def test_scores_that_were_yielded_before_a_failure_are_not_computed_again():
+    with scoring(Function("dots_functions.counting"), num_workers=1) as scorer:
+        assert score(scorer, data(("ok",))).groups[0].rewards.tolist() == [0]
+        result = score(scorer, data(("ok", "ok", "raise", "ok", "ok")))
+    assert texts(result) == [["ok"] * 4]
+    assert result.groups[0].rewards.tolist() == [1, 2, 3, 4]  # by the same worker
+
+
+def test_the_fourth_late_completion_in_a_row_costs_the_rest_of_its_call_and_the_third_does_not():
+    with scoring(Function("dots_functions.hostile"), time_limit_s=0.3, num_workers=1) as scorer:
+        three = score(scorer, data((*["sleep"] * 3, "ok")))
+        four = score(scorer, data((*["sleep"] * 4, "ok", "ok")))
+    assert (texts(three), three.timed_out) == ([["ok"]], 3)
+    assert (texts(four), four.timed_out) == ([[]], 6)
+
+
 def test_failed_scores_can_count_as_zero_and_a_group_can_lose_all():
     batch = data(("sleep", "ok"), ("raise",))
     with scoring(Format("ok|raise", weight=0.5), Function("dots_functions.hostile", correctness=True)) as scorer:
@@ -137,9 +168,10 @@ def test_a_wrong_number_of_scores_fails_all_of_them(caplog):
     assert "prompt 'p0', completion 0 ('a'): returned 1 scores for 2 completions" in caplog.text
 
 
-def test_processes_started_by_a_killed_worker_die_too():
+@pytest.mark.parametrize("word", ["child", "session"])
+def test_processes_started_by_a_killed_worker_die_too(word):
     with scoring(Function("dots_functions.hostile")) as scorer:
-        assert score(scorer, data(("child", "ok"))).timed_out == 1
+        assert score(scorer, data((word, "ok"))).timed_out == 1
         sleepers = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "615"]]
         _, alive = psutil.wait_procs(sleepers, timeout=5)
         assert not alive

@@ -390,6 +390,8 @@ def test_procedural_is_a_deprecated_name_that_keeps_its_logged_name(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "app.rewards.Procedural is deprecated. Use app.rewards.ReasoningGym."
     ]
+    vars(app.rewards).pop("Procedural")
+    assert app.rewards.Procedural is ReasoningGym  # not by `from`, which asks twice
     assert ReasoningGym().name == "procedural"
     assert ReasoningGym(name="mine").name == "mine"
 

@@ -127,7 +127,7 @@ class Call:
     columns: Mapping[str, Column]
     state: TrainerState
     labels: Sequence[str]
-    seed: int = 0
+    seed: int
     one_by_one: bool = False
     trial: bool = False
 
