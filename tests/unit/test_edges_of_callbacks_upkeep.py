@@ -22,6 +22,7 @@ from app.engines import Sampling
 from app.ranks import LostRankError
 from app.runs.checkpoint_files import seal
 from app.runs.folder import RunTrainer
+from app.runs.ownership import Claim, Owner
 from app.runs.sharded_strategy import ShardedStrategy
 from callbacks import (
     ClockBudget,
@@ -627,6 +628,185 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_p
         best.check(trainer_with(), MODULE, data)
     best.check(trainer_with(), MODULE, SimpleNamespace(measured=lambda stage: ["val"], val_size=0))  # type: ignore[arg-type]
     best.check(trainer_with(), MODULE, SimpleNamespace(measured=lambda stage: [], val_size=4))  # type: ignore[arg-type]
+
+
+class Writes:
+    """A trainer that writes checkpoints of a few bytes, or fails to."""
+
+    def __init__(self, **given: Any) -> None:
+        self.error: Exception | None = None
+        self.asked: list[bool] = []
+        self.logs: list[str] = []
+        logger = SimpleNamespace(save=lambda: self.logs.append("saved"))
+        self.trainer = trainer_with(save_checkpoint=self.save, loggers=[logger], **given)
+
+    def save(self, path: Path, weights_only: bool) -> None:
+        self.asked.append(weights_only)
+        path.write_bytes(b"half")
+        if self.error is not None:
+            raise self.error
+        path.write_bytes(b"whole")
+
+
+def module_saved(**given: Any) -> Any:
+    barriers: list[str] = []
+    ranks = SimpleNamespace(barrier=barriers.append)
+    return SimpleNamespace(**({"ranks": ranks, "diverged": False, "barriers": barriers} | given))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    folder, writes, module = tmp_path / "new" / "checkpoints", Writes(), module_saved()
+    one = RunCheckpoint(every=1, keep=2, keep_best="val/accuracy", dirpath=str(folder))
+    later = folder / "step_00000009.ckpt"  # damaged, so the run has resumed from one before it
+    later.parent.mkdir(parents=True)
+    later.write_bytes(b"damaged")
+    for step, accuracy in enumerate([0.2, 0.9, 0.3, 0.4, 0.5], start=1):
+        one._step = step
+        module.last_measured = {"val/accuracy": accuracy}
+        writes.trainer.global_step = step
+        one.on_train_batch_end(writes.trainer, module, None, TrainBatch(step - 1, ()), 3)  # a validation follows
+        assert one._saved == step - 1
+        one.on_validation_end(writes.trainer, module)
+        assert one._saved == step
+        assert os.readlink(folder / "last.ckpt") == f"step_{step:08d}.ckpt"
+        assert os.readlink(folder / "best.ckpt") == f"step_0000000{min(step, 2)}.ckpt"
+    kept = [f"step_0000000{step}.ckpt" for step in (2, 4, 5)]
+    assert names_in(folder) == sorted(["best.ckpt", "last.ckpt", later.name, *kept, *(f"{one}.sha256" for one in kept)])
+    assert all((folder / name).read_bytes() == b"whole" for name in kept)
+    assert writes.asked == [False] * 5 and module.barriers == ["checkpoint"] * 5 and len(writes.logs) == 5
+    assert one.seconds > 0
+    plain = RunCheckpoint(every=1, keep=1, dirpath=str(folder / "plain"))
+    for step in (1, 2):
+        plain._step = plain._due = step
+        plain._save(writes.trainer, module)
+    assert names_in(folder / "plain") == ["last.ckpt", "step_00000002.ckpt", "step_00000002.ckpt.sha256"]
+
+
+def test_the_end_of_a_run_is_saved_once(tmp_path: Path) -> None:
+    writes, module = Writes(), module_saved()
+    one = RunCheckpoint(every=100, dirpath=str(tmp_path))
+    for changes, its in (
+        ({"global_step": 8}, {}), ({"received_sigterm": True}, {}), ({}, {"diverged": True}), ({}, {"ends": True}),
+    ):  # fmt: skip
+        trainer = trainer_with(save_checkpoint=writes.save, loggers=[], **changes)
+        one._step = one._saved + 1
+        for _ in range(2):
+            one._save(trainer, module_saved(diverged="diverged" in its), ends="ends" in its)
+        assert one._due is None and one._saved == one._step
+    assert len(writes.asked) == 4
+    one._step += 1
+    one._save(writes.trainer, module)  # in the middle of the run, and not due
+    assert len(writes.asked) == 4
+    one.on_train_end(writes.trainer, module_saved(diverged=True))
+    assert len(writes.asked) == 4
+    one.on_train_end(writes.trainer, module)
+    assert len(writes.asked) == 5
+
+
+FULL = OSError(28, "No space left on device")
+TORN = RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3\nmore")
+
+
+@pytest.mark.parametrize("error", [FULL, TORN])
+def test_a_checkpoint_that_cannot_be_written_costs_itself_alone(tmp_path: Path, error: Exception) -> None:
+    writes, module = Writes(), module_saved()
+    one = RunCheckpoint(every=3, dirpath=str(tmp_path))
+    one._step = one._due = 3
+    writes.error = error
+    with pytest.warns(UserWarning, match=r"step_00000003.ckpt cannot be written \(.*next one is due in 3 steps"):
+        one._save(writes.trainer, module)
+    assert names_in(tmp_path) == []
+    assert (one._due, one._saved) == (None, 3)
+    for options, changes, ends in (
+        ({"on_write_error": "stop"}, {}, False), ({}, {"world_size": 2}, False), ({}, {}, True),
+    ):  # fmt: skip
+        one = RunCheckpoint(every=3, dirpath=str(tmp_path), **options)  # type: ignore[arg-type]
+        writes = Writes(**changes)
+        one._step = one._due = 3
+        writes.error = error
+        with pytest.raises(UserError, match=r"older checkpoints are intact. Free disk space .*, then resume\."):
+            one._save(writes.trainer, module, ends=ends)
+    writes.error = RuntimeError("of the policy")
+    one._step = one._due = 6
+    with pytest.raises(RuntimeError, match="of the policy"):
+        one._save(writes.trainer, module)
+
+
+def test_other_ranks_write_their_shards_only(tmp_path: Path) -> None:
+    writes = Writes(is_global_zero=False)
+    one = RunCheckpoint(dirpath=str(tmp_path))
+    one._step = one._due = 1
+    one._save(writes.trainer, module_saved())
+    assert names_in(tmp_path) == [".step_00000001.ckpt.tmp"]  # which rank 0 renames
+    trainer = trainer_with(
+        is_global_zero=False, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=4))
+    )
+    one.on_train_start(trainer, MODULE)
+    assert (one._step, one._saved) == (5, 5) and len(names_in(tmp_path)) == 1
+    trainer.is_global_zero = True
+    one.on_train_start(trainer, MODULE)  # what a killed process has left
+    assert names_in(tmp_path) == []
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
+    run = Claim(tmp_path / "run", Owner("me", "fit"))
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir()
+    one, ours = RunCheckpoint(dirpath=str(folder)), (folder / "step_00000002.ckpt", folder / "step_00000004.ckpt")
+    one._check_owner(folder, run, None, continues=False)  # nothing to mix with
+    for path in ours:
+        path.write_bytes(b"weights")
+        seal(path)
+    # The folder is the run's by its own `run.json`, if the run continues in it.
+    one._check_owner(folder, run, ours[1], continues=True)
+    one._check_owner(folder, run, ours[1], continues=False)
+    with pytest.raises(UserError, match=r"has checkpoints of another run \(step_00000004.ckpt\)"):
+        one._check_owner(folder, run, None, continues=False)
+    with pytest.raises(UserError, match=r"set callbacks.RunCheckpoint.dirpath to"):
+        one._check_owner(folder, run, tmp_path / "elsewhere" / "step_00000004.ckpt", continues=False)
+    with pytest.raises(UserError, match=r"set the version of the first logger to"):
+        RunCheckpoint()._check_owner(folder, run, None, continues=False)
+    with pytest.raises(UserError, match=r"has step_00000004.ckpt, which is later than the checkpoint that is resumed"):
+        one._check_owner(folder, run, ours[0], continues=True)
+    one._check_owner(folder, run, tmp_path / "any.ckpt", continues=True)  # whose step nothing says
+    ours[1].write_bytes(b"damaged")
+    one._check_owner(folder, run, ours[0], continues=True)
+    other = tmp_path / "copy" / "checkpoints"  # another folder of the same run
+    other.mkdir(parents=True)
+    (tmp_path / "copy" / "run.json").write_text((tmp_path / "run" / "run.json").read_text())
+    (other / "step_00000004.ckpt").write_bytes(b"weights")
+    one._check_owner(folder, run, other / "step_00000004.ckpt", continues=False)
+    run.release()
+
+
+def test_a_folder_of_its_own_is_claimed_while_the_run_lasts(tmp_path: Path) -> None:
+    run = Claim(tmp_path / "run", Owner("me", "fit"))
+    trainer: Any = SimpleNamespace(continued=None, begun=False, logger=None, default_root_dir=tmp_path / "run")
+    folder = tmp_path / "apart"
+    one = RunCheckpoint(dirpath=str(folder))
+    with pytest.raises(ValueError, match="start"), one.own_folder(trainer, run, None):
+        raise ValueError("start")
+    assert not folder.exists() and run.owner.checkpoints == (str(folder),)  # a failed start leaves nothing
+    trainer.begun = True
+    with pytest.raises(ValueError, match="step"), one.own_folder(trainer, run, None):
+        raise ValueError("step")
+    assert folder.exists()
+    with one.own_folder(trainer, run, None), pytest.raises(UserError, match="another process is writing to"):
+        Claim(folder, Owner("other", "fit"))
+    assert Owner.of(folder) == Owner("me", "fit")
+    Claim(folder, Owner("other", "fit")).release()
+    (folder / "step_00000001.ckpt").write_bytes(b"weights")
+    trainer.begun, trainer.continued = False, tmp_path / "run"
+    with pytest.raises(ValueError, match="start"), one.own_folder(trainer, run, None):
+        raise ValueError("start")
+    assert (folder / "step_00000001.ckpt").exists()
+    with RunCheckpoint().own_folder(trainer, run, None):  # in the run's own folder, which is claimed already
+        pass
+    run.release()
 
 
 # --- The run's folder -----------------------------------------------------------------------------------------------

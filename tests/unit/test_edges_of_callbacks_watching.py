@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from rich.console import Console
 
 from app.engines import Sampling, Transformers
 from app.reporting.forecast_quality import informative_probability
@@ -25,6 +28,7 @@ from callbacks import (
     CompletionsLog,
     DynamicSampling,
     ReferenceRollouts,
+    Results,
     RolloutReplay,
     RunCheckpoint,
     RunLedger,
@@ -336,10 +340,9 @@ def test_measured_completions_are_written_by_set(
 ) -> None:
     log = CompletionsLog()
     trainer = trainer_with(
-        logger=None, default_root_dir=tmp_path, state=SimpleNamespace(fn=SimpleNamespace(value=stage)),
+        logger=None, default_root_dir=tmp_path, state=SimpleNamespace(fn=Stage(stage)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=6)),
     )  # fmt: skip
-    trainer.state.fn = Stage(stage)
     module: Any = SimpleNamespace(
         scorer=scorer(), measured_set=lambda number: ("val/a", "val/b")[number] if named else "val"
     )
@@ -877,3 +880,92 @@ def test_memory_that_cannot_be_estimated_is_said(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_row_of_validations(interval: object, rows: list[object]) -> None:
     assert run_table._validation_row(trainer_with(val_check_interval=interval)) == rows
+
+
+def test_the_table_names_what_is_trained_and_on_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(run_table, "Console", lambda: Console(file=written, width=120))
+    monkeypatch.setattr(run_table, "_memory_rows", lambda *_: [("estimated memory", "7 MiB", "update")])
+    data, policy = data_of(pool(4), prompts_per_step=2), torch.nn.Linear(3, 2)
+    policy.bias.requires_grad = False
+    held = [torch.bfloat16, torch.float32]
+    stored = SimpleNamespace(stored_dtype=lambda: held[0], weights_dtype=lambda: held[1])
+    module = module_like(policy_path="tiny", policy=stored)
+    trainer = trainer_with(precision="32-true", val_check_interval=None)
+
+    def table(**given: bool) -> list[str]:
+        written.seek(0)
+        written.truncate()
+        run_table.print_run_table(trainer, module, data, policy, 2, **given)
+        return [" ".join(line.split()) for line in re.sub(r"[^\w\n ,.()-]", " ", written.getvalue()).splitlines()]
+
+    rows = table()
+    assert "tiny with Uniform" in rows
+    for row in ("policy parameters 8", "trained 6", "train prompts 4", "weights (in the file bfloat16) float32",
+                "precision of computation (trainer.precision) 32-true", "prompts per step 1 2"):  # fmt: skip
+        assert row in rows
+    assert not any("memory" in row or "first prompt" in row or "validations" in row for row in rows)
+    held[0], trainer.val_check_interval = torch.float32, 7
+    data.pools["train"].report = "4 prompts kept"  # type: ignore[assignment]
+    data.tokenizer = Letters()  # type: ignore[assignment]
+    renderer = SimpleNamespace(uses_chat_template=False, template=None)
+    monkeypatch.setattr(PromptFile, "renderer", lambda *_: renderer)
+    rows = table(with_memory=True)
+    for row in ("weights float32", "estimated memory 7 MiB update", "steps between validations 7",
+                "train 4 prompts kept", "first prompt, 3 tokens, without a template", "bcd"):  # fmt: skip
+        assert row in rows
+
+
+# --- What other commands measured -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_what_was_measured_is_written_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = PromptFile("unread.jsonl")
+    data = OnlinePromptDataModule(source, val={"a": source, "b": source})
+    data.pools = {"train": pool(4), "val/a": pool(2), "val/b": pool(2)}
+    data.pools["train"].report, data.pools["val/a"].report = "of train", "of a"  # type: ignore[assignment]
+    metrics = {"val/b": torch.tensor(0.5), "val/a": torch.tensor(0.25), "val/nothing": torch.tensor(math.nan)}
+    trainer = trainer_with(
+        state=SimpleNamespace(fn=Stage(command)), logger=None, default_root_dir=tmp_path / "new", datamodule=data,
+        callback_metrics=metrics, ckpt_path=None,
+    )  # fmt: skip
+    module = module_like(policy_path="tiny")
+    results = Results()
+    for _ in range(2):  # nothing is left of the one before
+        results.on_validation_start(trainer, module)
+        assert results._said == []
+        batch = TrainBatch(0, [prompt(i) for i in range(3)])
+        batch.add([group(prompt(0), [0, 1]), group(prompt(1), [1, 1]), group(prompt(2), [])])
+        results.on_validation_batch_end(trainer, module, None, batch, 0)
+        results.on_validation_end(trainer, module)
+    content = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert content["prompts"] == 3 and content["policy"] == "tiny" and content["checkpoint"] is None
+    assert content["metrics"] == ({"mean_success": 0.75} if command == "predict" else {"val/a": 0.25, "val/b": 0.5})
+    assert list(content["metrics"]) == sorted(content["metrics"])
+    assert {name: one["data"] for name, one in content["sets"].items()} == {"val/a": "of a", "val/b": "of train"}
+    assert content["sets"]["val/a"]["sampling"]["num_generations"] == 2
+    results.teardown(trainer, module, command)
+    assert capsys.readouterr().out == (
+        "measured: the policy tiny itself, since no --ckpt_path was given, on 3 prompts: mean success 0.750\n"
+        f"results: {tmp_path / 'new' / 'results.json'}\n"
+        f"completions: {tmp_path / 'new' / 'completions' / f'{command}.parquet'}\n"
+    )
+    results.teardown(trainer, module, command)  # said once
+    for its in (trainer_with(state=SimpleNamespace(fn=Stage("fit"))), trainer_with(is_global_zero=False)):
+        its.state.fn = Stage(its.state.fn)
+        results.on_validation_start(its, module)
+        results.on_validation_end(its, module)
+        results.teardown(its, module, command)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "step_1.ckpt").write_text("")
+    (tmp_path / "last.ckpt").symlink_to("step_1.ckpt")
+    trainer.ckpt_path = str(tmp_path / "last.ckpt")
+    results.on_validation_start(trainer, module)
+    results.on_validation_end(trainer, module)
+    results.teardown(trainer, module, command)
+    said = capsys.readouterr().out
+    assert f"the policy tiny with the weights of {tmp_path / 'step_1.ckpt'}, on 0 prompts: no completion was" in said
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["checkpoint"] == str(tmp_path / "step_1.ckpt")

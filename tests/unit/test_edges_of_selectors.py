@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
-from datamodules.selectors import Dps, Posterior, SelectionContext
+from datamodules.selectors import Dps, Pools, Posterior, SelectionContext
+from datamodules.selectors.greso import ZeroVarianceSkip
 from datamodules.selectors.sampling import pass_ranks
-from tests.support.selector_builders import outcomes, pool_of, ready
+from datamodules.types import REWARD_TOLERANCE
+from tests.support.selector_builders import PLAIN, chosen, outcomes, pool_of, random_embeddings, ready
 
 
 def test_a_shuffled_pass_is_shared_and_therefore_read_only() -> None:
@@ -43,3 +48,45 @@ def test_every_transition_begins_with_the_prior_count() -> None:
     counts = ready(Dps(prior=2.0), 5).state_dict()["counts"]
     assert counts.shape == (3, 3, 5)
     assert set(counts.unique().tolist()) == {2.0}
+
+
+def test_constants_are_fitted_from_the_first_outcome_on() -> None:
+    one = ready(Posterior(use_embeddings=False), 8)
+    assert one.state_dict()["fitted_at"] == 0
+    one.choose(1)
+    one.observe(outcomes([3], [0.5]))
+    assert one.state_dict()["fitted_at"] == 1
+
+
+def test_pools_may_reach_from_zero_to_one() -> None:
+    everything = ready(Pools(hard_up_to=0.0, normal_up_to=1.0, hard=0, normal=1, easy=0, unseen=0), 4)
+    everything.choose(1)
+    everything.observe(outcomes(range(4), [0.0, 0.5, 1.0, 1.0]))
+    assert sorted(chosen(everything, 3).tolist()) == [1, 2, 3]  # bounds belong to the pool below them
+    nothing = ready(Pools(hard_up_to=0.5, normal_up_to=0.5), 4)
+    assert len(nothing.choose(2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rate", "run"), [(REWARD_TOLERANCE, -1), (1 - REWARD_TOLERANCE, 1), (2 * REWARD_TOLERANCE, 0)]
+)
+def test_rates_at_the_tolerance_count_as_all_or_nothing(rate: float, run: int) -> None:
+    one = ZeroVarianceSkip()
+    one.setup(pool_of(["a", "b", "c"]), SelectionContext(0))
+    one.learn(np.array([1]), outcomes([1], [rate]))
+    assert one.state_dict()["run"].tolist() == [0, run, 0]
+
+
+RANKERS = {name: make for name, make in PLAIN.items() if name != "Greso"}  # whose filter draws too
+
+
+@pytest.mark.parametrize("make", RANKERS.values(), ids=RANKERS)
+def test_draws_and_steps_are_counted_one_by_one(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    random_embeddings(monkeypatch, 12, 4)
+    one = ready(make(), 12)
+    for step in range(1, 4):
+        one.choose(2)
+        one.choose(1, refill=True)
+        one.choose_references(3)
+        assert (one.state_dict()["draws"], one.state_dict()["steps"]) == (3 * step, step)
+        assert len(one.state_dict()["chosen_now"]) == 3
