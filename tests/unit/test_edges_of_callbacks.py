@@ -244,6 +244,13 @@ def test_a_restored_reference_set_is_offered_once_and_not_rolled_out_again() -> 
     np.testing.assert_array_equal(batch.reference_forecast, forecast)
 
 
+@pytest.mark.parametrize("options", [{"size": 1}, {"every": 0}, {"size": 1, "every": 0}])
+def test_reference_sets_that_cannot_be(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="expected size >= 2 and every >= 1"):
+        ReferenceRollouts(**options)  # type: ignore[arg-type]
+    ReferenceRollouts(size=2, every=1)
+
+
 def on_data(callback: Any, size: int = 8) -> tuple[Any, OnlinePromptDataModule]:
     """Set up a callback on a data module whose pool is in memory."""
     data = OnlinePromptDataModule(PromptFile("unread.jsonl"), prompts_per_step=3, seed=0)

@@ -606,8 +606,11 @@ def test_the_history_of_prompts_is_kept_and_written_after_two_steps(
     assert found["last_success"] == [0.5, 1.0, 1.0, None, None, 0.0]
     assert found["mean_success"] == [0.5, 0.75, 1.0, None, None, 0.0]
     file.unlink()
-    report.on_fit_end(trainer, module)
-    assert file.exists() and written == [tmp_path] * 2
+    again = RunReport()
+    again.setup(trainer, module, "fit")
+    again.load_state_dict(saved_and_loaded(report.state_dict()))
+    again.on_fit_end(trainer, module)  # which had no step left to take
+    assert pq.read_table(file).to_pydict() == found and written == [tmp_path] * 2
 
 
 # --- Progress -------------------------------------------------------------------------------------------------------
@@ -671,8 +674,9 @@ def test_large_values_are_shown_without_a_fraction() -> None:
 @pytest.mark.parametrize(
     ("given", "max_steps", "mini_batches", "interval"),
     [
-        (None, 100, 1, 10), (None, 100, 3, 3), (None, 4, 1, 1), (None, -1, 1, 10), (7, 100, 1, 7), (7, -1, 1, 7),
-        (0.25, 100, 1, 25), (0.25, 100, 3, 8), (1.0, 100, 3, 34), (1.0, 1, 1, 1), (0.001, 100, 1, 1), (1, 100, 1, 1),
+        (None, 100, 1, 10), (None, 100, 3, 3), (None, 4, 1, 1), (None, -1, 1, 10), (None, 0, 1, 10), (7, 100, 1, 7),
+        (7, -1, 1, 7), (0.25, 100, 1, 25), (0.25, 100, 3, 8), (1.0, 100, 3, 34), (1.0, 1, 1, 1),
+        (0.001, 100, 1, 1), (1, 100, 1, 1),
     ],
 )  # fmt: skip
 def test_steps_between_validations(given: float | None, max_steps: int, mini_batches: int, interval: int) -> None:
@@ -900,7 +904,7 @@ def test_the_table_names_what_is_trained_and_on_what(monkeypatch: pytest.MonkeyP
         return [" ".join(line.split()) for line in re.sub(r"[^\w\n ,.()-]", " ", written.getvalue()).splitlines()]
 
     rows = table()
-    assert "tiny with Uniform" in rows
+    assert "tiny with Uniform" in rows and "per rank (2) in all" in rows
     for row in ("policy parameters 8", "trained 6", "train prompts 4", "weights (in the file bfloat16) float32",
                 "precision of computation (trainer.precision) 32-true", "prompts per step 1 2"):  # fmt: skip
         assert row in rows

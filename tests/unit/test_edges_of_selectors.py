@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.selectors import Dps, Pools, Posterior, SelectionContext
 from datamodules.selectors.greso import ZeroVarianceSkip
-from datamodules.selectors.sampling import pass_ranks
+from datamodules.selectors.sampling import gumbel, pass_ranks
 from datamodules.types import REWARD_TOLERANCE
 from tests.support.selector_builders import PLAIN, chosen, outcomes, pool_of, random_embeddings, ready
 
@@ -83,10 +83,28 @@ RANKERS = {name: make for name, make in PLAIN.items() if name != "Greso"}  # who
 @pytest.mark.parametrize("make", RANKERS.values(), ids=RANKERS)
 def test_draws_and_steps_are_counted_one_by_one(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     random_embeddings(monkeypatch, 12, 4)
-    one = ready(make(), 12)
+    one = make()
+    one.setup(pool_of([str(i) for i in range(12)]), SelectionContext(7, "an encoder"))
     for step in range(1, 4):
         one.choose(2)
         one.choose(1, refill=True)
         one.choose_references(3)
         assert (one.state_dict()["draws"], one.state_dict()["steps"]) == (3 * step, step)
         assert len(one.state_dict()["chosen_now"]) == 3
+
+
+def test_the_explored_share_is_that_of_the_step() -> None:
+    one = ready(Posterior(use_embeddings=False), 20)
+    for _ in range(3):
+        one.choose(4)
+        assert one.state_dict()["explored"][1] == 4
+        one.choose(2, refill=True)
+        assert one.state_dict()["explored"][1] == 6
+
+
+def test_noise_is_gumbels() -> None:
+    noise = gumbel(np.full(20_000, 5.0), np.random.default_rng(0)) - 5.0
+    # The distribution function is exp(-exp(-x)), the mean Euler's constant.
+    assert np.mean(noise <= 0) == pytest.approx(np.exp(-1), abs=0.01)
+    assert np.mean(noise <= 1) == pytest.approx(np.exp(-np.exp(-1)), abs=0.01)
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.03)
