@@ -389,19 +389,20 @@ def test_rollouts_ahead_need_an_engine_of_its_own_and_one_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("callback", "defaults"),
+    ("kind", "defaults"),
     [
-        (Balanced(), {"low": 0.3, "high": 0.7, "max_refills": 10}),
-        (DynamicSampling(), {"low": None, "high": None, "max_refills": 10}),
-        (ReferenceRollouts(), {"size": 256, "every": 2, "reuse": "train"}),
-        (RolloutReplay(), {"fresh_fraction": 0.5, "capacity": 512, "admit": "informative"}),
-        (RunCheckpoint(), {"every": 10, "keep": 2, "keep_best": None, "on_write_error": "continue"}),
-        (CompletionsLog(), {"every": 10, "samples": 4}),
-        (SelectionMonitor(), {"histograms_every": 10, "pictures_every": 20}),
-        (StartValidation(), {"enabled": True}),
-        (ShardedPolicy(), {"shard_size": 0, "reduce_dtype": "float32", "reshard_after_forward": True}),
+        (Balanced, {"low": 0.3, "high": 0.7, "max_refills": 10}),
+        (DynamicSampling, {"low": None, "high": None, "max_refills": 10}),
+        (ReferenceRollouts, {"size": 256, "every": 2, "reuse": "train"}),
+        (RolloutReplay, {"fresh_fraction": 0.5, "capacity": 512, "admit": "informative"}),
+        (RunCheckpoint, {"every": 10, "keep": 2, "keep_best": None, "on_write_error": "continue"}),
+        (CompletionsLog, {"every": 10, "samples": 4}),
+        (SelectionMonitor, {"histograms_every": 10, "pictures_every": 20}),
+        (StartValidation, {"enabled": True}),
+        (ShardedPolicy, {"shard_size": 0, "reduce_dtype": "float32", "reshard_after_forward": True}),
     ],
-    ids=lambda one: type(one).__name__ if isinstance(one, StepCallback) else "",
+    ids=lambda one: one.__name__ if isinstance(one, type) else "",
 )
-def test_a_config_that_says_nothing_keeps_its_meaning(callback: StepCallback, defaults: dict[str, object]) -> None:
+def test_a_config_that_says_nothing_keeps_its_meaning(kind: type[StepCallback], defaults: dict[str, object]) -> None:
+    callback = kind()
     assert {name: getattr(callback, name) for name in defaults} == defaults

@@ -59,12 +59,18 @@ from tests.support.trainers import MODULE, trainer_with
 class NotingLogger(Logger):
     """Keeps what it is given."""
 
-    name = version = None
-
     def __init__(self) -> None:
         super().__init__()
         self.logged: list[tuple[int | None, dict[str, float]]] = []
         self.saved = 0
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def version(self) -> None:
+        return None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.logged.append((step, dict(metrics)))
@@ -253,7 +259,7 @@ def scored(scores: Sequence[float], truncated: int = 0) -> RolloutGroup:
 
 
 def warned(steps: int, groups: list[RolloutGroup], begin: UninformativeSteps | None = None) -> list[tuple[int, str]]:
-    one, found = begin or UninformativeSteps(), []
+    one, found = begin or UninformativeSteps(), list[tuple[int, str]]()
     for step in range(steps):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(selection_monitor, "rank_zero_warn", lambda text, step=step: found.append((step, text)))
