@@ -32,6 +32,7 @@ from callbacks import (
     WeightSync,
 )
 from callbacks.stages import StepCallback
+from callbacks.standard import with_standard
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.online import OnlinePromptDataModule
@@ -406,3 +407,17 @@ def test_rollouts_ahead_need_an_engine_of_its_own_and_one_process() -> None:
 def test_a_config_that_says_nothing_keeps_its_meaning(kind: type[StepCallback], defaults: dict[str, object]) -> None:
     callback = kind()
     assert {name: getattr(callback, name) for name in defaults} == defaults
+
+
+class OwnReplay(RolloutReplay):
+    """A user's own."""
+
+
+def test_a_callback_is_listed_once() -> None:
+    for pair in ([RolloutReplay(), RolloutReplay()], [OwnReplay(), RolloutReplay()], [RolloutReplay(), OwnReplay()]):
+        with pytest.raises(UserError, match=r"lists callbacks\.\w*Replay more than once"):
+            with_standard(pair)
+    listed = [OwnReplay(), RunCheckpoint(dirpath="a"), RunCheckpoint(dirpath="b")]
+    found = with_standard(listed)
+    assert [one for one in found if one in listed] == listed
+    assert sum(isinstance(one, RunCheckpoint) for one in found) == 2

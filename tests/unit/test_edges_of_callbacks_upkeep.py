@@ -362,7 +362,8 @@ def run_trainer(callbacks: list[Any], folder: Path) -> RunTrainer:
 @pytest.mark.parametrize(("count", "shown"), [(15, "p14. "), (16, "p15. "), (17, "p15 and 1 more. ")])
 def test_the_note_of_a_failed_step_names_step_prompts_and_checkpoint(tmp_path: Path, count: int, shown: str) -> None:
     failed = FailedStep()
-    trainer = run_trainer([failed, RunCheckpoint(dirpath=str(tmp_path))], tmp_path)
+    other = tmp_path / "other"
+    trainer = run_trainer([failed, *(RunCheckpoint(dirpath=str(one)) for one in (tmp_path, other))], tmp_path)
     batch = TrainBatch(5, [prompt(i) for i in range(count)])
     batch.add([group(prompt(0), [0, 1]), group(prompt(count - 1), [0, 1], source="replay")])
     failed.on_train_batch_start(trainer, MODULE, batch, 5)
@@ -378,6 +379,11 @@ def test_the_note_of_a_failed_step_names_step_prompts_and_checkpoint(tmp_path: P
     error = ValueError("broken")
     failed.on_exception(trainer, MODULE, error)
     assert f"The newest checkpoint is {tmp_path / 'step_00000004.ckpt'}. Run" in error.__notes__[0]
+    other.mkdir()
+    (other / "step_00000005.ckpt").write_bytes(b"weights")
+    error = ValueError("broken")
+    failed.on_exception(trainer, MODULE, error)
+    assert f"The newest checkpoint is {other / 'step_00000005.ckpt'}. Run" in error.__notes__[0]
 
 
 def test_what_fails_before_the_first_completions_is_a_failed_start(tmp_path: Path) -> None:

@@ -758,10 +758,10 @@ def test_the_rows_of_sources_and_sets() -> None:
     assert sources("free", a=None, b=None)[0][2] == "3 prompts, any number of those chosen"
     assert run_table._source_rows(data_of(pool(2))) == []
     source = PromptFile("unread.jsonl")
-    data = OnlinePromptDataModule(source, val={"a": source, "b": ValidationSet(source, every=5)})
+    data = OnlinePromptDataModule(source, val={"a": source, "b": ValidationSet(source, every=2)})
     assert run_table._set_rows(module_like(), data) == [
         ("  val/a, per prompt", "", "2 completions at temperature 0.5"),
-        ("  val/b, per prompt", "", "10 completions at temperature 0.5, every 5 steps"),
+        ("  val/b, per prompt", "", "4 completions at temperature 0.5, every 2 steps"),
     ]
     assert run_table._set_rows(module_like(), OnlinePromptDataModule(source, val=source)) == []
 
