@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.selectors import Dps, Pools, Posterior, SelectionContext
+from datamodules.selectors import Dps, Mopps, Pools, Posterior, SelectionContext
 from datamodules.selectors.greso import ZeroVarianceSkip
 from datamodules.selectors.sampling import gumbel, pass_ranks
 from datamodules.types import REWARD_TOLERANCE
@@ -16,10 +16,10 @@ from tests.support.selector_builders import PLAIN, chosen, outcomes, pool_of, ra
 
 
 def test_a_shuffled_pass_is_shared_and_therefore_read_only() -> None:
-    ranks = pass_ranks(0, "Uniform", 0, 5)
+    ranks = pass_ranks(0, "of this test", 0, 5)
     with pytest.raises(ValueError, match="read-only"):
         ranks[0] = 1
-    assert sorted(pass_ranks(0, "Uniform", 0, 5).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(pass_ranks(0, "of this test", 0, 5).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_constants_are_refitted_when_the_outcomes_have_doubled() -> None:
@@ -108,3 +108,7 @@ def test_noise_is_gumbels() -> None:
     assert np.mean(noise <= 0) == pytest.approx(np.exp(-1), abs=0.01)
     assert np.mean(noise <= 1) == pytest.approx(np.exp(-np.exp(-1)), abs=0.01)
     assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.03)
+
+
+def test_mopps_looks_at_sixteen_times_as_many_prompts_as_it_chooses() -> None:
+    assert Mopps().candidates == 16
