@@ -54,10 +54,10 @@ class FailedStep(StepCallback):
         more = len(prompts) - _SHOWN_PROMPTS
         note = f"{NOTE} {self._batch.step} with prompts {', '.join(prompts[:_SHOWN_PROMPTS])}"
         note += f" and {more} more. " if more > 0 else ". "
-        newest = [path for one in RunCheckpoint.all_of(trainer) for path in by_age(one.folder(trainer))[:1]]
+        saved = by_age(*(one.folder(trainer) for one in RunCheckpoint.all_of(trainer)))
         note += (
-            f"The newest checkpoint is {newest[0]}. Run the same command with --ckpt_path last to continue from it."
-            if newest
+            f"The newest checkpoint is {saved[0]}. Run the same command with --ckpt_path last to continue from it."
+            if saved
             else "There is no checkpoint yet. Lower --checkpoint.every to have one earlier."
         )
         with contextlib.suppress(TypeError):  # of an exception class with `__notes__` of its own
