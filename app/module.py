@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -46,6 +47,25 @@ from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
 
 _USUAL_K = 4
+_Kind = TypeVar("_Kind")
+
+
+def _options(kind: type[_Kind], name: str, given: object) -> _Kind:
+    """Return an argument of `GRPOModule` that Python gave as the object, or as what a config has in its place."""
+    if isinstance(given, kind):
+        return given
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument(f"--{name}", type=kind)
+    try:
+        wanted = {"path": given} if isinstance(given, str) and name == "policy" else given
+        found: _Kind = parser.instantiate(parser.parse_object({name: wanted}))[name]
+        return found
+    except (ArgumentError, TypeError) as error:
+        expected = f"{kind.__module__}.{kind.__name__}"
+        raise UserError(
+            f"GRPOModule was given {name}={given!r}, expected {expected} or a dict of its options "
+            f"({' '.join(str(error).split())})."
+        ) from error
 
 
 class GRPOModule(LightningModule):
@@ -106,6 +126,12 @@ class GRPOModule(LightningModule):
         on_reward_failure: Literal["drop", "zero"] = "drop",
     ) -> None:
         super().__init__()
+        policy, sampling = _options(Policy, "policy", policy), _options(Sampling, "sampling", sampling)
+        engine = None if engine is None else _options(RolloutEngine, "engine", engine)
+        val_sampling = None if val_sampling is None else _options(Sampling, "val_sampling", val_sampling)
+        optimization = _options(Optimization, "optimization", optimization)
+        surrogate = _options(SurrogateOptions, "surrogate", surrogate)
+        reward_workers = _options(WorkerOptions, "reward_workers", reward_workers)
         self.automatic_optimization = False
         if (group_size := sampling.num_generations) < 2:
             told = f"model.sampling.num_generations is {group_size}, but an advantage compares completions of a prompt"
@@ -286,7 +312,7 @@ class GRPOModule(LightningModule):
     @cached_property
     def _identity(self) -> RunIdentity:
         datamodule: OnlinePromptDataModule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by a connector
-        return RunIdentity.of(self.tokenizer, datamodule.pools["train"], self.sampling.num_generations)
+        return RunIdentity.of(self.tokenizer, datamodule.pools["train"], self.sampling.num_generations, run_seed())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()
