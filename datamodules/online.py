@@ -229,8 +229,8 @@ class OnlinePromptDataModule(LightningDataModule):
         command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
         if command in ("validate", "test", "predict") and not self.measured("val" if command == "validate" else "test"):
             raise UserError(
-                f"The config has no prompts that dots {command} could measure. Set data.val or data.test to a source of "
-                "them, or data.val_size to the number that is held out of data.train."
+                f"The config has no prompts that dots {command} could measure. Set data.val or data.test to a source "
+                "of them, or data.val_size to the number that is held out of data.train."
             )
         self._setup_selector(stage)
 

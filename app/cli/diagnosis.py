@@ -135,7 +135,7 @@ def _longer_names(name: str, parser: KnownNames) -> list[str]:
     if get_close_matches(name, [one for one in known if "." not in one], n=1, cutoff=0.5):
         wanted = [name]
     else:
-        wanted = [name] if name in by_last.values() else get_close_matches(name, by_last.values(), n=1, cutoff=0.7)
+        wanted = [name] if name in by_last.values() else get_close_matches(name, set(by_last.values()), n=2, cutoff=0.7)
     found = [one for one, last in by_last.items() if last in wanted or one.startswith(f"{name}_")]
     return sorted(found, key=lambda one: (one.count("."), one))[:_MAX_LONGER]
 

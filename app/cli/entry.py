@@ -73,7 +73,10 @@ def _of_run(run: str, checkpoint: str | None) -> list[str]:
         if run.endswith((".yaml", ".yml")):
             _refuse(f"{run} is no run folder, which this place is for. Write --config {run}.")
         there = "there is no config.yaml in it" if os.path.isdir(run) else "there is no such folder"
-        _refuse(f"{run} is not a run folder: {there}. Give the folder of a run, e.g. runs/my_run/version_0, or a checkpoint in it.")
+        _refuse(
+            f"{run} is not a run folder: {there}. Give the folder of a run, e.g. runs/my_run/version_0, or a "
+            "checkpoint in it."
+        )
     return ["--config", str(config), *(() if checkpoint is None else ("--ckpt_path", checkpoint))]
 
 

@@ -207,14 +207,24 @@ def _adapt_source(val: Any, typehint: Any, *args: Any, prev_val: Any = None, **k
             if nested not in names and "." not in val.key:
                 raise UserError(
                     f"{val.key}={val.val} is given for one source, but the config has several by name "
-                    f"({', '.join(names)}). Write the name before it, as in {names[0]}.{val.key}, or put "
-                    "{class_path: datamodules.prompts.PromptFile, init_args: {...}} in the place of all."
+                    f"({', '.join(names)}). Write the name before it, as in {names[0]}.{val.key}, or replace them all "
+                    "by a source in a config or in braces: '{path: my.jsonl}'."
                 )
         elif several or (prev_val is None and (nested or isinstance(val, dict))):
             prev_val = Namespace(class_path="datamodules.prompts.PromptFile")
     return _adapt_value(val, typehint, *args, prev_val=prev_val, **kwargs)
 
 
+def _update(self: Namespace, value: Any, key: str | None = None, only_unset: bool = False) -> Namespace:
+    """Put a class in the place of a mapping, of which jsonargparse would keep a part."""
+    for branch, one in value.items(branches=True) if isinstance(value, Namespace) and not only_unset else ():
+        name = f"{key}.{branch}" if key else branch
+        if isinstance(one, Namespace) and isinstance(self.get(name), dict):
+            self[name] = Namespace()
+    return _update_parts(self, value, key, only_unset)
+
+
+_update_parts, Namespace.update = Namespace.update, _update  # type: ignore[method-assign]
 _adapt_value = _typehints.adapt_typehints
 _typehints.adapt_typehints = _adapt_source
 

@@ -22,7 +22,8 @@ def serve(
     """Run the server until it exits or Ctrl-C is pressed, and print the command that starts it.
 
     Raises:
-        UserError: vLLM is not installed; other machines could reach the server, which has no key, and nobody has asked for that.
+        UserError: vLLM is not installed; other machines could reach the server, which has no key, and nobody has asked
+            for that.
         EngineError: the server does not become healthy, or exits on its own.
     """
     if find_spec("vllm") is None:

@@ -87,8 +87,8 @@ def print_run_table(
     lm = causal_lm(policy)
     if isinstance(module.engine, Transformers) and module.engine.share_prompts and not plain_attention(lm):
         Console().print(
-            f"slow path: the attention of {type(lm).__name__} cannot share a prompt among its completions, so that each "
-            "keeps a copy in rollouts and updates, which are slower. The engine Vllm rolls out without this limit",
+            f"slow path: the attention of {type(lm).__name__} cannot share a prompt among its completions, so that "
+            "each keeps a copy in rollouts and updates, which are slower. The engine Vllm rolls out without this limit",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     for name, pool in datamodule.pools.items():
