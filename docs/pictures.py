@@ -1,8 +1,8 @@
 """Make the pictures of the pages again from a run of the quickstart: `python -m docs.pictures [RUN_FOLDER]`.
 
 Without a run folder the quickstart is trained first, which takes minutes. Written are its curves and a screenshot of
-TensorBoard's cockpit, for which chromium and chromedriver must be installed. `images/words_and_sums.png` is a part of the
-page of a `dots compare` that takes hours (docs/results.md), and `images/step.svg` was drawn by hand.
+TensorBoard's cockpit, for which chromium and chromedriver must be installed. `images/words_and_sums.png` is a part of
+the page of a `dots compare` that takes hours (docs/results.md), and `images/step.svg` was drawn by hand.
 """
 
 from __future__ import annotations

@@ -43,4 +43,4 @@ def test_bash_completes_subcommands_and_options(
     assert "pool.jsonl" in completed(script, "dots init --data po")
     code, out, said = place.run_with_output("completion", "zsh")
     assert code == 0 and out.startswith("#compdef dots") and "--model.policy.path" in out
-    assert "bash" in place.refused("completion", "fish")
+    assert "shell 'fish' does not exist" in place.refused("completion", "fish")
