@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs pages clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ types: install ## Type check
 docs: install ## Write the generated pages, and build the documentation
 	$(BIN)/python -m docs.generate
 	$(MAKE) --no-print-directory pages
+
+pictures: install ## Make the pictures of the documentation again, from a run of the quickstart and a headless browser
+	$(BIN)/python -m docs.pictures $(ARGS)
 
 pages: $(VENV)/.docs ## Build the documentation in site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -34,6 +34,7 @@ from app.rollouts.pipeline import RolloutPipeline
 from app.runs.folder import RunTrainer, run_folder
 from app.runs.identity import RunIdentity
 from app.runs.lightning_internals import configure_model_early
+from app.runs.python_options import options_of
 from app.update.learner import Learner, LearnerOptions
 from app.update.metrics import batch_metrics, update_metrics
 from app.update.optimization import Optimization
@@ -103,6 +104,12 @@ class GRPOModule(LightningModule):
         on_reward_failure: Literal["drop", "zero"] = "drop",
     ) -> None:
         super().__init__()
+        policy, sampling = options_of(Policy, "policy", policy), options_of(Sampling, "sampling", sampling)
+        engine = None if engine is None else options_of(RolloutEngine, "engine", engine)
+        val_sampling = None if val_sampling is None else options_of(Sampling, "val_sampling", val_sampling)
+        optimization = options_of(Optimization, "optimization", optimization)
+        surrogate = options_of(SurrogateOptions, "surrogate", surrogate)
+        reward_workers = options_of(WorkerOptions, "reward_workers", reward_workers)
         self.automatic_optimization = False
         if (group_size := sampling.num_generations) < 2:
             told = f"model.sampling.num_generations is {group_size}, but an advantage compares completions of a prompt"
@@ -244,7 +251,7 @@ class GRPOModule(LightningModule):
     @cached_property
     def _identity(self) -> RunIdentity:
         train = OnlinePromptDataModule.of(self.trainer).pools["train"]
-        return RunIdentity.of(self.tokenizer, train, self.sampling.num_generations)
+        return RunIdentity.of(self.tokenizer, train, self.sampling.num_generations, run_seed())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()

@@ -78,6 +78,13 @@ class OnlinePromptDataModule(LightningDataModule):
         for name, given in (("prompts_per_step", prompts_per_step), ("val_batch_size", val_batch_size)):
             if given < 1:
                 raise UserError(f"data.{name} is {given}, expected at least 1. Raise it.")
+        for name, source in (("train", train), ("val", val), ("test", test)):
+            for one in source.values() if isinstance(source, Mapping) else [source]:
+                if one is not None and not isinstance(one, PromptSource | ValidationSet):
+                    raise UserError(
+                        f"OnlinePromptDataModule was given {name}={source!r}, expected a source of prompts such as "
+                        "datamodules.prompts.PromptFile('my.jsonl'), or several in a dict by name."
+                    )
         self.train_sources = {"": train} if isinstance(train, PromptSource) else train
         if not self.train_sources:
             raise UserError("data.train is an empty mapping, expected at least one source. Add one by its name.")
@@ -154,6 +161,12 @@ class OnlinePromptDataModule(LightningDataModule):
             train.floors = floors_of(self.mixture, weights, train.parts)
         self.pools = {"train": train, **self.pools}
         self._measured_pools("test", tokenizer, policy)
+        command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        if command in ("validate", "test", "predict") and not self.measured("val" if command == "validate" else "test"):
+            raise UserError(
+                f"The config has no prompts that dots {command} could measure. Set data.val or data.test to a source "
+                "of them, or data.val_size to the number that is held out of data.train."
+            )
         self._setup_selector(stage)
 
     def measured(self, stage: Literal["val", "test"]) -> list[str]:

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
+    "completion": Command("print a script that completes this command in bash or zsh", "app.cli.completion:main"),
 }
 LIGHTNING_COMMANDS: dict[str, str] = {
     "fit": "train a policy (also: dots train)",
@@ -55,7 +56,7 @@ ALIASES: dict[str, str] = {"train": "fit", "eval": "test", "data": "show_data"}
 _ORDER = (
     ("Start", ("init", "data", "describe")),
     ("Train", ("fit", "select", "serve")),
-    ("Use", ("validate", "test", "predict", "export", "report")),
+    ("Use", ("validate", "test", "predict", "export", "report", "completion")),
     ("Study", ("compare", "forecast", "difficulty")),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,13 @@ _MAX_CHOICES = 20
 _LEVEL = (
     r"""[ -]*(?:Parser key "(?P<option>[^"]+)"(?: element \d+)?:|Problem with given class_path '(?P<path>[^']+)':)"""
 )
-_UNKNOWN = r"(?:Group '(.+?)' does not )?(?:accept option|accept nested key|Option|arguments:) '?-*([\w.]+)"
+_UNKNOWN = r"(?:Group '(.+?)' does not )?(?:accept option|accept nested key|Option|arguments:) '?(-*)([\w.-]+)"
+_DEFAULT_CLASSES = {
+    "model": "app.module.GRPOModule",
+    "data": "datamodules.online.OnlinePromptDataModule",
+    "data.train": "datamodules.prompts.PromptFile",
+}
+_MAX_LONGER = 3
 _WRONG_CLASS = r"module '[\w.]+' has no .*|No module named .*|does not correspond to .*|dot import path string"
 
 
@@ -69,16 +76,24 @@ def explain(message: str, parser: KnownNames) -> str:
     if found := re.search(r"([\w.]+): invalid choice: '(.+?)' \(choose from (.+)\)", cause):
         choices = re.findall(r"[^\s,']+", found[3])
         return f"{found[1]} {found[2]!r} does not exist.{_hint(found[2], choices)}"
+    if found := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", cause):
+        given = Path(found[1])
+        option = "config" if given.suffix in (".yaml", ".yml") else "resume" if given.is_dir() else "OPTION"
+        return f"{given} belongs to no option. Write --{option} {given}."
     if found := re.search(_UNKNOWN, cause):
         options = (parser.of_class(class_path) if class_path else parser).option_names()
-        name, valid = _unknown_part(".".join(filter(None, found.groups())), options)
+        name, valid = _unknown_part(".".join(filter(None, (found[1], found[3]))), options)
         line = f"{prefix}{name} is not an option{f' of {class_path}' if class_path else ''}."
         # Without a class_path, the annotated class itself is meant.
         line += f" Is {option}.class_path missing?" if class_path in classes[:1] else ""
+        if not class_path and "." not in name and (longer := _longer_names(name, parser)):
+            return f"{line} Did you mean {' or '.join(map(repr, longer))}?"
         return line + _hint(name.rpartition(".")[2], valid)
     if found := re.search(r"arguments are required: ([\w.-]+)", cause):
         # A subcommand's own option is reported with the subcommand before it.
         own = not class_path and found[1] not in parser.option_names()
+        if own and "." not in found[1]:
+            return f"{found[1].upper()} is missing. Write it after the name of the command"
         name = prefix + (found[1].partition(".")[2] if own else found[1])
         needed = f": {class_path} needs it" if class_path else ""
         return f"{name} is missing{needed}. Set it in a --config file or as --{name}"
@@ -98,6 +113,9 @@ def explain(message: str, parser: KnownNames) -> str:
         types = re.sub(r"<class '(.+?)'>", r"\1", " or ".join(expected)).replace("NoneType", "null")
         types = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", types)
         lacks = value.startswith("{'init_args'") and any("subclass" in text for text in expected)
+        if option == "seed_everything":
+            more = " To run several seeds: dots compare --base CONFIG --seeds 0 1 2 --out FOLDER"
+            return f"{option}={value}: expected one whole number.{more}"
         more = f" Is {option}.class_path missing?" if lacks else _hint(value, members, only_near=True)
         return f"{option}={value}: expected {types}.{more}"
     line = " ".join(f"{option}: {cause}".removeprefix(": ").split()).replace('in "<unicode string>", ', "at ")
@@ -106,6 +124,20 @@ def explain(message: str, parser: KnownNames) -> str:
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" -"))
+
+
+def _longer_names(name: str, parser: KnownNames) -> list[str]:
+    """Return the options whose last part is a name, or else close to it; default classes have theirs, too."""
+    known = set(parser.option_names())
+    for prefix, path in _DEFAULT_CLASSES.items():
+        known |= {f"{prefix}.{one}" for one in parser.of_class(path).option_names()} if prefix in known else set()
+    name, by_last = name.replace("-", "_"), {one: one.rpartition(".")[2] for one in known if one[-1] != "+"}
+    if get_close_matches(name, [one for one in known if "." not in one], n=1, cutoff=0.5):
+        wanted = [name]
+    else:
+        wanted = [name] if name in by_last.values() else get_close_matches(name, set(by_last.values()), n=2, cutoff=0.7)
+    found = [one for one, last in by_last.items() if last in wanted or one.startswith(f"{name}_")]
+    return sorted(found, key=lambda one: (one.count("."), one))[:_MAX_LONGER]
 
 
 def _unknown_part(name: str, options: set[str]) -> tuple[str, set[str]]:

@@ -104,6 +104,8 @@ class DotsCLI(LightningCLI):
             self._add_arguments(parser)
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit" and not self._asks_for_help:
+            parser.read_before = ("dry_run", "resume")
         if subcommand == "fit" and self._asks_for_help:  # neither is part of a config
             told = "try everything once: a small step, validation, a checkpoint; nothing is kept"
             parser.add_argument("--dry_run", action="store_true", help=told)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,6 +45,11 @@ def expand(given: list[str]) -> list[str]:
     if name not in COMMANDS and rest and not rest[0].startswith("-"):
         run = rest[0]
         return [name, *_of_run(run, run if name in _OF_A_CHECKPOINT else None), *rest[1:]]
+    if name in _OF_A_CHECKPOINT and not any(re.match(r"(-c|--config|--model)\b", one) for one in rest):
+        named = [after for one, after in pairwise([*rest, ""]) if one == "--ckpt_path"]
+        named += [one.partition("=")[2] for one in rest if one.startswith("--ckpt_path=")]
+        if named and named[0] != "last":
+            return [name, *_of_run(named[0], None), *rest]
     return [name, *rest]
 
 
@@ -58,10 +65,18 @@ def _resumed(rest: list[str]) -> list[str]:
 
 
 def _of_run(run: str, checkpoint: str | None) -> list[str]:
+    """Return the options that name the config of a run, given by its folder or one of its checkpoints."""
     config = Path(run, "config.yaml")
+    if not config.is_file() and Path(run).parent.name == "checkpoints":
+        config = Path(run).parent.parent / "config.yaml"
     if not config.is_file():
+        if run.endswith((".yaml", ".yml")):
+            _refuse(f"{run} is no run folder, which this place is for. Write --config {run}.")
         there = "there is no config.yaml in it" if os.path.isdir(run) else "there is no such folder"
-        _refuse(f"{run} is not a run folder: {there}. Give the folder of a run, e.g. runs/my_run/version_0.")
+        _refuse(
+            f"{run} is not a run folder: {there}. Give the folder of a run, e.g. runs/my_run/version_0, or a "
+            "checkpoint in it."
+        )
     return ["--config", str(config), *(() if checkpoint is None else ("--ckpt_path", checkpoint))]
 
 

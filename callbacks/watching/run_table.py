@@ -16,6 +16,7 @@ from app.engines import Transformers
 from app.engines.transformers.shared_cache import SLACK
 from app.module import GRPOModule
 from app.policy.adapters import causal_lm
+from app.policy.model import plain_attention
 from app.policy.scoring import can_share_prompts
 from app.policy.weights import count_parameters
 from app.reporting.memory import Precision, StepSizes, memory_parts
@@ -84,6 +85,13 @@ def print_run_table(
         for row in _memory_rows(trainer, module, datamodule, policy, world_size):
             table.add_row(*row)
     Console().print(table)
+    lm = causal_lm(policy)
+    if isinstance(module.engine, Transformers) and module.engine.share_prompts and not plain_attention(lm):
+        Console().print(
+            f"slow path: the attention of {type(lm).__name__} cannot share a prompt among its completions, so that "
+            "each keeps a copy in rollouts and updates, which are slower. The engine Vllm rolls out without this limit",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     for name, pool in datamodule.pools.items():
         for source, part in (pool.parts if isinstance(pool, Mixture) else {"": pool}).items():
             if part.report is not None:

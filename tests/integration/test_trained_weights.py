@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -141,6 +142,26 @@ def test_adapters_are_float32_over_weights_in_the_dtype_of_the_file(place: Place
     # Bitwise: rollouts and pushes leave no rounding error in the frozen weights.
     assert all(torch.equal(frozen[name], one) for name, one in before.items())
     assert all(one.abs().max() > 0 for name, one in adapters.items() if "lora_B" in name)
+
+
+def test_adapters_alone_are_the_policy_over_its_own_weights(place: Place) -> None:
+    """In peft, adapters that were exported alone give the logits of the policy that was exported whole."""
+    sums(place, policy={"path": str(TINY), "lora": {"rank": 2}}, optimization={"learning_rate": 1e-2})
+    code, said = place.run(*FIT, "--trainer.max_steps=2")
+    assert code == 0, said[-2000:]
+    run = str(next(place.path.rglob("config.yaml")).parent)
+    for given in (["--out", "adapters", "--adapter"], ["--out", "whole"]):
+        code, said = place.run("export", run, *given)
+        assert code == 0, said
+    assert (place.path / "adapters" / "adapter_model.safetensors").stat().st_size < 200_000
+    tokens = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+        before = base(tokens).logits.clone()
+        found = PeftModel.from_pretrained(base, place.path / "adapters").eval()(tokens).logits
+        expected = AutoModelForCausalLM.from_pretrained(place.path / "whole", dtype=torch.float32)(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
 
 
 TIED = {

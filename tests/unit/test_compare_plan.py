@@ -9,6 +9,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from app.cli.dots import main
+from app.studies.compare import command
 from app.studies.compare.request import Arm, Budget, Request
 from app.studies.compare.run_folder import RunFolder
 from app.studies.compare.runner import RunProgress, overlay
@@ -91,12 +92,20 @@ def test_progress_is_read_from_the_events_of_a_run(tmp_path: Path) -> None:
     assert (by_steps.read(), by_clock.read()) == (1.0, 1.0)
 
 
+def test_without_arms_the_base_runs_with_every_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text("{}\n")
+    options = command._parser().parse_args(["--base", "one.yaml", "--seeds", "3", "5", "--out", "out"])
+    asked = command.read_request(options)
+    assert asked.runs() == [(Arm("one", ()), 3), (Arm("one", ()), 5)]
+    assert asked.budget.rule == "steps"  # so that any learning-rate schedule is possible
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--arms", "a=one.yaml", "b=one.yaml"], "--base is missing"),
         (["--base", "none.yaml", "--arms", "a=one.yaml", "b=one.yaml"], "--base: no such file none.yaml"),
-        (["--base", "one.yaml", "--arms", "a=one.yaml"], "--arms names 1 arm(s), expected at least 2"),
         (["--base", "one.yaml", "--arms", "a", "b=one.yaml"], "--arms a: expected NAME=CONFIG"),
         (["--base", "one.yaml", "--arms", "a/b=one.yaml", "b=one.yaml"], "--arms a/b=one.yaml: expected NAME=CONFIG"),
         (["--base", "one.yaml", "--arms", "a=one.yaml", "a=one.yaml"], "--arms names a more than once"),

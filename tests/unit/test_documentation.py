@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -320,3 +321,30 @@ def test_pages_load_nothing_from_the_network() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def message_texts() -> list[str]:
+    """Return every text of the sources, as one piece where it is written in several, "..." in place of what varies."""
+    found = []
+    for file in (one for folder in ("app", "callbacks", "datamodules") for one in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (one.value if isinstance(one, ast.Constant) else "..." for one in node.values)
+                found.append("".join(map(str, parts)))
+    return found
+
+
+def test_errors_that_are_shown_exist() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    shown = [one for row in rows for one in CODE.findall(row) if metric_name(one) is None]
+    assert len(shown) > 10
+    texts = message_texts()
+
+    def exists(line: str) -> bool:
+        pattern = re.compile(".*".join(map(re.escape, line.split(" ... "))), re.DOTALL)
+        return any(pattern.search(text) for text in texts)
+
+    assert [one for one in shown if not exists(one)] == []
+    assert not exists("is made of ... cheese")

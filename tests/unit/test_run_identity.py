@@ -39,7 +39,9 @@ def test_a_checkpoint_without_identity_is_refused() -> None:
         (replace(RUN, tokenizer="u"), "another tokenizer"),
         (replace(RUN, group_size=4), "num_generations=8, but the checkpoint was saved with groups of 4"),
         (replace(RUN, pool="x", prompts="y"), "another prompt pool"),
+        (replace(RUN, pool="x", prompts="y"), r"dots export RUN --out FOLDER .* --model.policy.path FOLDER"),
         (replace(RUN, pool="x"), "the same prompts in another order"),
+        (replace(RUN, pool="x", prompts="y", seed=3), "had seed_everything=3, this one has 0.* --seed_everything 3"),
     ],
 )
 def test_another_run_is_refused(other: RunIdentity, message: str) -> None:

@@ -30,7 +30,7 @@ _DESCRIPTION = (
 )
 _ARMS = (
     "arms as NAME=CONFIG or NAME=CONFIG,CONFIG,...: overlays over the base; {seed} in a file name is replaced by the "
-    "seed of the run"
+    "seed of the run. Without arms the base itself is run with every seed"
 )
 _BUDGET = (
     "when a run ends. baseline: the baseline runs its trainer.max_steps, every other arm until its training clock "
@@ -79,7 +79,8 @@ def report(request: Request, out: Path) -> None:
     (out / "compare.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (out / "compare.md").write_text(markdown(figures), encoding="utf-8")
     (out / "compare.html").write_text(page(comparison, figures), encoding="utf-8")
-    print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
+    if len(request.arms) > 1:
+        print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
     print(short_table(figures["arms"]).to_string())
     for missing in comparison.missing:
         print(f"not finished: {missing}")
@@ -105,8 +106,9 @@ def read_request(options: Namespace) -> Request:
     for option, given in (("--arms", names), ("--seeds", options.seeds)):
         if twice := [one for one, times in Counter(given).items() if times > 1]:
             raise UserError(f"{option} names {twice[0]} more than once. Give each of them once.")
-    if len(arms) < 2:
-        raise UserError(f"--arms names {len(arms)} arm(s), expected at least 2. Give a baseline and another arm.")
+    if not arms:
+        arms = [Arm(Path(options.base[-1]).stem, ())]
+        names = [arms[0].name]
     if not seeds or min(seeds) < 0:
         raise UserError(f"--seeds is {' '.join(map(str, seeds))}. Give at least one seed, each 0 or more.")
     for option in ("smooth", "evaluate_every", "step_limit"):
@@ -121,7 +123,8 @@ def read_request(options: Namespace) -> Request:
     for option, file in wanted:
         if not Path(file).is_file():
             raise UserError(f"{option}: no such file {file}. Give a YAML config; {SEED} stands for the seed of a run.")
-    budget = Budget.parse(options.budget, options.step_limit)
+    alone = len(arms) == 1 and options.budget == "baseline"  # the baseline's own budget is its steps
+    budget = Budget.parse("steps" if alone else options.budget, options.step_limit)
     return Request(tuple(options.base), tuple(arms), seeds, baseline, budget, options.evaluate_every, options.smooth)
 
 

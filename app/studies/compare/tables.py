@@ -28,7 +28,12 @@ def sections(figures: Figures) -> list[tuple[str, str, pd.DataFrame]]:
 
 
 def short_table(arms: Figures) -> pd.DataFrame:
-    """Return the cost of the final accuracy and the accuracy that each arm ended with, for a terminal."""
+    """Return the cost of the final accuracy and the accuracy that each arm ended with, for a terminal.
+
+    A single arm has nothing to be relative to: it gets its accuracies, with their interval over seeds.
+    """
+    if len(arms) == 1:
+        return _result_table(arms)[["runs", "final accuracy", "best accuracy"]]
     return _cost_table(arms).join(_result_table(arms)[["final accuracy", "gain"]])
 
 
