@@ -105,7 +105,7 @@ class GRPOModule(LightningModule):
     ) -> None:
         super().__init__()
         policy, sampling = options_of(Policy, "policy", policy), options_of(Sampling, "sampling", sampling)
-        engine = None if engine is None else options_of(RolloutEngine, "engine", engine)
+        engine = None if engine is None else options_of(RolloutEngine, "engine", engine)  # type: ignore[type-abstract]
         val_sampling = None if val_sampling is None else options_of(Sampling, "val_sampling", val_sampling)
         optimization = options_of(Optimization, "optimization", optimization)
         surrogate = options_of(SurrogateOptions, "surrogate", surrogate)

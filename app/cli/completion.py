@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import shtab
@@ -42,11 +43,11 @@ def _tree() -> argparse.ArgumentParser:
         if name == "difficulty":
             actions = commands.add_parser(name, help=command.summary).add_subparsers()
             for one in ("fit", "evaluate"):
-                _add(actions, one, one, _parser_built_by(lambda one=one: COMMANDS["difficulty"].run([one])))
+                _add(actions, one, one, _parser_built_by(partial(COMMANDS["difficulty"].run, [one])))
         elif name == "completion":
             commands.add_parser(name, help=command.summary).add_argument("shell", choices=["bash", "zsh"])
         else:
-            _add(commands, name, command.summary, _parser_built_by(lambda command=command: command.run([])))
+            _add(commands, name, command.summary, _parser_built_by(partial(command.run, [])))
     return root
 
 

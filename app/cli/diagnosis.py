@@ -99,10 +99,10 @@ def explain(message: str, parser: KnownNames) -> str:
         return f"{name} is missing{needed}. Set it in a --config file or as --{name}"
     if reason := re.search(_WRONG_CLASS, cause):
         named = re.search(r"(?:Import path (?!does not)|import path string: )([\w.]+)", cause)
-        given = named[1] if named else value or class_path
-        known = classes if "." in given else [path.rpartition(".")[2] for path in classes]
-        said = reason[0].replace("dot import path string", "no class of this name is known")
-        return f"{option}={given}: {said}.{_hint(given, known)}"
+        wrong = named[1] if named else value or class_path
+        known = classes if "." in wrong else [one.rpartition(".")[2] for one in classes]
+        said = reason[0].replace("dot import wrong string", "no class of this name is known")
+        return f"{option}={wrong}: {said}.{_hint(wrong, known)}"
     if found := re.search(r"Key must be a string, got: (.+)\.", cause):
         where = f" of {option}" if option else ""
         return f"the key {found[1]}{where} is not text, but keys are names of options. Quote or remove it."

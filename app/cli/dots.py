@@ -105,6 +105,7 @@ class DotsCLI(LightningCLI):
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit" and not self._asks_for_help:
+            assert isinstance(parser, DotsArgumentParser)
             parser.read_before = ("dry_run", "resume")
         if subcommand == "fit" and self._asks_for_help:  # neither is part of a config
             told = "try everything once: a small step, validation, a checkpoint; nothing is kept"

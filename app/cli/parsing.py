@@ -227,7 +227,7 @@ def _adapt_source(val: Any, typehint: Any, *args: Any, prev_val: Any = None, **k
                 )
         elif several or (prev_val is None and (nested or isinstance(val, dict))):
             prev_val = Namespace(class_path="datamodules.prompts.PromptFile")
-    return _adapt_value(val, typehint, *args, prev_val=prev_val, **kwargs)
+    return _adapt_value(val, typehint, *args, **kwargs | {"prev_val": prev_val})
 
 
 def _update(self: Namespace, value: Any, key: str | None = None, only_unset: bool = False) -> Namespace:
