@@ -101,7 +101,7 @@ def explain(message: str, parser: KnownNames) -> str:
         named = re.search(r"(?:Import path (?!does not)|import path string: )([\w.]+)", cause)
         wrong = named[1] if named else value or class_path
         known = classes if "." in wrong else [one.rpartition(".")[2] for one in classes]
-        said = reason[0].replace("dot import wrong string", "no class of this name is known")
+        said = reason[0].replace("dot import path string", "no class of this name is known")
         return f"{option}={wrong}: {said}.{_hint(wrong, known)}"
     if found := re.search(r"Key must be a string, got: (.+)\.", cause):
         where = f" of {option}" if option else ""
