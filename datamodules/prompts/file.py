@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
+from datamodules.prompts.detection import PROBE, SchemaOverrides, detect
 from datamodules.prompts.files import matching, open_table
 from datamodules.prompts.readers import FileOptions
 from datamodules.prompts.reading import read_pool
-from datamodules.prompts.schemas import PROBE, Schema, SchemaOverrides, detect
+from datamodules.prompts.schemas import Schema
 from datamodules.prompts.tables import Table, files_of, ranges
 from datamodules.prompts.templates import Renderer, check_template
 

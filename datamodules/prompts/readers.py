@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from datamodules.errors import UserError
 from datamodules.jsonl import MAX_LINE, STRICT, check_depth, decoded, parse_object
-from datamodules.prompts.schemas import ANSWERS, PROMPTS, is_message
+from datamodules.prompts.detection import ANSWERS, PROMPTS
+from datamodules.prompts.messages import is_message
 from datamodules.prompts.tables import DatasetTable, JsonLinesTable, ListTable, Row, Table
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d{1,3})?", re.ASCII)

@@ -13,7 +13,9 @@ import numpy as np
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
 from datamodules.prompts.bounded import bounded
-from datamodules.prompts.schemas import PROBE, Schema, lookup, question_of, with_heads
+from datamodules.prompts.detection import PROBE
+from datamodules.prompts.messages import question_of
+from datamodules.prompts.schemas import Schema, lookup, with_heads
 from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer, check_columns
 from datamodules.types import REWARD_ARGUMENTS, Prompt

@@ -1,77 +1,23 @@
-"""Detects which columns of a data set hold the prompt, the reference answer and the row's id (see `PromptFile`)."""
+"""How the prompt, the reference answer and what else a row holds are read from its columns."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from datamodules.answers import AnswerFormat, boxed_answer, extract, gsm8k_answer
-from datamodules.errors import UserError, nearest
-from datamodules.prompts.choices import CHOICE_ANSWERS, CHOICES, Choices, Naming, choices_of, is_blank, naming_of
+from datamodules.answers import AnswerFormat, extract
+from datamodules.prompts.choices import Choices, Naming, choices_of, is_blank
+from datamodules.prompts.messages import as_message, content_of, is_conversation, kind_of, question_of, role_of
 from datamodules.prompts.tables import Row
 from datamodules.types import REWARD_ARGUMENTS, Messages
 
-PROMPTS = (
-    "prompt",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "question",
-    "problem",
-    "query",
-    "conversation",
-    "question_stem",
-)
-"""Accepted prompt columns, in order of preference, whatever their case."""
-
-_CONVERSATIONS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation")
 """Prompt columns whose messages end with a demonstrated reply."""
 
-_SYSTEM = ("system", "system_prompt")
-"""Columns that hold each row's own system message."""
-
-_TOOLS = "tools"
-"""Column with the functions that a row's chat template describes."""
-
-_LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J")
-"""Columns of a table of multiple-choice questions, a column per choice."""
-
-_NESTED = ("question.choices",)
-"""Choices of the files in which `question` is an object."""
-
-_PREFERENCES = {"chosen", "rejected"}
+PREFERENCES = {"chosen", "rejected"}
 """Columns of data for DPO."""
-
-_CONTEXT = "context"
-
-_AFTER_INSTRUCTION = ("input", _CONTEXT, "question", "problem", "query")
-"""Columns that an `instruction` is about, in order of preference: Alpaca's `input`, Dolly's `context`."""
-
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""ShareGPT's names of roles, and those of its kin."""
-
-PROBE = 64
-"""Number of rows that the schema is detected from."""
-
-_SHAREGPT, _TURN = {"from", "value"}, {"role", "content"}
-"""Keys of a message."""
-
-ANSWERS = (
-    "reward_model.ground_truth",
-    "reward_spec.ground_truth",
-    "ground_truth",
-    "answer",
-    "expected_answer",
-    "label",
-    "solution",
-    "output",
-    "response",
-    "completion",
-)
-"""Accepted answer columns, in order of preference, whatever their case. A dot leads into a column of objects."""
 
 SUBSET_ID = "dots_id"
 """Column that holds the prompt ids in files written by `write_subset`. Every row has one."""
@@ -158,8 +104,8 @@ class Schema:
         """
         value = lookup(row, self.prompt)
         if isinstance(value, list):
-            messages = [_message(item) for item in value]
-            ends = self.ends_with_answer or self.prompt.lower() in (*_CONVERSATIONS, *_PREFERENCES)
+            messages = [as_message(item) for item in value]
+            ends = self.ends_with_answer or self.prompt.lower() in (*CONVERSATIONS, *PREFERENCES)
             while ends and messages and messages[-1]["role"] == "assistant":
                 messages.pop()
             return messages if question_of(messages).strip() else None
@@ -169,7 +115,7 @@ class Schema:
             main = "\n\n".join(text for text in texts if text is not None)
         if main is None or not self.choices or self.hides_choices:
             return main
-        return f"{main}\n{_choices(row, self.choices) or ''}".rstrip("\n")
+        return f"{main}\n{choices_in(row, self.choices) or ''}".rstrip("\n")
 
     def answer_of(self, row: Row) -> object:
         """Return the reference answer, with the type that it has in the data; None if there is none.
@@ -180,7 +126,7 @@ class Schema:
         value = self.written_answer(row)
         if self.naming is None:
             return extract(value, self.answer_format)
-        choices = _choices(row, self.choices)
+        choices = choices_in(row, self.choices)
         if is_blank(value) or choices is None:
             return None
         if letter := choices.letter_of(value, self.naming):
@@ -190,8 +136,8 @@ class Schema:
     def written_answer(self, row: Row) -> object:
         """Return the value of the answer's column; where it is a conversation, its last turn if it is a reply."""
         value = lookup(row, self.answer) if self.answer else None
-        if isinstance(value, list) and _is_conversation(value):
-            return _content(value[-1]) if _role(value[-1]) == "assistant" else None
+        if isinstance(value, list) and is_conversation(value):
+            return content_of(value[-1]) if role_of(value[-1]) == "assistant" else None
         return None if self.ends_with_answer else value
 
     def system_of(self, row: Row) -> str | None:
@@ -209,7 +155,9 @@ class Schema:
         if not value:
             return None
         if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-            raise ValueError(f"column {self.tools!r} holds {_kind(value)}, not a list of functions. Correct the data.")
+            raise ValueError(
+                f"column {self.tools!r} holds {kind_of(value)}, not a list of functions. Correct the data."
+            )
         return [_without_none(one) for one in value]
 
     def columns_of(self, row: Row, question: str) -> dict[str, object]:
@@ -234,158 +182,11 @@ class Schema:
         return columns
 
 
-@dataclass(frozen=True, slots=True)
-class SchemaOverrides:
-    """Columns named by the user. Paths may be dotted (`extra_info.question`).
-
-    Prompt and id are detected where they are None, the answer where it is "auto"; None says that rows need no answer.
-    """
-
-    prompt_column: str | None = None
-    answer_column: str | None = "auto"
-    answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto"
-    id_column: str | None = None
-
-    @property
-    def named_answer(self) -> str | None:
-        """The answer's column if the user named one."""
-        return None if self.answer_column == "auto" else self.answer_column
-
-
-def detect(columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverrides, source: str) -> Schema:
-    """Return the schema of a data set with these columns, whose first rows are `probe`.
-
-    Raises:
-        UserError: no column is a prompt, or a named column is missing.
-    """
-    for path in (overrides.prompt_column, overrides.named_answer, overrides.id_column):
-        if path is not None and path not in columns and path.split(".")[0] not in columns:
-            raise UserError(f"{source} has no column {path!r}: {nearest(path, columns)}")
-    folded = {name.lower(): name for name in reversed(columns)}
-    # Other cases count only where no name is spelt as it is known.
-    names = {name: name for name in columns} if any(path in columns for path in PROMPTS) else folded
-    prompt = overrides.prompt_column or next((names[path] for path in PROMPTS if path in names), None)
-    answer = overrides.answer_column
-    if answer == "auto":
-        answer = _first_present([path for path in ANSWERS if path != prompt], probe) or _first_present(
-            [folded[path] for path in ANSWERS if path in folded and folded[path] != prompt], probe
-        )
-        if answer is None and folded.keys() >= _PREFERENCES:
-            raise _preferences(source, prompt, probe, folded["chosen"])
-    choices, naming = tuple[str, ...](), None
-    if not overrides.prompt_column and SUBSET_ID not in columns:
-        choices, named, naming = _multiple_choice(columns, probe, overrides)
-        if choices == _NESTED:
-            prompt = "question.stem"
-        if choices and prompt and any(isinstance(lookup(row, prompt), list) for row in probe):
-            choices, naming = (), None
-        elif choices:
-            answer = named
-    parts: list[str] = []
-    if overrides.prompt_column is None and prompt is not None:
-        texts = {key for key, name in names.items() if all(isinstance(row.get(name), str | None) for row in probe)}
-        key = next((key for key, name in names.items() if name == prompt), prompt)
-        if key == "instruction":
-            parts = [prompt, *[names[name] for name in _AFTER_INSTRUCTION if name in texts][:1]]
-        elif key in _AFTER_INSTRUCTION and _CONTEXT in texts and key in texts:
-            parts = [names[_CONTEXT], prompt]
-    if prompt is None:
-        found, accepted = ", ".join(map(repr, columns)), ", ".join(map(repr, PROMPTS))
-        hint = f"={folded['text']} if it holds prompts: text for pretraining has none" if "text" in folded else ""
-        raise UserError(
-            f"{source} has no prompt column: its columns are {found}; expected one of {accepted}. "
-            f"Set prompt_column{hint}."
-        )
-    ends_with_answer = (
-        overrides.answer_column == "auto" and answer is None and _ends_with_answer(prompt, probe, overrides)
-    )
-    index = None if overrides.id_column else _first_present((SUBSET_ID, "extra_info.index"), probe)
-    schema = Schema(
-        prompt=prompt,
-        answer=prompt if ends_with_answer else answer,
-        answer_format="verbatim" if overrides.answer_format == "auto" else overrides.answer_format,
-        id=overrides.id_column or index or ("id" if "id" in columns else None),
-        id_is_index=bool(overrides.id_column or index),
-        answer_required=SUBSET_ID not in columns and not ends_with_answer,
-        parts=tuple(parts) if len(parts) > 1 else (),
-        choices=choices,
-        naming=naming,
-        ends_with_answer=ends_with_answer,
-        system=_first_text_column([name for name in _SYSTEM if name in columns and name != prompt], probe),
-        tools=_TOOLS if _TOOLS in columns and _first_present([_TOOLS], probe) else None,
-    )
-    if overrides.answer_format == "auto" and naming is None:
-        written = [text for row in probe if isinstance(text := schema.written_answer(row), str)]
-        if written and all(gsm8k_answer(text) is not None for text in written):
-            schema = replace(schema, answer_format="gsm8k")
-        elif answer == "solution" or (written and all(boxed_answer(text) is not None for text in written)):
-            schema = replace(schema, answer_format="boxed")
-    used = {prompt.split(".")[0], schema.answer, *parts, *choices, schema.system, schema.tools}
-    candidates = [name for name in (*PROMPTS, _CONTEXT, *CHOICES) if name in columns]
-    candidates = [] if overrides.prompt_column or SUBSET_ID in columns else candidates
-    others = columns if overrides.answer_column == "auto" and schema.answer is None and not choices else []
-    return replace(
-        schema,
-        unused=tuple(name for name in candidates if name not in used),
-        others=tuple(name for name in others if name not in {*used, *candidates, schema.id, *REWARD_ARGUMENTS}),
-    )
-
-
-def _multiple_choice(
-    columns: Sequence[str], probe: Sequence[Row], overrides: SchemaOverrides
-) -> tuple[tuple[str, ...], str | None, Naming | None]:
-    """Return the columns of the choices, the one of the answer and how it names a choice.
-
-    They are empty and None where the first rows have no choices, or an answer that names none of them.
-    """
-    lettered = tuple(name for name in _LETTERS if name in columns)
-    paths: list[tuple[str, ...]] = [(path,) for path in CHOICES if path.split(".")[0] in columns]
-    paths += [lettered] if len(lettered) > 1 and lettered == _LETTERS[: len(lettered)] else []
-    answers = [*CHOICE_ANSWERS, *ANSWERS] if overrides.answer_column == "auto" else [overrides.named_answer or ""]
-    folded = {name.lower(): name for name in columns}
-    for path in paths:
-        choices = [_choices(row, path) for row in probe]
-        readable = [(one, row) for one, row in zip(choices, probe, strict=True) if one is not None]
-        if not readable or len(readable) < len(choices):
-            continue
-        if overrides.answer_column is None:
-            return path, None, None
-        for answer in dict.fromkeys(folded.get(name.lower(), name) for name in answers):
-            if naming := naming_of([(one, lookup(row, answer)) for one, row in readable]):
-                return path, answer, naming
-    return (), None, None
-
-
-def _choices(row: Row, paths: Sequence[str]) -> Choices | None:
+def choices_in(row: Row, paths: Sequence[str]) -> Choices | None:
+    """Return a row's choices, which are in one column or in a column each; None if it has none."""
     if len(paths) == 1:
         return choices_of(lookup(row, paths[0]))
     return choices_of([value for value in (row.get(path) for path in paths) if value is not None])
-
-
-def _ends_with_answer(prompt: str, probe: Sequence[Row], overrides: SchemaOverrides) -> bool:
-    """Return whether the last turns of conversations are answers.
-
-    Those of a `prompt` may also be the start of a reply, which the policy continues. Such a start is the same in all
-    rows, and a column that the user names is the whole prompt.
-    """
-    turns = [value[-1] for row in probe if isinstance(value := lookup(row, prompt), list) and _is_conversation(value)]
-    replies = {str(_content(one)) for one in turns if _role(one) == "assistant" and _content(one)}
-    if prompt.lower() in _CONVERSATIONS:
-        return bool(replies)
-    ended = all(_role(one) == "assistant" for one in turns)
-    return not overrides.prompt_column and ended and len(turns) == len(probe) and len(replies) > 1
-
-
-def _preferences(source: str, prompt: str | None, probe: Sequence[Row], chosen: str) -> UserError:
-    how = f"Set answer_column={chosen} to take the preferred replies as answers, or null if your reward needs none."
-    if prompt is None and any(_is_conversation(row.get(chosen)) for row in probe):
-        how = f"Set prompt_column={chosen}, of which the last reply is left out. {how}"
-    elif prompt is None:
-        how = f"Add a column 'prompt'. {how}"
-    return UserError(
-        f"{source} is preference data: its columns {chosen!r} and 'rejected' are for DPO, while GRPO samples replies "
-        f"of its own and scores them. {how}"
-    )
 
 
 def lookup(row: Row, path: str) -> object:
@@ -400,27 +201,9 @@ def lookup(row: Row, path: str) -> object:
     return value
 
 
-def question_of(prompt: str | Messages) -> str:
-    """Return the raw question: the text itself, or the user's last message."""
-    if isinstance(prompt, str):
-        return prompt
-    questions = [message["content"] for message in prompt if message["role"] == "user"]
-    return questions[-1] if questions else ""
-
-
 def with_heads(paths: Sequence[str]) -> list[str]:
     """Return paths and the columns that they lead into."""
     return list(dict.fromkeys(name for path in paths for name in (path, path.split(".")[0])))
-
-
-def _first_text_column(names: Sequence[str], probe: Sequence[Row]) -> str | None:
-    """Return the first column that holds only texts, and at least one."""
-    held = ((name, [row.get(name) for row in probe if row.get(name) is not None]) for name in names)
-    return next((name for name, values in held if values and all(isinstance(one, str) for one in values)), None)
-
-
-def _first_present(paths: Sequence[str], probe: Sequence[Row]) -> str | None:
-    return next((path for path in paths if any(lookup(row, path) is not None for row in probe)), None)
 
 
 def _text(value: object, column: str) -> str | None:
@@ -429,17 +212,7 @@ def _text(value: object, column: str) -> str | None:
         return value if value and value.strip() else None
     if isinstance(value, int | float):
         return str(value)
-    raise ValueError(f"column {column!r} holds {_kind(value)}, not text or messages. Correct the data.")
-
-
-def is_message(value: object) -> bool:
-    """Return whether a value is a turn of a conversation: `role` and `content`, or ShareGPT's `from` and `value`."""
-    return isinstance(value, Mapping) and any(value.keys() >= keys for keys in (_SHAREGPT, _TURN))
-
-
-def _is_conversation(value: object) -> bool:
-    """Return whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+    raise ValueError(f"column {column!r} holds {kind_of(value)}, not text or messages. Correct the data.")
 
 
 def _without_none(value: Any) -> Any:
@@ -447,30 +220,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return [_without_none(one) for one in value] if isinstance(value, list) else value
-
-
-def _role(message: Mapping[str, object]) -> str:
-    if message.keys() >= _SHAREGPT:
-        return _ROLES.get(str(message["from"]), str(message["from"]))
-    return str(message["role"])
-
-
-def _content(message: Mapping[str, object]) -> object:
-    return message["value" if message.keys() >= _SHAREGPT else "content"]
-
-
-def _message(item: object) -> dict[str, str]:
-    if not isinstance(item, Mapping) or not is_message(item):
-        raise ValueError(f"a list holds {_kind(item)}, not messages with 'role' and 'content'. Correct the data.")
-    content = _content(item) or ""
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts):
-            raise ValueError("a message holds parts other than text, which is all that is supported. Remove the row.")
-        content = "".join(texts)
-    return {"role": _role(item), "content": str(content)}
-
-
-def _kind(value: object) -> str:
-    return f"an object with keys {sorted(value)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.errors import UserError, nearest
 from datamodules.prompts.bounded import bounded
 from datamodules.prompts.choices import CHOICES, choices_of
-from datamodules.prompts.schemas import Schema, lookup, question_of
+from datamodules.prompts.messages import question_of
+from datamodules.prompts.schemas import Schema, lookup
 from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 

@@ -11,8 +11,8 @@ import pytest
 
 from datamodules.answers import accepted, boxed_answer, gsm8k_answer, last_boxes
 from datamodules.errors import UserError
+from datamodules.prompts.detection import SchemaOverrides, detect
 from datamodules.prompts.file import PromptFile
-from datamodules.prompts.schemas import SchemaOverrides, detect
 from tests.support.reading_helpers import character_tokenizer, shared, write_jsonl
 
 USER = [{"role": "user", "content": "2+3?"}]
