@@ -206,6 +206,21 @@ def test_runs_without_a_baseline_have_no_ratio(tmp_path: Path) -> None:
     assert "| fast | - | - | - | - |" in (tmp_path / "compare.md").read_text()
 
 
+def test_an_arm_alone_gets_its_accuracies_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = replace(request(), arms=request().arms[:1])
+    assert [arm.name for arm in asked.arms] == ["grpo"]
+    for seed, last in ((0, 0.6), (1, 0.8)):
+        finished_run(tmp_path, "grpo", seed, [0.4, last])
+    report(asked, tmp_path)
+    text, html = (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()
+    assert text.startswith("# grpo over 2 seeds\n") and "<h1>grpo over 2 seeds</h1>" in html
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["Results", "Seconds of a run"]
+    # Ends of 0.6 and 0.8: half the width of the 95% interval is 12.706 * 0.1414 / sqrt(2).
+    shown = capsys.readouterr().out
+    assert "0.700 [-0.571, 1.971]" in shown and "relative to" not in shown + text
+    assert "Settings that differ" not in html + text
+
+
 def test_different_held_out_prompts_are_refused(tmp_path: Path) -> None:
     finished_run(tmp_path, "grpo", 0, [0.4, 0.8])
     finished_run(tmp_path, "fast", 0, [0.4, 0.8], prompts="others")

@@ -81,7 +81,7 @@ def report(request: Request, out: Path) -> None:
     (out / "compare.html").write_text(page(comparison, figures), encoding="utf-8")
     if len(request.arms) > 1:
         print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
-    print(short_table(figures["arms"]).to_string())
+    print(short_table(figures).to_string())
     for missing in comparison.missing:
         print(f"not finished: {missing}")
     print(f"report: {out / 'compare.html'}")

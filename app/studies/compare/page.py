@@ -17,7 +17,7 @@ from app.reporting.html import SVG_STYLE, render, svg_of
 from app.studies.compare.figures import Figures
 from app.studies.compare.reach import smooth
 from app.studies.compare.records import Comparison
-from app.studies.compare.tables import ceiling_line, sections, setting_lines
+from app.studies.compare.tables import ceiling_line, sections, setting_lines, title_of
 
 _AXES = {
     "time": "training clock, s",
@@ -70,6 +70,7 @@ def page(comparison: Comparison, figures: Figures) -> str:
         ]
     return render(
         Path(__file__).with_name("page.html.jinja"),
+        title=title_of(figures),
         baseline=baseline,
         setting=setting_lines(figures["setting"]),
         sections=[(title, note, table.to_html(border=0)) for title, note, table in sections(figures)],

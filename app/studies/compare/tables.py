@@ -9,10 +9,16 @@ from datamodules.ledger import PHASES
 
 
 def sections(figures: Figures) -> list[tuple[str, str, pd.DataFrame]]:
-    """Return heading, note and table of each section; the first is the cost to the final accuracy."""
+    """Return heading, note and table of each section.
+
+    The first is the cost to the final accuracy, where there is more than one arm.
+    """
     arms, baseline = figures["arms"], figures["setting"]["baseline"]
     names = ["training", *PHASES]
     seconds = {name: {one: f"{arm['seconds'][one]:.1f}" for one in names} for name, arm in arms.items()}
+    last = ("Seconds of a run", "The training clock excludes validate and checkpoint.", _table(seconds))
+    if is_alone(figures):
+        return [("Results", "", _result_table(arms).drop(columns="gain")), last]
     first = f"Relative to the cost at which {baseline} first reached it."
     best, whole = ({name: arm[part] for name, arm in arms.items()} for part in ("to_best", "share_of_baseline_run"))
     paper = "The form in which the paper of DOTS + RR reports (arXiv 2506.05316)."
@@ -23,16 +29,19 @@ def sections(figures: Figures) -> list[tuple[str, str, pd.DataFrame]]:
         (f"Cost to the best accuracy of {baseline}", first, _cost_table(best)),
         (f"Cost to the final accuracy, relative to the whole run of {baseline}", paper, _cost_table(whole)),
         ("Seed by seed", per_seed, _seed_table(arms, baseline)),
-        ("Seconds of a run", "The training clock excludes validate and checkpoint.", _table(seconds)),
+        last,
     ]
 
 
-def short_table(arms: Figures) -> pd.DataFrame:
-    """Return the cost of the final accuracy and the accuracy that each arm ended with, for a terminal.
+def is_alone(figures: Figures) -> bool:
+    """Return whether a single arm was asked for, which has nothing to be relative to."""
+    return len(figures["setting"]["arms"]) == 1
 
-    A single arm has nothing to be relative to: it gets its accuracies, with their interval over seeds.
-    """
-    if len(arms) == 1:
+
+def short_table(figures: Figures) -> pd.DataFrame:
+    """Return the cost of the final accuracy and the accuracy that each arm ended with, for a terminal."""
+    arms = figures["arms"]
+    if is_alone(figures):
         return _result_table(arms)[["runs", "final accuracy", "best accuracy"]]
     return _cost_table(arms).join(_result_table(arms)[["final accuracy", "gain"]])
 
@@ -40,18 +49,26 @@ def short_table(arms: Figures) -> pd.DataFrame:
 def markdown(figures: Figures) -> str:
     """Return the report as a Markdown page."""
     setting = figures["setting"]
-    paragraphs = [f"# What it takes to match {setting['baseline']}", *setting_lines(setting)]
+    paragraphs = [f"# {title_of(figures)}", *setting_lines(setting)]
     for place, (title, note, table) in enumerate(sections(figures)):
         rows = [["arm", *table], ["---", *["---:"] * len(table.columns)]]
         rows += [[name, *cells] for name, cells in zip(table.index, table.values.tolist(), strict=True)]
         paragraphs += [f"## {title}", note, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
         if place == 0:
             paragraphs.append(ceiling_line(figures))
+    if is_alone(figures):
+        return "\n\n".join(filter(None, paragraphs)) + "\n"
     paragraphs.append(f"## Settings that differ from {setting['baseline']}")
     for name, lines in setting["differences"].items():
         items = "".join(f"\n  - `{line}`" for line in lines)
         paragraphs.append(f"- **{name}** ({', '.join(setting['arms'][name])}){items}")
     return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def title_of(figures: Figures) -> str:
+    """Return the heading of the report."""
+    baseline, seeds = figures["setting"]["baseline"], figures["setting"]["seeds"]
+    return f"{baseline} over {len(seeds)} seeds" if is_alone(figures) else f"What it takes to match {baseline}"
 
 
 def setting_lines(setting: Figures) -> list[str]:
