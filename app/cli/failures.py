@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from datamodules.errors import UserError
+
 _OURS = tuple(str(Path(__file__).parents[2] / name) + "/" for name in ("app", "callbacks", "datamodules"))
 _INSTALLED = tuple(sysconfig.get_path(name) + "/" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _LIBRARY = "site-packages/jsonargparse/"
@@ -123,3 +125,8 @@ def _is_ours(file: str) -> bool:
 def _is_of_user(file: str) -> bool:
     # Built-in and compiled modules give no absolute path.
     return os.path.isabs(file) and not file.startswith((*_OURS, *_INSTALLED)) and "/site-packages/" not in file
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """Return the first UserError among an exception, its causes and the exceptions it was raised in handling."""
+    return next((each for each in chain(error) if isinstance(each, UserError)), None)
