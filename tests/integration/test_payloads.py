@@ -136,7 +136,7 @@ def test_hyperparameters_of_a_checkpoint_choose_no_class(
     monkeypatch.syspath_prepend(place.path)
     state = {**checkpoint, "hyper_parameters": {"_class_path": "dots_evil_module.Evil"}}
     torch.save(state, place.path / "evil.ckpt")
-    code, said = place.run("validate", *FIT[1:], "--ckpt_path", "evil.ckpt")
+    code, said = place.run("validate", *FIT[1:], "--data.val_size=2", "--ckpt_path", "evil.ckpt")
     assert code == 0, said
     assert not mark.exists()
 
@@ -304,5 +304,5 @@ def test_parquet_with_a_pickled_column_type(place: Place, mark: Path) -> None:
     table = pa.table([[f"{i} + 1 =" for i in range(8)], ["1"] * 8], schema=schema)
     pq.write_table(table, place.path / "pool.parquet")
     place.config(lambda config: source(config).update(path="pool.parquet"))
-    place.run("validate", *FIT[1:])
+    place.run("validate", *FIT[1:], "--data.val_size=2")
     assert not mark.exists()
