@@ -37,7 +37,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.sharded_checkpoints:
-            write_sharded(checkpoint, Path(self.broadcast(filepath)))
+            assert self.model is not None
+            write_sharded(checkpoint, Path(self.broadcast(filepath)), self.model)
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
