@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
-from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer
 
@@ -113,8 +113,8 @@ def test_a_trainer_of_several_processes_is_sent_to_the_server() -> None:
 
 
 def test_another_gpu_than_the_first_is_refused() -> None:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        policy = tiny_model(12, seed=0).to("cuda:3")
+    policy = tiny_model(12, seed=0)
+    policy.__class__ = type("OnGpu", (type(policy),), {"device": torch.device("cuda:3")})
     with pytest.raises(UserError, match=r"the policy is on cuda:3\. Set CUDA_VISIBLE_DEVICES=3"):
         Vllm().setup(policy, TOKENIZER)
 
