@@ -205,7 +205,7 @@ class GRPOModule(LightningModule):
         weights = dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
         return Learner(
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
-            self.tokenizer.pad_token_id, self.device,
+            self.tokenizer.pad_token_id, self.device, self.engine.uses_policy,
         )  # fmt: skip
 
     @property

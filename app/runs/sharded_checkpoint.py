@@ -30,10 +30,16 @@ _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
 _TIED = "tied_weights"
 
 
-def write_sharded(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Write a Lightning checkpoint with sharded states of model and optimizers, by parameter name. Collective."""
+def write_sharded(checkpoint: Mapping[str, Any], folder: Path, model: torch.nn.Module) -> None:
+    """Write a Lightning checkpoint with sharded states of model and optimizers, by parameter name. Collective.
+
+    Args:
+        checkpoint: the states, whose tensors may be copies of the model's (Lightning's are, on a GPU).
+        folder: where to; made if it is missing.
+        model: the sharded model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards, rest = _split(checkpoint)
+    shards, rest = _split(checkpoint, tied_names(model))
     dcp.save(shards, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
     if dist.get_rank() == 0:
         torch.save(rest, folder / REST)
@@ -54,7 +60,7 @@ def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torc
     rest.pop(_TIED)
     weights = get_model_state_dict(model)
     states = [get_optimizer_state_dict(model, one) for one in optimizers]
-    shards, _ = _split({_MODEL: weights, _OPTIMIZERS: states})
+    shards, _ = _split({_MODEL: weights, _OPTIMIZERS: states}, tied_names(model))
     _check_same(folder, shards)
     # Loads in place: the shards are the tensors of the model and the optimizers.
     dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
@@ -88,18 +94,17 @@ def whole_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights | rest[_MODEL] | {alias: weights[name] for alias, name in rest[_TIED].items()}
 
 
-def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the sharded tensors by name, and the checkpoint without them."""
-    weights: dict[str, torch.Tensor] = checkpoint[_MODEL]
-    # A tensor with a second name (a tied head) is stored once. Storages are told apart by their handle: the data
-    # pointers of empty shards are all 0.
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Return the further names of parameters that have several (a tied head), with the first name of each."""
     first: dict[int, str] = {}
-    tied = {}
-    for name, tensor in weights.items():
-        if isinstance(tensor, DTensor):
-            known = first.setdefault(tensor.to_local().untyped_storage()._cdata, name)
-            if known != name:
-                tied[name] = known
+    names = {name: id(one) for name, one in model.named_parameters(remove_duplicate=False)}
+    return {name: known for name, one in names.items() if (known := first.setdefault(one, name)) != name}
+
+
+def _split(checkpoint: Mapping[str, Any], aliases: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the sharded tensors by name, and the checkpoint without them. What has several names is stored once."""
+    weights: dict[str, torch.Tensor] = checkpoint[_MODEL]
+    tied = {name: known for name, known in aliases.items() if isinstance(weights.get(name), DTensor)}
     shards: dict[str, torch.Tensor] = {
         f"{_MODEL}/{name}": one for name, one in weights.items() if isinstance(one, DTensor) and name not in tied
     }

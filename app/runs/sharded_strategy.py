@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 from app.runs.sharded_checkpoint import read_sharded, write_sharded
 
@@ -35,9 +36,20 @@ class ShardedStrategy(ModelParallelStrategy):
         )
         self.sharded_checkpoints = sharded_checkpoints
 
+    def model_to_device(self) -> None:
+        """Move the model to the device, unless its shards are kept on the host (`callbacks.ShardedPolicy.cpu_offload`).
+
+        FSDP2 moves such shards itself when a layer needs them. Buffers are on the device already.
+        """
+        assert self.model is not None
+        shards = [one.to_local() for one in self.model.parameters() if isinstance(one, DTensor)]
+        if all(one.device.type == self.root_device.type for one in shards):
+            super().model_to_device()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.sharded_checkpoints:
-            write_sharded(checkpoint, Path(self.broadcast(filepath)))
+            assert self.model is not None
+            write_sharded(checkpoint, Path(self.broadcast(filepath)), self.model)
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 

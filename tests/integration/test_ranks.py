@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from app.runs.sharded_checkpoint import whole_weights
@@ -238,6 +239,29 @@ def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: s
     if strategy == "fsdp2":
         parts = run_of(tmp_path) / "checkpoints" / "last.ckpt"
         assert len(list(parts.glob("*.safetensors"))) == ranks
+
+
+COPYING = """
+from lightning.pytorch import Callback
+
+class Copying(Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["state_dict"] = {name: one.clone() for name, one in checkpoint["state_dict"].items()}
+"""
+
+
+def test_a_tied_policy_is_resumed_from_copies_of_its_weights(alone: Path, tmp_path: Path):
+    """On a GPU Lightning saves copies on the host, one for each name of a tensor."""
+    (tmp_path / "copying.py").write_text(COPYING)
+    copying = "--trainer.callbacks+=copying.Copying"
+    change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
+    dots_on_ranks(2, *arguments(tmp_path, 2, change, copying, strategy="fsdp2"), path=tmp_path, timeout=120)
+    last = run_of(tmp_path) / "checkpoints" / "last.ckpt"
+    stored = [name for file in last.glob("*.safetensors") for name in safe_open(file, "pt").keys()]  # noqa: SIM118
+    assert not [name for name in stored if "lm_head" in name]
+    assert weights_of(tmp_path)["policy_model.lm_head.weight"].shape[0] > 1
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, "--ckpt_path=last", strategy="fsdp2")))
+    assert_same_choices_and_updates(tmp_path, alone)
 
 
 @pytest.mark.long

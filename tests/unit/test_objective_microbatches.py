@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engines import RolloutEngine, Transformers, VllmServer
 from app.module import GRPOModule
 from app.objective.surrogate import SurrogateOptions
 from app.update.minibatch import advantages_of, minibatches
@@ -102,3 +103,23 @@ def test_a_batch_without_any_advantage_has_no_micro_batch() -> None:
     module = module_on(tiny_model(VOCABULARY, seed=3))
     silent = [group for group in groups() if not group.informative]
     assert torch.equal(gradient(module, silent), torch.zeros_like(gradient(module, groups())))
+
+
+@pytest.mark.parametrize(("engine", "everyone"), [(Transformers(), False), (VllmServer(), True)])
+def test_the_policy_before_the_update_is_not_the_engine(engine: RolloutEngine, everyone: bool) -> None:
+    """With several updates the log-probabilities of an engine of its own are those of the behaviour policy only."""
+    model = tiny_model(VOCABULARY, seed=1)
+    module = module_on(model, mini_batches=2, engine=engine)
+    learner = module.learner
+    for part in learner.minibatches_of(groups(), learner.advantages_of(groups()), step=0):
+        for one in learner.with_old_logprobs(part).sequences:
+            if not (one.replayed or everyone):
+                assert one.old_logprobs is None
+                continue
+            ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+            with torch.no_grad():
+                every = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
+            first = len(one.prompt_ids)
+            expected = [float(every[first - 1 + at, token]) for at, token in enumerate(one.completion_ids)]
+            assert one.old_logprobs == pytest.approx(expected, abs=1e-5)
+            assert np.abs(np.array(one.behaviour_logprobs) - expected).max() > 1e-3

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoTokenizer
@@ -109,6 +110,13 @@ def test_a_trainer_of_several_processes_is_sent_to_the_server() -> None:
             Vllm().setup(tiny_model(12, seed=0), TOKENIZER)
     finally:
         dist.destroy_process_group()
+
+
+def test_another_gpu_than_the_first_is_refused() -> None:
+    policy = tiny_model(12, seed=0)
+    policy.__class__ = type("OnGpu", (type(policy),), {"device": torch.device("cuda:3")})
+    with pytest.raises(UserError, match=r"the policy is on cuda:3\. Set CUDA_VISIBLE_DEVICES=3"):
+        Vllm().setup(policy, TOKENIZER)
 
 
 def test_importing_the_engines_does_not_import_vllm() -> None:

@@ -67,6 +67,12 @@ class Vllm(VllmOptions, RolloutEngine):
                 f"engines.Vllm runs in one of {processes} trainer processes, whose process group it would join. "
                 "Use engines.VllmServer (configs/engines/vllm_server.yaml)."
             )
+        if self.model.device.type == "cuda" and self.model.device.index not in (None, 0):
+            raise UserError(
+                f"engines.Vllm generates on the first GPU that its process sees, but the policy is on "
+                f"{self.model.device}. Set CUDA_VISIBLE_DEVICES={self.model.device.index} and trainer.devices to 1, or "
+                "use engines.VllmServer."
+            )
         if self.sleep_level and self.model.device.type != "cuda":
             raise UserError(
                 f"engine.sleep_level is {self.sleep_level} and the policy is on {self.model.device}, but only CUDA can "
