@@ -111,7 +111,7 @@ class OnlinePromptDataModule(LightningDataModule):
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
         """Return the data module of a run. Raises UserError unless it is of this class."""
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning declares it nowhere
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         if not isinstance(data, cls):
             raise UserError(
                 f"The data of the run is {type(data).__name__}, expected {cls.__name__}. Set data.class_path to "

@@ -1,7 +1,7 @@
 """Opens the data behind a path or name: a file, a saved data set, a folder of files, or a hub data set.
 
-A path is the name of one file, never a pattern. `datasets` reads paths as patterns and URLs and caches files by name
-and time, so it only gets the names of hub data sets; local files are read here, each time anew.
+A path is the name of one file, never a pattern. `datasets` reads paths as patterns and URLs, and caches files by their
+name and time. It is therefore given names of hub data sets only, and local files are read here, without a cache.
 """
 
 from __future__ import annotations

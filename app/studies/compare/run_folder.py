@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,7 +96,7 @@ def _machine() -> dict[str, str]:
             break
     found = {
         "processor": processor,
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
         "system": f"{platform.system()} {platform.release()}",
