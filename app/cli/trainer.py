@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -18,6 +19,7 @@ from app.cli.data_page import describe_data
 from app.cli.export import export_policy
 from app.cli.serve import serve
 from app.module import GRPOModule
+from app.runs.checkpoint_io import StreamedCheckpoints
 from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
 from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
@@ -95,6 +97,8 @@ class DotsTrainer(RunTrainer):
             inference_mode=inference_mode,
             **kwargs,
         )
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default
+            self.strategy.checkpoint_io = StreamedCheckpoints()
         if max_epochs is not None:
             self.passes = None if max_epochs < 0 else max_epochs
         elif max_steps == -1 and not any(isinstance(one, Timer) for one in self._callbacks):

@@ -32,9 +32,14 @@ class DamagedCheckpointError(UserError):
     """A checkpoint whose content differs from what was written."""
 
 
-def seal(path: Path) -> None:
-    """Write the checksums of a checkpoint, a file or a folder of files, next to it. Atomic."""
-    lines = [f"{_digest(file)}  {file.relative_to(path.parent)}\n" for file in _files(path)]
+def seal(path: Path, digest: str | None = None) -> None:
+    """Write the checksums of a checkpoint next to it. Atomic.
+
+    Args:
+        path: the checkpoint, a file or a folder of files.
+        digest: the SHA-256 of a file, where it is known; by default the content is read.
+    """
+    lines = [f"{digest or _digest(file)}  {file.relative_to(path.parent)}\n" for file in _files(path)]
     temporary = path.with_name(f".{path.name}{SEAL}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(lines)

@@ -6,6 +6,7 @@ The shards record their place in the whole tensor, so that any number of ranks c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from app.runs.background import Background, copied
 from datamodules.errors import UserError
 
 REST = "run.ckpt"
@@ -30,19 +32,32 @@ _MODEL, _OPTIMIZERS = "state_dict", "optimizer_states"
 _TIED = "tied_weights"
 
 
-def write_sharded(checkpoint: Mapping[str, Any], folder: Path, model: torch.nn.Module) -> None:
+def write_sharded(
+    checkpoint: Mapping[str, Any], folder: Path, model: torch.nn.Module, background: Background | None = None
+) -> None:
     """Write a Lightning checkpoint with sharded states of model and optimizers, by parameter name. Collective.
 
     Args:
         checkpoint: the states, whose tensors may be copies of the model's (Lightning's are, on a GPU).
         folder: where to; made if it is missing.
         model: the sharded model.
+        background: writes copies of the states; by default the caller waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards, rest = _split(checkpoint, tied_names(model))
-    dcp.save(shards, storage_writer=HuggingFaceStorageWriter(path=str(folder), save_distributed=True))
-    if dist.get_rank() == 0:
-        torch.save(rest, folder / REST)
+    writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    first = dist.get_rank() == 0
+    if background is None:
+        dcp.save(shards, storage_writer=writer)
+        if first:
+            torch.save(rest, folder / REST)
+        return
+    written = dcp.async_save(shards, storage_writer=writer, process_group=background.group())
+    assert isinstance(written, Future)
+    background.submit(written.result)
+    if first:
+        copy = copied(rest)
+        background.submit(lambda: torch.save(copy, folder / REST))
 
 
 def read_sharded(folder: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:

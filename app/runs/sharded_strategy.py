@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from app.runs.background import Background
 from app.runs.sharded_checkpoint import read_sharded, write_sharded
 
 _TIMEOUT = timedelta(minutes=30)
@@ -49,7 +50,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.sharded_checkpoints:
             assert self.model is not None
-            write_sharded(checkpoint, Path(self.broadcast(filepath)), self.model)
+            background = storage_options if isinstance(storage_options, Background) else None
+            write_sharded(checkpoint, Path(self.broadcast(filepath)), self.model, background)
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from app.module import GRPOModule
+from app.runs.background import Background
 from app.runs.checkpoint_files import DamagedCheckpointError, by_age, flush, remove, seal, seal_of, step_of
 from app.runs.checkpoint_files import check as check_files
+from app.runs.checkpoint_io import StreamedCheckpoints
 from app.runs.folder import CHECKPOINTS, LAST, RunTrainer, owner_id, run_folder
 from app.runs.ownership import Claim
 from callbacks.stages import Stage, StepCallback
@@ -48,6 +51,9 @@ class RunCheckpoint(StepCallback, Checkpoint):
         on_write_error: what to do when a checkpoint cannot be written (disk full, folder gone): "continue" warns and
             trains until the next one is due, "stop" ends the run. Older checkpoints are kept. A failure always ends the
             run if the checkpoint is its last or the run has several processes.
+        background: copy the state to host memory and write it while the next steps train, so that a step is held for
+            the copy only. The copy needs as much host memory as the checkpoint. The next checkpoint and the end of the
+            run wait for it, and a run that is killed before it is written resumes from the one before.
     """
 
     stage = Stage.SAVE
@@ -59,6 +65,7 @@ class RunCheckpoint(StepCallback, Checkpoint):
         keep_best: str | None = None,
         dirpath: str | None = None,
         on_write_error: Literal["continue", "stop"] = "continue",
+        background: bool = False,
     ) -> None:
         if every < 1 or keep < 1:
             raise UserError(f"RunCheckpoint has every={every} and keep={keep}, expected at least 1 each. Raise them.")
@@ -68,6 +75,9 @@ class RunCheckpoint(StepCallback, Checkpoint):
         """Highest value of `keep_best` after a step, and the number of steps."""
         self.dirpath = dirpath
         self.on_write_error = on_write_error
+        self._background = Background() if background else None
+        self._writing: Path | None = None
+        """The checkpoint that is written in the background."""
         self.seconds = 0.0
         self._due: int | None = None
         self._step = 0
@@ -177,6 +187,13 @@ class RunCheckpoint(StepCallback, Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not pl_module.diverged:
             self._save(trainer, pl_module, ends=True)  # what stopped it came after the hooks of its last step
+        self._wait(trainer, ends=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: GRPOModule, exception: BaseException) -> None:
+        try:
+            self._wait(trainer, ends=True)
+        except UserError as error:  # must not hide what ended the run
+            rank_zero_warn(str(error))
 
     def _save(self, trainer: Trainer, pl_module: GRPOModule, *, ends: bool = False) -> None:
         ends = ends or is_over(trainer) or trainer.received_sigterm or pl_module.diverged
@@ -186,38 +203,48 @@ class RunCheckpoint(StepCallback, Checkpoint):
             return
         pl_module.ranks.barrier("checkpoint")
         started = time.perf_counter()
+        self._wait(trainer)
         path = self.folder(trainer) / f"step_{self._due:08d}.ckpt"
         self._due, self._saved = None, self._step
         for logger in trainer.loggers:
             logger.save()  # what is logged up to a checkpoint survives a kill after it
-        temporary = _temporary(path)
+        best = -1 if self._best is None else self._best[1]
+        publish = partial(_publish, trainer, path, self.keep, best)
         try:
-            _write(trainer, path, temporary)
-            if trainer.is_global_zero:
-                seal(path)
-                best = -1 if self._best is None else self._best[1]
-                for name in (LAST, BEST) if step_of(path) == best else (LAST,):
-                    link = _temporary(path.with_name(name))
-                    link.unlink(missing_ok=True)
-                    link.symlink_to(path.name)
-                    os.replace(link, path.with_name(name))
-                # Later ones are damaged: the run has resumed from one before them.
-                earlier = [one for one in by_age(path.parent) if step_of(one) <= step_of(path)]
-                for old in earlier[self.keep :]:
-                    if step_of(old) != best:
-                        remove(old)
+            if self._background is None:
+                _write(trainer, path, None)
+                publish()
+            else:
+                self._writing = path
+                _write(trainer, path, self._background)
+                self._background.submit(publish)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            with contextlib.suppress(OSError):
-                remove(temporary)  # frees the space for the next checkpoint
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            message = f"Checkpoint {path} cannot be written ({reason}); older checkpoints are intact."
-            remedy = "Free disk space or set RunCheckpoint.dirpath to another folder"
-            if ends or trainer.world_size > 1 or self.on_write_error == "stop":
-                raise UserError(f"{message} {remedy}, then resume.") from error
-            rank_zero_warn(f"{message} Training continues, and the next one is due in {self.every} steps. {remedy}.")
+            self._failed(trainer, path, error, ends)
+        if ends:
+            self._wait(trainer, ends)
         self.seconds += time.perf_counter() - started
+
+    def _wait(self, trainer: Trainer, ends: bool = False) -> None:
+        """Wait for the checkpoint that is written in the background."""
+        path, self._writing = self._writing, None
+        if self._background is None or path is None:
+            return
+        try:
+            self._background.wait()
+        except (OSError, RuntimeError) as error:
+            self._failed(trainer, path, error, ends)
+
+    def _failed(self, trainer: Trainer, path: Path, error: OSError | RuntimeError, ends: bool) -> None:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise error
+        with contextlib.suppress(OSError):
+            remove(_temporary(path))  # frees the space for the next checkpoint
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        message = f"Checkpoint {path} cannot be written ({reason}); older checkpoints are intact."
+        remedy = "Free disk space or set RunCheckpoint.dirpath to another folder"
+        if ends or trainer.world_size > 1 or self.on_write_error == "stop":
+            raise UserError(f"{message} {remedy}, then resume.") from error
+        rank_zero_warn(f"{message} Training continues, and the next one is due in {self.every} steps. {remedy}.")
 
     def folder(self, trainer: Trainer) -> Path:
         """Return the folder of the checkpoints; correct on rank 0."""
@@ -250,21 +277,49 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _write(trainer: Trainer, path: Path, temporary: Path) -> None:
+def _write(trainer: Trainer, path: Path, background: Background | None) -> None:
+    """Write a checkpoint under its temporary name, or start to."""
+    temporary = _temporary(path)
     if trainer.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
+    options = {} if background is None else {"storage_options": background}
     # False saves optimizer, loops and callbacks too; it says nothing about how the file is loaded.
-    trainer.save_checkpoint(temporary, weights_only=False)
-    if trainer.is_global_zero:
-        # A sharded checkpoint is a folder, to which every rank has written its shards.
-        for file in [*temporary.glob("*"), temporary]:
-            flush(file)
-        seal_of(path).unlink(missing_ok=True)  # left by an earlier start of the run
-        if path.is_dir():
-            remove(path)
-        os.replace(temporary, path)
-        flush(path.parent)
+    trainer.save_checkpoint(temporary, weights_only=False, **options)
+
+
+def _publish(trainer: Trainer, path: Path, keep: int, best: int) -> None:
+    """Give a written checkpoint its name, its checksums and the links, and remove those that are not kept any more.
+
+    Args:
+        trainer: its rank 0 does this.
+        path: the checkpoint's name.
+        keep: how many of the newest are kept.
+        best: number of steps of the best checkpoint, which is kept too; -1 for none.
+    """
+    if not trainer.is_global_zero:
+        return
+    temporary, io = _temporary(path), trainer.strategy.checkpoint_io
+    digest = io.digests.pop(temporary, None) if isinstance(io, StreamedCheckpoints) else None
+    # A sharded checkpoint is a folder, to which every rank has written its shards.
+    for file in [*temporary.glob("*"), temporary]:
+        flush(file)
+    seal_of(path).unlink(missing_ok=True)  # left by an earlier start of the run
+    if path.is_dir():
+        remove(path)
+    os.replace(temporary, path)
+    flush(path.parent)
+    seal(path, digest)
+    for name in (LAST, BEST) if step_of(path) == best else (LAST,):
+        link = _temporary(path.with_name(name))
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, path.with_name(name))
+    # Later ones are damaged: the run has resumed from one before them.
+    earlier = [one for one in by_age(path.parent) if step_of(one) <= step_of(path)]
+    for old in earlier[keep:]:
+        if step_of(old) != best:
+            remove(old)
 
 
 def _check_writable(folder: Path) -> None:

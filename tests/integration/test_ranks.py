@@ -241,6 +241,19 @@ def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: s
         assert len(list(parts.glob("*.safetensors"))) == ranks
 
 
+def test_shards_written_in_the_background_are_those_a_step_waits_for(pairs: Callable[[str], Path], tmp_path: Path):
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, EVERY_STEP, "--checkpoint.background=true", strategy="fsdp2")))
+    for name in ("step_00000005.ckpt", "step_00000006.ckpt"):
+        weights, others = (whole_weights(run_of(one) / "checkpoints" / name) for one in (pairs("fsdp2"), tmp_path))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(tensor, others[key]) for key, tensor in weights.items())
+    last = run_of(tmp_path) / "checkpoints" / "last.ckpt"
+    assert last.resolve().name == "step_00000006.ckpt" and len(list(last.glob("*.safetensors"))) == 2
+    changes = ("--ckpt_path=last", "--trainer.max_steps=7")
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *changes, strategy="fsdp2")))
+    assert max(scalars(tmp_path)["grad_norm"]) == 6
+
+
 COPYING = """
 from lightning.pytorch import Callback
 

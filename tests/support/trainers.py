@@ -17,6 +17,6 @@ def trainer_with(**given: Any) -> Any:
         "val_check_batch": 4, "is_global_zero": True, "world_size": 1, "received_sigterm": False, "callbacks": [],
         "state": SimpleNamespace(fn="fit"),
         "_signal_connector": SimpleNamespace(received_sigterm=False),
-        "strategy": SimpleNamespace(launcher=None),
+        "strategy": SimpleNamespace(launcher=None, checkpoint_io=None),
     }  # fmt: skip
     return SimpleNamespace(**(usual | given))
