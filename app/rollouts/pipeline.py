@@ -80,9 +80,7 @@ class RolloutPipeline:
             step: the training step; part of the seed of every sample.
             source: set on the groups.
         """
-        # Only the bound of a completion's length is known: prompts are dealt evenly, after their own length.
-        written = sampling.num_generations * sampling.max_completion_length
-        shares = deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
+        shares = self._shares(prompts, sampling)
         mine = [prompts[position] for position in shares[self.ranks.rank]]
         seeds = self._seeds(mine, sampling, purpose, step)
         # Ranks without a share enter the contexts too: these may be collective.
@@ -104,22 +102,39 @@ class RolloutPipeline:
         return groups
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
-        """Start to roll out the prompts of a later step with the current policy, for `finish`.
+        """Start to roll out this rank's share of the prompts of a later step with the current policy, for `finish`."""
+        mine = [prompts[position] for position in self._shares(prompts, sampling)[self.ranks.rank]]
+        return self.engine.start(mine, sampling, self._seeds(mine, sampling, "train", step))
 
-        For runs of one process: the prompts are not dealt to other ranks.
+    def finish(
+        self, ahead: Ahead, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, *, birth_step: int
+    ) -> list[RolloutGroup]:
+        """Wait for the completions that `start` began, score them and return the groups of all prompts, in order.
+
+        Args:
+            ahead: as `start` returned it.
+            prompts: all `B` prompts that `start` was given.
+            sampling: as it was given to `start`.
+            ledger: that of the step that the completions are for.
+            birth_step: the step whose policy generated them.
         """
-        return self.engine.start(prompts, sampling, self._seeds(prompts, sampling, "train", step))
-
-    def finish(self, ahead: Ahead, prompts: Sequence[Prompt], ledger: Ledger, *, birth_step: int) -> list[RolloutGroup]:
-        """Wait for the completions of `prompts` that `start` began, score them and return their groups, in order.
-
-        `ledger` is that of the step that they are for, `birth_step` the step whose policy generated them.
-        """
+        shares = self._shares(prompts, sampling)
+        mine = [prompts[position] for position in shares[self.ranks.rank]]
         with ledger.phase("rollout"):
             completions = ahead.result()
-        groups = self._scored(prompts, completions, ledger, "train", birth_step, "fresh").account(ledger)
+        rolled = self._scored(mine, completions, ledger, "train", birth_step, "fresh") if mine else Rolled()
+        if self.ranks.size > 1:
+            with ledger.phase("rollout"):
+                rolled = exchange(self.ranks, prompts, shares, rolled)
+        groups = rolled.account(ledger)
         self.stop_if_a_reward_fails(ledger, f"Step {birth_step + 1}")
         return groups
+
+    def _shares(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+        """Return the positions of the prompts that each rank rolls out."""
+        # Only the bound of a completion's length is known: prompts are dealt evenly, after their own length.
+        written = sampling.num_generations * sampling.max_completion_length
+        return deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)

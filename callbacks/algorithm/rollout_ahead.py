@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ class RolloutAhead(StepCallback):
 
     It needs an engine that runs outside the trainer's process. When a step has all its groups, the selector, which has
     observed their outcomes, chooses the prompts of the next step, and the policy that this step began with generates
-    their completions during the update. The step waits for all of them before it pushes the new weights. The groups are
-    one step old when they are trained on (`birth_step`); the objective corrects for that by their behaviour
-    log-probabilities, as for replayed groups. Refills of dynamic sampling and reference rollouts stay on policy.
+    their completions during the update; with several processes each generates its share. The step waits for all of them
+    before it pushes the new weights. The groups are one step old when they are trained on (`birth_step`); the objective
+    corrects for that by their behaviour log-probabilities, as for replayed groups. Refills of dynamic sampling and
+    reference rollouts stay on policy.
     """
 
     stage = Stage.ROLL_OUT_AHEAD
@@ -37,11 +40,6 @@ class RolloutAhead(StepCallback):
             raise UserError(
                 f"callbacks.RolloutAhead is used with engines.{type(pl_module.engine).__name__}, which generates in "
                 "the trainer's process and so not during an update. Use engines.VllmServer, or remove the callback."
-            )
-        if trainer.world_size > 1:
-            raise UserError(
-                f"callbacks.RolloutAhead is used with {trainer.world_size} processes, expected one. Remove the "
-                "callback or set trainer.devices=1."
             )
         self._data = OnlinePromptDataModule.of(trainer)
 
@@ -59,7 +57,9 @@ class RolloutAhead(StepCallback):
         coming = self._data.prepared
         if self._ahead is None or coming is None:
             return
-        groups = pl_module.pipeline.finish(self._ahead, coming.prompts, coming.ledger, birth_step=batch.step)
+        groups = pl_module.pipeline.finish(
+            self._ahead, coming.prompts, pl_module.sampling, coming.ledger, birth_step=batch.step
+        )
         coming.add(groups)
         with coming.ledger.phase("select"):
             self._data.selector.observe(Outcomes.of(groups, batch.step, "fresh"))
@@ -75,6 +75,7 @@ class RolloutAhead(StepCallback):
             "prompts_per_step": self._data.prompts_per_step,
             "prompts": [prompt.id for prompt in coming.prompts],
             "groups": pack_groups(coming.groups),
+            "extras": json.dumps([dict(group.extras) for group in coming.groups]),
             "forecast": None if coming.forecast is None else torch.from_numpy(coming.forecast.copy()),
             "pool_forecast": None if coming.pool_forecast is None else torch.from_numpy(coming.pool_forecast.copy()),
             "explored": sorted(coming.explored),
@@ -93,7 +94,9 @@ class RolloutAhead(StepCallback):
         )
         coming = TrainBatch(state_dict["step"], prompts, forecast)
         coming.pool_forecast = pool_forecast
-        coming.add(unpack_groups(state_dict["groups"], pool))
+        groups = unpack_groups(state_dict["groups"], pool)
+        extras = json.loads(state_dict["extras"]) if "extras" in state_dict else [{} for _ in groups]
+        coming.add([replace(group, extras=one) for group, one in zip(groups, extras, strict=True)])
         coming.explored = frozenset(state_dict["explored"])
         coming.ledger.seconds.update(state_dict["seconds"])
         coming.ledger.counts.update(state_dict["counts"])

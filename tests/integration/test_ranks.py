@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.support.command import (
     run_of,
     scalars,
 )
+from tests.support.stand_in_server import stand_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
@@ -252,6 +254,44 @@ def test_shards_written_in_the_background_are_those_a_step_waits_for(pairs: Call
     changes = ("--ckpt_path=last", "--trainer.max_steps=7")
     succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *changes, strategy="fsdp2")))
     assert max(scalars(tmp_path)["grad_norm"]) == 6
+
+
+def written_by_prompt_and_seed(handler: object, body: dict) -> object:
+    """A completion of three tokens that tells prompts and samples apart."""
+    draw = np.random.default_rng([body["seed"] % 2**32, *body["prompt"]])
+    logprobs = {"token_logprobs": [-5.0] * 3}
+    return {
+        "choices": [{"token_ids": draw.integers(5, 200, 3).tolist(), "logprobs": logprobs, "finish_reason": "length"}]
+    }
+
+
+def test_two_processes_roll_out_a_step_ahead_as_one(tmp_path: Path):
+    with stand_in() as server:
+        server.spoiled["/v1/completions"] = written_by_prompt_and_seed
+        ahead = (
+            f"--model.engine={json.dumps({'class_path': 'app.engines.VllmServer', 'init_args': {'url': server.url}})}",
+            "--trainer.callbacks+=callbacks.RolloutAhead", EVERY_STEP,
+        )  # fmt: skip
+        one, two = tmp_path / "one", tmp_path / "two"
+        succeeded([dots(*arguments(one, 1, *ahead, strategy=None))])
+        # Two processes, terminated after the third step, and resumed.
+        (tmp_path / "two").mkdir()
+        change = misbehaving(two, "SIGTERM", rank=1, step=2)
+        dots_on_ranks(2, *arguments(two, 2, *ahead, change), path=two, timeout=120)
+        assert (run_of(two) / "checkpoints" / "last.ckpt").resolve().name == "step_00000003.ckpt"
+        succeeded(dots_on_ranks(2, *arguments(two, 2, *ahead, "--ckpt_path=last")))
+    rows = completions(one)
+    assert len({row["completion"] for step in rows for row in step}) > 100
+    fresh = [{row["birth_step"] for row in step if row["source"] == "fresh"} for step in rows]
+    assert fresh == [{0}, {0}, {1}, {2}, {3}, {4}]
+    differing = {
+        (number, name, row[name], other[name])
+        for number, (step, others) in enumerate(zip(completions(two), rows, strict=True))
+        for row, other in zip(step, others, strict=True)
+        for name in row.keys() | other.keys()
+        if row[name] != other[name]
+    }
+    assert not differing
 
 
 COPYING = """

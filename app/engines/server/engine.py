@@ -42,8 +42,7 @@ class VllmServer(FleetOptions, RolloutEngine):
     With several trainer processes, rank 0 starts or joins the servers and sends them the weights; every process
     requests its own share of the completions. Processes on other machines need a `server.host` that they can reach.
 
-    In a single trainer process it can generate one step's rollouts while another step trains
-    (`callbacks.RolloutAhead`).
+    It can generate one step's rollouts while another step trains (`callbacks.RolloutAhead`).
     """
 
     runs_ahead = True
@@ -100,8 +99,9 @@ class VllmServer(FleetOptions, RolloutEngine):
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
         """See `RolloutEngine.start`. Raises like `generate`.
 
-        If a server is lost, everything is generated again when the result is requested, with the weights of that time,
-        so that no group mixes two versions.
+        If a server is lost, the ranks that lost completions generate all of theirs again when the result is requested,
+        with the weights of that time, so that no group mixes two versions. With several ranks the call and the request
+        for its result are collective.
         """
         requests, version = self._prepare(prompts, sampling, seeds)
         fleet = self._connected()
@@ -109,10 +109,13 @@ class VllmServer(FleetOptions, RolloutEngine):
         answers: list[Answer | None] = [None] * len(requests)
 
         def finish(failure: BaseException | None) -> Groups:
-            if isinstance(failure, LostServerError):
-                return self.generate(prompts, sampling, seeds)
-            if failure is not None:
+            mine = failure if isinstance(failure, LostServerError) else None
+            if failure is not None and mine is None:
                 raise failure
+            if lost_server_of_any_rank(self.ranks, mine, "completions generated ahead") is not None:
+                again = self.generate(prompts if mine else (), sampling, seeds if mine else seeds[:0])
+                if mine:
+                    return again
             found = [one for one in answers if one is not None]
             return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
 
