@@ -243,6 +243,7 @@ def test_saved_by_two_resumed_by_others(alone: Path, tmp_path: Path, strategy: s
         assert len(list(parts.glob("*.safetensors"))) == ranks
 
 
+@pytest.mark.long
 def test_shards_written_in_the_background_are_those_a_step_waits_for(pairs: Callable[[str], Path], tmp_path: Path):
     succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, EVERY_STEP, "--checkpoint.background=true", strategy="fsdp2")))
     for name in ("step_00000005.ckpt", "step_00000006.ckpt"):
@@ -265,6 +266,7 @@ def written_by_prompt_and_seed(handler: object, body: dict) -> object:
     }
 
 
+@pytest.mark.long
 def test_two_processes_roll_out_a_step_ahead_as_one(tmp_path: Path):
     with stand_in() as server:
         server.spoiled["/v1/completions"] = written_by_prompt_and_seed
