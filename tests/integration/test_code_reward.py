@@ -18,7 +18,7 @@ import pytest
 
 from app.reporting.curves import read_scalars
 from app.rewards import Code, RewardScorer, WorkerOptions
-from app.rewards.code.cases import same_output
+from app.rewards.code.cases import read_cases, same_output
 from app.rewards.code.sandbox import Isolation
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
@@ -203,6 +203,7 @@ def test_rights_of_programs(reward: Code, tmp_path: Path) -> None:
         }
         allowed = {
             "own_folder": "os.mkdir('a')\nopen('a/b', 'w').write('x')\nassert open('a/b').read() == 'x'",
+            "own_limits": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (2**20, 2**20))",
             "libraries": "import json, sqlite3, zoneinfo, ssl, decimal, numpy\nassert numpy.ones(3).sum() == 3",
             "threads": "import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()",
             "clean": "assert os.listdir('.') == [] and len(os.environ) < 12",
@@ -266,9 +267,12 @@ def processes() -> dict[int, str]:
 def test_tests_too_are_stopped_at_the_time_limit(reward: Code) -> None:
     """What was passed before counts; a program that hangs in a call, and a test that hangs without one."""
     rows = [
-        ("def f(x):\n    while x: pass\n    return x", {"tests": ["assert f(0) == 0", "f(1)", "assert f(0) == 0"]}),
-        ("f = 1", {"tests": ["assert f == 1", "while True: pass"]}),
-        ("x = 'x' * 10**8\ndef f(): return x", {"tests": ["f()"] * 40}),
+        (
+            "def f(x):\n    while x: pass\n    return x",
+            {"tests": ["assert f(0) == 0", "assert f(1)", "assert f(0) == 0"]},
+        ),
+        ("f = 1", {"tests": ["assert f == 1", "while f: assert f"]}),
+        ("x = 'x' * 10**8\ndef f(): return x", {"tests": ["assert f()"] * 40}),
         ("def f():\n    x = []\n    x.append(x)\n    return x", {"tests": ["assert f() == 0", "assert f"]}),
     ]
     assert scores(reward, *rows) == [pytest.approx(1 / 3), 0.5, 0.0, 0.5]
@@ -341,6 +345,28 @@ def test_programs_in_completions(reward: Code) -> None:
     assert dict(zip(texts, found, strict=True)) == texts
 
 
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "42",
+        "assert (",
+        "f(x)",
+        "import unittest\nclass Test(unittest.TestCase):\n    def test(self): self.assertEqual(1, 2)",
+        "def test_f():\n    assert f() == 1",
+        {"inputs": ["1"], "outputs": []},
+        [{"input": "[1]", "output": "1", "testtype": "functional"}],
+        [{"input": "1"}],
+        [1, 2],
+        {"fn_name": "f(); g", "inputs": [[1]], "outputs": [1]},
+    ],
+    ids=repr,
+)
+def test_tests_that_cannot_be_read(tests: Any) -> None:
+    """Also those that every program would pass."""
+    with pytest.raises(ValueError, match=r"^column 'tests' \("):
+        read_cases({"tests": tests}, None)
+
+
 def test_outputs() -> None:
     assert same_output("1 2\n3\n\n", " 1  2 \n3")
     assert same_output("0.33333333", "0.3333333")
@@ -366,24 +392,31 @@ def small(config: dict[str, Any]) -> None:
     source(config).update(answer_column=None)
 
 
-def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    place = Place.at(tmp_path, monkeypatch, capfd)
+def test_a_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    place = Place.at(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("SECRET_KEY", SECRET)
     rows = [{"question": f"{i} + 1 =", "tests": ["assert double(2) == 4"]} for i in range(8)]
     write_pool(tmp_path / "pool.jsonl", rows)
     place.config(small)
     code, said = place.run("fit", "--config", "run.yaml")
     assert code == 0, said[-3000:]
-    assert said.count("Generated programs run ") == 1
+    assert caplog.text.count("Generated programs run ") == 1
     (events,) = tmp_path.rglob("events*")
     scalars = read_scalars(events.parent)
     assert scalars["rewards/code/passed"].tolist()[0][-1] == 0.0
     code, said, _ = place.run_with_output("data", "--config", "run.yaml")
-    assert code == 0 and "code sees tests=['assert double(2) == 4']" in said
+    assert code == 0
+    assert "code sees tests=['assert double(2) == 4']" in said
 
     write_pool(tmp_path / "pool.jsonl", [*rows[1:], {"question": "?", "tests": ["assert ("]}])
     code, said = place.run("fit", "--config", "run.yaml")
-    assert code == 0 and "The tests of 1 of 8 rows of the train prompts cannot be read by code, first that of" in said
+    assert code == 0
+    assert "The tests of 1 of 8 rows of the train prompts cannot be read by code, first that of" in caplog.text
     write_pool(tmp_path / "pool.jsonl", [{"question": "?", "tests": json.dumps({"inputs": ["1"], "outputs": []})}] * 8)
     assert "column 'tests' (" in (line := place.refused("fit", "--config", "run.yaml"))
     assert "1 inputs and 0 outputs" in line

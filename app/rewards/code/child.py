@@ -22,6 +22,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,8 +53,11 @@ PRELOAD = (
 FILE_BYTES = 16 * 2**20
 """Largest file, and so the longest output."""
 FOLDER_BYTES = 4 * FILE_BYTES
+FILES = 4096
 OPEN_FILES = 64
 PROCESSES = 64
+_TICK = 0.05
+"""Seconds between two looks at the clock and the folder."""
 _READY = b"ready"
 SIZE = struct.Struct("!I")
 
@@ -104,7 +108,7 @@ def _supervise(channel: socket.socket, level: str, visible: Sequence[str], reque
     status = 1
     try:
         if level == "namespaces":
-            kernel.enter_new_processes(FOLDER_BYTES)
+            kernel.enter_new_processes(FOLDER_BYTES, FILES)
         kernel.adopt_orphans()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             send(channel, _run(channel, level, [*visible, folder], request))
@@ -119,15 +123,20 @@ def _run(channel: socket.socket, level: str, visible: Sequence[str], request: di
     running: list[int] = []
     late = False
 
-    def kill(*_: object) -> None:
-        nonlocal late
-        late = True
+    def kill() -> None:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
-    signal.signal(signal.SIGALRM, kill)
-    signal.setitimer(signal.ITIMER_REAL, request["seconds"], 0.1)  # again for what is started meanwhile
+    def watch(*_: object) -> None:
+        nonlocal late
+        late = time.monotonic() > deadline
+        if late or (level in ("filters", "none") and _too_full(visible[-1])):
+            kill()
+
+    deadline = time.monotonic() + request["seconds"]
+    signal.signal(signal.SIGALRM, watch)
+    signal.setitimer(signal.ITIMER_REAL, min(request["seconds"], _TICK), _TICK)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, open(os.devnull, "wb") as nothing:
         given.write(request["stdin"].encode())
         given.seek(0)
@@ -154,13 +163,23 @@ def _run(channel: socket.socket, level: str, visible: Sequence[str], request: di
         theirs.close()
         ours.close()
         _, status = os.waitpid(running[-1], 0)
-        timed_out = late
         signal.setitimer(signal.ITIMER_REAL, 0)
         kill()
         kernel.kill_children()
         output.seek(0)
         text = output.read(FILE_BYTES).decode(errors="replace")
-        return {"output": text, "status": status, "timed_out": timed_out}
+        return {"output": text, "status": status, "timed_out": late}
+
+
+def _too_full(folder: str) -> bool:
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += max(os.lstat(os.path.join(root, name)).st_size, FOLDER_BYTES // FILES)
+        if size > FOLDER_BYTES:
+            return True
+    return False
 
 
 def _confined(

@@ -17,9 +17,10 @@ _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (1 << bit for bit in (17,
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
 _MOUNT_SETATTR, _LANDLOCK = 442, 444  # of mount_setattr and the first of Landlock's three, on all machines
-_CAPSET, _CLONE, _CLONE3, _MACHINE = {
-    "x86_64": (126, 56, 435, 0xC000003E),
-    "aarch64": (91, 220, 435, 0xC00000B7),
+_CLONE3 = 435
+_CAPSET, _CLONE, _PRLIMIT, _MACHINE = {
+    "x86_64": (126, 56, 302, 0xC000003E),
+    "aarch64": (91, 220, 261, 0xC00000B7),
 }.get(platform.machine(), (0, 0, 0, 0))
 _X32 = 0x40000000
 """Bit of the system calls of another convention, which would pass the filter under other numbers."""
@@ -33,11 +34,11 @@ def _denied() -> tuple[int, ...]:
     common = (424, 425, 426, 427, 434, 438)  # pidfd_send_signal, io_uring_*, pidfd_open, pidfd_getfd
     if platform.machine() == "x86_64":
         # socket; fork, vfork, execve, execveat; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo; ptrace,
-        # process_vm_*, prlimit64, sched_setaffinity, setpriority; unshare, setns, mount, umount2, pivot_root, chroot;
+        # process_vm_*, sched_setaffinity, setpriority; unshare, setns, mount, umount2, pivot_root, chroot;
         # bpf, perf_event_open, userfaultfd, add_key, request_key, keyctl
-        return (*common, 41, 57, 58, 59, 322, 62, 200, 234, 129, 297, 101, 310, 311, 302, 203, 141, 272, 308, 165, 166,
+        return (*common, 41, 57, 58, 59, 322, 62, 200, 234, 129, 297, 101, 310, 311, 203, 141, 272, 308, 165, 166,
                 155, 161, 321, 298, 323, 248, 249, 250)  # fmt: skip
-    return (*common, 198, 221, 281, 129, 130, 131, 138, 240, 117, 270, 271, 261, 122, 140, 97, 268, 40, 39, 41, 51,
+    return (*common, 198, 221, 281, 129, 130, 131, 138, 240, 117, 270, 271, 122, 140, 97, 268, 40, 39, 41, 51,
             280, 241, 282, 217, 218, 219)  # fmt: skip
 
 
@@ -86,10 +87,10 @@ def enter_namespaces(visible: Sequence[str]) -> None:
     os.chdir("/")
 
 
-def enter_new_processes(size: int) -> None:
-    """Have the next fork lead a process namespace, which dies with it, and mount an empty `/tmp` of `size` bytes."""
+def enter_new_processes(size: int, files: int) -> None:
+    """Have the next fork lead a process namespace, which dies with it, and mount an empty `/tmp` for `size` bytes in `files`."""
     _call("unshare", _NEWPID | _NEWNS | _NEWIPC)
-    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes=4096,mode=700")
+    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes={files},mode=700")
 
 
 def hide_memory() -> None:
@@ -137,9 +138,9 @@ def give_up_rights(files: Sequence[str] | None) -> None:
     steps = [(load, 0, 0, 4), (equal, 1, 0, _MACHINE), (answer, 0, 0, refuse), (load, 0, 0, 0)]
     steps += [(at_least, 0, 1, _X32), (answer, 0, 0, refuse)]
     steps += [(equal, 0, 1, _CLONE3), (answer, 0, 0, unknown)]  # the C library then takes clone, whose flags are seen
-    thread = 0x10000
-    steps += [(equal, 0, 4, _CLONE), (load, 0, 0, 16), (has_bit, 1, 0, thread), (answer, 0, 0, refuse)]
-    steps += [(answer, 0, 0, allow)]
+    # Threads are allowed, and the limits of the process itself (0), by the first argument of these two.
+    for number, allowed in ((_CLONE, (has_bit, 1, 0, 0x10000)), (_PRLIMIT, (equal, 1, 0, 0))):
+        steps += [(equal, 0, 4, number), (load, 0, 0, 16), allowed, (answer, 0, 0, refuse), (answer, 0, 0, allow)]
     steps += [step for number in _denied() for step in ((equal, 0, 1, number), (answer, 0, 0, refuse))]
     steps += [(answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
