@@ -234,7 +234,7 @@ HOSTILE = {
     "closes_all": "import os\nos.closerange(0, 1000)\nprint(4)",
     "segfaults": "import ctypes\nctypes.string_at(0)",
     "fills_its_folder": "i = 0\nwhile True:\n    open(str(i := i + 1), 'wb').write(bytes(10**6))",
-    "deep_folders": "import os\nfor i in range(500): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
+    "deep_folders": "import os\nfor i in range(3000): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
     "no_program": "def (",
     "unicode": "print('\\ud800')",
 }
@@ -408,7 +408,7 @@ def test_a_run(
     assert caplog.text.count("Generated programs run ") == 1
     (events,) = tmp_path.rglob("events*")
     scalars = read_scalars(events.parent)
-    assert scalars["rewards/code/passed"].tolist()[0][-1] == 0.0
+    assert [*scalars["rewards/code/passed"][1]] == [0.0]
     code, said, _ = place.run_with_output("data", "--config", "run.yaml")
     assert code == 0
     assert "code sees tests=['assert double(2) == 4']" in said

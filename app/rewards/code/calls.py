@@ -20,7 +20,9 @@ _COLLECTIONS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozen
 _NUMBERS = {"Decimal": "decimal", "Fraction": "fractions", "complex": "builtins"}
 _OPERATIONS: dict[str, Callable[..., object]] = {
     "__call__": lambda function, arguments, options: function(*arguments, **options),
-    **{f"__{one.__name__}__": one for one in (getattr, setattr, len, iter, next, bool, str, repr, abs, reversed)},
+    **{f"__{name}__": getattr(builtins, name) for name in (
+        "getattr", "setattr", "len", "iter", "next", "bool", "str", "repr", "abs", "reversed",
+    )},
     **{f"__{name}__": getattr(operator, name) for name in (
         "eq", "lt", "le", "gt", "ge", "getitem", "setitem", "delitem", "contains",
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "matmul",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -71,6 +72,8 @@ def main(level: str, visible: Sequence[str]) -> None:
         kernel.hide_memory()
         for module in PRELOAD:
             importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # otherwise garbage collection in the forks would copy the shared pages
         while True:
             request = receive(channel)
             supervisor = os.fork()
@@ -110,10 +113,14 @@ def _supervise(channel: socket.socket, level: str, visible: Sequence[str], reque
         if level == "namespaces":
             kernel.enter_new_processes(FOLDER_BYTES, FILES)
         kernel.adopt_orphans()
+        # To remove folders however deep.
+        sys.setrecursionlimit(10**6)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             send(channel, _run(channel, level, [*visible, folder], request))
         status = 0
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001 (whatever it is, the trainer is told)
         send(channel, {"failed": f"{type(error).__name__}: {error}"})
     finally:
         os._exit(status)
@@ -172,14 +179,13 @@ def _run(channel: socket.socket, level: str, visible: Sequence[str], request: di
 
 
 def _too_full(folder: str) -> bool:
-    size = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += max(os.lstat(os.path.join(root, name)).st_size, FOLDER_BYTES // FILES)
-        if size > FOLDER_BYTES:
-            return True
-    return False
+    size, left = 0, [folder]
+    while left and size <= FOLDER_BYTES:
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                size += max(entry.stat(follow_symlinks=False).st_size, FOLDER_BYTES // FILES)
+                left += [entry.path] if entry.is_dir(follow_symlinks=False) else []
+    return size > FOLDER_BYTES
 
 
 def _confined(
@@ -215,6 +221,7 @@ def _confined(
             kernel.give_up_rights(files=visible if level == "filters" else None)
         random.seed(0)
         atexit._clear()  # what this process has registered
+        sys.setrecursionlimit(1000)
         os.write(4, _READY)
         os.close(4)
         try:

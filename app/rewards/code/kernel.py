@@ -88,7 +88,7 @@ def enter_namespaces(visible: Sequence[str]) -> None:
 
 
 def enter_new_processes(size: int, files: int) -> None:
-    """Have the next fork lead a process namespace, which dies with it, and mount an empty `/tmp` for `size` bytes in `files`."""
+    """Have the next fork lead a process namespace, which dies with it, and mount an empty `/tmp` of this many bytes."""
     _call("unshare", _NEWPID | _NEWNS | _NEWIPC)
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes={files},mode=700")
 

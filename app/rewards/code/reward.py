@@ -103,13 +103,10 @@ class Code(Reward):
             # given in order. So no score takes longer than one program.
             for task in tasks:
                 verdicts.append(verdict := self._loop.run_until_complete(task))
-                yield (
-                    None
-                    if verdict is None
-                    else verdict.passed
-                    if self.score == "fraction"
-                    else float(verdict.passed == 1)
-                )
+                if verdict is None:
+                    yield None
+                else:
+                    yield verdict.passed if self.score == "fraction" else float(verdict.passed == 1)
         finally:
             for task in tasks:
                 task.cancel()
@@ -119,7 +116,7 @@ class Code(Reward):
                 for name, value in vars(verdict).items():
                     log_metric(name, value)
         if callable(log_extra := columns.get("log_extra")):
-            log_extra("passed_tests", [verdict and verdict.passed for verdict in verdicts])
+            log_extra("passed_tests", [None if verdict is None else verdict.passed for verdict in verdicts])
 
     def _cases(self, row: Mapping[str, Any]) -> Cases:
         """Return the tests of a row; none where `check_tests` has said that they cannot be read."""

@@ -97,12 +97,13 @@ class Sandbox:
     def __init__(self, isolation: Isolation, memory_limit_mb: int) -> None:
         self._memory = memory_limit_mb * 2**20
         self._idle: list[_Process] = []
-        self.level = isolation
+        self.level: str = isolation
 
     async def start(self) -> str:
         """Find the isolation, and say it in a sentence. Raises UserError if it is not available."""
-        levels, errors = [*LEVELS] if self.level == "auto" else [self.level], []
-        for self.level in levels:
+        errors: list[str] = []
+        for level in [*LEVELS] if self.level == "auto" else [self.level]:
+            self.level = level
             try:
                 if (await self.run("print(1)", _TRIAL_SECONDS)).output == "1\n":
                     return f"Generated programs run {LEVELS[self.level]}."
