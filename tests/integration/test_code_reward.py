@@ -278,10 +278,11 @@ def test_tests_too_are_stopped_at_the_time_limit(reward: Code) -> None:
     assert scores(reward, *rows) == [pytest.approx(1 / 3), 0.5, 0.0, 0.5]
 
 
-def test_limits_hold_without_isolation() -> None:
-    """What the last resort keeps to: time, memory, files, output, and no process that survives."""
-    made = loaded(isolation="none", time_limit_s=1.5, memory_limit_mb=300)
-    assert "WITHOUT ISOLATION" in made.start_notice
+@pytest.mark.parametrize(("weak", "said"), [("none", "WITHOUT ISOLATION"), ("seccomp", "WITHOUT PROTECTION OF FILES")])
+def test_limits_hold_without_isolation(weak: Isolation, said: str) -> None:
+    """What the last resorts keep to: time, memory, files, output, and no process that survives."""
+    made = loaded(isolation=weak, time_limit_s=1.5, memory_limit_mb=300)
+    assert said in made.start_notice
     before = processes()
     names = ("daemon", "endless_output", "endless_loop", "memory", "segfaults", "closes_all", "kills_its_group")
     found = scores(
@@ -289,6 +290,8 @@ def test_limits_hold_without_isolation() -> None:
     )
     assert found == [0.0] * len(names) + [1.0, 0.0, 1.0]
     assert {name for pid, name in processes().items() if pid not in before and "child.py" not in name} == set()
+    network = reports("socket.socket()"), NO if weak == "seccomp" else YES
+    assert scores(made, network) == [1.0]
     close(made)
 
 

@@ -138,7 +138,7 @@ def _run(channel: socket.socket, level: str, visible: Sequence[str], request: di
     def watch(*_: object) -> None:
         nonlocal late
         late = time.monotonic() > deadline
-        if late or (level in ("filters", "none") and _too_full(visible[-1])):
+        if late or (level in ("filters", "seccomp", "none") and _too_full(visible[-1])):
             kill()
 
     deadline = time.monotonic() + request["seconds"]

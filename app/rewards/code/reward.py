@@ -44,11 +44,11 @@ class Code(Reward):
             0; else it is the whole completion.
         prelude: code before every program, on a line of its own.
         time_limit_s: seconds for all tests of a program, by the clock and of its processor. What has not passed by then
-            has failed. `reward_workers.time_limit_s` must be longer by more than 3 seconds.
+            has failed. `reward_workers.time_limit_s` must be at least 3 seconds longer.
         memory_limit_mb: address space of a program, in MiB.
         num_processes: programs that a worker runs at once; by default the machine's cores divided by all workers.
         isolation: what must isolate programs; "auto" takes the first of "namespaces", "bubblewrap", "filters" (seccomp
-            and Landlock) and "none" that the system offers, another value is refused where it is not there.
+            and Landlock), "seccomp" and "none" that the system offers, another value is refused where it is not there.
     """
 
     def __init__(

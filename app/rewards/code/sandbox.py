@@ -15,13 +15,15 @@ from typing import Literal, Self
 
 from datamodules.errors import UserError
 
-Isolation = Literal["auto", "namespaces", "bubblewrap", "filters", "none"]
+Isolation = Literal["auto", "namespaces", "bubblewrap", "filters", "seccomp", "none"]
 
 LEVELS: dict[str, str] = {
     "namespaces": "in namespaces of their own: no network, no other processes, no files but the system's, read-only",
     "bubblewrap": "in bubblewrap: no network, no other processes, no files but the system's, read-only",
     "filters": "without namespaces, which this system does not give: seccomp denies network, processes and signals, "
     "Landlock denies files but the system's",
+    "seccomp": "WITHOUT PROTECTION OF FILES, since this system gives neither namespaces nor Landlock: they can read and "
+    "write yours, while seccomp denies network, processes and signals. Run in a container without secrets",
     "none": "WITHOUT ISOLATION, only with limits of time and memory: they can use your files, processes and network. "
     "Run in a container without secrets",
 }
