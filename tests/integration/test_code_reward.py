@@ -27,7 +27,7 @@ from tests.support.refusal import Place, model, source, write_pool
 LEVELS = ["namespaces", "filters", *(["bubblewrap"] if shutil.which("bwrap") else [])]
 SECRET = "a-key-that-no-program-may-see"
 DOUBLE = "def double(x):\n    return 2 * x"
-ASSERTS = {"tests": ["assert double(2) == 4", "assert double('a') == 'aa'"]}
+ASSERTS = {"tests": ["print(1)\nassert double(2) == 4", "assert all([double('a') == 'aa'])"]}
 ECHO = "print(int(input()) * 2)"
 STDIN = {"input_output": json.dumps({"inputs": ["2\n", "5\n"], "outputs": ["4\n", "10\n"]})}
 
@@ -71,7 +71,7 @@ def scores(made: Code, *rows: tuple[str, dict[str, Any]]) -> list[float | None]:
 
 
 FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "asserts": (ASSERTS, DOUBLE, "def double(x): return x"),
+    "asserts": (ASSERTS, "from __future__ import annotations\n" + DOUBLE, "def double(x): return x"),
     "mbpp": (
         {"test_list": np.array(["assert height(root) == 2"], object),
          "test_setup_code": "root = Node(1)\nroot.left = Node(2)"},
@@ -126,6 +126,9 @@ FORGERIES = {
     "equals_all_as_int": "class X(int):\n    def __eq__(self, other): return True\ndef double(x): return X(7)",
     "no_assertions": "import builtins\nclass AssertionError(Exception): pass\nbuiltins.AssertionError = OSError\n"
     "def double(x): raise AssertionError",
+    "forges_names": "import json, os\n"
+    "for one in ({'double': {'object': 1}, 'all': {'object': 0}}, *[{'value': True}] * 9):\n"
+    "    os.write(3, json.dumps(one).encode() + b'\\n')",
     "own_builtins": "def all(x): return True\nlen = print = exec = compile = lambda *a: True\nglobals = lambda: {}",
     "changes_the_interpreter": "import sys, builtins\nbuiltins.exec = sys.exit = lambda *a: None\nsys.settrace(print)",
 }

@@ -241,10 +241,11 @@ def _confined(
         os._exit(status)
 
 
-def _script(source: str) -> None:
+def _script(source: Sequence[str]) -> None:
     """Run a program that reads standard input and writes standard output."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(source, "program.py", "exec"), main.__dict__)
+    for part in source:
+        exec(compile(part, "program.py", "exec", dont_inherit=True), main.__dict__)
     for thread in threading.enumerate():  # as the interpreter does at its end
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()

@@ -42,7 +42,7 @@ class Code(Reward):
         score: "all" for 1 if every test is passed and else 0, "fraction" for the fraction of passed tests.
         fenced: the program is the last fenced block of Python after any thinking, and a completion without one scores
             0; else it is the whole completion.
-        prelude: code before every program, on a line of its own.
+        prelude: code that is run before every program.
         time_limit_s: seconds for all tests of a program, by the clock and of its processor. What has not passed by then
             has failed. `reward_workers.time_limit_s` must be at least 3 seconds longer.
         memory_limit_mb: address space of a program, in MiB.
@@ -149,13 +149,13 @@ class Code(Reward):
                 timed_out = ran.timed_out
             return _Verdict(passed / len(cases), timed_out=float(timed_out))
 
-    def _program(self, text: str) -> str | None:
+    def _program(self, text: str) -> tuple[str, str] | None:
         if self.fenced:
             blocks = _FENCE.findall(text.rpartition("</think>")[2])
             if not blocks:
                 return None
             text = textwrap.dedent(blocks[-1])
-        return f"{self.prelude}\n{text}"
+        return self.prelude, text
 
     @property
     def columns_read(self) -> tuple[str, ...]:

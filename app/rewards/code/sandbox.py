@@ -22,7 +22,7 @@ LEVELS: dict[str, str] = {
     "bubblewrap": "in bubblewrap: no network, no other processes, no files but the system's, read-only",
     "filters": "without namespaces, which this system does not give: seccomp denies network, processes and signals, "
     "Landlock denies files but the system's",
-    "seccomp": "WITHOUT PROTECTION OF FILES, since this system gives neither namespaces nor Landlock: they can read and "
+    "seccomp": "WITHOUT PROTECTION OF FILES, as this system gives neither namespaces nor Landlock: they can read and "
     "write yours, while seccomp denies network, processes and signals. Run in a container without secrets",
     "none": "WITHOUT ISOLATION, only with limits of time and memory: they can use your files, processes and network. "
     "Run in a container without secrets",
@@ -107,7 +107,7 @@ class Sandbox:
         for level in [*LEVELS] if self.level == "auto" else [self.level]:
             self.level = level
             try:
-                if (await self.run("print(1)", _TRIAL_SECONDS)).output == "1\n":
+                if (await self.run(["print(1)"], _TRIAL_SECONDS)).output == "1\n":
                     return f"Generated programs run {LEVELS[self.level]}."
                 errors.append(f"{self.level}: a program of one line did not run")
             except OSError as error:
@@ -117,8 +117,8 @@ class Sandbox:
             "or run on a system that has it."
         )
 
-    async def run(self, source: str, seconds: float, stdin: str = "", tests: Sequence[str] = ()) -> Ran:
-        """Run a program, once with an input or for all tests.
+    async def run(self, source: Sequence[str], seconds: float, stdin: str = "", tests: Sequence[str] = ()) -> Ran:
+        """Run the parts of a program one after the other, once with an input or for all tests.
 
         Raises:
             OSError: it could not be run, for a reason that is not its own.
