@@ -118,7 +118,8 @@ def _supervise(channel: socket.socket, level: str, visible: Sequence[str], reque
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            send(channel, _run(channel, level, [*visible, folder], request))
+            reply = _run(channel, level, [*visible, folder], request)
+        send(channel, reply)
         status = 0
     except Exception as error:  # noqa: BLE001 (whatever it is, the trainer is told)
         send(channel, {"failed": f"{type(error).__name__}: {error}"})

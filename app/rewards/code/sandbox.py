@@ -60,7 +60,7 @@ class _Process:
             binds = [word for path in (*visible, str(Path(__file__).parent)) for word in ("--ro-bind-try", path, path)]
             places = ["--dev", "/dev", "--proc", "/proc", "--size", str(64 * 2**20), "--tmpfs", "/tmp", *binds]
             command = ["bwrap", "--unshare-all", "--die-with-parent", *places, "--chdir", "/", *command]
-        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH", "TMPDIR") if name in os.environ}
         fixed = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
             self._process = subprocess.Popen(
