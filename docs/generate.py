@@ -51,7 +51,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`model.rewards`, a list.",
         tuple(
             f"app.rewards.{name}"
-            for name in ("Math", "Numeric", "Exact", "Function", "Format", "SoftOverlong", "ReasoningGym")
+            for name in ("Math", "Numeric", "Exact", "Code", "Function", "Format", "SoftOverlong", "ReasoningGym")
         ),
     ),
     "Selectors": (

@@ -3,6 +3,7 @@
 import logging
 
 from app.rewards.base import Reward
+from app.rewards.code.reward import Code
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
 from app.rewards.math import Math
@@ -14,6 +15,7 @@ from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import TrainerState
 
 __all__ = [
+    "Code",
     "Exact",
     "Format",
     "Function",

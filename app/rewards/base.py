@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
 
 from datamodules.types import Messages
@@ -34,6 +34,12 @@ class Reward(ABC):
     one_by_one: ClassVar[bool] = False
     """Whether a worker calls the reward with one completion at a time, under the time limit for each, so that a failure
     costs no other score. For rewards whose scores depend on nothing but their own row."""
+    seconds_per_score: float = 0.0
+    """Seconds that one score may take by the reward's own limits, for which the workers' time limit must leave room."""
+    sharing_workers: int = 1
+    """Worker processes of this rank. Set before `load`."""
+    start_notice: str = ""
+    """A sentence that is said once at the start of a run. `load` may set it."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Set the defaults, so that a subclass whose `__init__` does not call this class's has them."""
@@ -55,7 +61,9 @@ class Reward(ABC):
         return self.__call__
 
     @abstractmethod
-    def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
+    def __call__(
+        self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column
+    ) -> Scores | Iterator[float | None]:
         """Return one score per completion; None where this reward does not apply.
 
         A score is at most 1e6 in magnitude (`workers.task.MAX_SCORE`).

@@ -71,7 +71,8 @@ class RewardScorer:
         workers: worker processes and their limits.
 
     Raises:
-        UserError: no rewards, or a weight that is not a number within `MAX_WEIGHT`.
+        UserError: no rewards, a weight that is not a number within `MAX_WEIGHT`, or a reward that may take longer than
+            a worker.
     """
 
     def __init__(
@@ -89,13 +90,20 @@ class RewardScorer:
                     f"The weight of reward {reward.name!r} is {reward.weight}, expected a number of at most "
                     f"{MAX_WEIGHT:g} in magnitude. Change it."
                 )
+        self.options = workers or WorkerOptions()
+        for reward in rewards:
+            if reward.seconds_per_score > self.options.time_limit_s:
+                raise UserError(
+                    f"Reward {reward.name!r} may need {reward.seconds_per_score:g} s for a score, more than "
+                    f"model.reward_workers.time_limit_s={self.options.time_limit_s:g} s. Raise that, or lower "
+                    "time_limit_s of the reward."
+                )
         self.rewards = list(rewards)
         self.names = _unique_names(self.rewards)
         self.weights = np.array([reward.weight for reward in rewards], dtype=np.float32)
         self.correctness = self._correctness_among(range(len(rewards)))
         """Positions of the correctness rewards."""
         self.on_failure = on_failure
-        self.options = workers or WorkerOptions()
         self._workers = RewardWorkers(self.rewards, self.options)
         forms = zip(self.names, rewards, strict=True)
         patterns = {name: reward.pattern.pattern for name, reward in forms if isinstance(reward, Format)}

@@ -12,6 +12,7 @@ from app.policy.model import Policy
 from app.reporting.validation import ValidationMetrics
 from app.rewards import RewardScorer
 from app.rewards.answers import check_answers, gold_columns
+from app.rewards.code.reward import Code
 from datamodules.errors import UserError
 from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
@@ -70,6 +71,9 @@ def check_rewards(data: OnlinePromptDataModule, scorer: RewardScorer) -> None:
             rewards = [scorer.rewards[place] for place in scorer.applying_to(its[0], where)]
             rows = reward_columns(its, gold_columns(rewards))
             check_answers(rewards, its.ids, rows, f"the {part or name} prompts")
+            for reward in rewards:
+                if isinstance(reward, Code):
+                    reward.check_tests(its.ids, reward_columns(its, reward.columns_read), f"the {part or name} prompts")
             tried.append(its[0])
     scorer.try_out(tried)
 

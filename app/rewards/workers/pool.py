@@ -116,6 +116,7 @@ class RewardWorkers:
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._given_up: set[int] = set()
+        self._told: set[str] = set()
         self._numbers = count(frames.SETUP + 1)
 
     def start(self) -> None:
@@ -253,6 +254,10 @@ class RewardWorkers:
             worker.loading = reply.reward
         elif reply.kind == "ready":
             worker.ready, self._failed_starts = True, 0
+            for note in reply.notes:
+                if note not in self._told:
+                    self._told.add(note)
+                    logger.warning(note)
         elif (job := worker.job) is not None:
             raised = Failure("crashed", reply.error, reply.traceback) if reply.kind == "raised" else None
             if raised and not job.request.one_by_one:
@@ -308,7 +313,7 @@ class RewardWorkers:
                 self._server = ForkServer(sorted({module for reward in self._rewards for module in reward.preload}))
             try:
                 connection = self._server.fork()
-                setup = pickle.dumps(Setup(tuple(pickled), self.options.memory_limit_mb))
+                setup = pickle.dumps(Setup(tuple(pickled), self.options.memory_limit_mb, self.options.num_workers))
                 frames.send(connection, frames.SETUP, setup, self.options.load_limit_s)
                 reader = frames.FrameReader(connection, MAX_REPLY_BYTES)
                 return _Worker(connection, reader, time.monotonic() + self.options.load_limit_s)

@@ -43,13 +43,14 @@ def serve(connection: socket.socket) -> None:
         tell(Reply("loading", reward=position))
         try:
             reward = pickle.loads(pickled)  # noqa: S301 (from the trainer, over a private socket)
+            reward.sharing_workers = setup.num_workers
             reward.load()
         except UserError as error:
             return tell(Reply("unusable", error=str(error)))
         except BaseException as error:  # noqa: BLE001 (a reward may raise anything)
             return tell(Reply("unloadable", error=_line(error), traceback=traceback.format_exc()[-_MAX_TRACEBACK:]))
         rewards.append(reward)
-    tell(Reply("ready"))
+    tell(Reply("ready", notes=[reward.start_notice for reward in rewards if reward.start_notice]))
     me = os.getpid()
     while True:
         number, request = frames.receive(connection)

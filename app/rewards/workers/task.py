@@ -46,6 +46,7 @@ class Setup:
 
     rewards: tuple[bytes, ...]
     memory_limit_mb: int
+    num_workers: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Reply:
         invalid: what is wrong with a returned score, by position (as text: JSON has no other keys).
         metrics: (name, value) pairs that the function logged.
         extras: values by column name that the function logged, one per score.
-        notes: what is wrong with what the function logged.
+        notes: what is wrong with what the function logged; with "ready", what the rewards say (`Reward.start_notice`).
         error: one line.
     """
 

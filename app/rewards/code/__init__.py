@@ -1,0 +1,1 @@
+"""Generated Python code, run against tests in processes without rights."""
