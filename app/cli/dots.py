@@ -296,6 +296,8 @@ def _describe_here(config: Any) -> None:
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     if config.get("world_size", 1) is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
+    if config.trainer.accelerator in ("gpu", "cuda") and config.trainer.precision is None:
+        config.trainer.precision = "bf16-mixed"  # as it will be there
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
     config.trainer.strategy = "auto"
 

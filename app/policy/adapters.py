@@ -49,7 +49,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> torch.nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError("policy.lora is set, but peft is not installed. Run: pip install 'dots-grpo[lora]'") from error
+        raise UserError("policy.lora is set, but peft is not installed. Run: pip install peft") from error
     model.enable_input_require_grads()
     config = LoraConfig(
         r=lora.rank,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
+from app.engines import VllmServer
+from app.engines.server.placement import server_gpus
 from app.module import GRPOModule
 from app.runs.sharded_strategy import ShardedStrategy
 from callbacks.stages import Stage, StepCallback
@@ -63,6 +65,9 @@ class RunChecks(StepCallback):
                 f"(data.prompts_per_step={datamodule.prompts_per_step} times model.sampling.num_generations="
                 f"{module.sampling.num_generations}). Lower it."
             )
+        engine = module.engine
+        if isinstance(engine, VllmServer) and not engine.urls:
+            server_gpus(engine.server.devices, engine.server.tensor_parallel_size, gpus_of_trainer(trainer))
         if ranks == 1:
             return
         if not isinstance(strategy, DDPStrategy | ShardedStrategy):
@@ -77,3 +82,10 @@ class RunChecks(StepCallback):
                 "every process needs a prompt in every mini-batch. Set data.prompts_per_step to at least "
                 f"{ranks * module.mini_batches}, or use fewer processes."
             )
+
+
+def gpus_of_trainer(trainer: Trainer) -> list[int]:
+    """Return the indices of the GPUs that the training processes of this machine use."""
+    strategy = trainer.strategy
+    devices = (strategy.parallel_devices if isinstance(strategy, ParallelStrategy) else None) or [strategy.root_device]
+    return [one.index or 0 for one in devices if one.type == "cuda"]

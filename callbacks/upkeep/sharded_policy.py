@@ -25,7 +25,8 @@ class ShardedPolicy(StepCallback):
     Args:
         shard_size: number of ranks that hold one copy of the policy together; 0 for all ranks. Fewer, such as the ranks
             of one machine (hybrid sharding), need more memory and less communication between machines.
-        compute_dtype: dtype of forward and backward passes and of rollouts; null for the policy's.
+        compute_dtype: dtype of forward and backward passes and of rollouts; null for the policy's, or bfloat16 on GPUs
+            with trainer.precision bf16-mixed.
         reduce_dtype: dtype in which gradients are summed over ranks; null for the compute dtype.
         reshard_after_forward: free a layer's gathered weights after its forward pass and gather them again for the
             backward pass. False saves the second gather but keeps all gathered weights in memory.
@@ -65,11 +66,13 @@ class ShardedPolicy(StepCallback):
             raise UserError(
                 "ShardedPolicy.cpu_offload is true, but the policy is already on the CPU. Remove it or train on CUDA."
             )
+        halves = trainer.precision == "bf16-mixed" and strategy.root_device.type == "cuda"
+        compute_dtype = self.compute_dtype or ("bfloat16" if halves else None)
         # Lightning builds the policy after this hook.
         pl_module.sharding = Sharding(
             device=strategy.root_device,
             shard_size=self.shard_size or trainer.world_size,
-            precision=MixedPrecisionPolicy(_dtype(self.compute_dtype), _dtype(self.reduce_dtype)),
+            precision=MixedPrecisionPolicy(_dtype(compute_dtype), _dtype(self.reduce_dtype)),
             offload=self.cpu_offload,
             reshard_after_forward=self.reshard_after_forward,
         )

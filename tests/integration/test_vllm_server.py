@@ -74,7 +74,7 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     made = engine_on(AutoModelForCausalLM.from_pretrained(POLICY).eval(), tmp_path_factory.mktemp("server"))
     made.push(made.weights(), 0)
     yield made
-    group = made.fleet.process.pid
+    group = made.fleet.processes[0].pid
     made.close()
     assert not members(group)
 
@@ -213,11 +213,11 @@ def test_a_push_that_does_not_arrive_stops_the_run(
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
 def test_a_push_that_lacks_a_weight_stops_the_run(owner: VllmServer, model: PreTrainedModel, name: str):
     owner.push(model.state_dict().items(), 1)
-    process = owner.fleet.process
+    processes = owner.fleet.processes
     withheld = [pair for pair in model.state_dict().items() if pair[0] != name]
     with pytest.raises(EngineError, match=r"dots_finish failed in vLLM's worker: .*1 weights were not pushed"):
         owner.push(withheld, 2)
-    assert owner.fleet.version is None and owner.fleet.process is process
+    assert owner.fleet.version is None and owner.fleet.processes is processes
     assert owner.fleet.loop.run(owner.fleet.clients[0]._request("GET", "/is_paused")) == {"is_paused": True}
     owner.push(model.state_dict().items(), 2)
     assert difference(model, prompts(2), owner.generate(prompts(2), SAMPLING, seeds(2))) < 1e-4
@@ -324,14 +324,14 @@ def test_a_server_killed_in_mid_rollout_is_replaced(
     sampling = Sampling(num_generations=16, max_completion_length=200, temperature=2.0)
     asked, drawn = prompts(8), seeds(8, sampling)
     undisturbed = owner.generate(asked, sampling, drawn)
-    group = owner.fleet.process.pid
+    group = owner.fleet.processes[0].pid
     killed = threading.Timer(1.0, lambda: [each.kill() for each in members(group) if "EngineCore" in each.name()])
     assert [each for each in members(group) if "EngineCore" in each.name()]
     killed.start()
     found = owner.generate(asked, sampling, drawn)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dots:")]
     assert len(said) == 1 and "starting it again" in said[0]
-    assert owner.fleet.process.pid != group and not members(group)
+    assert owner.fleet.processes[0].pid != group and not members(group)
     assert [[one.token_ids.tolist() for one in each] for each in found] == [
         [one.token_ids.tolist() for one in each] for each in undisturbed
     ]

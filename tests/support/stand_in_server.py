@@ -1,17 +1,19 @@
-"""A small HTTP server with vLLM's paths, whose answers a test can spoil: what a server is that is not the policy's."""
+"""A small HTTP server with vLLM's paths, whose answers a test can spoil: what a server is that is not the policy's.
+
+As a process of its own, `python stand_in_server.py PORT`, it does not read the weights that it is sent.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-from app.engines.wire.chunks import from_json
-from app.engines.wire.shared_file import read_chunk
 
 Spoiled = Callable[[BaseHTTPRequestHandler, dict[str, Any]], object]
 """Returns what is sent in place of the right answer: an object as JSON, bytes as they are, None if it has sent all."""
@@ -27,6 +29,7 @@ class StandIn:
         url: of the server.
         version: of the last push.
         weights: number of tensors that the last push has sent.
+        reads: whether it reads them.
     """
 
     spoiled: dict[str, Spoiled] = field(default_factory=dict)
@@ -34,9 +37,14 @@ class StandIn:
     url: str = ""
     version: str = "None"
     weights: int = 0
+    reads: bool = True
 
     def answer(self, path: str, body: dict[str, Any]) -> object:
         """Return the answer of a right server, whose policy always writes the token 5 until the length limit."""
+        if path == "/get_world_size":
+            return {"world_size": 1}
+        if path == "/seen":
+            return {"completions": self.seen.count("/v1/completions")}
         if path == "/v1/models":
             return {"data": [{"max_model_len": 512}]}
         if path == "/v1/completions":
@@ -45,7 +53,10 @@ class StandIn:
             return {"choices": [{"token_ids": [5] * length, "logprobs": logprobs, "finish_reason": "length"}]}
         if path == "/collective_rpc":
             method, arguments = body["method"], body["kwargs"]
-            if method == "dots_load_file":
+            if method == "dots_load_file" and self.reads:
+                from app.engines.wire.chunks import from_json  # imports torch
+                from app.engines.wire.shared_file import read_chunk
+
                 self.weights += len(read_chunk(arguments["path"], from_json(arguments["specs"])))
             if method == "dots_finish":
                 self.version = arguments["version"]
@@ -54,9 +65,9 @@ class StandIn:
 
 
 @contextmanager
-def stand_in() -> Iterator[StandIn]:
+def stand_in(port: int = 0, reads: bool = True) -> Iterator[StandIn]:
     """Run a server until the end of the block."""
-    state = StandIn()
+    state = StandIn(reads=reads)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -82,7 +93,7 @@ def stand_in() -> Iterator[StandIn]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads = True
         state.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -92,3 +103,9 @@ def stand_in() -> Iterator[StandIn]:
         finally:
             server.shutdown()
             thread.join()
+
+
+if __name__ == "__main__":
+    with stand_in(int(sys.argv[1]), reads=False):
+        while True:
+            time.sleep(60)

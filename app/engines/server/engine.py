@@ -6,6 +6,7 @@ import asyncio
 import atexit
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from datamodules.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The body of a request for one sample, and the index of its prompt, which selects the server."""
+    """The body of a request for one sample, and the index of its prompt, whose samples one server generates."""
 
     prompt: int
     fields: dict[str, object]
@@ -32,9 +33,11 @@ class _Request:
 class VllmServer(FleetOptions, RolloutEngine):
     """Generates with vLLM over HTTP, with token ids as input and output.
 
-    Without `url` it starts a server at the beginning of the run (its output goes to `server.log` in the run's folder)
-    and ends it with the run. With `url` it uses running servers, started with `dots serve`. Prompts are distributed
-    over the servers; all completions of a prompt come from one server, whose prefix cache then reads the prompt once.
+    Without `url` it starts servers at the beginning of the run (their output goes to `server.log`, `server_1.log`, ...
+    in the run's folder) and ends them with the run: one, or one for each group of `server.devices`. With `url` it uses
+    running servers, started with `dots serve`. A prompt goes to the server with the fewest requests; all its
+    completions come from there, so that the prefix cache reads the prompt once. They depend on their seeds, not on the
+    server.
 
     If a server is lost, the run reports it in one line, restarts it (or waits until its owner does), pushes the
     weights, and requests only the missing completions again.
@@ -128,7 +131,7 @@ class VllmServer(FleetOptions, RolloutEngine):
             self._ahead.wait()
 
     def close(self) -> None:
-        """Cancel running requests and end the engine's own server."""
+        """Cancel running requests and end the engine's own servers."""
         atexit.unregister(self.close)
         fleet, self.fleet, self._ahead = self.fleet, None, None
         if fleet is not None:
@@ -138,7 +141,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         if self.fleet is None:
             atexit.register(self.close)
             path, dtype = str(self.model.name_or_path), self.policy_dtype
-            self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks)
+            self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks, self.model.device)
         return self.fleet
 
     def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
@@ -153,8 +156,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
             _Request(number, {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)})
-            # Ranks start with different servers.
-            for number, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True), start=self.ranks.rank)
+            for number, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True))
             for seed in drawn
         ]
         return requests, fleet.version
@@ -163,14 +165,35 @@ class VllmServer(FleetOptions, RolloutEngine):
 async def _request_missing(
     clients: Sequence[ServerClient], requests: Sequence[_Request], missing: Sequence[int], answers: list[Answer | None]
 ) -> None:
-    """Fill in as many missing answers as possible, then raise the error that prevented the others, if any."""
+    """Fill in as many missing answers as possible, then raise the error that prevented the others, if any.
 
-    async def request_one(index: int) -> None:
-        request = requests[index]
-        answers[index] = await clients[request.prompt % len(clients)].complete(request.fields)
+    The next prompt is sent to the server with the fewest requests as soon as that has room for one more.
+    """
+    loads = [0] * len(clients)
+    has_room = asyncio.Event()
+
+    async def request_one(index: int, server: int) -> None:
+        try:
+            answers[index] = await clients[server].complete(requests[index].fields)
+        finally:
+            loads[server] -= 1
+            has_room.set()
 
     async def request_all() -> list[BaseException]:
-        found = await asyncio.gather(*map(request_one, missing), return_exceptions=True)
+        sent: list[asyncio.Task[None]] = []
+        try:
+            for _, samples in groupby(missing, key=lambda index: requests[index].prompt):
+                while loads[server := min(range(len(clients)), key=loads.__getitem__)] >= clients[server].concurrency:
+                    has_room.clear()
+                    await has_room.wait()
+                for index in samples:
+                    loads[server] += 1
+                    sent.append(asyncio.create_task(request_one(index, server)))
+            found = await asyncio.gather(*sent, return_exceptions=True)
+        finally:
+            for task in sent:
+                task.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
         return [each for each in found if isinstance(each, BaseException)]
 
     (errors,) = await gather_while_healthy(clients, [request_all()])

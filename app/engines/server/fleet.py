@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from app.engines.requests import EngineError
 from app.engines.server.client import LostServerError, ServerClient, until_healthy
 from app.engines.server.loop_thread import LoopThread
 from app.engines.server.options import FleetOptions, full_environment
+from app.engines.server.placement import server_gpus, visible_gpus
 from app.engines.server.process import ServerProcess, free_port
 from app.engines.server.rank_zero import on_rank_zero
 from app.engines.wire.push import WeightPusher
@@ -37,17 +39,18 @@ class ServerFleet:
 
     Args:
         options: the engine's options.
-        policy_path: folder that the fleet's own server loads first.
+        policy_path: folder that the fleet's own servers load first.
         policy_dtype: dtype of the policy's files.
-        folder: where the log of the fleet's own server is written; None leaves its output on the terminal.
+        folder: where the logs of the fleet's own servers are written; None leaves their output on the terminal.
         ranks: the trainer's processes.
+        device: of this process's policy.
 
     Attributes:
         clients: one per server.
         loop: event loop of the clients.
         limit: maximum number of tokens of a prompt and its completion together.
         version: version that all workers received last; None before the first push and after a failed one.
-        process: the fleet's own server, if any.
+        processes: the fleet's own servers.
     """
 
     def __init__(
@@ -57,18 +60,20 @@ class ServerFleet:
         policy_dtype: torch.dtype,
         folder: Path | None,
         ranks: Ranks,
+        device: torch.device,
     ) -> None:
         self.options = options
         self.version: int | None = None
-        self.process: ServerProcess | None = None
+        self.processes: list[ServerProcess] = []
         self.loop = LoopThread()
         self.clients: list[ServerClient] = []
         self._policy_path, self._policy_dtype = policy_path, policy_dtype
-        self._log = None if folder is None else folder / "server.log"
+        self._folder = folder
         self._ranks = ranks
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
         try:
+            self._training = [] if options.urls else self._gpus_of_ranks(device)
             self._connect()
         except BaseException as error:
             self.close()
@@ -136,11 +141,10 @@ class ServerFleet:
         self._losses = 0
 
     def close(self) -> None:
-        """Cancel all requests and end the fleet's own server."""
+        """Cancel all requests and end the fleet's own servers."""
         self.loop.run(self._disconnect())
         self.loop.close()
-        if self.process is not None:
-            self.process.close()
+        self._end_own()
 
     def _held(self) -> list[str]:
         """Return the versions that workers hold."""
@@ -149,7 +153,8 @@ class ServerFleet:
     def _count_loss(self, reason: str) -> None:
         self._losses += 1
         if self._losses > self.options.max_restarts:
-            log = f" {self.process.log_end()}" if self.process else ""
+            ended = [one for one in self.processes if not one.alive] or self.processes
+            log = f" {ended[0].log_end()}" if ended else ""
             raise EngineError(
                 f"vLLM servers were lost {self._losses} times in a row ({reason}), but engine.max_restarts is "
                 f"{self.options.max_restarts}. Check the servers.{log}"
@@ -160,7 +165,8 @@ class ServerFleet:
         urls, self._key, self.limit = on_rank_zero(self._ranks, lambda: self._bring_up(lost), "vLLM servers")
         if self._ranks.rank:
             self.loop.run(self._disconnect())
-            self.clients = [self._client(url) for url in urls]
+            first = self._ranks.rank % len(urls)  # ranks start with different servers
+            self.clients = [self._client(url) for url in (*urls[first:], *urls[:first])]
 
     def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int]:
         """Start or join the servers on rank 0, and return their urls, key and limit."""
@@ -169,8 +175,7 @@ class ServerFleet:
             if lost is not None:
                 self._report(f"the vLLM server is lost ({lost}): starting it again")
                 self.loop.run(self._disconnect())
-            if self.process is not None:
-                self.process.close()
+            self._end_own()
             self._start_own()
             limit, advice = options.start_timeout_s, "Look into its log or raise engine.start_timeout_s."
         else:
@@ -180,8 +185,8 @@ class ServerFleet:
                 self._report(f"a vLLM server is lost ({lost}): waiting up to {options.wait_s:.0f} s for it")
                 time.sleep(_SETTLE_S)
             limit, advice = options.wait_s, _START_ONE
-        self.loop.run(until_healthy(self.clients, self.process, limit, advice))
-        dtype, chunk_bytes = options.server.torch_dtype or self._policy_dtype, options.chunk_mib * 2**20
+        self.loop.run(until_healthy(self.clients, self.processes, limit, advice))
+        dtype, chunk_bytes = options.server.served_dtype(self._policy_dtype), options.chunk_mib * 2**20
         self._pusher = WeightPusher(
             self.loop, self.clients, options.transport, options.trainer_address, dtype, chunk_bytes
         )
@@ -191,16 +196,34 @@ class ServerFleet:
     def _start_own(self) -> None:
         server = self.options.server
         self._key = self._key or secrets.token_urlsafe(32)
-        port = server.port or free_port(server.host)
-        command = server.command(self._policy_path, self._policy_dtype, port)
-        if self._log is not None:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-        self.process = ServerProcess(command, full_environment(server.environment(), self._key), self._log)
-        self.clients = [self._client(server.url(port))]
+        self.clients = []
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        for number, gpus in enumerate(server_gpus(server.devices, server.tensor_parallel_size, self._training)):
+            port = server.port + number if server.port else free_port(server.host)
+            command = server.command(self._policy_path, self._policy_dtype, port)
+            log = None if self._folder is None else self._folder / (f"server_{number}.log" if number else "server.log")
+            self.processes.append(ServerProcess(command, full_environment(server.environment(gpus), self._key), log))
+            self.clients.append(self._client(server.url(port)))
+
+    def _end_own(self) -> None:
+        for process in self.processes:
+            process.end()
+        for process in self.processes:
+            process.close()
+        self.processes = []
+
+    def _gpus_of_ranks(self, device: torch.device) -> list[int]:
+        """Return the indices of the GPUs that rank 0 shares with training processes of its machine. Collective."""
+        used = visible_gpus()[device.index or 0] if device.type == "cuda" else ""
+        here = f"{socket.gethostname()} {used}".encode()
+        names = {one.partition(b" ")[2].decode() for one in self._ranks.gather(here, "GPUs of all ranks")
+                 if one.startswith(socket.gethostname().encode() + b" ")}  # fmt: skip
+        return [index for index, name in enumerate(visible_gpus()) if name in names]
 
     def _client(self, url: str) -> ServerClient:
         options = self.options
-        share = -(-options.max_concurrency // self._ranks.size)
+        share = -(-options.concurrency // self._ranks.size)
         return ServerClient(url, self._key, options.api_key_variable, share, options.request_timeout_s)
 
     async def _disconnect(self) -> None:
@@ -222,7 +245,7 @@ def limit_of_running(options: FleetOptions) -> int:
 
     async def ask() -> int:
         try:
-            await until_healthy(clients, None, options.wait_s, _START_ONE)
+            await until_healthy(clients, [], options.wait_s, _START_ONE)
             return min([await client.max_model_len() for client in clients])
         except LostServerError as error:
             raise EngineError(f"A vLLM server was lost when it was asked for its limit ({error}).") from error

