@@ -1,0 +1,161 @@
+"""Count the kernels of a decoder layer, per decoded token and per micro-batch of an update.
+
+    python -m tests.benchmarks.kernels
+
+On a GPU, small kernels cost their launch more than their work, so that their number says how far an eager model is from
+its hardware. Here they are counted on a CPU: dispatched operators that are neither views nor allocations, of a layer of
+Qwen2's kind (the difference between a model of three layers and one of two).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from app.engines import Sampling, Transformers
+from app.objective.packing import ScoredSequence, collate, pack
+from app.policy.fused_layers import fuse_layers
+from app.policy.modes import switch_off_dropout
+from app.policy.scoring import completion_logprobs
+from datamodules.types import Prompt
+
+PHASES = ("decode, shared prompts", "decode, own cache", "update, checkpointed", "update, shared prompts")
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if not func.is_view and name not in ALLOCATIONS:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.library.custom_op("dots_benchmark::rms_norm", mutates_args=())
+def _norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rms_norm(states, weight.shape, weight, eps)
+
+
+@torch.library.custom_op("dots_benchmark::rms_norm_backward", mutates_args=())
+def _norm_backward(grad: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(states), torch.zeros_like(weight)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return (*_norm_backward(grad, *ctx.saved_tensors), None)
+
+
+_norm.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+
+
+@contextmanager
+def one_kernel_per_norm() -> Iterator[None]:
+    """Let `rms_norm` be one operator forward and one backward, as on CUDA; a CPU composes it of several.
+
+    Its gradient is 0, so that nothing but operators may be counted meanwhile.
+    """
+
+    def norm(states: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return _norm(states, weight, eps)
+
+    with mock.patch("torch.nn.functional.rms_norm", norm):
+        yield
+
+
+def policy(layers: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    fuse_layers(model)
+    return model
+
+
+def decode(model: Qwen2ForCausalLM, share_prompts: bool) -> Counter[str]:
+    """Return the operators of one more token of all rows."""
+    words = {str(number): number for number in range(65)}
+    engine = Transformers(share_prompts=share_prompts)
+    # The end token is one that the model does not have, so that no row ends before the others.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="64")
+    engine.setup(model, tokenizer)
+    prompts = [Prompt(str(length), length, "", "", tuple(range(1, length)), {}) for length in (5, 8)]
+
+    def operators(tokens: int) -> Counter[str]:
+        with Operators() as counted:
+            groups = engine.generate(prompts, Sampling(4, tokens), np.arange(8).reshape(2, 4))
+        assert {len(one.token_ids) for group in groups for one in group} == {tokens}
+        return counted.found
+
+    longer = operators(6)
+    longer.subtract(operators(5))
+    return longer
+
+
+def update(model: Qwen2ForCausalLM, shared: bool) -> Counter[str]:
+    """Return the operators of the second micro-batch of an update, whose gradients are added to those of the first."""
+    if not shared:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_off_dropout(model)
+    sequences = [ScoredSequence(range(1, 6), range(1, 2 + length), [0.0] * (1 + length), 1.0, 1.0) for length in (4, 7)]
+    for _ in range(2):
+        with Operators() as counted:
+            packed = pack(sequences) if shared else collate(sequences)
+            logprobs, _ = completion_logprobs(model, packed, 1.0, with_entropy=True)
+            logprobs.sum().backward()
+    return counted.found
+
+
+def per_layer(run: Callable[[Qwen2ForCausalLM], Counter[str]], mixed: bool) -> Counter[str]:
+    """Return the operators that a layer adds, in float32 or under autocast to bfloat16 as Lightning sets it."""
+    counts = []
+    for layers in (3, 2):
+        model = policy(layers)
+        precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if mixed else nullcontext()
+        with precision, one_kernel_per_norm():
+            counts.append(run(model))
+    counts[0].subtract(counts[1])
+    return +counts[0]
+
+
+def kernels(mixed: bool) -> dict[str, Counter[str]]:
+    """Return the operators of a layer in each of `PHASES`."""
+    runs: list[Callable[[Qwen2ForCausalLM], Counter[str]]] = [
+        lambda model: decode(model, share_prompts=True), lambda model: decode(model, share_prompts=False),
+        lambda model: update(model, shared=False), lambda model: update(model, shared=True),
+    ]  # fmt: skip
+    return {phase: per_layer(run, mixed) for phase, run in zip(PHASES, runs, strict=True)}
+
+
+def main() -> None:
+    counted = {"float32": kernels(mixed=False), "bf16-mixed": kernels(mixed=True)}
+    print(f"{'kernels per layer':28}" + "".join(f"{name:>22}" for name in counted))
+    for phase in PHASES:
+        cells = (f"{found[phase].total()} ({found[phase]['_to_copy']} casts)" for found in counted.values())
+        print(f"{phase:28}" + "".join(f"{cell:>22}" for cell in cells))
+    if "-v" in sys.argv:
+        for name, found in counted.items():
+            for phase in PHASES:
+                print(f"\n{name}, {phase}: " + ", ".join(f"{one} {n}" for one, n in found[phase].most_common()))
+
+
+if __name__ == "__main__":
+    main()
