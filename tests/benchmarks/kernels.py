@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -48,34 +49,50 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.library.custom_op("dots_benchmark::rms_norm", mutates_args=())
-def _norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def one_operator(name: str, compute: Callable[..., Any], backward: Callable[..., Any] | None = None) -> Any:
+    """Return a function that is one operator to `Operators`, and so is its backward pass."""
+    made = torch.library.custom_op(f"dots_benchmark::{name}", compute, mutates_args=())
+    if backward is not None:
+        made.register_autograd(
+            lambda ctx, grad: (*backward(*ctx.saved_tensors), None),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+        )
+    return made
+
+
+def _norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.rms_norm(states, weight.shape, weight, eps)
 
 
-@torch.library.custom_op("dots_benchmark::rms_norm_backward", mutates_args=())
-def _norm_backward(grad: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_backward(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(states), torch.zeros_like(weight)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return (*_norm_backward(grad, *ctx.saved_tensors), None)
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(query), query.new_zeros(query.shape[1::-1], dtype=torch.float32)
 
 
-_norm.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+def _attention_backward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+NORM = one_operator("rms_norm", _norm, one_operator("rms_norm_backward", _norm_backward))
+ATTENTION = one_operator("attention", _attention)
+ATTENTION_BACKWARD = one_operator("attention_backward", _attention_backward)
 
 
 @contextmanager
-def one_kernel_per_norm() -> Iterator[None]:
-    """Let `rms_norm` be one operator forward and one backward, as on CUDA; a CPU composes it of several.
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Let `rms_norm` and attention of variable length be one operator forward and one backward, as they are on CUDA.
 
-    Its gradient is 0, so that nothing but operators may be counted meanwhile.
+    A CPU composes them of several. Their values are of no use here: nothing but operators may be read meanwhile.
     """
-
-    def norm(states: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return _norm(states, weight, eps)
-
-    with mock.patch("torch.nn.functional.rms_norm", norm):
+    patch, varlen = mock.patch, "app.objective.varlen_attention."
+    with (
+        patch("torch.nn.functional.rms_norm", lambda states, shape, weight, eps: NORM(states, weight, eps)),
+        patch(varlen + "_attention", lambda query, key, value, runs, scale: ATTENTION(query, key, value)),
+        patch(varlen + "_gradients", lambda grad, *states: ATTENTION_BACKWARD(*states[:3])),
+    ):
         yield
 
 
@@ -130,7 +147,7 @@ def per_layer(run: Callable[[Qwen2ForCausalLM], Counter[str]], mixed: bool) -> C
     for layers in (3, 2):
         model = policy(layers)
         precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if mixed else nullcontext()
-        with precision, one_kernel_per_norm():
+        with precision, kernels_of_a_gpu():
             counts.append(run(model))
     counts[0].subtract(counts[1])
     return +counts[0]
