@@ -156,7 +156,7 @@ def pack(sequences: Sequence[ScoredSequence], device: torch.device | str = "cpu"
     starts = lengths.sum() + np.cumsum(written) - written
     predictors = np.repeat(starts - 1, completion) + _within(completion)
     predictors[np.cumsum(completion) - completion] = (np.cumsum(lengths) - 1)[owner]
-    layout = SharedPrompts.of(lengths, written, owner, device)
+    layout = SharedPrompts(lengths, written, owner, device)
     mask = np.ones_like(ids)
     return _batch(sequences, ids[None], mask[None], positions[None], predictors, len(ids), device, layout)
 

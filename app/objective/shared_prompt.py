@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from app.objective.varlen_attention import Runs, has_kernel, shared_attention
 
 UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias")
 """Arguments that transformers passes to attention for some models, and that an attention with its own layout lacks."""
@@ -56,46 +59,76 @@ class Blocks:
         return _Gather.apply(padded.transpose(1, 2).flatten(0, 1), self.places, True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class SharedPrompts:
-    """The attention layout of `N` tokens in one row.
+    """The attention layout of `N` tokens in one row: prompt after prompt, then completion after completion.
+
+    What one of the two kinds of attention needs is made when it is first asked for.
 
     Attributes:
-        prompts: the first tokens, prompt after prompt; longest `P`.
-        completions: the other tokens, completion after completion; longest `T`.
+        prompt_lengths: int64 `[g]`.
+        completion_lengths: int64 `[n]`: tokens of each completion in the row.
         owner: int64 `[n]`: the prompt of each completion.
-        mask: bool `[n, 1, T, P + T]`: the tokens of its prompt and of its completion that each token attends to.
+        device: of the tokens.
     """
 
-    prompts: Blocks
-    completions: Blocks
-    owner: Tensor
-    mask: Tensor
+    prompt_lengths: np.ndarray
+    completion_lengths: np.ndarray
+    owner: np.ndarray
+    device: torch.device | str = "cpu"
 
-    @classmethod
-    def of(
-        cls, prompts: np.ndarray, completions: np.ndarray, owner: np.ndarray, device: torch.device | str = "cpu"
-    ) -> SharedPrompts:
-        """Lay out prompts and completions with int `[g]` and `[n]` lengths; `owner` `[n]` is each one's prompt."""
-        longest = int(completions.max(initial=0))
-        own = np.broadcast_to(np.tri(longest, dtype=bool), (len(completions), longest, longest))
-        read = np.arange(prompts.max()) < prompts[owner][:, None]
-        read = np.broadcast_to(read[:, None], (len(completions), longest, read.shape[1]))
-        mask = torch.from_numpy(np.concatenate([read, own], axis=2)[:, None]).to(device)
-        owners = torch.from_numpy(owner).to(device)
-        return cls(Blocks.of(prompts, device), Blocks.of(completions, device), owners, mask)
+    @cached_property
+    def prompts(self) -> Blocks:
+        return Blocks.of(self.prompt_lengths, self.device)
+
+    @cached_property
+    def completions(self) -> Blocks:
+        return Blocks.of(self.completion_lengths, self.device)
+
+    @cached_property
+    def owners(self) -> Tensor:
+        return torch.from_numpy(self.owner).to(self.device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Bool `[n, 1, T, P + T]`: the tokens of its prompt and of its completion that each token attends to."""
+        (n, longest), read = self.completions.shape, self.prompts.shape[1]
+        own = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        lengths = torch.from_numpy(self.prompt_lengths[self.owner]).to(self.device)
+        shared = torch.arange(read, device=self.device) < lengths[:, None]
+        both = [shared[:, None].expand(n, longest, read), own.expand(n, longest, longest)]
+        return torch.cat(both, dim=2).unsqueeze(1)
+
+    @cached_property
+    def runs(self) -> tuple[Runs, Runs] | None:
+        """The runs of all tokens, and those of the completions after each prompt.
+
+        None where these are not consecutive, or there are none: that is left to the attention with a mask.
+        """
+        if (np.diff(self.owner) < 0).any() or not self.completion_lengths.any():
+            return None
+        written = np.bincount(self.owner, self.completion_lengths, len(self.prompt_lengths)).astype(np.int64)
+        lengths = np.concatenate([self.prompt_lengths, self.completion_lengths])
+        own = Runs.of(lengths, lengths, True, self.device)
+        return own, Runs.of(written, self.prompt_lengths, False, self.device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float) -> Tensor:
-        """Return the attention output `[N, heads, width]`; query, key and value have the same shape."""
-        first = len(self.prompts.places)
+        """Return the attention output `[N, heads, width]`; keys and values may have fewer heads than queries."""
+        if has_kernel(value) and not dropout and self.runs is not None:
+            scale = query.shape[2] ** -0.5 if scale is None else scale
+            # Autocast rotates queries and keys in float32.
+            return shared_attention(query.to(value.dtype), key.to(value.dtype), value, *self.runs, scale)
+        repeats, first = query.shape[1] // key.shape[1], int(self.prompt_lengths.sum())
+        if repeats > 1:
+            key, value = (one.repeat_interleave(repeats, dim=1) for one in (key, value))
         asked, keys, values = (self.prompts.pad(states[:first]) for states in (query, key, value))
         outputs = F.scaled_dot_product_attention(asked, keys, values, dropout_p=dropout, is_causal=True, scale=scale)
         outputs = self.prompts.join(outputs)
         if not self.completions.shape[1]:
             return outputs
         asked, own_keys, own_values = (self.completions.pad(states[first:]) for states in (query, key, value))
-        keys = torch.cat([_Gather.apply(keys, self.owner, False), own_keys], dim=2)
-        values = torch.cat([_Gather.apply(values, self.owner, False), own_values], dim=2)
+        keys = torch.cat([_Gather.apply(keys, self.owners, False), own_keys], dim=2)
+        values = torch.cat([_Gather.apply(values, self.owners, False), own_values], dim=2)
         written = F.scaled_dot_product_attention(
             asked, keys, values, attn_mask=self.mask, dropout_p=dropout, scale=scale
         )
@@ -120,9 +153,8 @@ def shared_prompt_attention(
     """
     if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         raise unsupported(module, {**others, "layout": layout, "attention_mask": attention_mask}, "model.share_prompts")
-    repeats = query.shape[1] // key.shape[1]
-    states = [query, *(one if repeats == 1 else one.repeat_interleave(repeats, dim=1) for one in (key, value))]
-    output = layout.attend(*(one[0].transpose(0, 1) for one in states), scale=scaling, dropout=dropout)
+    states = (one[0].transpose(0, 1) for one in (query, key, value))
+    output = layout.attend(*states, scale=scaling, dropout=dropout)
     return output.unsqueeze(0), None
 
 

@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from app.policy.adapters import Lora, add_lora, causal_lm
+from app.policy.fused_layers import fuse_layers
 from app.policy.modes import recompute_in_evaluation_mode
 from datamodules.errors import UserError
 
@@ -206,6 +207,8 @@ class Policy:
         return {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
 
     def _adapt(self, model: PreTrainedModel) -> torch.nn.Module:
+        if full_attention_only(model.config):
+            fuse_layers(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in model.modules():

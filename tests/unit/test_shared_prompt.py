@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from app.objective.packing import PackedBatch, ScoredSequence, collate, owners, pack, plan_packs
 from app.objective.shared_prompt import Blocks, SharedPrompts, plan_shared, shared_prompt_attention
+from app.objective.varlen_attention import shared_attention
 from app.policy.scoring import can_share_prompts, completion_logprobs
 
 SIZES = {
@@ -59,7 +62,8 @@ def test_layout_by_hand() -> None:
     assert batch.replayed.tolist() == [False, False, False, False, True, True]
     assert (batch.real_tokens, batch.sequence_tokens, batch.padding_fraction) == (6, 11, 0)
     assert batch.layout is not None
-    assert batch.layout.owner.tolist() == [0, 1, 0]
+    assert batch.layout.owners.tolist() == [0, 1, 0]
+    assert batch.layout.runs is None  # the completions of a prompt are apart
     assert batch.layout.mask[:, 0].int().tolist() == [
         [[1, 1, 1, 0], [1, 1, 1, 1]],
         [[1, 0, 1, 0], [1, 0, 1, 1]],
@@ -174,7 +178,7 @@ SEEN = [[0], [0, 1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5, 6], [0, 
 
 
 def layout_of_seen() -> SharedPrompts:
-    return SharedPrompts.of(np.array([2, 3]), np.array([2, 1, 0]), np.array([1, 0, 1]))
+    return SharedPrompts(np.array([2, 3]), np.array([2, 1, 0]), np.array([1, 0, 1]))
 
 
 def states(heads: int = HEADS) -> list[Tensor]:
@@ -196,6 +200,91 @@ def test_attention_equals_a_loop_over_tokens() -> None:
     for scale, factor in ((None, WIDTH**-0.5), (0.3, 0.3), (2.0, 2.0)):
         found = layout_of_seen().attend(*given, scale=scale, dropout=0.0)
         torch.testing.assert_close(found, attention_by_a_loop(*given, factor), rtol=1e-12, atol=1e-12)
+
+
+# As a planned micro-batch has them, prompt after prompt; one completion and all of the second prompt add no token.
+LENGTHS = np.array([2, 4, 3]), np.array([3, 1, 0, 2, 0]), np.array([0, 0, 1, 2, 2])
+
+
+def grouped_states(heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (int(LENGTHS[0].sum() + LENGTHS[1].sum()), 4, 8)
+    made = [torch.randn(shape[0], n, 8, generator=generator, dtype=torch.float64) for n in (4, heads, heads)]
+    return [one.to(dtype).requires_grad_() for one in made]
+
+
+def values_and_gradients(attend: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
+    output = attend(*given)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return [output.detach(), *torch.autograd.grad((output.double() * weights).sum(), given)]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_attention_in_runs_equals_that_with_a_mask(heads: int, dtype: torch.dtype, apart: float) -> None:
+    layout = SharedPrompts(*LENGTHS)
+    assert layout.runs is not None
+    own, read = layout.runs
+    assert [(one.queries.tolist(), one.keys.tolist()) for one in (own, read)] == [
+        ([2, 4, 3, 3, 1, 0, 2, 0], [2, 4, 3, 3, 1, 0, 2, 0]), ([4, 0, 2], [2, 4, 3]),
+    ]  # fmt: skip
+    given = grouped_states(heads, dtype)
+    expected = values_and_gradients(lambda *states: layout.attend(*states, scale=0.3, dropout=0.0), given)
+    found = values_and_gradients(lambda *states: shared_attention(*states, own, read, 0.3), given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=apart, atol=apart)
+
+
+def test_half_precision_attends_in_runs() -> None:
+    layout = SharedPrompts(*LENGTHS)
+    exact = values_and_gradients(lambda *states: layout.attend(*states, scale=None, dropout=0.0), grouped_states(2))
+    assert "mask" in vars(layout)
+    layout = SharedPrompts(*LENGTHS)
+    half = values_and_gradients(
+        lambda *states: layout.attend(*states, scale=None, dropout=0.0), grouped_states(2, torch.bfloat16)
+    )
+    assert "mask" not in vars(layout)
+    for one, other in zip(half, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert 0 < (one.double() - other).norm() <= 2**-7 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [([2, 3], [3, 1, 2], [0, 1, 0]), ([2, 3], [0, 0], [0, 1])],
+    ids=["completions of a prompt are apart", "no tokens after the prompts"],
+)
+def test_what_runs_cannot_hold_is_left_to_the_mask(lengths: tuple[list[int], ...]) -> None:
+    layout = SharedPrompts(*map(np.array, lengths))
+    assert layout.runs is None
+    tokens = sum(lengths[0]) + sum(lengths[1])
+    states = [torch.randn(tokens, 2, 8, dtype=torch.float64) for _ in range(3)]
+    exact, half = (
+        layout.attend(*(one.to(dtype) for one in states), scale=None, dropout=0.0)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    torch.testing.assert_close(half.double(), exact, rtol=0.02, atol=0.02)
+
+
+def test_bytes_kept_are_those_of_a_kernel_of_variable_length() -> None:
+    """Eight completions of 3,072 tokens after one prompt of 200, with 1.5B's ratio of heads."""
+    heads, key_heads, width, tokens = 6, 1, 16, 200 + 8 * 3071
+    layout = SharedPrompts(np.array([200]), np.full(8, 3071), np.zeros(8, dtype=np.int64))
+    query, key, value = (
+        torch.randn(1, tokens, n, width).bfloat16().transpose(1, 2).requires_grad_()
+        for n in (heads, key_heads, key_heads)
+    )
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output, _ = shared_prompt_attention(torch.nn.Identity(), query, key, value, None, layout=layout)
+    # Queries, keys, values and output in two bytes, and a log-sum-exp per head in four.
+    assert sum(kept.values()) <= 1.01 * tokens * (2 * width * (2 * heads + 2 * key_heads) + 4 * heads)
+    assert output.requires_grad
 
 
 def test_dropout_reaches_prompts_and_completions() -> None:
@@ -238,17 +327,20 @@ def test_attention_of_another_kind_is_refused(wanted: dict, message: str) -> Non
 
 
 def tensors_of(batch: PackedBatch) -> list[Tensor]:
-    parts: list[object] = [batch, batch.layout]
+    parts: list[object] = [batch]
+    held: list[object] = []
     if batch.layout is not None:
-        parts += [batch.layout.prompts, batch.layout.completions]
-    held = [getattr(part, name) for part in parts if part is not None for name in part.__slots__]  # type: ignore[attr-defined]
+        parts += [batch.layout.prompts, batch.layout.completions, *(batch.layout.runs or ())]
+        held += [batch.layout.owners, batch.layout.mask]
+    held += [getattr(part, name) for part in parts for name in part.__slots__]  # type: ignore[attr-defined]
     return [one for one in held if isinstance(one, Tensor)]
 
 
-@pytest.mark.parametrize(("lay_out", "count"), [(collate, 11), (pack, 11 + 6)])
+@pytest.mark.parametrize(("lay_out", "count"), [(collate, 11), (pack, 11 + 6 + 4)])
 def test_everything_is_put_on_the_device_asked_for(
     sequences: list[ScoredSequence], lay_out: object, count: int
 ) -> None:
-    held = tensors_of(lay_out(sequences, device="meta"))  # type: ignore[operator]
+    ordered = [sequences[row] for row in plan_packs(sequences, 1000)[0]]
+    held = tensors_of(lay_out(ordered, device="meta"))  # type: ignore[operator]
     assert len(held) == count
     assert {one.device.type for one in held} == {"meta"}

@@ -56,7 +56,9 @@ class SharedKeys:
         scores = torch.cat([self._by_row(read, heads // key.shape[1]), written], dim=2).view(rows, heads, -1)
         if self.bias is not None:
             scores += self.bias
-        weights = scores.softmax(dim=2, dtype=None if scores.dtype.itemsize > 2 else torch.float32).to(value.dtype)
+        # A softmax of half precision is summed in float32 and rounded once; autocast would cast around it.
+        with torch.autocast(scores.device.type, enabled=False):
+            weights = scores.softmax(dim=2).to(value.dtype)
         on_read, on_written = _by_head(weights, key).split([read.shape[2], written.shape[2]], dim=2)
         read = torch.bmm(self._by_prompt(on_read, groups), read_values.flatten(0, 1))
         output = torch.baddbmm(self._by_row(read, heads // key.shape[1]), on_written, value.flatten(0, 1))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from app.engines.ahead import Groups
 from app.engines.base import RolloutEngine, Sampling, check_counts, check_request, end_token_ids, nonfinite_policy
@@ -17,6 +17,7 @@ from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache
 from app.policy.adapters import causal_lm
+from app.policy.fused_layers import holding_weights
 from app.policy.model import plain_attention
 from app.policy.modes import attending, evaluating
 from datamodules.errors import UserError
@@ -194,13 +195,16 @@ class _Generation:
 
 
 @contextmanager
-def _generating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, without gradients."""
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to evaluation mode, without gradients; under autocast each weight is cast once and not for every token."""
     # Not inference_mode: tensors that a model caches during generation (rotary tables) must work with autograd.
     # Autocast caches weights cast without gradient; a later forward with gradient must not find them.
+    cached = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(True)
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), holding_weights(causal_lm(model)):
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         torch.clear_autocast_cache()

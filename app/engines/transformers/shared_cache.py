@@ -34,8 +34,9 @@ class WrittenLayer(CacheLayerMixin):
         self.rows = self.first = self.end = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Autocast rotates keys in float32 and then multiplies them in the dtype of values.
         self.keys, self.values = (
-            states.new_empty(self.max_rows, states.shape[1], self.columns, states.shape[3])
+            value_states.new_empty(self.max_rows, states.shape[1], self.columns, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -98,7 +99,8 @@ class PromptLayer:
     """
 
     def __init__(self, max_prompts: int, prefilled: DynamicLayer) -> None:
-        self.keys, self.values = (states.new_empty(max_prompts, *states.shape[1:]) for states in _states_of(prefilled))
+        keys, values = _states_of(prefilled)
+        self.keys, self.values = (values.new_empty(max_prompts, *states.shape[1:]) for states in (keys, values))
         self.longest = self.keys.shape[2]
 
     def admit(self, prefilled: DynamicLayer, first: int) -> None:
