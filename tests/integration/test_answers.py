@@ -56,8 +56,10 @@ def test_answers_reach_a_function_as_they_are_in_the_file(place: Place, written:
 
 def test_rows_without_an_answer_train_where_none_is_needed(place: Place) -> None:
     (place.path / "spy_rewards.py").write_text("def run(completions, tests): return [float(len(t)) for t in tests]\n")
-    write_pool(place.path / "pool.jsonl", [{"question": f"f{i}", "answer": "", "tests": "t" * i} for i in range(4)])
-    rewards(place, ("app.rewards.Function", {"path": "spy_rewards.run"}))
+    empty: list[dict[str, Any]] = [{"answer": ""}, {"answer": None}, {"answer": "  "}, {}]
+    write_pool(
+        place.path / "pool.jsonl", [{"question": f"f{i}", "tests": "t" * i} | row for i, row in enumerate(empty)]
+    )
     rewards(place, ("app.rewards.Function", {"path": "spy_rewards.run"}))
     assert "4 empty" in place.refused("fit", "--config", "run.yaml", touches=True)
     code, said = place.run("fit", "--config", "run.yaml", "--data.train.answer_column", "null")
