@@ -24,7 +24,7 @@ import numpy as np
 
 AnswerFormat = Literal["verbatim", "gsm8k", "boxed"]
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\f?boxed\s+([^\s{}$.,]+)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"^#### *(.*?)\s*\Z", re.MULTILINE)

@@ -56,8 +56,10 @@ def test_answers_reach_a_function_as_they_are_in_the_file(place: Place, written:
 
 def test_rows_without_an_answer_train_where_none_is_needed(place: Place) -> None:
     (place.path / "spy_rewards.py").write_text("def run(completions, tests): return [float(len(t)) for t in tests]\n")
-    write_pool(place.path / "pool.jsonl", [{"question": f"f{i}", "answer": "", "tests": "t" * i} for i in range(4)])
-    rewards(place, ("app.rewards.Function", {"path": "spy_rewards.run"}))
+    empty: list[dict[str, Any]] = [{"answer": ""}, {"answer": None}, {"answer": "  "}, {}]
+    write_pool(
+        place.path / "pool.jsonl", [{"question": f"f{i}", "tests": "t" * i} | row for i, row in enumerate(empty)]
+    )
     rewards(place, ("app.rewards.Function", {"path": "spy_rewards.run"}))
     assert "4 empty" in place.refused("fit", "--config", "run.yaml", touches=True)
     code, said = place.run("fit", "--config", "run.yaml", "--data.train.answer_column", "null")
@@ -90,24 +92,51 @@ EXPRESSIONS = [
     (r"So \boxed{-1}, \boxed{1} and \boxed{7}", r"\boxed{7, 1, -1}", r"\boxed{1} and \boxed{7}"),
     (r"\fbox{42}", r"\fbox{42}", r"\fbox{24}"),
     (r"\fbox{-42}", r"\boxed{-42}", r"-42, no: \boxed{42}"),
+    (r"Hence $x = \fbox{4}$ or $x = \fbox{9}$.", r"\fbox{9, 4}", r"\fbox{9}"),
+    (r"It is $\fbox{\frac{1}{2}}$.", r"\fbox{0.5}", r"\fbox{2}"),
     ("#### 3,5", r"\boxed{3, 5}", r"\boxed{35}"),
     ("#### 1, 2, 3", r"\boxed{1,2,3}", r"\boxed{6}"),
     ("#### 1,234", r"\boxed{1234}", r"\boxed{1, 234}"),
+    ("#### 2,5,7", r"\boxed{2,5,7}", r"\boxed{257}"),
+    ("#### 12,34", r"\boxed{12,34}", r"\boxed{1234}"),
+    ("#### $1,234.50", r"\boxed{1234.5}", r"\boxed{1234}"),
     ("4", r"\boxed{4}", r"\boxed{} 4"),
     ("4", r"5 and so \boxed{4}", r"The \boxed{} is 4"),
     ("4", r"\fbox{4.0}", r"\boxed{?} 4"),
     ("4", r"\boxed{8/2}", r"\boxed{\text{ }} so 4"),
+    ("6", r"\boxed{6}", r"\boxed{\,} 6"),
+    ("6", r"$\boxed{ 6 }$.", r"\boxed{...} = 6"),
+    ("6", r"\fbox{6}", r"6, which I box: \boxed{6"),
     ("CAB", r"\boxed{CAB}", r"\boxed{ABC}"),
     ("STOP", r"\boxed{\text{STOP}}", r"\boxed{POTS}"),
     (r"\text{listen}", r"\boxed{listen}", r"\boxed{\text{silent}}"),
+    ("no", r"\boxed{No}", r"\boxed{on}"),
+    (r"\text{EVIL}", r"\boxed{EVIL}", r"\boxed{VILE}"),
     ("2004_5", r"\boxed{2004_5}", r"\boxed{2004_7}"),
     ("1011_2", r"\boxed{1011_{2}}", r"\boxed{1011}"),
+    ("777_8", r"\boxed{777_{8}}", r"\boxed{777_9}"),
+    ("FF_{16}", r"\boxed{FF_{16}}", r"\boxed{FF_{17}}"),
+    ("1e-10", r"\boxed{10^{-10}}", r"\boxed{2e-10}"),
+    (r"4 \times 10^{-30}", r"\boxed{4 \cdot 10^{-30}}", r"\boxed{0}"),
     (r"1.6\times10^{-19}", r"\boxed{1.6 \cdot 10^{-19}}", r"\boxed{3.2\times10^{-19}}"),
     (r"6.02 \times 10^{23}", r"\boxed{6.02e23}", r"\boxed{6.03 \times 10^{23}}"),
     ("12,5", r"\boxed{12, 5}", r"\boxed{5,12}"),
     ("(2, 7)", r"\boxed{\left(2,7\right)}", r"\boxed{(7, 2)}"),
+    ("red, blue", r"\boxed{red, blue}", r"\boxed{blue, red}"),
+    ("3:4", r"\boxed{3:4}", r"\boxed{4:3}"),
     (r"\{1, 2\}", r"\boxed{\{2, 1\}}", r"\boxed{(1, 2)}"),
     (0.00005, r"\boxed{5 \times 10^{-5}}", r"\boxed{5}"),
+    (1e-7, r"\boxed{10^{-7}}", r"\boxed{-6}"),
+    (6.02e23, r"\boxed{6.02 \times 10^{23}}", r"\boxed{601999999999999995805696}"),
+    (r"$\boxed{\$7}$", r"\boxed{7}", r"\boxed{70}"),
+    (r"-\$5", r"\boxed{-5}", r"\boxed{5}"),
+    (r"\$1{,}000", r"\boxed{\$1,000}", r"\boxed{1}"),
+    (r"\boxed{\$18.90}", r"\boxed{18.9}", r"\boxed{1890}"),
+    (r"5\$", r"\boxed{5}", r"\boxed{6}"),
+    (r"$\boxed{\pounds 30}$", r"\boxed{30}", r"\boxed{\$30}"),
+    ("US$40", r"\boxed{40}", r"\boxed{4}"),
+    (r"\framebox{-3}", r"\framebox{-3}", r"\framebox{3}"),
+    ("2020-01-02", r"\boxed{2020-01-02}", r"\boxed{2020-02-01}"),
     (2.5e22, r"\boxed{2.5 \cdot 10^{22}}", r"\boxed{24999999999999997902848}"),
 ]
 NUMBERS = [
@@ -117,6 +146,8 @@ NUMBERS = [
     ("1 1/2", "1.5", "1/2"),
     ("2 3/4 cups", "2.75 cups", "3/4"),
     ("-1 1/4", "-5/4", "-3/4"),
+    ("5 m/s^2", "5 m/s^2", "2"),
+    (r"10 cm^{2}", r"10 cm^{2}", "2"),
     (0.00005, "0.00005", "5"),
     (1e-7, "1e-7", "7"),
     ("#### 1,018", "1,018", "18"),

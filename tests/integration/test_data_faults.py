@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from tests.support.refusal import ROOT, TINY, Place, data, model, source, write_pool
 from tests.support.tables import few
@@ -48,6 +49,28 @@ def test_a_run_in_a_folder_whose_name_is_a_pattern_trains_on_its_own_file(
     assert found["exp[1]"] == found["plain"]
 
 
+def test_a_file_is_read_by_its_own_name_and_not_as_a_pattern(place: Place) -> None:
+    """Beside each file stands one that its name would match as a pattern."""
+    for row, (name, other) in enumerate(NAMES):
+        for path, count in ((name, 2), (other, 3)):
+            (place.path / path).parent.mkdir(exist_ok=True)
+            write_pool(place.path / path, sums(*range(100 * row + 10 * count, 100 * row + 11 * count)))
+    place.config(lambda config: source(config).update(path=[name for name, _ in NAMES]))
+    code, out, err = place.run_with_output("data", "--config", "run.yaml")
+    assert code == 0, err[-2000:]
+    assert f"{2 * len(NAMES)} rows read, {2 * len(NAMES)} prompts kept" in " ".join(out.split())
+
+
+NAMES = [
+    ("pool[1].jsonl", "pool1.jsonl"),
+    ("a?.jsonl", "ab.jsonl"),
+    ("part*.jsonl", "part-0.jsonl"),
+    ("{x,y}.jsonl", "x.jsonl"),
+    ("d[0-9]/pool.jsonl", "d7/pool.jsonl"),
+    ("**.jsonl", "all.jsonl"),
+]
+
+
 def test_a_file_rewritten_with_its_old_time_is_trained_on(place: Place) -> None:
     pool = place.path / "pool.jsonl"
     first, time = trained_on(place), os.stat(pool)
@@ -64,7 +87,15 @@ def test_a_file_rewritten_with_its_old_time_is_trained_on(place: Place) -> None:
             b'{"question": "1 + 1 =", "answer": "2"}\n{"question": "caf\xe9"}\n',
             "'x.jsonl' line 2 is not UTF-8",
         ),
+        ("x.csv", b"question,answer\n1 +\xb11 =,2\n", "'x.csv' line 2 is not UTF-8"),
+        ("x.tsv", b"question\tanswer\n1 + 1 =\t2\ncaf\xe9\t3\n", "'x.tsv' line 3 is not UTF-8"),
+        ("x.jsonl", b'\xe9\n{"question": "1 + 1 =", "answer": "2"}\n', "'x.jsonl' line 1 is not UTF-8"),
         ("x.csv", b"question,answer\nWhat is 1 + 1?,2,easy\n", "'x.csv' line 2 has 3 fields, but the header names 2"),
+        ("x.csv", b"question,answer\na,1\nb,2\nWhat is 1, or 2?,3\n", "'x.csv' line 4 has 3 fields"),
+        ("x.tsv", b"question\tanswer\na\t1\t\n", "'x.tsv' line 2 has 3 fields"),
+        ("x.csv", b"question,answer,level\na,1,2\nb,2\n", "'x.csv' line 3 has 2 fields, but the header names 3"),
+        ("x.jsonl", b'{"question": "a", "x": ' + b"[" * 30_000 + b"]" * 30_000 + b"}\n", "line 1 is nested too deeply"),
+        ("x.jsonl", b'{"a": ' * 30_000 + b"1" + b"}" * 30_000, "line 1 is nested too deeply"),
         ("x.jsonl", b'{"question": ' + b"[" * 30_000, "'x.jsonl' line 1 is nested too deeply"),
         ("pool*.jsonl", None, "'pool*.jsonl' does not exist: "),
         ("~nosuch/x", None, "'~nosuch/x' does not exist: there is no user 'nosuch'"),
@@ -190,6 +221,48 @@ def test_a_template_that_cannot_be_used_is_one_line(
     assert said in place.refused(*FIT)
 
 
+def begins(place: Place) -> Path:
+    """Copy the tiny policy with a tokenizer that puts a first token before every text."""
+    folder = place.path / "begins"
+    shutil.copytree(TINY, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    first, text = {"SpecialToken": {"id": "<pad>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] |= {
+        "single": [first, text],
+        "special_tokens": {"<pad>": {"id": "<pad>", "ids": [0], "tokens": ["<pad>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = folder / "tokenizer_config.json"
+    options = {"bos_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT}
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "question"),
+    few(
+        [("{question}", "<pad>ab"), ("<pad>{question}", "ab"), ("{question}", "ab"), ("<pad>Q: {question}", "<eos>ab"),
+         ("", "ab")], 2,
+    ),
+)  # fmt: skip
+def test_a_prompt_begins_with_one_first_token(place: Place, template: str, question: str) -> None:
+    """Its length is that of the text with one: a lower limit drops every row, this one none."""
+    folder = begins(place)
+    chat = CHAT.replace("{{ message.role", "{{ bos_token }}{{ message.role")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": chat}))
+    write_pool(place.path / "pool.jsonl", [{"question": f"{question}{n}", "answer": "1"} for n in range(4)])
+    place.config(lambda c: (model(c)["policy"].update(path=str(folder)), source(c).update(template=template)))
+    text = (template or "user: {question}\n").replace("{question}", f"{question}0").removeprefix("<pad>")
+    tokens = AutoTokenizer.from_pretrained(folder)(text.replace("<pad>", ""))["input_ids"]
+    assert tokens.count(0) == 1
+    command = "data", "--config", "run.yaml", f"--data.train.max_prompt_length={len(tokens)}"
+    code, out, err = place.run_with_output(*command)
+    assert code == 0, err[-2000:]
+    assert "4 rows read, 4 prompts kept" in " ".join(out.split())
+    assert "4 longer than" in place.refused(*command[:-1], f"--data.train.max_prompt_length={len(tokens) - 1}")
+
+
 def test_own_data_over_the_quickstart_keep_the_chat_template_of_the_model(place: Place) -> None:
     """The quickstart's source has a template and its reward looks after `#### `: neither is meant for other classes."""
     folder = instruct(place, CHAT)
@@ -235,9 +308,24 @@ def test_own_data_over_the_quickstart_keep_the_chat_template_of_the_model(place:
     assert "in place of the tokenizer's chat template:\n" in out
 
 
-def test_two_filters_of_one_class_are_resumed(place: Place) -> None:
-    skip = {"class_path": "datamodules.selectors.ZeroVarianceSkip"}
-    composed = {"ranker": {"class_path": "datamodules.selectors.Uniform"}, "filters": [skip, skip]}
+def filter_of(name: str, **options: Any) -> dict[str, Any]:
+    return {"class_path": f"datamodules.selectors.{name}", "init_args": options}
+
+
+@pytest.mark.parametrize(
+    "filters",
+    few(
+        [
+            [filter_of("ZeroVarianceSkip"), filter_of("ZeroVarianceSkip")],
+            [filter_of("ZeroVarianceSkip", p_easy=share) for share in (0.2, 0.5, 0.9)],
+            [filter_of("ZeroVarianceSkip", min_refill=1), filter_of("ZeroVarianceSkip", p_hard=0.1)],
+            [filter_of("ZeroVarianceSkip", p_hard=0.1)] * 4,
+        ],
+        1,
+    ),
+)
+def test_filters_of_one_class_are_resumed(place: Place, filters: list[dict[str, Any]]) -> None:
+    composed = {"ranker": {"class_path": "datamodules.selectors.Uniform"}, "filters": filters}
     place.config(
         lambda config: data(config).update(
             selector={"class_path": "datamodules.selectors.Composed", "init_args": composed}
@@ -249,7 +337,14 @@ def test_two_filters_of_one_class_are_resumed(place: Place) -> None:
 
 
 def test_a_typo_in_the_answers_column_lists_the_columns_of_the_data(place: Place) -> None:
-    place.config(lambda config: model(config)["rewards"][0].update(init_args={"gold": "anwser"}))
-    line = place.refused(*FIT, touches=True)
-    assert "'anwser' for gold, only 'answer', 'ground_truth', 'question', 'solution': did you mean 'answer'?" in line
-    assert "log_" not in line
+    for reward, typo, meant in (
+        ("Numeric", "anwser", "answer"),
+        ("Math", "soltion", "solution"),
+        ("Exact", "ground_thruth", "ground_truth"),
+    ):
+        named = {"class_path": f"app.rewards.{reward}", "init_args": {"gold": typo}}
+        place.config(lambda config, named=named: model(config).update(rewards=[named]))
+        line = place.refused(*FIT, touches=True)
+        columns = "'answer', 'ground_truth', 'question', 'solution'"
+        assert f"{typo!r} for gold, only {columns}: did you mean {meant!r}?" in line
+        assert "log_" not in line and "trainer_state" not in line

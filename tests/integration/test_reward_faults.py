@@ -484,6 +484,23 @@ def test_an_attack_costs_at_most_the_scores_of_its_call(place: Place, caplog: py
     assert not alive
 
 
+def test_a_pattern_that_matches_no_completion_of_ten_steps_is_named(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    patterns = ["<think>.*</think>.*", "(<think>)?.*</think>.*", r"Answer: \d+", "[a-z]{9}", ".*"]
+    listed = [
+        {"class_path": "app.rewards.Format", "init_args": {"pattern": one, "name": f"f{at}"}}
+        for at, one in enumerate(patterns)
+    ]
+    configured(place, [function("even"), *listed], steps=11)
+    code, said = place.run(*FIT)
+    assert code == 0, said[-2000:]
+    told = [line for line in warnings_of(caplog) if "the pattern " in line]
+    assert [line.partition(" has matched no")[0] for line in told] == [
+        f"Step 9: the pattern {one!r} of reward 'f{at}'" for at, one in enumerate(patterns[:4])
+    ]
+
+
 def test_a_users_subclass_of_reward_keeps_working(place: Place) -> None:
     (place.path / "dots_old_rewards.py").write_text(
         "from app.rewards import Reward\n"

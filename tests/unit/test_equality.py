@@ -10,6 +10,16 @@ import pytest
 from app.rewards.equality import read, same
 
 EQUAL = [
+    # money and dates
+    (r"\pounds 30", "30"),
+    (r"\textsterling{}30", "£30"),
+    (r"\text{\$}12", r"\$12"),
+    (r"\text{\textdollar} 9.50", "9.5"),
+    ("US$40", r"\$40"),
+    (r"US\$ 1,234.50", "1234.5"),
+    (r"\euro 7", "7€"),
+    ("2020-01-02", "2020-01-02"),
+    (r"\text{6/2/2020}", "6/2/2020"),
     # numbers
     ("7", "7.0"),
     ("0.5", r"\frac{1}{2}"),
@@ -158,6 +168,12 @@ EQUAL = [
     (r"\boxed{15\frac{39}{40}}, \boxed{\frac{639}{40}}", r"\frac{639}{40}"),
 ]
 UNLIKE = [
+    ("2020-01-02", "2020-02-01"),
+    ("2020-01-02", "2017"),
+    ("6/2/2020", "3/1/2020"),
+    ("1.2.1999", "2.1.1999"),
+    (r"\pounds 30", "31"),
+    (r"\pounds 30", r"\$30"),
     ("CAB", "ABC"),
     ("CAB", "A B C"),
     ("STOP", "POTS"),

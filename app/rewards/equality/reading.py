@@ -33,6 +33,7 @@ _FORMULA_UNIT = re.compile(r"(?s)(.*(?:\d|\\pi).*?)\s*(%|°|\\text\s*\{\s*[A-Za-
 _SHORT_UNITS = set(re.findall(r"\w+", "m s g h l L cm mm km kg mg ml mL in ft yd mi lb oz hr"))
 _BASED = re.compile(r"\(?([-+]?)([0-9A-Za-z]+)\)?\s*(?:_\s*\{?\s*|\(?\s*base\s*)(\d{1,2})\s*[})]?")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+\s*(?:[ap]\.?\s?m\.?)?", re.IGNORECASE)
+_DATE = re.compile(r"\d{4}([-/.])\d\d?\1\d\d?|\d\d?([-/.])\d\d?\2\d{4}")
 
 
 @lru_cache(maxsize=4096)
@@ -205,6 +206,7 @@ def _words(text: str) -> Answer | None:
         or re.fullmatch("[A-Za-z]{2,3}", flat)
         or (any(len(run) > 1 for run in runs) and (marked or re.search("[A-Z][A-Za-z]", flat)))
         or _RATIO.fullmatch(flat)
+        or _DATE.fullmatch(flat)
     )
     if not is_text or set(runs) & FUNCTIONS:
         return _read(flat) if marked else None
