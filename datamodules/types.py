@@ -22,7 +22,9 @@ REWARD_TOLERANCE = 1e-6
 REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Arguments of reward functions: a column with one of these names cannot be passed to them."""
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+"""Turns of a conversation: `role` and `content`, both text; `tool_calls` and the like where the data have them."""
+
 Source = Literal["fresh", "replay", "reference"]
 FinishReason = Literal["stop", "length"]
 Fate = Literal["trained", "surplus", "dropped"]

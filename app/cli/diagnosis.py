@@ -23,6 +23,30 @@ _DEFAULT_CLASSES = {
     "data": "datamodules.online.OnlinePromptDataModule",
     "data.train": "datamodules.prompts.PromptFile",
 }
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "prompts_per_step",
+    "train_batch_size": "prompts_per_step",
+    "per_device_train_batch_size": "prompts_per_step",
+    "num_train_epochs": "max_epochs",
+    "output_dir": "default_root_dir",
+    "save_steps": "every",
+    "save_total_limit": "keep",
+    "eval_steps": "val_check_interval",
+    "gpus": "devices",
+    "kl": "beta",
+    "kl_coef": "beta",
+    "kl_loss_coef": "beta",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "max_grad_norm": "clip_norm",
+    "model_name_or_path": "policy",
+    "reward_funcs": "rewards",
+    "dataset": "train",
+    "dataset_name": "train",
+}
+"""Names of options in other trainers (TRL, verl, Lightning), and the last part of the name that an option has here."""
 _MAX_LONGER = 3
 _WRONG_CLASS = r"module '[\w.]+' has no .*|No module named .*|does not correspond to .*|dot import path string"
 
@@ -49,7 +73,7 @@ def explain(message: str, parser: KnownNames) -> str:
     """
     prefix = class_path = ""
     classes: list[str] = []
-    depth = -1
+    depth, outermost = -1, parser
     report = lines = message.splitlines() or [""]
     for number, line in enumerate(report):
         level = re.match(_LEVEL, line)
@@ -73,6 +97,8 @@ def explain(message: str, parser: KnownNames) -> str:
     if found := re.search(r"File does not exist: '([^']+)'", cause):
         path = Path(found[1])
         return f"{path}: no such file.{_hint(path.name, [one.name for one in path.parent.glob(f'*{path.suffix}')])}"
+    if found := re.search(r"argument --(data|model): expected one argument", cause):
+        return f"An option whose name begins with --{found[1]} has no value. Write its value after its name."
     if found := re.search(r"([\w.]+): invalid choice: '(.+?)' \(choose from (.+)\)", cause):
         choices = re.findall(r"[^\s,']+", found[3])
         return f"{found[1]} {found[2]!r} does not exist.{_hint(found[2], choices)}"
@@ -86,9 +112,11 @@ def explain(message: str, parser: KnownNames) -> str:
         line = f"{prefix}{name} is not an option{f' of {class_path}' if class_path else ''}."
         # Without a class_path, the annotated class itself is meant.
         line += f" Is {option}.class_path missing?" if class_path in classes[:1] else ""
-        if not class_path and "." not in name and (longer := _longer_names(name, parser)):
+        last = name.rpartition(".")[2]
+        near = _hint(last, valid, only_near=True)
+        if not (near and (prefix or "." in name)) and (longer := _longer_names(last, outermost)):
             return f"{line} Did you mean {' or '.join(map(repr, longer))}?"
-        return line + _hint(name.rpartition(".")[2], valid)
+        return line + (near or _hint(last, valid))
     if found := re.search(r"arguments are required: ([\w.-]+)", cause):
         # A subcommand's own option is reported with the subcommand before it.
         own = not class_path and found[1] not in parser.option_names()
@@ -132,6 +160,7 @@ def _longer_names(name: str, parser: KnownNames) -> list[str]:
     for prefix, path in _DEFAULT_CLASSES.items():
         known |= {f"{prefix}.{one}" for one in parser.of_class(path).option_names()} if prefix in known else set()
     name, by_last = name.replace("-", "_"), {one: one.rpartition(".")[2] for one in known if one[-1] != "+"}
+    name = _OTHER_NAMES.get(name, name)
     if get_close_matches(name, [one for one in known if "." not in one], n=1, cutoff=0.5):
         wanted = [name]
     else:

@@ -273,12 +273,12 @@ class DotsTrainer(RunTrainer):
             learnalign: settings of LearnAlign.
             ufo: settings of UFO-RL.
             prompts_per_batch: prompts rolled out together; a stopped selection repeats at most these.
-            ckpt_path: a checkpoint file, or "last": the policy that measures the prompts. By default the initial
-                policy, for learnalign after its warm-up.
+            ckpt_path: a checkpoint file, a run folder, or "last": the policy that measures the prompts. By default
+                the initial policy, for learnalign after its warm-up.
             weights_only: not used: a checkpoint is never unpickled.
         """
         module, data = _of_a_run(model, datamodule)
-        checkpoint = None if ckpt_path is None else Path(ckpt_path)
+        checkpoint = None if ckpt_path is None else checkpoint_of(Path(ckpt_path))
         request = Request(method, keep, Path(out), learnalign, ufo, prompts_per_batch, checkpoint)
         select(self, module, data, request, self._for_warmup)
 

@@ -43,7 +43,7 @@ def _reward(given: Named | Callable[..., object]) -> Reward:
             return _without_options(kind)
         if "." not in given and ":" not in given:
             raise UserError(
-                f"model.rewards={given}: no reward of this name is known; {nearest(given, [*names])}. A function of "
+                f"model.rewards={given}: no reward of this name is known; {nearest(given, [*names])} A function of "
                 "your own is my_rewards.py:is_right or my_rewards.is_right."
             )
         return Function(given)

@@ -178,7 +178,7 @@ class RunTrainer(Trainer):
 
     @contextmanager
     def own_folder(self, command: str) -> Iterator[Claim | None]:
-        """Own a folder in the context; on ranks other than 0 do nothing.
+        """Own a folder in the context, and print it at the end; on ranks other than 0 do nothing.
 
         A failed start leaves no trace but the log of a server.
 
@@ -199,6 +199,8 @@ class RunTrainer(Trainer):
         try:
             yield claim
         except BaseException:
+            if self.begun:
+                print(f"run folder: {claim.path}", flush=True)
             holds = (claim.path / SERVER_LOG).exists() or bool(checkpoint_folders(claim.path))
             kept = self.begun or (claim.made and holds)  # in a folder of before these may be of before
             claim.release(forget=not kept)
@@ -210,6 +212,7 @@ class RunTrainer(Trainer):
         finally:
             self.loggers = given
         claim.release()
+        print(f"run folder: {claim.path}", flush=True)  # after the progress bar's last frame
         self.continued = claim.path  # by another call with the same trainer
 
     def _claim(self, owner: Owner) -> Claim:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from datamodules.types import Messages
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """ShareGPT's names of roles, and those of its kin."""
 
-_SHAREGPT, _TURN = {"from", "value"}, {"role", "content"}
+_SHAREGPT, _TURN, _CALL = {"from", "value"}, {"role", "content"}, {"role", "tool_calls"}
 """Keys of a message."""
+
+CALLS = "tool_calls"
+_MORE = (CALLS, "tool_call_id", "name", "reasoning_content")
+"""What a turn of an assistant or a tool may hold besides its content, which chat templates show."""
 
 
 def is_message(value: object) -> bool:
-    """Return whether a value is a turn of a conversation: `role` and `content`, or ShareGPT's `from` and `value`."""
-    return isinstance(value, Mapping) and any(value.keys() >= keys for keys in (_SHAREGPT, _TURN))
+    """Return whether a value is a turn of a conversation: `role` and `content`, or ShareGPT's `from` and `value`.
+
+    A turn that calls functions may have no `content`.
+    """
+    return isinstance(value, Mapping) and any(value.keys() >= keys for keys in (_SHAREGPT, _TURN, _CALL))
 
 
 def is_conversation(value: object) -> bool:
@@ -32,11 +41,15 @@ def role_of(message: Mapping[str, object]) -> str:
 
 def content_of(message: Mapping[str, object]) -> object:
     """Return what a turn says, as the data have it."""
-    return message["value" if message.keys() >= _SHAREGPT else "content"]
+    return message.get("value" if message.keys() >= _SHAREGPT else "content")
 
 
-def as_message(item: object) -> dict[str, str]:
-    """Return a turn as `role` and `content`, a text. Raises ValueError if it is none, or holds more than text."""
+def as_message(item: object) -> dict[str, Any]:
+    """Return a turn as `role`, `content`, a text, and the function calls and results that chat templates show.
+
+    Raises:
+        ValueError: it is no turn, or its content is more than text.
+    """
     if not isinstance(item, Mapping) or not is_message(item):
         raise ValueError(f"a list holds {kind_of(item)}, not messages with 'role' and 'content'. Correct the data.")
     content = content_of(item) or ""
@@ -46,7 +59,33 @@ def as_message(item: object) -> dict[str, str]:
         if len(texts) < len(parts):
             raise ValueError("a message holds parts other than text, which is all that is supported. Remove the row.")
         content = "".join(texts)
-    return {"role": role_of(item), "content": str(content)}
+    message: dict[str, Any] = {"role": role_of(item), "content": str(content)}
+    if message["role"] in ("assistant", "tool"):
+        message |= {name: without_none(item[name]) for name in _MORE if item.get(name)}
+    if CALLS in message:
+        message[CALLS] = [_with_arguments(call) for call in message[CALLS]]
+    return message
+
+
+def _with_arguments(call: Any) -> Any:
+    """Return a function call whose arguments are an object: templates write it as JSON, and a text as JSON text."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(function := call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(function)}
+    if isinstance(given := call.get("arguments"), str):
+        try:
+            return {**call, "arguments": json.loads(given)}
+        except ValueError as error:
+            raise ValueError(f"the arguments of a function call are not JSON ({error}). Correct the data.") from error
+    return dict(call)
+
+
+def without_none(value: Any) -> Any:
+    """Return a value without the keys that are None, which Arrow adds where other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def question_of(prompt: str | Messages) -> str:

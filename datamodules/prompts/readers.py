@@ -184,6 +184,8 @@ def _read_csv(path: Path, options: FileOptions) -> Table:
     """Read a table whose first row names its columns, separated by commas, semicolons, tabs or bars (RFC 4180).
 
     Columns that hold only numbers, or only true and false, become such; prompts and answers stay as they are spelt.
+    Spaces around the names of columns are not part of them, and where a space follows each separator of the first row,
+    it does in all rows.
     """
     text = decoded(_content(path, options), repr(str(path)), is_file=True)
     csv.field_size_limit(MAX_LINE)
@@ -191,7 +193,8 @@ def _read_csv(path: Path, options: FileOptions) -> Table:
     separator = (
         "\t" if ".tsv" in path.suffixes else max(",;\t|", key=lambda one: len(next(csv.reader([first], delimiter=one))))
     )
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    spaced = all(one.startswith(" ") for one in first.split(separator)[1:])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=spaced)
     records: list[list[str]] = []
     header: list[str] = []
     while True:
@@ -207,7 +210,7 @@ def _read_csv(path: Path, options: FileOptions) -> Table:
         if "\0" in "".join(record):
             raise UserError(f"{where} cannot be read as csv: it holds a NUL character. Remove it.")
         if not header:
-            header = [cell or f"Unnamed: {place}" for place, cell in enumerate(record)]
+            header = [cell.strip() or f"Unnamed: {place}" for place, cell in enumerate(record)]
             if repeated := [cell for cell, count in Counter(header).items() if count > 1]:
                 raise UserError(f"{where} names the column {repeated[0]!r} more than once. Rename one of them.")
         elif len(record) != len(header):

@@ -14,7 +14,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool, ReadReport
 from datamodules.prompts.bounded import bounded
 from datamodules.prompts.detection import PROBE
-from datamodules.prompts.messages import question_of
+from datamodules.prompts.messages import CALLS, question_of
 from datamodules.prompts.schemas import Schema, lookup, with_heads
 from datamodules.prompts.tables import Row, Table, batches
 from datamodules.prompts.templates import Renderer, check_columns
@@ -38,12 +38,14 @@ def read_pool(
     Raises:
         UserError: no row is left, or a row's prompt is neither text nor messages.
     """
+    probe = table.rows(range(min(PROBE, len(table))))
     if renderer.template is not None:
-        probe = table.rows(range(min(PROBE, len(table)))) if renderer.columns else []
         check_columns(renderer.template, schema, table.columns, probe, source)
     schema = schema.without(renderer.columns)
-    if schema.tools and not renderer.reads_tools:
+    if schema.tools and not renderer.reads("tools"):
         schema = replace(schema, tools=None, unused=(*schema.unused, schema.tools))
+    if any(map(schema.has_calls, probe)) and not renderer.reads(CALLS):
+        schema = replace(schema, unused=(*schema.unused, f"{CALLS} in {schema.prompt}"))
     limit = min((one for one in (max_prompt_length, context_limit) if one is not None), default=None)
     by_context = limit is not None and limit != max_prompt_length
     scan = _Scan(schema, renderer, source, limit)

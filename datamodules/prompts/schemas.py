@@ -9,7 +9,17 @@ from typing import Any
 
 from datamodules.answers import AnswerFormat, extract
 from datamodules.prompts.choices import Choices, Naming, choices_of, is_blank
-from datamodules.prompts.messages import as_message, content_of, is_conversation, kind_of, question_of, role_of
+from datamodules.prompts.messages import (
+    CALLS,
+    as_message,
+    content_of,
+    is_conversation,
+    is_message,
+    kind_of,
+    question_of,
+    role_of,
+    without_none,
+)
 from datamodules.prompts.tables import Row
 from datamodules.types import REWARD_ARGUMENTS, Messages
 
@@ -41,6 +51,7 @@ class Schema:
             prompt, unless `hides_choices`.
         naming: how the answers of multiple-choice questions name a choice; None if they have none.
         hides_choices: whether the choices are left out of the prompt, because a template names them.
+        keeps_prompt: whether `prompt` is also a column for the rewards, because a template names it.
         ends_with_answer: whether the answer is the last turn of the assistant in `prompt`.
         system: column with each row's system message; None if there is none.
         tools: column with the functions that the chat template describes; None if there is none.
@@ -58,6 +69,7 @@ class Schema:
     choices: tuple[str, ...] = ()
     naming: Naming | None = None
     hides_choices: bool = False
+    keeps_prompt: bool = False
     ends_with_answer: bool = False
     system: str | None = None
     tools: str | None = None
@@ -94,7 +106,8 @@ class Schema:
         """Return the schema whose prompt leaves out what a template names by itself: other parts, and the choices."""
         parts = tuple(part for part in self.parts if part == self.prompt or part not in fields)
         hides = self.hides_choices or any(column in fields for column in self.choices)
-        return replace(self, parts=parts if len(parts) > 1 else (), hides_choices=hides)
+        parts = parts if len(parts) > 1 else ()
+        return replace(self, parts=parts, hides_choices=hides, keeps_prompt=self.prompt in fields)
 
     def prompt_of(self, row: Row) -> str | Messages | None:
         """Return the text or messages, without demonstrated replies at the end of a conversation; None if blank.
@@ -116,6 +129,11 @@ class Schema:
         if main is None or not self.choices or self.hides_choices:
             return main
         return f"{main}\n{choices_in(row, self.choices) or ''}".rstrip("\n")
+
+    def has_calls(self, row: Row) -> bool:
+        """Return whether a turn of the row's conversation calls functions."""
+        value = lookup(row, self.prompt)
+        return isinstance(value, list) and any(is_message(one) and bool(one.get(CALLS)) for one in value)
 
     def answer_of(self, row: Row) -> object:
         """Return the reference answer, with the type that it has in the data; None if there is none.
@@ -158,15 +176,17 @@ class Schema:
             raise ValueError(
                 f"column {self.tools!r} holds {kind_of(value)}, not a list of functions. Correct the data."
             )
-        return [_without_none(one) for one in value]
+        return [without_none(one) for one in value]
 
     def columns_of(self, row: Row, question: str) -> dict[str, object]:
         """Return the columns for the rewards: all but the prompt, with the reference answer under its usual names.
 
+        Where a template names the prompt's column, it is one of them: what the rewards get as prompt is the whole text.
+
         `answer`, `solution` and `ground_truth` all hold the answer, unless the data has such a column of its own. A
         worked solution in the `answer` column is moved to `rationale`.
         """
-        hidden = REWARD_ARGUMENTS | {self.prompt, SUBSET_ID}
+        hidden = {*REWARD_ARGUMENTS, SUBSET_ID, *(() if self.keeps_prompt else (self.prompt,))}
         columns = {name: row[name] for name in row if name not in hidden}
         answer = self.answer_of(row)
         additions: dict[str, object] = {"question": question}
@@ -213,10 +233,3 @@ def _text(value: object, column: str) -> str | None:
     if isinstance(value, int | float):
         return str(value)
     raise ValueError(f"column {column!r} holds {kind_of(value)}, not text or messages. Correct the data.")
-
-
-def _without_none(value: Any) -> Any:
-    """Return a value without the keys that are None, which Arrow adds where other rows have them."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value

@@ -16,7 +16,7 @@ from datamodules.errors import UserError, nearest
 from datamodules.prompts.bounded import bounded
 from datamodules.prompts.choices import CHOICES, choices_of
 from datamodules.prompts.messages import question_of
-from datamodules.prompts.schemas import Schema, lookup
+from datamodules.prompts.schemas import SUBSET_ID, Schema, lookup
 from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 
@@ -77,7 +77,8 @@ def check_columns(template: str, schema: Schema, columns: Sequence[str], rows: S
         raise UserError(
             f"template {template!r} names {schema.answer!r}, so that the policy would read the answer. Remove it."
         )
-    if not fields & {"question", *schema.prompt_sources}:
+    # A subset holds its questions under another name than the data that it was chosen from, which were checked.
+    if schema.id != SUBSET_ID and not fields & {"question", *schema.prompt_sources}:
         raise _no_question(template)
 
 
@@ -154,10 +155,9 @@ class Renderer:
     def uses_chat_template(self) -> bool:
         return self.template is None and self.tokenizer.chat_template is not None
 
-    @property
-    def reads_tools(self) -> bool:
-        """Whether the chat template describes functions."""
-        return self.uses_chat_template and re.search(r"\btools\b", self._chat_template([])) is not None
+    def reads(self, name: str) -> bool:
+        """Return whether the chat template shows what is given under a name, such as `tools` or `tool_calls`."""
+        return self.uses_chat_template and re.search(rf"\b{name}\b", self._chat_template([])) is not None
 
     def render(self, row: Row, schema: Schema) -> Rendered | None:
         """Render a row; None if it has no prompt.

@@ -38,6 +38,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
             "fit --config run.yaml --learning_rate 1e-5",
             "learning_rate is not an option. Did you mean 'model.optimization.learning_rate'?",
         ),
+        ("fit --config run.yaml --lr 1", "lr is not an option. Did you mean 'model.optimization.learning_rate'?"),
+        ("fit --config run.yaml --model.lr 1", "GRPOModule. Did you mean 'model.optimization.learning_rate'?"),
+        ("fit --config run.yaml --max-new-tokens 9", "Did you mean 'model.sampling.max_completion_length'"),
+        ("fit --config run.yaml --output_dir x", "Did you mean 'trainer.default_root_dir'?"),
+        ("fit --config run.yaml --data.train.path", "An option whose name begins with --data has no value."),
+        ("fit --config run.yaml --data.val.pth x", "data.val.pth is not an option of datamodules.prompts.PromptFile."),
+        ("fit --config run.yaml --data.val.one.pth x", "one.pth is not an option of a source of prompts: did you mean"),
+        ("fit --config several.yaml --data.val.pth x", "pth is not an option of a source of prompts: did you mean 'pa"),
+        ("fit --config several.yaml --data.val.x.evry 3", "x.evry is not an option of a source of prompts: did you"),
+        ("fit --config run.yaml --data.train.b.path x", "b.path=x is given for a source by name, but there is one wi"),
+        ("fit --config run.yaml --model.rewards numric", "is known; did you mean 'Numeric'? A function of your own is"),
         ("fit --config run.yaml --template Q", "template is not an option. Did you mean 'data.train.template'?"),
         ("fit --config run.yaml --seed 1", "seed is not an option. Did you mean 'seed_everything' or 'data.seed'?"),
         ("fit --config run.yaml --dry-run", "dry-run is not an option. Did you mean 'dry_run'?"),
@@ -52,11 +63,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     ],
 )
 def test_a_word_that_is_nearly_right(place: Place, typed: str, said: str) -> None:
+    sets = {"x": {"path": "pool.jsonl"}, "y": {"path": "other.jsonl"}}
+    (place.path / "several.yaml").write_text(yaml.safe_dump({"data": {"val": sets}}))
     assert said in place.refused(*typed.split())
 
 
 def test_a_checkpoint_brings_its_config_and_a_switch_needs_no_value(place: Place) -> None:
-    assert place.run("fit", "--config", "run.yaml", "--data.val_size=2")[0] == 0
+    code, out, _ = place.run_with_output("fit", "--config", "run.yaml", "--data.val_size=2")
+    assert code == 0
+    # After the progress bar, of which a file gets the last state alone.
+    assert out.splitlines()[-1] == f"run folder: {RUN}" and any("1/1" in line for line in out.splitlines()[:-1]), out
     for number, given in enumerate((["--ckpt_path", f"{RUN}/checkpoints/last.ckpt"], [f"--ckpt_path={RUN}"])):
         code, said = place.run("export", *given, "--out", f"exported_{number}")
         assert code == 0, said

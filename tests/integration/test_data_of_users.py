@@ -204,23 +204,51 @@ def test_a_template_names_any_column_and_the_choices_stand_where_it_says(place: 
     assert shown(place, chat, *given)[1][0] == "Own.\n\nQ: 0?"
 
 
+CALLS = "{% for one in message.tool_calls %}({{ one.function.name }} {{ one.function.arguments | tojson }}){% endfor %}"
 CHAT = (
     "{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 )
 
 
-def test_system_and_tools_of_each_row_reach_the_chat_template(place: Place, tmp_path: Path) -> None:
-    policy = tmp_path / "policy"
+def policy_with(template: str, folder: Path) -> Path:
+    """Return the tiny policy with a chat template."""
+    policy = folder / "policy"
     policy.mkdir()
     for file in TINY.iterdir():
         (policy / file.name).symlink_to(file)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template
     for file in policy.glob("*token*"):
         file.unlink()
     (policy / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(policy)
+    return policy
+
+
+def test_function_calls_in_a_conversation_reach_the_chat_template(place: Place, tmp_path: Path) -> None:
+    """As OpenAI's API and transformers' templates write them: arguments as JSON text or an object, content missing."""
+
+    def row(number: int, arguments: object, **more: object) -> dict[str, Any]:
+        call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        said = {"role": "assistant", "tool_calls": [call], **more}
+        result = {"role": "tool", "tool_call_id": "c1", "content": f"{number}"}
+        return {"messages": [{"role": "user", "content": f"{number}?"}, said, result], "answer": str(number)}
+
+    rows = [row(3, '{"a": 1, "b": 2}', content=None), row(4, {"a": 1, "b": 3}), row(5, '{"a": 5}', content="Well.")]
+    policy = policy_with(CHAT.replace("{{ message.content }}", "{{ message.content }}" + CALLS), tmp_path)
+    report, prompts, _ = shown(place, rows, policy=policy)
+    assert report.startswith("(messages -> answer): 3 rows read")
+    assert prompts[0] == '<user>3?<assistant>(add {"a": 1, "b": 2})<tool>3'
+    assert prompts[1] == '<user>4?<assistant>(add {"a": 1, "b": 3})<tool>4'
+    assert prompts[2] == '<user>5?<assistant>Well.(add {"a": 5})<tool>5'
+    report, prompts, _ = shown(place, rows)  # the tiny policy has no chat template
+    assert report.startswith("(messages -> answer; not shown to the policy: tool_calls in messages)")
+    assert "row 1: the arguments of a function call are not JSON" in refused(place, [row(3, "{a")])
+
+
+def test_system_and_tools_of_each_row_reach_the_chat_template(place: Place, tmp_path: Path) -> None:
+    policy = policy_with(CHAT, tmp_path)
     add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     rows: Rows = [
         {"system": "One.", "question": "0?", "answer": "0", "tools": [add]},
@@ -298,6 +326,8 @@ FILES = {
     "i.json": json.dumps({"rows": OBJECTS}).encode(),
     "j.jsonl": LINES_OF_JSON.encode("utf-16"),
     "k.csv": TABLE.replace(",", "|").replace("é| ", "é, ").encode(),
+    "l.csv": TABLE.replace(",", ", ").replace("é,  ", "é, ").encode(),
+    "m.csv": TABLE.replace("question,answer", " question , answer").encode(),
 }
 
 
@@ -307,7 +337,7 @@ def test_files_of_every_kind_hold_the_same_rows(place: Place) -> None:
         (place.path / name).write_bytes(content)
     code, out, err = place.run_with_output(*command(f"[{', '.join(FILES)}]"))
     assert code == 0, err
-    assert "train: a.tsv and 10 more (question -> answer): 22 rows read, 2 prompts kept, dropped 20 duplicate" in out
+    assert "train: a.tsv and 12 more (question -> answer): 26 rows read, 2 prompts kept, dropped 24 duplicate" in out
     assert "  | say \"é, 国\"\n  exact sees answer='国'" in out
 
 

@@ -180,6 +180,59 @@ def test_a_subset_of_several_sources_is_trained_on(place: Place) -> None:
     assert code == 0, said
 
 
+def test_a_run_folder_is_selected_from_and_its_template_may_name_the_prompt(place: Place) -> None:
+    rows = [{"problem": f"{n} + 1 =", "level": n % 3, "answer": str(n + 1)} for n in range(12)]
+    write_pool(place.path / "problems.jsonl", rows)
+    given = ("--data.train.path=problems.jsonl", "--data.train.template=Level {level}: {problem}")
+    code, said = place.run("fit", "--config", "run.yaml", *given, "--data.val_size=2")
+    assert code == 0, said
+    code, out, said = place.run_with_output(
+        "select", "runs/small/version_0", "--method=ufo", "--keep=4", "--out=subset.jsonl"
+    )
+    assert code == 0, said
+    assert "kept 4 of 10 prompts" in out
+    kept = [json.loads(line) for line in (place.path / "subset.jsonl").read_text().splitlines()]
+    assert {row["problem"] for row in kept} <= {row["problem"] for row in rows}
+    code, out, said = place.run_with_output("data", "--config", "run.yaml", "--config", "subset.yaml")
+    assert code == 0, said
+    assert "4 rows read, 4 prompts kept" in out
+    assert f"| Level {kept[0]['level']}: {kept[0]['problem']}" in out
+
+
+def test_several_sources_and_sets_by_the_command_line_alone(place: Place) -> None:
+    """Options of a set and of its source in any order; a set is told by its own options."""
+    code, out, said = place.run_with_output(
+        "fit", "--model.policy.path=x", "--data.train.a.path=a.jsonl", "--data.train.b.limit=3",
+        "--data.train.b.path=b.jsonl", "--data.val.one.path=c.jsonl", "--data.val.two.every=3",
+        "--data.val.two.path=d.jsonl", "--data.val.two.sampling.num_generations=4", "--data.test.path=e.jsonl",
+        "--data.test.size=5", "--data.test.limit=7", "--print_config",
+    )  # fmt: skip
+    assert code == 0, said
+    found = yaml.safe_load(out)["data"]["init_args"]
+    train = {name: one["init_args"] for name, one in found["train"].items()}
+    assert [(name, one["path"], one["limit"]) for name, one in train.items()] == [
+        ("a", "a.jsonl", None),
+        ("b", "b.jsonl", 3),
+    ]
+    assert found["val"]["one"]["init_args"]["path"] == "c.jsonl"
+    two = found["val"]["two"]
+    assert (two["every"], two["source"]["init_args"]["path"], two["sampling"]["num_generations"]) == (3, "d.jsonl", 4)
+    test = found["test"]
+    assert (test["size"], test["source"]["init_args"]["path"], test["source"]["init_args"]["limit"]) == (
+        5,
+        "e.jsonl",
+        7,
+    )
+    flat = {"data": {"val": {"one": {"path": "c.jsonl", "every": 2, "sampling": {"num_generations": 3}}}}}
+    (place.path / "flat.yaml").write_text(yaml.safe_dump(flat))
+    code, out, said = place.run_with_output(
+        "fit", "--config", "flat.yaml", "--model.policy.path=x", "--data.train.path=a.jsonl", "--print_config"
+    )
+    assert code == 0, said
+    one = yaml.safe_load(out)["data"]["init_args"]["val"]["one"]
+    assert (one["every"], one["source"]["init_args"]["path"], one["sampling"]["num_generations"]) == (2, "c.jsonl", 3)
+
+
 def test_one_source_reads_several_files_and_a_pattern_only_where_it_is_asked_for(place: Place) -> None:
     (place.path / "part[1].jsonl").write_text((place.path / "more.jsonl").read_text())
     (place.path / "part1.jsonl").write_text((place.path / "code.jsonl").read_text())

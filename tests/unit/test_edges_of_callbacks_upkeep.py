@@ -829,7 +829,7 @@ def test_a_folder_of_its_own_is_claimed_while_the_run_lasts(tmp_path: Path) -> N
 # --- The run's folder -----------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_named_at_the_start_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_is_named_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, line = RunFolder(), f"run folder: {tmp_path}\n"
     asked: list[str] = []
 
@@ -848,13 +848,7 @@ def test_the_folder_is_named_at_the_start_and_at_the_end(tmp_path: Path, capsys:
     assert other.run == tmp_path and asked == [str(tmp_path), ""]
     nowhere = trainer(run=None, strategy=SimpleNamespace(broadcast=lambda given: given))
     one.setup(nowhere, MODULE, "fit")
-    one.teardown(nowhere, MODULE, "fit")
-    one.on_exception(trainer(begun=False), MODULE, ValueError())
-    one.on_exception(trainer(is_global_zero=False), MODULE, ValueError())
     assert nowhere.run is None and capsys.readouterr().out == ""
-    one.on_exception(first, MODULE, ValueError())
-    one.teardown(first, MODULE, "fit")
-    assert capsys.readouterr().out == 2 * line
 
 
 def test_loggers_resume_after_the_steps_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:

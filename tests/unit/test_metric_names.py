@@ -74,7 +74,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         sampling = (WeightSync(), ReferenceRollouts(size=8, every=1), Rollouts(), DynamicSampling())
         watching = (RolloutReplay(), SelectionMonitor(), RunLedger(), validated)
         run = scripted_run(
-            tmp_path_factory.mktemp("logged"), patch, [HALF, WRONG] * 12, [*sampling, *watching],
+            tmp_path_factory.mktemp("logged"), patch, [HALF, WRONG] * 13, [*sampling, *watching],
             selector=PLAIN["Dots"](), steps=3, function="noted", val_size=2,
             surrogate=SurrogateOptions(beta=0.01, dual_clip=3.0),
         )  # fmt: skip
