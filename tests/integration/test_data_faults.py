@@ -109,6 +109,14 @@ def test_one_line(place: Place, name: str, content: bytes | None, said: str) -> 
     assert said in place.refused(*FIT)
 
 
+@pytest.mark.slow
+def test_a_line_of_any_size_is_one_line(place: Place) -> None:
+    with (place.path / "pool.jsonl").open("ab") as file:
+        file.write(b'{"question": "' + b"a" * 100_000_000 + b'"}\n')
+    line = place.refused(*FIT)
+    assert "'pool.jsonl' line 9 has 100,000,017 bytes" in line and len(line) < 600
+
+
 LONG = {"question": "Add these: " + "1 + " * 700 + "1 =", "answer": "701"}
 
 

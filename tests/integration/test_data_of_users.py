@@ -108,6 +108,33 @@ def test_forms_of_questions_and_answers(
         assert seen[n] in (f"answer={written[1]!r}", f"answer={written[1]}")
 
 
+INSTRUCTIONS: list[tuple[Rows, list[str], list[str]]] = [
+    (  # Alpaca
+        [{"instruction": "Add.", "input": "2 and 3", "output": "5"},
+         {"instruction": "Hi?", "input": "", "output": "7"}],
+        ["Add.\n\n2 and 3", "Hi?"], ["5", "7"],
+    ),
+    (  # Dolly
+        [{"instruction": "Who?", "context": "Ann came.", "response": "Ann", "category": "closed"},
+         {"instruction": "Why?", "context": None, "response": "so", "category": "open"}],
+        ["Who?\n\nAnn came.", "Why?"], ["Ann", "so"],
+    ),
+    ([{"instruction": "Add.", "input": " ", "output": "5"}], ["Add."], ["5"]),
+    ([{"input": "2 and 3", "output": "5", "instruction": "Add."}], ["Add.\n\n2 and 3"], ["5"]),
+    ([{"instruction": "In French.", "question": "Who?", "answer": "Anne"}], ["In French.\n\nWho?"], ["Anne"]),
+    ([{"context": "Ann came.", "question": "Who?", "answer": "Ann"}], ["Ann came.\n\nWho?"], ["Ann"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "expected", "answers"), few(INSTRUCTIONS, 2))
+def test_all_parts_of_an_instruction_reach_the_policy(
+    place: Place, rows: Rows, expected: list[str], answers: list[str]
+) -> None:
+    report, prompts, seen = shown(place, rows)
+    assert f"{len(rows)} rows read, {len(rows)} prompts kept" in report
+    assert (prompts, seen) == (expected, [f"answer={one!r}" for one in answers])
+
+
 def test_a_begun_reply_is_still_continued(place: Place) -> None:
     """A `prompt` whose last turn is the same in all rows is no answer, and neither is one that has an answer."""
     begun = [{"prompt": turns(f"{n}+1?", "<think>")} for n in range(3)]
