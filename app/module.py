@@ -74,7 +74,7 @@ class GRPOModule(LightningModule):
             trained to its end.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
-            allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
+            allows it (full attention by torch's SDPA); else bucket sequences by length.
         compile: torch.compile the decoder layers for updates, not for generation. The first update takes longer.
         reward_workers: the processes that score completions, and their time and memory limits.
         on_reward_failure: in training, "drop" a completion whose score timed out or crashed from its group, or score
