@@ -74,7 +74,7 @@ class GRPOModule(LightningModule):
             trained to its end.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
-            allows it (full attention by torch's SDPA, no gradient checkpointing); else bucket sequences by length.
+            allows it (full attention by torch's SDPA); else bucket sequences by length.
         compile: torch.compile the decoder layers for updates, not for generation. The first update takes longer.
         reward_workers: the processes that score completions, and their time and memory limits.
         on_reward_failure: in training, "drop" a completion whose score timed out or crashed from its group, or score
@@ -237,6 +237,8 @@ class GRPOModule(LightningModule):
             return
         if isinstance(self.trainer, RunTrainer) and self.trainer.passes is not None:
             per_pass = -(-len(data.pools["train"]) // data.prompts_per_step)
+            limit = self.trainer.limit_train_batches
+            per_pass = min(per_pass, limit) if isinstance(limit, int) else int(per_pass * limit)
             self.trainer.limit_steps(self.trainer.passes * per_pass * self.mini_batches)
         callbacks, steps = self.trainer.callbacks, self.trainer.max_steps  # type: ignore[attr-defined]  # of a connector
         if steps < 1 and not any(isinstance(one, Timer) for one in callbacks):

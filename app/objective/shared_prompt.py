@@ -153,7 +153,7 @@ def shared_prompt_attention(
     """
     if layout is None or attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         raise unsupported(module, {**others, "layout": layout, "attention_mask": attention_mask}, "model.share_prompts")
-    states = (one[0].transpose(0, 1) for one in (query, key, value))
+    states = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     output = layout.attend(*states, scale=scaling, dropout=dropout)
     return output.unsqueeze(0), None
 

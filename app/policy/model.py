@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from app.policy.adapters import Lora, add_lora, causal_lm
 from app.policy.fused_layers import fuse_layers
-from app.policy.modes import recompute_in_evaluation_mode
+from app.policy.modes import Recompute
 from datamodules.errors import UserError
 
 
@@ -213,7 +213,7 @@ class Policy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    recompute_in_evaluation_mode(layer)
+                    Recompute(model, layer)
         return model if self.lora is None else add_lora(model, self.lora)
 
 

@@ -7,7 +7,7 @@ that recomputes its activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,21 +28,33 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
         module.training = recomputes or "lora_dropout" in name
 
 
-def recompute_in_evaluation_mode(layer: GradientCheckpointingLayer) -> None:
-    """Let `layer.training` decide whether activations are recomputed, but not whether the layer drops any."""
-    checkpointed: Any = layer._gradient_checkpointing_func
+class Recompute:
+    """How a layer of `lm` recomputes its activations: with the attention of the forward pass, and without dropout.
 
-    def run(forward: Callable[..., Any], *args: Any) -> Any:
+    `layer.training` decides whether they are recomputed, but not whether the layer drops any.
+    """
+
+    def __init__(self, lm: PreTrainedModel, layer: GradientCheckpointingLayer) -> None:
+        self.lm, self.layer, self._checkpointed = lm, layer, layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = self  # type: ignore[assignment]
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        implementation = self.lm.config._attn_implementation
+
         def evaluated(*args: Any) -> Any:
-            layer.training = False
+            self.layer.training = False
             try:
-                return forward(*args)
+                with attending(self.lm, implementation):
+                    return forward(*args)
             finally:
-                layer.training = True
+                self.layer.training = True
 
-        return checkpointed(evaluated, *args)
+        return self._checkpointed(evaluated, *args)  # type: ignore[operator]  # a module to torch
 
-    layer._gradient_checkpointing_func = run  # type: ignore[assignment]
+
+def recomputes_alike(layers: Iterable[torch.nn.Module]) -> bool:
+    """Return whether all layers recompute with the attention of the forward pass."""
+    return all(isinstance(getattr(layer, "_gradient_checkpointing_func", None), Recompute) for layer in layers)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from app.objective.logprobs import token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
 from app.policy.adapters import adapted_weight, causal_lm
-from app.policy.model import full_attention_only, plain_attention, uses_sdpa
-from app.policy.modes import attending
+from app.policy.model import decoder_layers, full_attention_only, plain_attention, uses_sdpa
+from app.policy.modes import attending, recomputes_alike
 
 SHARED_PROMPT = "dots_shared_prompt"
 _FORWARD_METHOD = "dots_completion_logprobs"
@@ -74,11 +74,11 @@ def _completion_logprobs(
 def can_share_prompts(model: torch.nn.Module) -> bool:
     """Return whether the model can read batches of `packing.pack`.
 
-    It needs full attention through transformers' interface, and no gradient checkpointing: that runs layers again in
-    the backward pass, when the model's own attention is active.
+    It needs full attention through transformers' interface, also where gradient checkpointing runs a layer again.
     """
     lm = causal_lm(model)
-    return plain_attention(lm) and uses_sdpa(lm) and not lm.is_gradient_checkpointing
+    recomputes = not lm.is_gradient_checkpointing or recomputes_alike(decoder_layers(lm))
+    return plain_attention(lm) and uses_sdpa(lm) and recomputes
 
 
 def logit_scale(lm: PreTrainedModel) -> float:

@@ -127,6 +127,10 @@ class MicroBatch:
         """Elements of the mask of shared prompts: completion tokens by tokens of prompt and completion."""
         return self.completions * self.written * (self.prompt_length + self.written) if self.shared else 0
 
+    def masked(self, precision: Precision) -> bool:
+        """Whether attention reads shared prompts with a mask: in half precision it needs none."""
+        return self.shared and precision.compute >= _FLOAT
+
 
 def training_states(shape: DecoderShape, precision: Precision, shards: int = 1) -> tuple[int, int, int]:
     """Return parameters, gradients and AdamW's state of a process, sharded; frozen weights have only parameters."""
@@ -156,8 +160,8 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     Per position: two norms (their float32 input and, unless the weight is frozen, their output); the MLP `3 I` (gate,
     its SiLU, up); attention `2 q + 2 k` and a log-sum-exp per head; the inputs of the seven matrices where nothing else
     keeps them, under autocast a cast for each matrix. With LoRA a matrix keeps `rank` elements and a float32 cast of
-    its input. Shared prompts: attention reads `g` prompts and then `n` completions with the keys and values of their
-    prompts, for all heads: `4 q` per prompt token, `n (2 q t + 2 q (P + t))` for `t` read tokens, and the mask.
+    its input. Shared prompts with a mask: attention reads `g` prompts and then `n` completions with the keys and values
+    of their prompts, all heads: `4 q` per prompt token, `n (2 q t + 2 q (P + t))` for `t` read tokens, and the mask.
     """
     c, H, q, I = precision.compute, shape.hidden, shape.queries, shape.intermediate  # noqa: E741
     norms = 2 * H * _FLOAT + (0 if shape.adapters else 2 * H * precision.stream)
@@ -166,10 +170,10 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     if shape.adapters and c < _FLOAT and not precision.autocast:
         inputs += _FLOAT * (5 * H + q + I)
     else:
-        joined = batch.shared or (shape.adapters > 0 and precision.autocast)
+        joined = batch.masked(precision) or (shape.adapters > 0 and precision.autocast)
         inputs += c * ((5 if precision.autocast else 2) * H + (q if joined else 0) + I)
     attention = batch.positions * 2 * (q + shape.keys)
-    if batch.shared:
+    if batch.masked(precision):
         seen = batch.completions * (4 * batch.written + 2 * batch.prompt_length) * q
         attention = batch.prompts * batch.prompt_length * 4 * q + seen + batch.mask
     per_position = norms + head_norms + shape.heads * _FLOAT + 3 * I * c + inputs
@@ -184,7 +188,8 @@ def kept_activations(shape: DecoderShape, precision: Precision, batch: MicroBatc
     """
     n, s = batch.positions, precision.stream
     layer = n * shape.hidden * s if batch.checkpointing else layer_activations(shape, precision, batch)
-    inputs = n * 2 * shape.head_dim * s + 24 * n + 40 * batch.targets + batch.mask
+    mask = batch.mask if batch.masked(precision) else 0
+    inputs = n * 2 * shape.head_dim * s + 24 * n + 40 * batch.targets + mask
     norm = shape.hidden * (_FLOAT + (0 if shape.adapters else s))
     return shape.layers * layer + inputs, n * norm + batch.targets * (shape.hidden * s + 2 * _FLOAT)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,12 @@ class MicroBatches:
     device: torch.device
     together: Ranks | None = None  # if every forward pass needs all ranks because the policy is sharded
 
-    def of(self, sequences: Sequence[ScoredSequence]) -> list[PackedBatch]:
-        """Split sequences into micro-batches within the token budget; each sequence is in one of them."""
-        return [self.one([sequences[index] for index in rows]) for rows in self.plan(sequences)]
+    def of(self, sequences: Sequence[ScoredSequence]) -> Iterator[PackedBatch]:
+        """Yield micro-batches within the token budget, each laid out when it is its turn."""
+        return (self.one([sequences[row] for row in rows]) for rows in self.plan(sequences))
 
     def plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
-        """Return the indices of the sequences of each micro-batch."""
+        """Split sequences into micro-batches within the token budget; return the indices of each one's sequences."""
         if self._shares:
             return plan_packs(sequences, self.max_tokens)
         return plan_microbatches([len(sequence) for sequence in sequences], self.max_tokens)

@@ -96,9 +96,10 @@ class Updates:
 def _accumulate(learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None]) -> Seen:
     """Add up the gradients of a share's micro-batches."""
     seen, micro = Seen.nothing(learner.device), learner.microbatches
-    packs = micro.of(share.sequences)
-    idle = micro.idle(len(packs))
-    for packed in packs:
+    plan = micro.plan(share.sequences)
+    idle = micro.idle(len(plan))
+    for rows in plan:
+        packed = micro.one([share.sequences[row] for row in rows])
         found = learner.loss_of(packed)
         backward(found.loss)
         seen = seen.plus(packed, found)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -146,6 +147,8 @@ class RunLedger(StepCallback):
         measured = {name: value for name, value in batch.metrics.items() if not math.isnan(value)}
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=batch.step)
+        # For callbacks that monitor a metric, as of the last step.
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in measured.items()})
 
     def on_validation_batch_end(
         self,

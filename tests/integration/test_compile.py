@@ -71,8 +71,12 @@ def test_a_run_measures_the_same_with_and_without(tmp_path: Path, monkeypatch: p
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("held", "share_prompts"),
-    [({"lora": Lora(rank=2)}, True), ({"gradient_checkpointing": True}, False)],
-    ids=["shared prompts, LoRA", "padded, gradient checkpointing"],
+    [
+        ({"lora": Lora(rank=2)}, True),
+        ({"gradient_checkpointing": True}, False),
+        ({"gradient_checkpointing": True}, True),
+    ],
+    ids=["shared prompts, LoRA", "padded, gradient checkpointing", "shared prompts, gradient checkpointing"],
 )
 def test_gradients_are_the_same(held: dict[str, Any], share_prompts: bool) -> None:
     policy = Policy(str(TINY), **held)

@@ -44,8 +44,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Gradient checkpointing goes without sharing prompts, so what it is compared with does too.
-    return fit(tmp_path_factory.mktemp("plain"), "--model.share_prompts=false")
+    return fit(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.long

@@ -65,7 +65,7 @@ def in_microbatches(module: GRPOModule, count: int) -> Tensor:
     )[0].sequences  # fmt: skip
     for budget in range(1300, 10, -1):
         module.options = dataclasses.replace(module.options, max_tokens_per_microbatch=budget)
-        if len(module.learner.microbatches.of(sequences)) >= count:
+        if len(module.learner.microbatches.plan(sequences)) >= count:
             return gradient(module, batch_groups)
     raise AssertionError(f"no budget makes {count} micro-batches or more")
 

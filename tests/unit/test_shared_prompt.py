@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from app.objective.packing import PackedBatch, ScoredSequence, collate, owners, pack, plan_packs
 from app.objective.shared_prompt import Blocks, SharedPrompts, plan_shared, shared_prompt_attention
 from app.objective.varlen_attention import shared_attention
-from app.policy.scoring import can_share_prompts, completion_logprobs
+from app.policy.model import Policy
+from app.policy.modes import switch_off_dropout
+from app.policy.scoring import SHARED_PROMPT, can_share_prompts, completion_logprobs
 
 SIZES = {
     "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -106,10 +109,28 @@ def test_logprobs_and_gradients_equal_those_of_sequences_alone(make: object, seq
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_recomputed_layers_attend_as_in_the_forward_pass(sequences: list[ScoredSequence], tmp_path: Path) -> None:
+    qwen().float().save_pretrained(tmp_path)
+    found = []
+    for recompute in (False, True):
+        model = Policy(str(tmp_path), dtype="float64", gradient_checkpointing=recompute).load()
+        assert can_share_prompts(model)
+        passes: list[str] = []
+        attention = model.model.layers[0].self_attn
+        attention.register_forward_hook(lambda one, *_, passes=passes: passes.append(one.config._attn_implementation))
+        switch_off_dropout(model)
+        logprobs, _ = completion_logprobs(model, pack(sequences), 0.7, with_entropy=False)
+        logprobs.sum().backward()
+        assert passes == [SHARED_PROMPT] * (1 + recompute)
+        assert model.config._attn_implementation == "sdpa"
+        found.append([logprobs.detach(), *(one.grad for one in model.parameters() if one.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_which_models_can(sequences: list[ScoredSequence]) -> None:
     sliding = qwen(use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert not can_share_prompts(sliding)
-    checkpointed = qwen()
+    checkpointed = qwen()  # not loaded by `Policy`, so that nothing keeps the attention for the backward pass
     checkpointed.gradient_checkpointing_enable()
     assert not can_share_prompts(checkpointed)
     eager = qwen()

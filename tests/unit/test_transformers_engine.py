@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from app.engines import Sampling, Transformers
+from app.engines.transformers.kv_cache import RowCache
 from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
-from app.engines.transformers.shared_cache import WrittenLayer
+from app.engines.transformers.shared_cache import SharedPromptCache, WrittenLayer
+from app.policy.fused_layers import fuse_layers
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 
@@ -180,6 +182,46 @@ def test_bfloat16_logprobs_are_float32_and_normalised() -> None:
     for completion in groups[0]:
         assert completion.logprobs.dtype == np.float32
         assert completion.logprobs[0] == pytest.approx(float(logits.log_softmax(-1)[completion.token_ids[0]]), abs=0.02)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "sliding"])
+def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes(
+    name: str, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build(name), prompts(LENGTHS)
+    if name in ("qwen2", "llama"):
+        fuse_layers(model)
+    made, sampling = engine(model, max_rows=9, share_prompts=share), Sampling(G, 12)
+    caches: list[RowCache] = []
+    admit = SharedPromptCache.admit
+    monkeypatch.setattr(SharedPromptCache, "admit", lambda cache, *given: (caches.append(cache), admit(cache, *given)))
+
+    def errors() -> list[float]:
+        """Return how far recorded log-probabilities are from those of a forward pass without a cache."""
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            groups = made.generate(batch, sampling, SEEDS)
+            assert not torch.is_autocast_cache_enabled()
+            apart = []
+            for prompt, completion in [(p, c) for p, group in zip(batch, groups, strict=True) for c in group]:
+                T = len(completion.token_ids)
+                ids = torch.tensor([[*prompt.token_ids, *completion.token_ids.tolist()]])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, -T - 1 : -1].float()
+                expected = logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0]
+                apart += np.abs(completion.logprobs - expected.numpy()).tolist()
+        return apart
+
+    assert max(errors()) < 0.02
+    for cache in caches:
+        assert isinstance(cache, SharedPromptCache)
+        buffers = [one for layer in [*cache.written, *cache.read] for one in (layer.keys, layer.values)]
+        assert {one.dtype for one in buffers if one is not None} == {torch.bfloat16}
+    assert bool(caches) == (share and name != "sliding")
+    with torch.no_grad():  # an update: no weight of before may be left
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert max(errors()) < 0.02
 
 
 def test_user_errors_and_empty_input() -> None:
