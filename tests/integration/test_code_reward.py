@@ -433,7 +433,8 @@ def test_a_run(
     code, said = place.run("fit", "--config", "run.yaml")
     assert code == 0
     assert "The tests of 1 of 8 rows of the train prompts cannot be read by code, first that of" in caplog.text
-    write_pool(tmp_path / "pool.jsonl", [{"question": "?", "tests": json.dumps({"inputs": ["1"], "outputs": []})}] * 8)
+    unread = json.dumps({"inputs": ["1"], "outputs": []})
+    write_pool(tmp_path / "pool.jsonl", [{"question": f"{i}?", "tests": unread} for i in range(8)])
     assert "column 'tests' (" in (line := place.refused("fit", "--config", "run.yaml"))
     assert "1 inputs and 0 outputs" in line
     write_pool(tmp_path / "pool.jsonl", [{"question": f"{i} + 1 =", "unit": "x"} for i in range(8)])
