@@ -32,7 +32,7 @@ _OPERATIONS: dict[str, Callable[..., object]] = {
 }  # fmt: skip
 
 
-def _pack(value: object, refer: Callable[[object], int]) -> object:
+def _pack(value: Any, refer: Callable[[object], int]) -> object:
     """Return a value as JSON can hold it; `refer` numbers what has no such form."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
