@@ -246,7 +246,7 @@ HOSTILE = {
     "closes_all": "import os\nos.closerange(0, 1000)\nprint(4)",
     "segfaults": "import ctypes\nctypes.string_at(0)",
     "fills_its_folder": "i = 0\nwhile True:\n    open(str(i := i + 1), 'wb').write(bytes(10**6))",
-    "deep_folders": "import os\nfor i in range(3000): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
+    "deep_folders": "import os\nfor i in range(600): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
     "no_program": "def (",
     "unicode": "print('\\ud800')",
 }

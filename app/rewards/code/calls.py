@@ -40,8 +40,8 @@ def _pack(value: Any, refer: Callable[[object], int]) -> object:
         return [_pack(item, refer) for item in value]
     if isinstance(value, dict):
         return {"dict": [[_pack(key, refer), _pack(item, refer)] for key, item in value.items()]}
-    for name, kind in _COLLECTIONS.items():
-        if isinstance(value, kind):
+    for name, collection in _COLLECTIONS.items():
+        if isinstance(value, collection):
             return {name: [_pack(item, refer) for item in value]}
     kind = type(value)
     if _NUMBERS.get(kind.__name__) == kind.__module__:
