@@ -214,7 +214,7 @@ def test_rights_of_programs(reward: Code, tmp_path: Path) -> None:
             "memory": "bytearray(400 * 2**20)",
         }
         allowed = {
-            "own_folder": "open('b', 'w').write('x')\nassert open('b').read() == 'x'\nos.rename('b', 'c')\nos.remove('c')",
+            "own_folder": "open('b', 'w').write('x')\nassert open('b').read() == 'x'\nos.remove('b')",
             "own_limits": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (2**20, 2**20))",
             "libraries": "import json, sqlite3, zoneinfo, ssl, decimal, numpy\nassert numpy.ones(3).sum() == 3",
             "threads": "import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()",
