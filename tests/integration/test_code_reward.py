@@ -438,4 +438,6 @@ def test_a_run(
     assert "column 'tests' (" in (line := place.refused("fit", "--config", "run.yaml"))
     assert "1 inputs and 0 outputs" in line
     write_pool(tmp_path / "pool.jsonl", [{"question": f"{i} + 1 =", "unit": "x"} for i in range(8)])
-    assert "no column with tests for app.rewards.Code, only 'unit'" in place.refused("fit", "--config", "run.yaml")
+    line = place.refused("fit", "--config", "run.yaml")
+    assert "no column with tests for app.rewards.Code, only " in line
+    assert "'unit'" in line
