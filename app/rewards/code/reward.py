@@ -91,8 +91,8 @@ class Code(Reward):
         if completions and not any(path.split(".")[0] in data for path in paths):
             raise UserError(
                 "The data has no column with tests for app.rewards.Code, only "
-                f"{', '.join(map(repr, sorted(data)))}. Set its option tests, or give the column one of the usual names: "
-                f"{', '.join(COLUMNS)}."
+                f"{', '.join(map(repr, sorted(data)))}. Set its option tests, or give the column one of the usual "
+                f"names: {', '.join(COLUMNS)}."
             )
         tasks = []
         for row, completion in enumerate(completions):
