@@ -214,7 +214,7 @@ def test_rights_of_programs(reward: Code, tmp_path: Path) -> None:
             "memory": "bytearray(400 * 2**20)",
         }
         allowed = {
-            "own_folder": "os.mkdir('a')\nopen('a/b', 'w').write('x')\nassert open('a/b').read() == 'x'",
+            "own_folder": "open('b', 'w').write('x')\nassert open('b').read() == 'x'\nos.remove('b')",
             "own_limits": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (2**20, 2**20))",
             "libraries": "import json, sqlite3, zoneinfo, ssl, decimal, numpy\nassert numpy.ones(3).sum() == 3",
             "threads": "import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()",
@@ -246,7 +246,7 @@ HOSTILE = {
     "closes_all": "import os\nos.closerange(0, 1000)\nprint(4)",
     "segfaults": "import ctypes\nctypes.string_at(0)",
     "fills_its_folder": "i = 0\nwhile True:\n    open(str(i := i + 1), 'wb').write(bytes(10**6))",
-    "deep_folders": "import os\nfor i in range(3000): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
+    "deep_folders": "import os\nfor i in range(600): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)",
     "no_program": "def (",
     "unicode": "print('\\ud800')",
 }
@@ -433,8 +433,11 @@ def test_a_run(
     code, said = place.run("fit", "--config", "run.yaml")
     assert code == 0
     assert "The tests of 1 of 8 rows of the train prompts cannot be read by code, first that of" in caplog.text
-    write_pool(tmp_path / "pool.jsonl", [{"question": "?", "tests": json.dumps({"inputs": ["1"], "outputs": []})}] * 8)
+    unread = json.dumps({"inputs": ["1"], "outputs": []})
+    write_pool(tmp_path / "pool.jsonl", [{"question": f"{i}?", "tests": unread} for i in range(8)])
     assert "column 'tests' (" in (line := place.refused("fit", "--config", "run.yaml"))
     assert "1 inputs and 0 outputs" in line
     write_pool(tmp_path / "pool.jsonl", [{"question": f"{i} + 1 =", "unit": "x"} for i in range(8)])
-    assert "no column with tests for app.rewards.Code, only 'unit'" in place.refused("fit", "--config", "run.yaml")
+    line = place.refused("fit", "--config", "run.yaml")
+    assert "no column with tests for app.rewards.Code, only " in line
+    assert "'unit'" in line

@@ -32,7 +32,7 @@ _OPERATIONS: dict[str, Callable[..., object]] = {
 }  # fmt: skip
 
 
-def _pack(value: object, refer: Callable[[object], int]) -> object:
+def _pack(value: Any, refer: Callable[[object], int]) -> object:
     """Return a value as JSON can hold it; `refer` numbers what has no such form."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -40,8 +40,8 @@ def _pack(value: object, refer: Callable[[object], int]) -> object:
         return [_pack(item, refer) for item in value]
     if isinstance(value, dict):
         return {"dict": [[_pack(key, refer), _pack(item, refer)] for key, item in value.items()]}
-    for name, kind in _COLLECTIONS.items():
-        if isinstance(value, kind):
+    for name, collection in _COLLECTIONS.items():
+        if isinstance(value, collection):
             return {name: [_pack(item, refer) for item in value]}
     kind = type(value)
     if _NUMBERS.get(kind.__name__) == kind.__module__:

@@ -152,7 +152,7 @@ def _lines(value: Any) -> str:
 
 def _setup(row: Mapping[str, Any]) -> str:
     """Return what MBPP's tests need before them."""
-    imports = plain(row.get("test_imports")) or []
+    imports: Any = plain(row.get("test_imports")) or []
     code = [*([imports] if isinstance(imports, str) else imports), row.get("test_setup_code") or ""]
     return "".join(f"{line}\n" for line in code if line)
 

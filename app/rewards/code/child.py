@@ -55,6 +55,7 @@ FILE_BYTES = 16 * 2**20
 """Largest file, and so the longest output."""
 FOLDER_BYTES = 4 * FILE_BYTES
 FILES = 4096
+PATH_CHARACTERS = 1024
 OPEN_FILES = 64
 PROCESSES = 64
 _TICK = 0.05
@@ -166,11 +167,18 @@ def _run(channel: socket.socket, level: str, visible: Sequence[str], request: di
         tests = receive(channel)  # not before the program has its process, which must not know them
         if (said := os.read(confined, 1000)) != _READY and not late:
             raise OSError(said.decode() or "a program could not be started")
-        if request["tests"]:
-            start(output.fileno(), ours, nothing.fileno(), calls.test, tests)
-        theirs.close()
-        ours.close()
-        _, status = os.waitpid(running[-1], 0)
+        status = 1
+        with contextlib.suppress(ChildProcessError):
+            if request["tests"]:
+                try:
+                    start(output.fileno(), ours, nothing.fileno(), calls.test, tests)
+                except OSError:  # none can start in a process namespace whose first, the program, has ended
+                    os.waitpid(running[0], 0)
+                    if late:
+                        raise
+            theirs.close()
+            ours.close()
+            _, status = os.waitpid(running[-1], 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         kill()
         kernel.kill_children()
@@ -184,6 +192,8 @@ def _too_full(folder: str) -> bool:
     while left and size <= FOLDER_BYTES:
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
+                if len(entry.path) > PATH_CHARACTERS:  # the time to look is quadratic in the depth
+                    return True
                 size += max(entry.stat(follow_symlinks=False).st_size, FOLDER_BYTES // FILES)
                 left += [entry.path] if entry.is_dir(follow_symlinks=False) else []
     return size > FOLDER_BYTES

@@ -90,8 +90,9 @@ class Code(Reward):
         paths = (self.tests,) if self.tests else COLUMNS
         if completions and not any(path.split(".")[0] in data for path in paths):
             raise UserError(
-                f"The data has no column with tests for app.rewards.Code, only {', '.join(sorted(data))}. Set its "
-                f"option tests, or give the column one of the usual names: {', '.join(COLUMNS)}."
+                "The data has no column with tests for app.rewards.Code, only "
+                f"{', '.join(map(repr, sorted(data)))}. Set its option tests, or give the column one of the usual "
+                f"names: {', '.join(COLUMNS)}."
             )
         tasks = []
         for row, completion in enumerate(completions):
