@@ -63,7 +63,10 @@ def test_a_run_that_fits_is_ok(place: Place) -> None:
 
 
 def test_the_size_of_checkpoints_is_that_of_a_real_one(place: Place) -> None:
-    code, said = place.run(*FIT)
+    # Rewards that differ: without an advantage AdamW has no state to save.
+    reward = "def one(completions, **_):\n    return [i % 2 for i in range(len(completions))]\n"
+    (place.path / "alternating.py").write_text(reward)
+    code, said = place.run(*FIT, "--model.rewards=alternating.py:one")
     assert code == 0 and "may not fit" not in said, said[-2000:]
     saved = place.path / "runs/small/version_0/checkpoints/last.ckpt"
     _, lines, _ = examined(place)
