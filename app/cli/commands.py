@@ -47,6 +47,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
     "predict": "write completions of the test prompts",
     "data": "show what a config reads: rows, lengths, three prompts with their answers",
     "describe": "show what a run will do, and its memory, without loading weights",
+    "doctor": "check what a run would meet on this machine",
     "export": "write a checkpoint's policy as a Hugging Face folder",
     "select": "choose a subset of the prompts before training",
     "serve": "run a vLLM server of the policy",
@@ -54,7 +55,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
 ALIASES: dict[str, str] = {"train": "fit", "eval": "test", "data": "show_data"}
 """Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
-    ("Start", ("init", "data", "describe")),
+    ("Start", ("init", "data", "describe", "doctor")),
     ("Train", ("fit", "select", "serve")),
     ("Use", ("validate", "test", "predict", "export", "report", "completion")),
     ("Study", ("compare", "forecast", "difficulty")),

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import yaml
 from huggingface_hub.utils import enable_progress_bars
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
@@ -57,11 +58,12 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 """The classes of a run whose config names none."""
-_OWN_SUBCOMMANDS = ("show_data", "describe", "export", "select", "serve")
+_GPU = ("gpu", "cuda")
+_OWN_SUBCOMMANDS = ("show_data", "describe", "doctor", "export", "select", "serve")
 
 
 class DotsCLI(LightningCLI):
-    """`dots fit|validate|test|predict|describe|export|select|serve`, models and data named by `class_path`."""
+    """`dots fit|validate|test|predict|describe|doctor|export|select|serve`, models and data named by `class_path`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         self._given: list[str] = sys.argv[1:] if args is None else args
@@ -173,11 +175,13 @@ class DotsCLI(LightningCLI):
                     "--weights_only false would unpickle the checkpoint, which runs any code in it. Drop it."
                 )
             config.weights_only = True
-        if self.subcommand in ("show_data", "describe"):
+        if self.subcommand in ("show_data", "describe", "doctor"):
             _describe_here(config)
         _check_trainer(config)
         if self._is_dry:
             self._tried = DryRun(config)
+        if self.subcommand == "doctor":  # which looks at the loggers, and where they write
+            return
         if self.subcommand in _OWN_SUBCOMMANDS and (config.get("ckpt_path") != "last" or _own_run(config)):
             # They leave no run folder, and only `last` may need the logger to find one. The warm-up of a selection has
             # a logger of its own.
@@ -226,7 +230,7 @@ class DotsCLI(LightningCLI):
             config.ckpt_path = self.config_init[self.subcommand].ckpt_path = found
         elif (given := config.get("ckpt_path")) is not None:
             config.ckpt_path = self.config_init[self.subcommand].ckpt_path = str(checkpoint_of(Path(given)))
-        if self.subcommand in _OWN_SUBCOMMANDS:
+        if self.subcommand in _OWN_SUBCOMMANDS and self.subcommand != "doctor":
             self.trainer.loggers = []
         resumed = _read_checkpoint(config)
         if resumed is None:
@@ -296,7 +300,13 @@ def _describe_here(config: Any) -> None:
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     if config.get("world_size", 1) is None and isinstance(devices, int | str) and str(devices).isdigit():
         config.world_size = int(devices) * int(nodes)
-    if config.trainer.accelerator in ("gpu", "cuda") and config.trainer.precision is None:
+    if "local_processes" in config:
+        used = config.trainer.accelerator in ("gpu", "cuda", "auto") and CUDAAccelerator.is_available()
+        config.accelerator = config.accelerator or ("gpu" if used or config.trainer.accelerator in _GPU else "cpu")
+        if config.local_processes is None:
+            counted = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+            config.local_processes = counted or (CUDAAccelerator.auto_device_count() if used else 1)
+    if config.trainer.accelerator in _GPU and config.trainer.precision is None:
         config.trainer.precision = "bf16-mixed"  # as it will be there
     config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes = "cpu", 1, 1
     config.trainer.strategy = "auto"

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from app.cli.data_page import describe_data
+from app.cli.doctor import Place, before_training
 from app.cli.export import export_policy
 from app.cli.serve import serve
 from app.module import GRPOModule
@@ -154,6 +155,8 @@ class DotsTrainer(RunTrainer):
         for callback in self._callbacks:
             if isinstance(callback, StepCallback):
                 callback.check(self, module, data)
+        if self.is_global_zero and (warning := before_training(self, module, data)):
+            print(warning, file=sys.stderr, flush=True)
         with ExitStack() as owned:
             run = owned.enter_context(self.own_folder("fit"))
             if run is not None:
@@ -197,6 +200,42 @@ class DotsTrainer(RunTrainer):
             world_size=world_size or self.world_size,
             with_memory=True,
         )
+
+    def doctor(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        world_size: int | None = None,
+        local_processes: int | None = None,
+        accelerator: Literal["cpu", "gpu"] | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Check what a run would meet on this machine, a line for each check; exit code 1 if one is not ok.
+
+        Args:
+            model: the module of the run, whose weights are not loaded.
+            datamodule: the data of the run, which are read.
+            world_size: processes of the run; those of trainer.devices and trainer.num_nodes by default.
+            local_processes: processes of this machine; those of trainer.devices by default.
+            accelerator: what is trained on; that of trainer.accelerator by default.
+            ckpt_path: not used; the config.yaml of a run names it.
+            weights_only: not used; the config.yaml of a run names it.
+        """
+        module, data = _of_a_run(model, datamodule)
+        local = local_processes or 1
+        device = "cuda" if accelerator == "gpu" else "cpu"
+        place = Place(
+            self, module, data, module.policy.on_meta(), device, tuple(range(local)) if device == "cuda" else (),
+            world_size or local, local,
+        )  # fmt: skip
+        findings = []
+        for finding in place.all_checks():
+            print(finding, flush=True)
+            findings.append(finding)
+        if amiss := sum(bool(one.todo) for one in findings):
+            print(f"{amiss} of {len(findings)} checks need a look", flush=True)
+            sys.exit(1)
 
     def export(
         self,

@@ -19,7 +19,7 @@ from app.policy.adapters import causal_lm
 from app.policy.model import plain_attention
 from app.policy.scoring import can_share_prompts
 from app.policy.weights import count_parameters
-from app.reporting.memory import Precision, StepSizes, memory_parts
+from app.reporting.memory import Part, Precision, StepSizes, memory_parts
 from callbacks.algorithm.dynamic_sampling import DynamicSampling
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
@@ -190,10 +190,18 @@ def _replayed(callbacks: list[Callback], prompts: int) -> int:
     return max((one.replayed_per_step(prompts) for one in callbacks if isinstance(one, RolloutReplay)), default=0)
 
 
-def _memory_rows(
-    trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, policy: nn.Module, world_size: int
-) -> list[Row]:
-    """Return rows (part, bytes per rank, phase that holds it), the largest sum of parts held together first."""
+def step_memory(
+    trainer: Trainer,
+    module: GRPOModule,
+    datamodule: OnlinePromptDataModule,
+    policy: nn.Module,
+    world_size: int,
+    device: str | None = None,
+) -> tuple[int, list[Part]]:
+    """Return the length of prompts that is assumed, and the parts of a process's memory on a type of device.
+
+    The device is that of the trainer by default. Raises ValueError for a policy whose memory isn't estimated.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     sharded = next((one for one in callbacks if isinstance(one, ShardedPolicy)), None)
     references = max((one.size for one in callbacks if isinstance(one, ReferenceRollouts)), default=0)
@@ -210,7 +218,7 @@ def _memory_rows(
     sizes = StepSizes(
         processes=world_size,
         shards=1 if sharded is None else sharded.shard_size or world_size,
-        device=trainer.strategy.root_device.type,
+        device=device or trainer.strategy.root_device.type,
         prompts=-(-prompts // module.mini_batches),
         rolled_out=max(prompts - _replayed(callbacks, prompts), references),
         generations=module.sampling.num_generations,
@@ -225,8 +233,15 @@ def _memory_rows(
             sizes, max_rows=engine.max_rows, max_cache_tokens=engine.max_cache_tokens,
             prefill_tokens=engine.prefill_tokens, spare_columns=SLACK,
         )  # fmt: skip
+    return sizes.prompt_length, memory_parts(policy, precision, sizes)
+
+
+def _memory_rows(
+    trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule, policy: nn.Module, world_size: int
+) -> list[Row]:
+    """Return rows (part, bytes per rank, phase that holds it), the largest sum of parts held together first."""
     try:
-        parts = memory_parts(policy, precision, sizes)
+        prompt_length, parts = step_memory(trainer, module, datamodule, policy, world_size)
     except ValueError as error:
         return [(f"memory is not estimated: {error}", "", "")]
     held: Counter[str] = Counter()
@@ -235,6 +250,6 @@ def _memory_rows(
     always = held.pop("always")
     phase, most = held.most_common(1)[0]
     unit, name = (2**30, "GiB") if always + most >= 2**30 else (2**20, "MiB")
-    rows = [(f"estimated memory, prompts of {sizes.prompt_length:,} tokens", always + most, phase)]
+    rows = [(f"estimated memory, prompts of {prompt_length:,} tokens", always + most, phase)]
     rows += [(f"  {part.name}", part.bytes, part.phase) for part in parts]
     return [(text, f"{size / unit:,.2f} {name}", when) for text, size, when in rows]
