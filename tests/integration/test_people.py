@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.cli import DotsTrainer
 from app.module import GRPOModule
@@ -51,3 +52,11 @@ def test_prompts_with_several_answers_are_counted(place: Place) -> None:
     code, out, said = place.run_with_output("data", "--config", "run.yaml")
     assert code == 0, said
     assert "9 rows read, 9 prompts kept, 3 with several different answers (all kept)" in out
+
+
+def test_callbacks_by_short_names(place: Place) -> None:
+    given = ("--trainer.callbacks+=ReferenceRollouts", "--trainer.callbacks.size=4", "--data.selector=Dots")
+    code, out, said = place.run_with_output("fit", "--config", "run.yaml", *given, "--print_config")
+    assert code == 0, said
+    listed = yaml.safe_load(out)["trainer"]["callbacks"]
+    assert listed[-1]["class_path"] == "callbacks.ReferenceRollouts" and listed[-1]["init_args"]["size"] == 4
