@@ -8,6 +8,7 @@ from pathlib import Path
 from app.cli.commands import command_parser
 from app.cli.dots import DotsCLI
 from app.policy.model import Policy
+from app.rewards.named import rewards_of
 from datamodules.errors import UserError
 from datamodules.prompts import PromptFile
 
@@ -24,7 +25,7 @@ model:
   rewards: {reward}
   sampling: {{num_generations: 8, max_completion_length: {length}}}
 data:
-  train: {{path: {data}}}
+  train: {{{data}}}
   val_size: {val_size}  # prompts held out of train, on which accuracy is measured
   prompts_per_step: {prompts_per_step}
   selector: Posterior  # which prompts a step rolls out; Uniform is plain GRPO
@@ -53,6 +54,8 @@ def main(args: list[str]) -> None:
         default=None,
         help=f"math, numeric, exact, or a function such as my_rewards.py:is_right; by default one to edit, in {_STUB}",
     )
+    for name in ("prompt_column", "answer_column"):
+        parser.add_argument(f"--{name}", type=str, default=None, help=f"{name.replace('_', ' ')}, if it is not found")
     parser.add_argument("--out", type=str, default="run.yaml", help="the config to write")
     given = parser.parse_args(args)
 
@@ -60,12 +63,17 @@ def main(args: list[str]) -> None:
     written = [out] if given.reward else [out, _STUB]
     for path in written:
         if path.exists() or path.is_symlink():
-            raise UserError(f"{path} exists, and dots init overwrites nothing. Remove it, or give another --out.")
+            instead = "give another --out" if path == out else f"name your function in it: --reward {_STUB}:is_right"
+            raise UserError(f"{path} exists, and dots init overwrites nothing. Remove it, or {instead}.")
     policy = Policy(given.model)
-    prompts = len(PromptFile(given.data).load(policy.load_tokenizer(), 0))
+    columns = {name: getattr(given, name) for name in ("prompt_column", "answer_column") if getattr(given, name)}
+    prompts = len(PromptFile(given.data, **columns).load(policy.load_tokenizer(), 0))
+    data = {"path": given.data, **columns}
+    for reward in rewards_of(given.reward or ()):
+        reward.load()
     val_size = min(_HELD_OUT, prompts // 5)
     config = _CONFIG.format(
-        data=json.dumps(given.data, ensure_ascii=False),
+        data=", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in data.items()),
         model=json.dumps(given.model, ensure_ascii=False),
         reward=json.dumps(given.reward or _STUB_REWARD),
         length=min(_COMPLETION_LENGTH, (policy.positions() or 2 * _COMPLETION_LENGTH) // 2),

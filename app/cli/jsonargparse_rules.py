@@ -120,7 +120,8 @@ def _adapt_source(val: Any, typehint: Any, *args: Any, prev_val: Any = None, **k
                     )
                 prev_val = {}
             _check_option(f"{head}.", rest.partition(".")[0], typehint, prev_val.get(head))
-            val = {**dict(prev_val), head: NestedArg(rest, val.val)}  # jsonargparse takes no options of options
+            others = vars(prev_val) if isinstance(prev_val, Namespace) else prev_val
+            val = {**others, head: NestedArg(rest, val.val)}  # jsonargparse takes no options of options
         elif typehint in _SEVERAL and isinstance(val, dict) and not val.keys() & _options_of(typehint, None):
             for name, one in val.items():
                 for option in one if isinstance(one, dict) and "class_path" not in one else ():

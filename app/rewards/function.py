@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cloudpickle
+
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
 from datamodules.errors import UserError, nearest
 
@@ -41,6 +43,9 @@ class Function(Reward):
     Raises:
         UserError: `path` cannot name a function of an importable module.
     """
+
+    _code: bytes | None = None
+    """The pickled function, where no module holds it."""
 
     def __init__(
         self,
@@ -71,7 +76,8 @@ class Function(Reward):
             )
         if parts[0] == "__main__":
             raise UserError(
-                f"Reward function {path!r} is in __main__, which workers cannot import. Move it to a module."
+                f"Reward function {path!r} is in __main__, which workers cannot import. Move it to a module, or give "
+                "the function itself."
             )
         # Looks the module up without running any of the user's code.
         found = importlib.util.find_spec(parts[0]) or importlib.machinery.PathFinder.find_spec(parts[0], [os.getcwd()])
@@ -83,17 +89,33 @@ class Function(Reward):
 
     @classmethod
     def of(cls, function: Callable[..., object]) -> Function:
-        """Return the reward of a function given from Python. Raises UserError unless workers can import it."""
+        """Return the reward of a function given from Python.
+
+        One at the top of a module is imported by the workers. They get the code of any other: of a script, a notebook,
+        or of a function within another one.
+
+        Raises:
+            UserError: its code refers to something that cannot be sent to another process.
+        """
         module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-        if module is None or not name.isidentifier():
+        if name.isidentifier() and module not in (None, "__main__"):
+            return cls(f"{module}.{name}")
+        label = name.rpartition(".")[2].strip("<>") or type(function).__name__
+        made = cls.__new__(cls)
+        Reward.__init__(made, name=label)
+        made.path, made.kwargs, made._file = f"{module}.{name or label}", {}, ""
+        made._call = made._accepted = None
+        try:
+            made._code = cloudpickle.dumps(function)
+        except Exception as error:
             raise UserError(
-                f"The reward {name or function!r} is not a function at the top of a module, and workers import rewards "
-                "by name. Move it to one, or write a subclass of app.rewards.Reward."
-            )
-        return cls(f"{module}.{name}")
+                f"The reward {label!r} cannot be sent to the workers ({type(error).__name__}: {error}). Move it to a "
+                "module, and what it refers to into the function."
+            ) from error
+        return made
 
     def load(self) -> None:
-        target = _resolve(self.path, self._file)
+        target = _resolve(self.path, self._file) if self._code is None else cloudpickle.loads(self._code)
         if inspect.isclass(target):
             target = target(**self.kwargs)
             if not callable(target):

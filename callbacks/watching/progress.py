@@ -42,11 +42,21 @@ class RunProgress(StepCallback, RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            self.teardown(trainer, pl_module, "validate")  # the bar ends before what was measured is printed
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         line = "  ".join(f"{label} {value}" for label, value in self.get_metrics(trainer, pl_module).items())
         of = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         print(f"step {trainer.global_step}{of}  {line}", flush=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        super().on_test_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "test")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        super().on_predict_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "predict")
 
     def get_metrics(self, trainer: Trainer, pl_module: GRPOModule) -> dict[str, int | str | float | dict[str, float]]:
         values = self._latest | {name: float(value) for name, value in trainer.callback_metrics.items()}

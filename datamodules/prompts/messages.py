@@ -62,7 +62,7 @@ def as_message(item: object) -> dict[str, Any]:
     message: dict[str, Any] = {"role": role_of(item), "content": str(content)}
     if message["role"] in ("assistant", "tool"):
         message |= {name: without_none(item[name]) for name in _MORE if item.get(name)}
-    if CALLS in message:
+    if isinstance(message.get(CALLS), list):
         message[CALLS] = [_with_arguments(call) for call in message[CALLS]]
     return message
 

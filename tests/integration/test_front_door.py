@@ -145,6 +145,17 @@ def test_init_writes_a_config_that_trains_and_overwrites_nothing(place: Place) -
     assert code == 0, said
     assert "run.yaml exists, and dots init overwrites nothing" in place.refused("init", *given)
     assert (place.path / "run.yaml").read_text() == config
+    line = place.refused("init", *given, "--out", "other.yaml")
+    assert "my_rewards.py exists" in line and "name your function in it: --reward my_rewards.py:is_right" in line
+    line = place.refused("init", *given, "--out", "other.yaml", "--reward", "my_rewards.py:is_rite")
+    assert "has no 'is_rite'; did you mean 'is_right'?" in line
+    (place.path / "nested.jsonl").write_text(
+        '{"row": {"q": "1 + 1 =", "a": 2}}\n' * 2 + '{"row": {"q": "2 =", "a": 2}}\n'
+    )
+    columns = ("--prompt_column", "row.q", "--answer_column", "row.a", "--reward", "numeric", "--out", "other.yaml")
+    code, out, said = place.run_with_output("init", "--data", "nested.jsonl", "--model", str(TINY), *columns)
+    assert code == 0, said
+    assert "nested.jsonl (row.q -> row.a): 3 rows read" in out and "numeric sees answer=2" in out
 
 
 def test_a_failed_init_leaves_nothing(place: Place) -> None:

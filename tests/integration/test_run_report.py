@@ -177,5 +177,7 @@ def test_what_was_measured_is_said_and_kept(place: Place, command: str) -> None:
     assert f"results: {folder / 'results.json'}" in out
     file = folder / "completions" / f"{command}.parquet"
     assert f"completions: {file}" in out
+    last = [line.partition(":")[0] for line in out.splitlines() if line][-4:]  # after the progress bar
+    assert last == ["measured", "results", "completions", "run folder"]
     rows = table(file)
     assert len(rows) == 12 and list(rows["answer"][::2]) == list("012345") and list(rows["level"][::2]) == LEVELS

@@ -302,6 +302,39 @@ def test_no_page_names_a_metric_that_does_not_exist() -> None:
     assert not [one for one in wrong if one[1] not in ("completions/predict.parquet",)]
 
 
+OF_OTHERS = {
+    "my_prompts", "my_function", "print_config", "maths", "my_experiment", "my_policy", "three_seeds", "nLetter", "dsr1209_pass_rates",  # the reader's
+    "tracking_uri", "experiment_name", "sqlite", "log_softmax", "load_from_checkpoint", "TorchElasticEnvironment",
+    "LightningEnvironment", "SLURMEnvironment", "eth0", "rdzv", "c10d", "endpoint", "conf", "is_host", "addr",
+}  # fmt: skip
+"""Words of the reader, or of other programs."""
+
+
+def test_every_word_of_code_in_a_sentence_is_one_of_the_program() -> None:
+    """An option, key, file, metric, class or function that is misspelt or gone is found, whatever its kind."""
+    folders = ("app", "callbacks", "datamodules", "examples", "configs", "tests/benchmarks", "tests/support")
+    files = [one for folder in folders for one in (ROOT / folder).rglob("*") if one.suffix in (".py", ".yaml", ".sh")]
+    files += [ROOT / name for name in ("pyproject.toml", "Makefile", "mkdocs.yml", "constraints.txt")]
+    listed = [str(one) for folder in ("docs", "examples", "tests") for one in (ROOT / folder).rglob("*")]
+    known = set(re.findall(r"\w+", "\n".join([one.read_text() for one in files] + list(map(str, files)) + listed)))
+    known |= {one.stem for one in ROOT.iterdir()} | {"ipynb"} | OF_OTHERS
+    wrong = {
+        (page, word)
+        for page, text in spans()
+        for word in re.findall(r"[^\W\d]\w{3,}", text)
+        if word not in known and not word.isupper()  # a variable of the environment, or a place to fill
+    }
+    assert not wrong
+
+
+def test_the_code_of_the_pages_imports_what_exists() -> None:
+    for block in blocks("python"):
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("app", "callbacks", "datamodules")):
+                for one in node.names:
+                    assert resolve_name(f"{node.module}:{one.name}"), block
+
+
 def test_no_page_names_a_target_that_does_not_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {word for _, text in spans() if text.startswith("make ") for word in text.split()[1:] if "=" not in word}

@@ -223,7 +223,6 @@ def test_rewards_have_short_names() -> None:
     for wrong, told in (
         ("nath", "did you mean 'Math'"),
         ("soft_overlong", "SoftOverlong needs max_completion_length and buffer"),
-        (lambda completions: completions, "is not a function at the top of a module"),
         ([Math], "expected a reward, the name of one, or a function"),
         ([3], "holds 3, but expected"),
     ):
