@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import can_validate, is_over
 from datamodules.errors import UserError
+from datamodules.metric_names import metric_name
 from datamodules.types import TrainBatch
 
 _PER_RUN = 10
@@ -30,10 +32,20 @@ class StartValidation(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self.enabled or trainer.global_step or not can_validate(trainer):
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        # Early stopping by a metric of steps would find none yet, and end the run.
+        trainer.callbacks = [one for one in callbacks if not _monitors_steps(one)]  # type: ignore[attr-defined]
         # As Lightning's training loop does around validation within an epoch; there is no public method for it.
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def _monitors_steps(callback: Callback) -> bool:
+    if not isinstance(callback, EarlyStopping) or callback.monitor.startswith("val/"):
+        return False
+    return metric_name(callback.monitor) is not None
 
 
 class EndValidation(StepCallback):

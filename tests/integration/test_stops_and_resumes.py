@@ -115,6 +115,13 @@ ENDS: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...], int]] =
         listed(*EARLY, monitor="val/accuracy", patience=1, mode="max", check_on_train_epoch_end=False),
         ("--trainer.max_steps=9", "--trainer.val_check_interval=3"), 3,
     ),
+    # The initial policy's validation does not count, since no step has been measured before it.
+    "early stopping by a metric of steps": (
+        listed(*EARLY, monitor="reward", patience=1, mode="max"), ("--trainer.max_steps=9",), 4,
+    ),
+    "part of an epoch": (
+        lambda config: None, ("--trainer.max_steps=9", "--trainer.max_epochs=1", "--trainer.limit_train_batches=0.5"), 1
+    ),
     "epochs": (
         lambda config: None, ("--trainer.max_steps=9", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"), 2
     ),
