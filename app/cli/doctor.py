@@ -215,7 +215,7 @@ class Place:
         yield Finding("reward workers", f"{self.local_processes} x {each} on {cores} cores", todo)
 
     def _loggers(self) -> Iterator[Finding]:
-        names = [type(one).__name__ for one in self.trainer.loggers]  # type: ignore[attr-defined]  # of a connector
+        names = [type(one).__name__ for one in self.trainer.loggers]
         yield Finding("loggers", ", ".join(names) or "none")
 
     def _prompts(self) -> Iterator[Finding]:

@@ -76,10 +76,11 @@ class FusedLayer(torch.nn.Module):
     ) -> Tensor:
         attention = _ATTENTIONS.get(self.self_attn.config._attn_implementation)
         if attention is None or position_embeddings is None or not pays(hidden_states) or not self.can_fuse:
-            return super().forward(  # type: ignore[misc,no-any-return]  # of the class that this one is put before
+            output: Tensor = super().forward(  # of the class that this one is put before
                 hidden_states, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **others,
             )  # fmt: skip
+            return output
         return self.fused(
             hidden_states, position_embeddings, attention, past_key_values,
             attention_mask=attention_mask, position_ids=position_ids, **others,
@@ -161,7 +162,8 @@ def holding_weights(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def _joined(linears: Sequence[torch.nn.Linear], dtype: torch.dtype) -> Linear:
-    weights, biases = [one.weight for one in linears], [one.bias for one in linears if one.bias is not None]
+    weights: list[Tensor] = [one.weight for one in linears]
+    biases: list[Tensor] = [one.bias for one in linears if one.bias is not None]
     if len(linears) == 1:
         return weights[0].to(dtype), biases[0].to(dtype) if biases else None
     return torch.cat(weights).to(dtype), torch.cat(biases).to(dtype) if biases else None

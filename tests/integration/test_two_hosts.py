@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.long, pytest.mark
 
 ACROSS = ("--trainer.num_nodes=2",)
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
-NO_REPLAY = ("    - class_path: callbacks.RolloutReplay\n      init_args: {fresh_fraction: 0.5, capacity: 64}\n", "")
+NO_REPLAY = ("\n    - class_path: callbacks.RolloutReplay\n      init_args: {fresh_fraction: 0.5, capacity: 64}", "")
 KEY = "the-key-of-these-tests"
 PORT = 8123
 

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_COLLECTIONS: dict[str, type] = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
+_COLLECTIONS: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
 _NUMBERS = {"Decimal": "decimal", "Fraction": "fractions", "complex": "builtins"}
 _OPERATIONS: dict[str, Callable[..., object]] = {
     "__call__": lambda function, arguments, options: function(*arguments, **options),
