@@ -131,7 +131,7 @@ class Place:
         if self.device == "cpu":
             free, where, needed = _free_ram(), "of this machine", needed * self.local_processes
         elif not torch.cuda.is_available():
-            yield Finding("memory", f"{_gib(needed)} per process, prompts of {length:,} tokens")
+            yield Finding("memory", f"about {_gib(needed)} per process, prompts of {length:,} tokens")
             return
         else:
             free = min(torch.cuda.mem_get_info(index)[0] for index in self.gpus or (0,))
