@@ -303,7 +303,7 @@ def test_no_page_names_a_metric_that_does_not_exist() -> None:
 
 
 OF_OTHERS = {
-    "my_function", "print_config",
+    "my_function", "print_config", "private_test_cases",
     "my_prompts", "maths", "my_experiment", "my_policy", "three_seeds", "nLetter", "dsr1209_pass_rates",  # the reader's
     "tracking_uri", "experiment_name", "sqlite", "log_softmax", "load_from_checkpoint", "TorchElasticEnvironment",
     "LightningEnvironment", "SLURMEnvironment", "eth0", "rdzv", "c10d", "endpoint", "conf", "is_host", "addr",

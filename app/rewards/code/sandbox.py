@@ -136,7 +136,7 @@ class Sandbox:
             ran = await asyncio.wait_for(process.run(request, tests), seconds + _GRACE)
         except BaseException as error:
             process.close()
-            if isinstance(error, asyncio.IncompleteReadError | TimeoutError):
+            if isinstance(error, asyncio.IncompleteReadError | TimeoutError | ConnectionError):
                 raise OSError("the process that runs programs has ended or hangs") from error
             raise
         self._idle.append(process)
