@@ -35,6 +35,7 @@ def _held(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["shared prompts", "checkpointing"])
 def test_an_update_holds_what_describe_says(device: torch.device, way: str, measured: Measured) -> None:
     checkpointing = way == "checkpointing"

@@ -38,6 +38,7 @@ def test_every_chart_shows_something_of_the_quickstart(finished: Path) -> None:
             assert missing in ([], ["selection/uniform_informative_measured"]), (category, title)
 
 
+@pytest.mark.long
 def test_the_cockpit_opens_in_a_browser(finished: Path) -> None:
     text = picture_cockpit(finished, finished / "cockpit.png")
     assert all(category in text for category in CHARTS)

@@ -344,6 +344,7 @@ def test_filters_of_one_class_are_resumed(place: Place, filters: list[dict[str, 
     assert code == 0, said[-2000:]
 
 
+@pytest.mark.long
 def test_a_typo_in_the_answers_column_lists_the_columns_of_the_data(place: Place) -> None:
     for reward, typo, meant in (
         ("Numeric", "anwser", "answer"),

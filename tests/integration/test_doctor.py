@@ -168,7 +168,7 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize(("card", "base"), few([(card, base) for base in reversed(BASES) for card in CARDS], 4))
+@pytest.mark.parametrize(("card", "base"), few([(card, base) for base in reversed(BASES) for card in CARDS], 2))
 def test_an_overlay_fits_its_cards(place: Place, card: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the estimate of memory, on a card less vLLM's share of it and a GiB for CUDA and its allocator."""
     monkeypatch.setattr(doctor.Place, "_prompts", lambda self: iter(()))

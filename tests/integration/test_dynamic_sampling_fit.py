@@ -77,6 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_everything_generated_is_trained_on_kept_or_counted(finished: Path):
     summary = json.loads((run_of(finished) / "summary.json").read_text())
     curves = scalars(finished)

@@ -75,6 +75,7 @@ def test_lora_trains_adapters_only(clone: Path, monkeypatch: pytest.MonkeyPatch)
     assert logged(run)["difficulty/reference_success"]
 
 
+@pytest.mark.long
 def test_from_python(clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(clone)
     names: dict[str, object] = {"__file__": str(clone / "examples" / "from_python.py"), "__name__": "example"}
@@ -83,6 +84,7 @@ def test_from_python(clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "after 2 updates" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_notebook_runs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code cells in order, in one namespace: what a kernel does, without one to install."""
     monkeypatch.chdir(clone / "examples")

@@ -350,7 +350,7 @@ def test_a_full_disk_stops_where_it_must(place: Place, small_disk: Path, stop: b
 
 
 @pytest.mark.parametrize("kind", few(["TensorBoardLogger", "CSVLogger", "none"], 1))
-@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("step", few([0, 1], 1))
 def test_a_full_disk_under_the_run_keeps_what_is_saved(place: Place, small_disk: Path, kind: str, step: int) -> None:
     """The run's folder is on the full disk, its checkpoints are not: events or rows, completions, account, curves."""
     (place.path / "dots_fill.py").write_text(FILL)
@@ -427,6 +427,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_half_written(place: Place) -> N
 # --- Checkpoints and signals -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(place: Place) -> None:
     three = lambda c: c["trainer"].update(max_steps=3)  # noqa: E731
     configured(place, three)

@@ -82,6 +82,7 @@ def test_a_run_killed_behind_its_last_checkpoint_still_gets_its_account(finished
         assert found[name] == expected[name], name
 
 
+@pytest.mark.long
 def test_a_run_whose_clock_has_passed_takes_no_further_step(finished: Path, tmp_path: Path):
     shutil.copytree(finished / "quickstart", tmp_path / "quickstart", symlinks=True)
     summary = run_of(tmp_path) / "summary.json"

@@ -108,6 +108,7 @@ def test_three_in_a_row_end_the_run_with_a_checkpoint_to_go_on_from(tmp_path: Pa
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
+@pytest.mark.long
 def test_a_batch_without_advantages_changes_nothing_and_says_so(tmp_path: Path) -> None:
     always = '[{"class_path":"app.rewards.Format","init_args":{"pattern":"(?s).*"}}]'
     done, run = fit(

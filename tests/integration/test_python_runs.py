@@ -65,7 +65,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["", pytest.param(DOTS_RR, marks=pytest.mark.long)], ids=["grpo", "dots_rr"])
+@pytest.mark.long
+@pytest.mark.parametrize("overlay", ["", DOTS_RR], ids=["grpo", "dots_rr"])
 def test_an_example_is_the_run_of_the_command_line(tmp_path: Path, overlay: str) -> None:
     script, command = prepared(tmp_path / "script"), prepared(tmp_path / "command")
     (script / "run.py").write_text(EXAMPLES[bool(overlay)])

@@ -226,7 +226,7 @@ def test_a_terminated_run_goes_on_as_if_never_stopped(
     ("strategy", "ranks"),
     [
         pytest.param("ddp", 1, marks=pytest.mark.long),
-        ("fsdp2", 1),
+        pytest.param("fsdp2", 1, marks=pytest.mark.long),
         pytest.param("fsdp2", 4, marks=pytest.mark.long),
     ],
     ids=lambda value: str(value),

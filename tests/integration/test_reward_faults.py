@@ -384,12 +384,15 @@ def test_what_may_be_an_honest_answer_to_the_trial_ends_nothing(
 
 @pytest.mark.parametrize(
     ("name", "cause"),
-    [
-        ("later", "RuntimeError: the judge is gone (dots_odd_rewards.py, line "),
-        ("huge_later", "returned 1e+25, but float32 arithmetic needs scores of at most 1e+06 in magnitude"),
-        ("exits_later", "its worker process ended"),
-        ("hangs_later", "took more than model.reward_workers.time_limit_s=0.5 s"),
-    ],
+    few(
+        [
+            ("later", "RuntimeError: the judge is gone (dots_odd_rewards.py, line "),
+            ("huge_later", "returned 1e+25, but float32 arithmetic needs scores of at most 1e+06 in magnitude"),
+            ("exits_later", "its worker process ended"),
+            ("hangs_later", "took more than model.reward_workers.time_limit_s=0.5 s"),
+        ],
+        2,
+    ),
 )
 def test_a_step_in_which_every_score_failed_ends_the_run(place: Place, name: str, cause: str) -> None:
     configured(place, [function(name), {"class_path": "app.rewards.Numeric"}], workers(time_limit_s=0.5), steps=5)
@@ -406,6 +409,7 @@ def test_a_step_in_which_every_score_failed_ends_the_run(place: Place, name: str
         assert code == 0, said[-2000:]
 
 
+@pytest.mark.long
 def test_a_validation_in_which_every_score_failed_ends_the_run(place: Place) -> None:
     write_pool(place.path / "val.jsonl", [{"question": f"7{row} + 1 =", "answer": "8"} for row in range(5)])
     configured(
@@ -484,6 +488,7 @@ def test_an_attack_costs_at_most_the_scores_of_its_call(place: Place, caplog: py
     assert not alive
 
 
+@pytest.mark.long
 def test_a_pattern_that_matches_no_completion_of_ten_steps_is_named(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

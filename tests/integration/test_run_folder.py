@@ -107,7 +107,7 @@ def summary(run: Path) -> dict[str, Any]:
 # --- One folder, and `last` ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", few(LOGGERS, 2))
+@pytest.mark.parametrize("name", few(LOGGERS, 1))
 def test_a_run_and_its_resume_share_one_folder(place: Place, name: str) -> None:
     options, folder = LOGGERS[name]
     place.config(lambda config: config["trainer"].update(options, max_steps=2))
@@ -156,6 +156,7 @@ Histogram = Image = Table
 """What Lightning's logger uses of Weights & Biases, which is not installed: notes the id that a run is started with."""
 
 
+@pytest.mark.long
 def test_a_resume_goes_on_in_the_same_weights_and_biases_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in WANDB.items():
         (place.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +223,7 @@ def test_a_damaged_csv_row_is_no_reason_to_lose_the_others(place: Place) -> None
     assert not file.with_name(".metrics.csv.kept").exists()
 
 
+@pytest.mark.long
 def test_last_is_the_run_whose_config_is_given(place: Place) -> None:
     ran(place, *FIT)
     ran(place, *FIT, "--seed_everything=1")
@@ -281,6 +283,7 @@ def test_runs_of_earlier_versions_are_found(place: Place) -> None:
     assert steps_of(run / "checkpoints") == [2, 3] and runs_in(place.path) == ["runs/small/version_0"]
 
 
+@pytest.mark.long
 def test_a_refused_run_leaves_nothing(place: Place) -> None:
     place.refused(*FIT, "--data.prompts_per_step=99")
     place.config(lambda config: config["trainer"].update(logger=False))
@@ -313,6 +316,7 @@ def test_last_in_python(place: Place) -> None:
 # --- Owners ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_processes_never_share_a_run(place: Place) -> None:
     place.config(lambda config: callback(config, "RunCheckpoint").update(every=2))
     running = _fork([*FIT, "--trainer.max_steps=40000"], place.path, None, Path(os.devnull), Path(os.devnull))
@@ -389,6 +393,7 @@ def test_checkpoints_of_another_run_are_never_touched(place: Place) -> None:
     assert "runs/small/version_0/checkpoints has checkpoints of another run" in line
 
 
+@pytest.mark.long
 def test_two_callbacks_keep_checkpoints_independently(place: Place) -> None:
     def two(config: dict[str, Any]) -> None:
         callback(config, "RunCheckpoint").update(every=1, keep=1)
@@ -409,6 +414,7 @@ def test_two_callbacks_keep_checkpoints_independently(place: Place) -> None:
     assert "Two callbacks.RunCheckpoint write to the folder of the run" in place.refused(*FIT)
 
 
+@pytest.mark.long
 def test_what_a_killed_write_left_is_removed(place: Place) -> None:
     ran(place, *FIT)
     ours, others = (place.path / "runs/small" / name / "checkpoints" for name in ("version_0", "version_1"))

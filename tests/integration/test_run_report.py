@@ -123,6 +123,7 @@ def test_a_stopped_and_resumed_run_has_the_history_of_one_that_was_not(place: Pl
     assert table(other / "prompts.parquet").equals(expected)
 
 
+@pytest.mark.long
 def test_the_page_of_a_run_without_its_tables(place: Place) -> None:
     """A run that was killed, or one of an earlier version."""
     assert place.run(*FIT, "--trainer.max_steps=1")[0] == 0
@@ -140,6 +141,7 @@ def test_the_page_of_a_run_without_its_tables(place: Place) -> None:
         assert "has no metrics of a run" in place.refused("report", given)
 
 
+@pytest.mark.long
 def test_a_report_that_fails_costs_nothing_of_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(folder: Path) -> Path:
         raise OSError(28, "No space left on device")

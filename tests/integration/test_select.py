@@ -122,6 +122,7 @@ def test_another_keep_needs_no_new_measurement(selected: Path):
     assert "made with another sampling" in refused.stderr
 
 
+@pytest.mark.long
 def test_ufo_keeps_the_middle(tmp_path: Path):
     out = tmp_path / "ufo.jsonl"
     done = dots("select", *BASE, "--method=ufo", "--keep=12", "--out", str(out))

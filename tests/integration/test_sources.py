@@ -121,6 +121,7 @@ def test_sources_and_sets_are_trained_on_and_measured_apart(place: Place) -> Non
     assert [one["accuracy"] for one in evaluations] == [1, 0.625, 0.625]
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_bitwise_the_same(place: Place) -> None:
     place.config(two_of_each)
     assert place.run("fit", "--config", "run.yaml")[0] == 0
@@ -165,6 +166,7 @@ def test_prompts_held_out_of_several_sources_make_a_set_of_each(place: Place) ->
     assert found["val/sums/prompts"][0] + found["val/code/prompts"][0] == found["val/prompts"][0] == 8
 
 
+@pytest.mark.long
 def test_a_subset_of_several_sources_is_trained_on(place: Place) -> None:
     place.config(two_of_each)
     args = ("--config", "run.yaml", "--method", "ufo", "--keep", "10", "--out", "subset.jsonl")

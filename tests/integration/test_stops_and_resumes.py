@@ -295,7 +295,7 @@ RESUMES: dict[str, tuple[Callable[[dict[str, Any]], Any], str, dict[str, Any]]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", few(RESUMES, 3))
+@pytest.mark.parametrize("name", few(RESUMES, 2))
 def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
     change, announced, expected = RESUMES[name]
     configured(trained, *USUAL, change)
@@ -307,6 +307,7 @@ def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
         assert first[key] == pytest.approx(value), key
 
 
+@pytest.mark.long
 def test_a_resume_with_another_seed_draws_anew(trained: Place) -> None:
     shutil.copytree(trained.path / "runs", trained.path / "again", symlinks=True)
     for seed, runs in ((0, "runs"), (1, "again")):
@@ -334,6 +335,7 @@ def test_a_resume_that_would_mix_two_runs_is_refused(trained: Place, name: str) 
     assert expected in trained.refused(*FIT, *LAST, "--trainer.max_steps=4", touches=name == "selector")
 
 
+@pytest.mark.long
 def test_the_patience_of_a_callback_is_said_to_stay(place: Place) -> None:
     def patient(patience: int) -> Callable[[dict[str, Any]], None]:
         return listed(*EARLY, monitor="val/accuracy", patience=patience, mode="max")

@@ -181,6 +181,7 @@ def test_an_adapter_of_a_shared_tensor_is_refused(place: Place, name: str, comma
     assert "lm_head.weight" in line
 
 
+@pytest.mark.long
 def test_adapters_of_an_embedding_and_a_head_of_their_own_are_exported(place: Place) -> None:
     folder = place.path / "policy"
     shutil.copytree(TINY, folder)
@@ -266,6 +267,7 @@ GENERATION = (
 )
 
 
+@pytest.mark.long
 def test_an_export_keeps_the_policys_own_generation_settings_and_is_whole_or_absent(place: Place) -> None:
     folder = place.path / "policy"
     shutil.copytree(TINY, folder)

@@ -56,6 +56,7 @@ def test_gradient_checkpointing_changes_memory_only(plain: Path, tmp_path: Path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state(run).items())
 
 
+@pytest.mark.long
 def test_lora_trains_its_matrices_alone_and_exports_merged_weights(tmp_path: Path):
     run = fit(tmp_path, "--model.policy.lora.rank=4", "--model.optimization.learning_rate=0.01")
     trained, initial = state(run), load_file(ROOT / "configs" / "tiny_policy" / "model.safetensors")
@@ -86,6 +87,7 @@ def test_bf16_mixed_generates_and_learns_in_the_same_precision(plain: Path, tmp_
     assert found["sampling/sampling_logp_difference/mean"][0] < 0.02
 
 
+@pytest.mark.long
 def test_mini_batches_take_one_optimizer_step_each(tmp_path: Path):
     run = fit(tmp_path, "--model.mini_batches=2", "--trainer.max_steps=4")
     summary = json.loads((run / "summary.json").read_text())
@@ -130,6 +132,7 @@ def test_a_failing_reward_scores_zero_or_leaves_the_completion_out(tmp_path: Pat
         assert {row["correctness"] for row in crashed} == {0.0}
 
 
+@pytest.mark.long
 def test_validate_and_test_measure_what_the_run_measured(plain: Path, tmp_path: Path):
     checkpoint = plain / "checkpoints" / "last.ckpt"
     for subcommand, name in (("validate", "val"), ("test", "test")):

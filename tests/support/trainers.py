@@ -14,7 +14,8 @@ def trainer_with(**given: Any) -> Any:
     usual = {
         "global_step": 3, "max_steps": 8, "min_steps": None, "current_epoch": 0, "max_epochs": -1,
         "should_stop": False, "is_last_batch": False, "enable_validation": True, "num_val_batches": [2],
-        "val_check_batch": 4, "is_global_zero": True, "world_size": 1, "received_sigterm": False, "callbacks": [], "callback_metrics": {},
+        "val_check_batch": 4, "is_global_zero": True, "world_size": 1, "received_sigterm": False,
+        "callbacks": [], "callback_metrics": {},
         "state": SimpleNamespace(fn="fit"),
         "_signal_connector": SimpleNamespace(received_sigterm=False),
         "strategy": SimpleNamespace(launcher=None, checkpoint_io=None),

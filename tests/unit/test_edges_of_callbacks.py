@@ -380,7 +380,7 @@ def test_a_resumed_run_of_more_prompts_chooses_the_rest() -> None:
 def test_rollouts_ahead_need_an_engine_of_its_own() -> None:
     module: Any = SimpleNamespace(engine=Transformers())
     trainer: Any = SimpleNamespace(datamodule=OnlinePromptDataModule(PromptFile("unread.jsonl")))
-    with pytest.raises(UserError, match="callbacks.RolloutAhead is used with engines.Transformers"):
+    with pytest.raises(UserError, match=r"callbacks\.RolloutAhead is used with engines\.Transformers"):
         RolloutAhead().setup(trainer, module, "fit")
 
 

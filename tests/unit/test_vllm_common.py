@@ -119,6 +119,7 @@ def test_another_gpu_than_the_first_is_refused() -> None:
         Vllm().setup(policy, TOKENIZER)
 
 
+@pytest.mark.long
 def test_importing_the_engines_does_not_import_vllm() -> None:
     code = "import sys, app.module, callbacks; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
