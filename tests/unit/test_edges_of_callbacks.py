@@ -391,7 +391,7 @@ def test_rollouts_ahead_need_an_engine_of_its_own() -> None:
         (DynamicSampling, {"low": None, "high": None, "max_refills": 10}),
         (ReferenceRollouts, {"size": 256, "every": 2, "reuse": "train"}),
         (RolloutReplay, {"fresh_fraction": 0.5, "capacity": 512, "admit": "informative"}),
-        (RunCheckpoint, {"every": 10, "keep": 2, "keep_best": None, "on_write_error": "continue", "background": False}),
+        (RunCheckpoint, {"every": 10, "keep": 2, "keep_best": None, "on_write_error": "continue"}),
         (CompletionsLog, {"every": 10, "samples": 4}),
         (SelectionMonitor, {"histograms_every": 10, "pictures_every": 20}),
         (StartValidation, {"enabled": True}),
