@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families of transformers whose decoder layer is the one below. Others differ in ways that names don't show."""
@@ -107,7 +108,7 @@ class FusedLayer(torch.nn.Module):
         keys = module.k_proj.out_features // module.head_dim
         heads = states.shape[2] - 2 * keys
         asked, value = states.split([heads + keys, keys], dim=2)
-        if hasattr(module, "q_norm"):
+        if isinstance(module, Qwen3Attention):  # of FAMILIES, the one that normalises heads
             query, key = asked.split([heads, keys], dim=2)
             asked = torch.cat([_norm(query, module.q_norm), _norm(key, module.k_norm)], dim=2)
         cosine, sine = (one.unsqueeze(2) for one in rotation)
