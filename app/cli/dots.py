@@ -133,6 +133,9 @@ class DotsCLI(LightningCLI):
         with stage("reading the command line and configs"):
             self.config = parser.parse_args(args)
 
+    def _add_instantiators(self) -> None:
+        """Do nothing: Lightning would dump the whole config for hyperparameters, which checkpoints do not hold."""
+
     def _set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
         if not 0 <= seed < 2**32:
