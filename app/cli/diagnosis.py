@@ -134,6 +134,12 @@ def explain(message: str, parser: KnownNames) -> str:
     if found := re.search(r"Key must be a string, got: (.+)\.", cause):
         where = f" of {option}" if option else ""
         return f"the key {found[1]}{where} is not text, but keys are names of options. Quote or remove it."
+    if found := re.match(r"NestedArg\(key='([^']+)'", value):
+        names = [one.rpartition(".")[2] for one in classes[1:]]  # without the annotated class
+        first = (
+            f"Write --{option} {'|'.join(names)}" if 0 < len(names) <= _MAX_CHOICES else f"Name the class as --{option}"
+        )
+        return f"{option}.{found[1]} is an option of a class, but no class is given. {first} before it."
     if expected := re.findall(
         r"(?:Expected an? (?!path)|Not a valid (?=subclass))(.+?)(?:\. Got value: .*)?$", cause, re.MULTILINE
     ):

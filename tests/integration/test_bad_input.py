@@ -38,6 +38,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "subcommand": (("fti", "--config", "run.yaml"), "subcommand 'fti' does not exist. Did you mean 'fit'?"),
+    "option of no class": (
+        (*FIT, "--model.engine.url", "http://a:1"),
+        "model.engine.url is an option of a class, but no class is given. Write --model.engine ",
+    ),
     "no subcommand": ((), "no command is given. dots --help lists them."),
     "no such config": (("fit", "--config", "rum.yaml"), "rum.yaml: no such file. Did you mean 'run.yaml'?"),
     "option": ((*FIT, "--trainer.max_step=3"), "trainer.max_step is not an option. Did you mean 'max_steps'?"),

@@ -16,6 +16,7 @@ from datamodules.selectors import (
     ZeroVarianceSkip,
 )
 from tests.support.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
+from tests.support.tables import few
 
 SIZE, MILLION = 60, 1_000_000
 SELECTORS = {
@@ -109,7 +110,7 @@ def million():
 
 @pytest.mark.slow
 @pytest.mark.timing
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", few(SELECTORS, 4))
 def test_a_million_prompts(million, name, monkeypatch, tmp_path):
     """Choosing 512 of 1,000,000 prompts with forecasts takes at most as long as 150 sorts of a million, and 2 GB.
 
