@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
 from app.objective.advantages import Baseline, Scale
+from app.objective.options import SurrogateOptions
 from app.objective.ratios import Aggregation
-from app.objective.surrogate import SurrogateOptions
 from app.policy.adapters import causal_lm
 from app.policy.compilation import compile_layers
 from app.policy.model import Policy
@@ -63,13 +63,16 @@ class GRPOModule(LightningModule):
             is 4, or that number if it is less.
         optimization: optimizer and learning-rate schedule.
         surrogate: the loss: form, clipping, importance correction, KL and entropy terms.
-        advantage_scale: standard deviation that divides centred rewards: that of the "group" or "batch", or "none".
-        advantage_baseline: subtracted from each reward: the group's "mean", or "leave_one_out", that of the others.
+        advantage_scale: standard deviation that divides centred rewards: that of the "group", of the "batch", of the
+            batch after centring ("batch_centred", REINFORCE++-baseline), or "none".
+        advantage_baseline: subtracted from each reward: the group's "mean", "leave_one_out", that of the others,
+            "optimal", its mean weighted by length (OPO), or "batch", the mean of all (REINFORCE++).
         multi_objective_aggregation: "sum_then_normalize" adds the weighted rewards first; "normalize_then_sum" (GDPO)
             normalises each within its group first, and with `advantage_scale: batch` the sums over the batch.
         mask_truncated_completions: leave completions that were cut at the length limit out of the loss.
         aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
-            ("sequence"), or divide by the completion limit times sequences ("constant").
+            ("sequence"), divide by the completion limit times sequences ("constant"), add up tokens and average over
+            sequences ("sequence_sum"), or add up all ("token_sum").
         mini_batches: optimizer steps per batch. `trainer.max_steps` counts optimizer steps, and the last batch is
             trained to its end.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.

@@ -7,7 +7,8 @@ A mini-batch passes through the files in this order:
 3. `packing`: prompts and completions -> micro-batches within a token budget. Each has a layout for the model (a padded
    rectangle, or the single row of `shared_prompt`) and flat per-token tensors for the loss.
 4. `logprobs`: hidden states at the predicting positions -> log-probability and entropy of every completion token.
-5. `surrogate.policy_loss`: per-token tensors -> a weighted sum over tokens, to be added up over micro-batches, and its
+5. `forms`: the objective of a token whose probability has moved since it was sampled.
+6. `surrogate.policy_loss`: per-token tensors -> a weighted sum over tokens, to be added up over micro-batches, and its
    `statistics`. The ratios between policies and the KL estimates are in `ratios`.
 
 Notation, in addition to the letters of `datamodules.types`:

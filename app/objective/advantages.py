@@ -11,63 +11,90 @@ from app.objective.ratios import check_choice
 from datamodules.errors import UserError
 from datamodules.types import REWARD_TOLERANCE
 
-Scale = Literal["group", "batch", "none"]
-SCALES = ("group", "batch", "none")
-Baseline = Literal["mean", "leave_one_out"]
-BASELINES = ("mean", "leave_one_out")
+Scale = Literal["group", "batch", "batch_centred", "none"]
+SCALES = ("group", "batch", "batch_centred", "none")
+Baseline = Literal["mean", "leave_one_out", "optimal", "batch"]
+BASELINES = ("mean", "leave_one_out", "optimal", "batch")
+BATCH_IN_GROUPS = (
+    "advantage_baseline is 'batch' and rewards are divided by the standard deviation of their group, which is 0 for "
+    "equal rewards."
+)
 STD_EPSILON = 1e-6
 """Added to a standard deviation before dividing by it, in reward units (as verl does)."""
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", baseline: Baseline = "mean") -> Tensor:
-    """Return the advantage of each completion over its group.
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    scale: Scale = "group",
+    baseline: Baseline = "mean",
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Return the advantage of each completion over its group, or with `baseline="batch"` over the batch.
 
-    A group whose rewards are equal within `REWARD_TOLERANCE`, such as a group of one, gets exactly 0: dividing would
-    otherwise amplify the rounding error of its mean.
+    A group (or batch) whose rewards are equal within `REWARD_TOLERANCE`, such as a group of one, gets exactly 0:
+    dividing would otherwise amplify the rounding error of its mean.
 
     Args:
         rewards: float `[N]`.
         groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because a
             completion whose reward failed is left out.
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
-            unbiased standard deviation of all `N` rewards + 1e-6; "none" does not divide (Dr. GRPO, arXiv 2503.20783,
-            and DOTS, arXiv 2506.05316).
+            unbiased standard deviation of all `N` rewards + 1e-6; "batch_centred" by that of all `N` differences
+            `r - baseline` + 1e-6 (REINFORCE++-baseline, arXiv 2501.03262, per completion and not per token as there);
+            "none" does not divide (Dr. GRPO, arXiv 2503.20783, and DOTS, arXiv 2506.05316).
         baseline: "mean" of the group, the completion itself included; "leave_one_out" is the mean of the others
             (RLOO, arXiv 2402.14740, equation 7), which makes the policy gradient unbiased: with "mean" it is
-            `(G - 1) / G` of it.
+            `(G - 1) / G` of it; "optimal" is the group's mean weighted by length (OPO, arXiv 2505.23585, equation 10);
+            "batch" is the mean of all `N` rewards (REINFORCE++, arXiv 2501.03262), under which equal groups teach too.
+        lengths: float `[N]`, tokens of each completion; required by "optimal".
 
     Returns:
         Float `[N]` of the rewards' type (float32 for integers), without gradient.
 
     Raises:
-        UserError: an unknown `scale` or `baseline`.
-        ValueError: shapes that do not match.
+        UserError: an unknown `scale` or `baseline`, or `baseline="batch"` with `scale="group"`.
+        ValueError: shapes that do not match, or missing lengths.
     """
     check_choice("scale", scale, SCALES)
     check_choice("baseline", baseline, BASELINES)
+    if (baseline, scale) == ("batch", "group"):
+        raise UserError(f"{BATCH_IN_GROUPS} Set advantage_scale to batch or none.")
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)}: expected both to be [N]")
     if not rewards.numel():
         return torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    _, member = torch.unique(groups, return_inverse=True)
+    if baseline == "optimal" and (lengths is None or lengths.shape != rewards.shape):
+        raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
+    _, member = torch.unique(torch.zeros_like(groups) if baseline == "batch" else groups, return_inverse=True)
     zeros = torch.zeros_like(rewards)
     size = _group_sum(torch.ones_like(rewards), member)
     largest = zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
     smallest = zeros.scatter_reduce(0, member, rewards, "amin", include_self=False)[member]
-    centred = rewards - _group_sum(rewards, member) / size
+    if baseline == "optimal" and lengths is not None:
+        lengths = lengths.to(rewards.dtype)
+        centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
+    else:
+        centred = rewards - _group_sum(rewards, member) / size
     centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
     # r - mean of the others = G / (G - 1) (r - mean of all). The standard deviation stays the group's own.
-    advantages = centred if baseline == "mean" else centred * (size / (size - 1).clamp(min=1))
+    advantages = centred * (size / (size - 1).clamp(min=1)) if baseline == "leave_one_out" else centred
     if scale == "group":
-        return advantages / (torch.sqrt(_group_sum(centred**2, member) / (size - 1).clamp(min=1)) + STD_EPSILON)
-    if scale == "batch" and len(rewards) > 1:
-        return advantages / (rewards.std() + STD_EPSILON)
+        _, member = torch.unique(groups, return_inverse=True)
+        return advantages / (_group_std(rewards, member) + STD_EPSILON)
+    if scale != "none" and len(rewards) > 1:
+        return advantages / ((rewards if scale == "batch" else advantages).std() + STD_EPSILON)
     return advantages
 
 
 def decoupled_advantages(
-    components: Tensor, reward_weights: Tensor, groups: Tensor, scale: Scale = "batch", baseline: Baseline = "mean"
+    components: Tensor,
+    reward_weights: Tensor,
+    groups: Tensor,
+    scale: Scale = "batch",
+    baseline: Baseline = "mean",
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Return advantages of several rewards, each normalised within its groups before the sum (GDPO, arXiv 2601.05242).
 
@@ -76,9 +103,10 @@ def decoupled_advantages(
             left out of its mean and spread.
         reward_weights: float `[R]`.
         groups: int `[N]`, as in `group_advantages`.
-        scale: "batch" divides the weighted sums by their unbiased standard deviation over the batch + 1e-6 (GDPO, and
-            TRL's `normalize_then_sum`); "group" leaves them as they are.
+        scale: "batch" and "batch_centred" divide the weighted sums by their unbiased standard deviation over the batch
+            + 1e-6 (GDPO, and TRL's `normalize_then_sum`); "group" leaves them as they are.
         baseline: as in `group_advantages`.
+        lengths: as in `group_advantages`.
 
     Returns:
         Float `[N]`. Exactly 0 where every reward is equal within the group.
@@ -99,10 +127,20 @@ def decoupled_advantages(
     decoupled = torch.zeros_like(components)
     for column in range(components.shape[1]):
         applies = ~torch.isnan(components[:, column])
-        decoupled[applies, column] = group_advantages(components[applies, column], groups[applies], "group", baseline)
+        sizes = None if lengths is None else lengths[applies]
+        decoupled[applies, column] = group_advantages(
+            components[applies, column], groups[applies], "group", baseline, sizes
+        )
     advantages = decoupled @ reward_weights.to(components.dtype)
     # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
-    return advantages / (advantages.std() + STD_EPSILON) if scale == "batch" and len(groups) > 1 else advantages
+    return advantages / (advantages.std() + STD_EPSILON) if scale != "group" and len(groups) > 1 else advantages
+
+
+def _group_std(rewards: Tensor, member: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of each element's group, `[N]`."""
+    size = _group_sum(torch.ones_like(rewards), member)
+    deviation = rewards - _group_sum(rewards, member) / size
+    return torch.sqrt(_group_sum(deviation**2, member) / (size - 1).clamp(min=1))
 
 
 def _group_sum(values: Tensor, member: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from datamodules.errors import UserError, nearest
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are clamped to +-20 before `exp`: a larger ratio is meaningless, and it gets no gradient."""
 
-Aggregation = Literal["token", "sequence", "constant"]
-AGGREGATIONS = ("token", "sequence", "constant")
+Aggregation = Literal["token", "sequence", "constant", "sequence_sum", "token_sum"]
+AGGREGATIONS = ("token", "sequence", "constant", "sequence_sum", "token_sum")
 
 
 def check_choice(name: str, given: str, valid: tuple[str, ...]) -> None:
@@ -36,7 +36,7 @@ def update_ratio(log_ratio: Tensor, sequences: Tensor | None) -> Tensor:
             `(pi(o) / pi_old(o))^(1 / |o|)` (arXiv 2507.18071, equation 7). None uses each token's own ratio.
     """
     if sequences is not None:
-        log_ratio = _sequence_sum(log_ratio, sequences) / _sequence_sum(torch.ones_like(log_ratio), sequences)
+        log_ratio = sequence_mean(log_ratio, sequences)
     return bounded_exp(log_ratio)
 
 
@@ -52,14 +52,20 @@ def importance_weight(
         mode: "truncate" lowers a larger weight to the cap (TIS), "mask" sets it to 0 (MIS).
     """
     if sequences is not None:
-        log_importance = _sequence_sum(log_importance, sequences)
+        log_importance = sequence_sum(log_importance, sequences)
     importance = bounded_exp(log_importance)
     return torch.where(importance <= cap, importance, 0.0) if mode == "mask" else importance.clamp(max=cap)
 
 
-def _sequence_sum(values: Tensor, sequences: Tensor) -> Tensor:
+def sequence_sum(values: Tensor, sequences: Tensor) -> Tensor:
+    """Return the sum over each token's sequence, `[T]`."""
     # A target with one row per token is long enough, and finding the largest index would wait for the device.
     return torch.zeros_like(values).index_add(0, sequences, values)[sequences]
+
+
+def sequence_mean(values: Tensor, sequences: Tensor) -> Tensor:
+    """Return the mean over each token's sequence, `[T]`."""
+    return sequence_sum(values, sequences) / sequence_sum(torch.ones_like(values), sequences)
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -91,7 +97,9 @@ def token_weights(
             ranks, including sequences that get no forward pass because their advantage is 0.
         aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
             local batch is the mini-batch); "sequence": mean over a sequence's tokens, then over sequences (GRPO);
-            "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783).
+            "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783);
+            "sequence_sum": sum over a sequence's tokens, then mean over sequences (verl's seq-mean-token-sum, and with
+            a sequence ratio LUSPO, arXiv 2602.05261); "token_sum": sum over all tokens.
         max_completion_length: required by "constant".
 
     Returns:
@@ -108,6 +116,8 @@ def token_weights(
         return torch.full_like(lengths, 1 / max(float(lengths.sum()), 1.0))
     if aggregation == "sequence":
         return 1 / (lengths.clamp(min=1) * sequences)
+    if aggregation in ("sequence_sum", "token_sum"):
+        return torch.full_like(lengths, 1 / sequences if aggregation == "sequence_sum" else 1.0)
     if max_completion_length is None:
         raise ValueError("aggregation 'constant' needs max_completion_length, which is None. Pass it.")
     return torch.full_like(lengths, 1 / (max_completion_length * sequences))

@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from app.objective.advantages import Baseline, Scale
+from app.objective.advantages import BATCH_IN_GROUPS, Baseline, Scale
+from app.objective.options import SurrogateOptions
 from app.objective.packing import PackedBatch
 from app.objective.ratios import Aggregation
-from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.objective.surrogate import PolicyLoss, policy_loss
 from app.policy.modes import evaluating
 from app.policy.reference import ReferencePolicy
 from app.policy.scoring import completion_logprobs
@@ -46,6 +47,11 @@ class LearnerOptions:
         for name, given in counts.items():
             if given < 1:
                 raise UserError(f"model.{name} is {given}; set it to 1 or more.")
+        if self.advantage_baseline == "batch" and (
+            self.advantage_scale == "group" or self.multi_objective_aggregation == "normalize_then_sum"
+        ):
+            instead = "Set advantage_scale to batch or none, and multi_objective_aggregation to sum_then_normalize."
+            raise UserError(f"model.{BATCH_IN_GROUPS} {instead}")
         if (self.multi_objective_aggregation, self.advantage_scale) == ("normalize_then_sum", "none"):
             raise UserError(
                 "model.advantage_scale is none with multi_objective_aggregation=normalize_then_sum, which would "

@@ -62,12 +62,14 @@ def advantages_of(
         return []
     sizes = [len(group.rewards) for group in groups]
     members = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
+    lengths = torch.tensor([float(len(one.token_ids)) for group in groups for one in group.completions])
     if decoupled is None:
-        flat = group_advantages(_concatenate([group.rewards for group in groups]), members, scale, baseline)
+        rewards = _concatenate([group.rewards for group in groups])
+        flat = group_advantages(rewards, members, scale, baseline, lengths)
     else:
         columns = [_concatenate([group.components[name] for group in groups]) for name in decoupled]
         weights = torch.tensor(list(decoupled.values()))
-        flat = decoupled_advantages(torch.stack(columns, dim=1), weights, members, scale, baseline)
+        flat = decoupled_advantages(torch.stack(columns, dim=1), weights, members, scale, baseline, lengths)
     return np.split(flat.numpy(), np.cumsum(sizes)[:-1])
 
 

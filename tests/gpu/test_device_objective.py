@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from app.objective.logprobs import token_logprobs
+from app.objective.options import SurrogateOptions
 from app.objective.packing import PackedBatch, collate, pack
-from app.objective.surrogate import SurrogateOptions, policy_loss
+from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
 from datamodules.types import Prompt, RolloutGroup
 from tests.gpu.conftest import Measured

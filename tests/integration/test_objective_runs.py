@@ -65,7 +65,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_every_published_variant_takes_a_step(tmp_path: Path) -> None:
-    assert OBJECTIVES == ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "gspo", "sapo"]
+    assert len(OBJECTIVES) >= 18
     losses = {}
     for name in OBJECTIVES:
         done, run = fit(tmp_path / name, "--config", f"configs/objective/{name}.yaml", "--trainer.max_steps=1")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from app.cli import DotsTrainer
 from app.engines import Sampling
 from app.module import GRPOModule
-from app.objective.surrogate import SurrogateOptions
+from app.objective.options import SurrogateOptions
 from app.policy.model import Policy
 from app.policy.weights import export, plain_weights
 from app.rewards import Format

@@ -65,7 +65,9 @@ def test_integer_rewards() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(UserError, match=r"scale is 'grup'; expected one of group, batch, none: did you mean 'group'\?"):
+    with pytest.raises(
+        UserError, match=r"scale is 'grup'; expected one of group, batch, batch_centred, none: did you mean 'group'\?"
+    ):
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "grup")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
@@ -178,3 +180,31 @@ def test_rewards_apart_of_the_smallest_batches() -> None:
     two = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     found = decoupled_advantages(two, weight, torch.tensor([0, 0]), "batch")
     torch.testing.assert_close(found, torch.tensor([0.5**0.5, -(0.5**0.5)], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_the_batch_as_the_baseline_by_hand() -> None:
+    # The mean of all is 1/2, and the standard deviation sqrt(4 (1/4) / 3).
+    rewards, groups = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    centred = torch.tensor([0.5, 0.5, -0.5, -0.5])
+    torch.testing.assert_close(group_advantages(rewards, groups, "none", "batch"), centred)
+    torch.testing.assert_close(group_advantages(rewards, groups, "batch", "batch"), centred / ((1 / 3) ** 0.5 + 1e-6))
+    assert group_advantages(torch.ones(3), groups[:3], "batch", "batch").tolist() == [0.0] * 3
+    with pytest.raises(UserError, match=r"the standard deviation of their group, which is 0.*Set advantage_scale"):
+        group_advantages(rewards, groups, "group", "batch")
+
+
+def test_the_spread_of_what_is_centred_by_hand() -> None:
+    # Differences +-1/2 and 0, 0 have the mean 0 and the variance (1/4 + 1/4) / 3.
+    rewards, groups = torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1])
+    found = group_advantages(rewards, groups, "batch_centred")
+    torch.testing.assert_close(found, torch.tensor([0.5, -0.5, 0.0, 0.0]) / ((1 / 6) ** 0.5 + 1e-6))
+
+
+def test_the_mean_weighted_by_length_by_hand() -> None:
+    # (3 x 1 + 1 x 0) / 4 = 3/4, and (1 x 2 + 1 x 0) / 2 = 1.
+    rewards, groups = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    lengths = torch.tensor([3.0, 1.0, 1.0, 1.0])
+    found = group_advantages(rewards, groups, "none", "optimal", lengths)
+    torch.testing.assert_close(found, torch.tensor([0.25, -0.75, 1.0, -1.0]))
+    with pytest.raises(ValueError, match="needs the length of every completion"):
+        group_advantages(rewards, groups, "none", "optimal")

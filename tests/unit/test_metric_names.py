@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
-from app.objective.surrogate import SurrogateOptions
+from app.objective.options import SurrogateOptions
 from callbacks import (
     DynamicSampling,
     ReferenceRollouts,

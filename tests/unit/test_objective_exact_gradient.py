@@ -18,8 +18,9 @@ from torch import Tensor
 
 from app.objective.advantages import group_advantages
 from app.objective.logprobs import token_logprobs
+from app.objective.options import SurrogateOptions
 from app.objective.ratios import token_weights
-from app.objective.surrogate import SurrogateOptions, policy_loss
+from app.objective.surrogate import policy_loss
 
 F64 = torch.float64
 COMPLETIONS = [(1,), (0, 1), (0, 0, 1), (0, 0, 0)]

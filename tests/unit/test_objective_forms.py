@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.objective.forms import MovedTokens, capped_tokens, clipped_tokens
+from app.objective.options import SurrogateOptions
 from app.objective.ratios import kl_estimate
-from app.objective.surrogate import SurrogateOptions, capped_tokens, clipped_tokens, policy_loss
+from app.objective.surrogate import policy_loss
 from datamodules.errors import UserError
 
 F64 = torch.float64
@@ -121,7 +123,7 @@ def test_kl_values_are_unbiased() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "clipp"}, r"surrogate.form is 'clipp'; expected one of clip, cispo, sapo: .*'clip'"),
+        ({"form": "clipp"}, r"surrogate.form is 'clipp'; expected one of clip, cispo, sapo, .*'clip'"),
         ({"dual_clip": 1.1}, r"dual_clip is 1.1; set it to null or a number above 1 \+ epsilon_high"),
         (
             {"dual_clip": 1.25, "epsilon_high": 0.25},
@@ -159,23 +161,143 @@ def test_every_value_inside_its_bounds_is_accepted() -> None:
     SurrogateOptions(form="sapo", sapo_tau_positive=0.5, sapo_tau_negative=0.5, beta=0.001, kl_corrected=True)
 
 
+def moved(ratio: Tensor, advantages: Tensor) -> MovedTokens:
+    """Tokens that had the probability 1/2."""
+    half = torch.full_like(ratio, 0.5).log()
+    return MovedTokens(half + ratio.log(), half, ratio, advantages, torch.ones_like(ratio))
+
+
 def test_tokens_on_a_bound_or_without_advantage_do_not_count_as_clipped() -> None:
     ratio = tensor(0.75, 0.5, 1.25, 1.5, 0.5, 1.5)
     advantages = tensor(-1, 0, 1, 0, -1, 1)
-    low, high = clipped_tokens(ratio, advantages, SurrogateOptions(epsilon_low=0.25, epsilon_high=0.25))
+    tokens = moved(ratio, advantages)
+    low, high = clipped_tokens(tokens, SurrogateOptions(epsilon_low=0.25, epsilon_high=0.25))
     assert low.tolist() == [False] * 4 + [True, False]
     assert high.tolist() == [False] * 5 + [True]
     for form in ("cispo", "sapo"):
-        for nowhere in clipped_tokens(ratio, advantages, SurrogateOptions(form=form)):  # type: ignore[arg-type]
+        for nowhere in clipped_tokens(tokens, SurrogateOptions(form=form)):  # type: ignore[arg-type]
             assert (nowhere.tolist(), nowhere.dtype) == ([False] * 6, torch.bool)
 
 
 def test_tokens_on_the_second_bound_or_without_advantage_do_not_count_as_capped() -> None:
     ratio, advantages = tensor(3, 4, 4, 4), tensor(-1, 0, 1, -1)
-    capped = capped_tokens(ratio, advantages, SurrogateOptions(dual_clip=3.0))
+    tokens = moved(ratio, advantages)
+    capped = capped_tokens(tokens, SurrogateOptions(dual_clip=3.0))
     assert capped is not None
     assert capped.tolist() == [False, False, False, True]
-    capped = capped_tokens(ratio, advantages, SurrogateOptions(form="cispo", cispo_cap=3.0))
+    capped = capped_tokens(tokens, SurrogateOptions(form="cispo", cispo_cap=3.0))
     assert capped is not None
     assert capped.tolist() == [False, True, True, True]
-    assert capped_tokens(ratio, advantages, SurrogateOptions()) is None
+    assert capped_tokens(tokens, SurrogateOptions()) is None
+
+
+LN2, LN4 = math.log(2), math.log(4)
+
+
+def of_sequences(*numbers: int) -> Tensor:
+    return torch.tensor(numbers)
+
+
+def test_cispo_with_a_floor() -> None:
+    # Weights 0.5, 2 and 3 (capped) of A grad log pi: the log-probs are ln 0.05, ln 1 and ln 2.
+    options = SurrogateOptions(form="cispo", cispo_floor=0.5, cispo_cap=3.0)
+    loss, gradient, _ = run((0.1, 2, 4), (1, -1, 1), options)
+    torch.testing.assert_close(gradient, tensor(-0.5, 2, -3))
+    assert loss == pytest.approx(-0.5 * math.log(0.05) - 3 * LN2)
+
+
+def test_total_variation_bounds_the_change_of_a_probability() -> None:
+    # From 1/2 to 0.6, 0.7, 0.3 and 0.1: changes of +0.1, +0.2, -0.2 and -0.4. The bounds are 0.15 and 0.3; what moves
+    # against its advantage is not bounded. The ratio 1.4 is weighed as 1.3.
+    options = SurrogateOptions(form="dppo_tv", epsilon_low=0.3, epsilon_high=0.15, dppo_cap=1.3)
+    _, gradient, metrics = run((1.2, 1.4, 0.6, 0.2, 1.4), (1, 1, -1, -1, -1), options)
+    torch.testing.assert_close(gradient, tensor(-1.2, 0, 0.6, 0, 1.3))
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == pytest.approx((0.2, 0.2))
+    assert metrics["clip_ratio/capped_mean"] == pytest.approx(0.4)
+
+
+def test_the_geometric_mean_of_clipped_ratios() -> None:
+    # A = 1: log-ratios ln 2 (clipped to 0.4) and -ln 4 (kept: it is the smaller): mean (0.4 - ln 4) / 2. A = -1: ln 2
+    # is kept (pessimistic), -ln 4 becomes -0.4: mean (ln 2 - 0.4) / 2. Tokens weigh 1, so that each counts its sequence.
+    options = SurrogateOptions(form="geo_mean", epsilon_low=0.4, epsilon_high=0.4)
+    sequences = of_sequences(0, 0, 1, 1)
+    loss, gradient, metrics = run((2, 0.25, 2, 0.25), (1, 1, -1, -1), options, sequences=sequences)
+    first, second = math.exp((0.4 - LN4) / 2), math.exp((LN2 - 0.4) / 2)
+    assert loss == pytest.approx(2 * (-first + second))
+    torch.testing.assert_close(gradient, tensor(0, -first, second, 0))
+    assert (metrics["clip_ratio/low_mean"], metrics["clip_ratio/high_mean"]) == (0.25, 0.25)
+
+
+def test_without_a_ratio() -> None:
+    loss, gradient, _ = run((4, 0.5), (2, -1), SurrogateOptions(form="gpg"))
+    torch.testing.assert_close(gradient, tensor(-2, 1))
+    assert loss == pytest.approx(-2 * LN2 + 1 * math.log(0.25))
+
+
+def test_the_smooth_weight_of_a_sequence() -> None:
+    # w = 2 x 0.5 x 2 = 2. A >= 0: e^3 2^2 e^-6 = 4 e^-3; A < 0: e^2 2^3 e^-4 = 8 e^-2.
+    options = SurrogateOptions(form="vespo")
+    sequences = of_sequences(0, 0, 0, 1, 1, 1)
+    _, gradient, _ = run((2, 0.5, 2) * 2, (1, 1, 1, -1, -1, -1), options, sequences=sequences)
+    torch.testing.assert_close(gradient, tensor(*[-4 * math.exp(-3)] * 3, *[8 * math.exp(-2)] * 3))
+    assert run((1, 1), (1, 1), options, sequences=of_sequences(0, 0))[1].tolist() == pytest.approx([-1, -1])
+
+
+def test_the_importance_of_a_sequence_is_part_of_its_smooth_weight() -> None:
+    # pi_old / mu is 2 at both tokens, the first capped at 1.5: w = 1 x 1.5 x 1.5.
+    old = tensor(0.5, 0.5).log()
+    logprobs = old.clone().requires_grad_()
+    options = SurrogateOptions(form="vespo", importance_cap=1.5)
+    ones = torch.ones(2, dtype=F64)
+    policy_loss(
+        logprobs, old - LN2, ones, ones, options, old_logprobs=old, sequences=of_sequences(0, 0)
+    ).loss.backward()
+    w = 2.25
+    torch.testing.assert_close(logprobs.grad, tensor(*[-math.exp(3 - 3 * w) * w**2] * 2))
+
+
+def test_the_largest_covariances_are_penalised() -> None:
+    # Log-probs ln 0.5 + ln(4, 1, 1, 1) have the mean ln 0.5 + ln 4 / 4; A of 3, -1, -1, -1 has the mean 0. The first
+    # token has the covariance 9/4 ln 4, the others 1/4 ln 4: a quarter of the tokens is the first.
+    options = SurrogateOptions(form="kl_cov", cov_fraction=0.25, kl_cov_coef=0.5)
+    loss, gradient, _ = run((4, 1, 1, 1), (3, -1, -1, -1), options)
+    assert loss == pytest.approx(-(4 * 3 - 3) + 0.5 * LN4)
+    torch.testing.assert_close(gradient, tensor(-12 + 0.5, 1, 1, 1))
+
+
+def test_covariances_within_their_bounds_are_left_out() -> None:
+    # As above; the covariances are 3.12 and 0.35. The first token is beyond the clip range and never a candidate.
+    ratios, advantages = (4, 1, 1, 1), (3, -1, -1, -1)
+    options = SurrogateOptions(form="clip_cov", cov_low=0.3, cov_high=5.0, cov_fraction=0.5)
+    _, gradient, _ = run(ratios, advantages, options)
+    torch.testing.assert_close(gradient, tensor(0, 0, 0, 1))  # candidates 1, 2 and 3: evenly spaced, 1 and 2
+    options = SurrogateOptions(form="clip_cov", cov_low=1.0, cov_high=5.0, cov_fraction=0.5)
+    _, gradient, _ = run(ratios, advantages, options)
+    torch.testing.assert_close(gradient, tensor(0, 1, 1, 1))
+    wide = SurrogateOptions(form="clip_cov", epsilon_high=5.0, cov_low=1.0, cov_high=5.0, cov_fraction=0.5)
+    torch.testing.assert_close(run(ratios, advantages, wide)[1], tensor(0, 1, 1, 1))
+    narrow = SurrogateOptions(form="clip_cov", epsilon_high=5.0, cov_low=1.0, cov_high=3.0, cov_fraction=0.5)
+    torch.testing.assert_close(run(ratios, advantages, narrow)[1], tensor(-12, 1, 1, 1))
+
+
+def test_sequences_far_from_their_sampler_are_left_out_where_their_advantage_is_negative() -> None:
+    # log(mu / pi): ln 2 on average in both; above 0.5, so that the second sequence is left out and the first kept.
+    options = SurrogateOptions(form="gpg", off_policy_mask_threshold=0.5)
+    sequences = of_sequences(0, 0, 1, 1)
+    _, gradient, _ = run((0.25, 1, 0.25, 1), (1, 1, -1, -1), options, sequences=sequences)
+    torch.testing.assert_close(gradient, tensor(-1, -1, 0, 0))
+    options = SurrogateOptions(form="gpg", off_policy_mask_threshold=0.7)
+    _, gradient, _ = run((0.25, 1, 0.25, 1), (1, 1, -1, -1), options, sequences=sequences)
+    torch.testing.assert_close(gradient, tensor(-1, -1, 1, 1))
+
+
+def test_the_tokens_of_the_highest_entropy_count() -> None:
+    options = SurrogateOptions(form="gpg", top_entropy_quantile=0.25)
+    _, gradient, _ = run((1,) * 5, (1,) * 5, options, entropy=tensor(0.1, 0.5, 0.2, 0.4, 0.3))
+    torch.testing.assert_close(gradient, tensor(0, -1, 0, -1, 0))  # the quantile 0.75 of five is the fourth
+
+
+def test_forms_that_read_each_tokens_ratio_refuse_that_of_the_sequence() -> None:
+    for form in ("clip_cov", "kl_cov", "dppo_tv", "geo_mean", "gpg", "vespo"):
+        with pytest.raises(UserError, match="reads each token's own ratio"):
+            SurrogateOptions(form=form, ratio_level="sequence")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.engines import RolloutEngine, Transformers, VllmServer
 from app.module import GRPOModule
-from app.objective.surrogate import SurrogateOptions
+from app.objective.options import SurrogateOptions
 from app.update.minibatch import advantages_of, minibatches
 from datamodules.seeding import generator
 from datamodules.types import Prompt, RolloutGroup

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from app.objective import advantages as ours
+from app.objective.options import SurrogateOptions
 from app.objective.packing import ScoredSequence, collate, plan_microbatches
 from app.objective.ratios import Aggregation, token_weights
-from app.objective.surrogate import SurrogateOptions, policy_loss
+from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
 from app.rewards import SoftOverlong
 from app.update.minibatch import advantages_of, minibatches
@@ -206,6 +207,15 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], Aggregation]] = {
         {"form": "sapo", "ratio_level": "sequence"},
         "sequence",
     ),
+    "luspo": (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08},
+        {"ratio_level": "sequence", "epsilon_low": 0.05, "epsilon_high": 0.08},
+        "sequence_sum",
+    ),
+    "vespo": ({"loss_type": "vespo"}, {"form": "vespo"}, "token"),
+    "off_policy_mask": (
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.05}, {"off_policy_mask_threshold": 0.05}, "sequence"
+    ),
     "cispo_sequence": (
         {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.05},
         {"form": "cispo", "ratio_level": "sequence", "cispo_cap": 1.05},
@@ -228,7 +238,7 @@ def test_loss_and_gradient(model: Any, tokenizer: Any, tokens: Tokens, tmp_path:
     assert_same(mine(model, tokens, SurrogateOptions(**options, **KL[kl][1]), aggregation), expected)
 
 
-@pytest.mark.parametrize("name", ["dapo", "cispo_capped", "sapo", "gspo_token_mean"])
+@pytest.mark.parametrize("name", ["dapo", "cispo_capped", "sapo", "gspo_token_mean", "vespo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 def test_importance_correction(

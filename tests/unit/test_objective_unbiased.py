@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from app.engines import Sampling
-from app.objective.surrogate import SurrogateOptions
+from app.objective.options import SurrogateOptions
 from callbacks.algorithm.replay_buffer import ReplayBuffer
 from datamodules.types import Prompt, RolloutGroup
 from tests.support.policies import flat_gradient, gradient, group_of, module_on, tiny_model

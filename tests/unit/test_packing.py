@@ -10,9 +10,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from app.objective.logprobs import token_logprobs
+from app.objective.options import SurrogateOptions
 from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches
 from app.objective.ratios import token_weights
-from app.objective.surrogate import SurrogateOptions, policy_loss
+from app.objective.surrogate import policy_loss
 
 
 def test_plan_by_hand() -> None:

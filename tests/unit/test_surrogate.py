@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.objective.ratios import kl_estimate, token_weights
+from app.objective.options import SurrogateOptions
+from app.objective.ratios import AGGREGATIONS, kl_estimate, token_weights
 from app.objective.statistics import Statistics
-from app.objective.surrogate import PolicyLoss, SurrogateOptions, policy_loss
+from app.objective.surrogate import PolicyLoss, policy_loss
 from datamodules.errors import UserError
 
 F64 = torch.float64
@@ -215,11 +216,13 @@ def test_token_weights_by_hand() -> None:
     close(token_weights(lengths, "token"), torch.tensor([1 / 8] * 3))
     close(token_weights(lengths, "sequence"), torch.tensor([1 / 3, 1 / 9, 1 / 12]))
     close(token_weights(lengths, "constant", max_completion_length=5), torch.tensor([1 / 15] * 3))
+    close(token_weights(lengths, "sequence_sum"), torch.tensor([1 / 3] * 3))
+    close(token_weights(lengths, "token_sum"), torch.tensor([1.0] * 3))
 
 
 def test_token_weights_of_little_and_of_nothing() -> None:
     one, none = torch.tensor([1.0], dtype=F64), torch.zeros(2, dtype=torch.int64)
-    for aggregation in ("token", "sequence", "constant"):
+    for aggregation in AGGREGATIONS:
         weights = token_weights(one, aggregation, max_completion_length=1)  # type: ignore[arg-type]
         assert (weights.tolist(), weights.dtype) == ([1], F64)
         empty = token_weights(none[:0], aggregation, max_completion_length=1)  # type: ignore[arg-type]
@@ -234,7 +237,8 @@ def test_wrong_input_is_refused() -> None:
         SurrogateOptions(clip_center="new")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"epsilon_low is -0\.1; set it to a number in \[0, 1\]"):
         SurrogateOptions(epsilon_low=-0.1)
-    choice = "aggregation is 'tokens'; expected one of token, sequence, constant: did you mean 'token'"
+    choices = "token, sequence, constant, sequence_sum, token_sum"
+    choice = f"aggregation is 'tokens'; expected one of {choices}: did you mean 'token'"
     with pytest.raises(UserError, match=choice):
         token_weights(torch.ones(1), "tokens")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^aggregation 'constant' needs max_completion_length"):
@@ -246,11 +250,9 @@ def test_wrong_input_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"^beta=0\.1 needs reference_logprobs"):
         loss(SurrogateOptions(beta=0.1))
-    with pytest.raises(ValueError, match=r"^entropy_coef=0\.1 needs entropy"):
+    with pytest.raises(ValueError, match=r"^entropy_coef=0\.1 and top_entropy_quantile=1\.0 need entropy"):
         loss(SurrogateOptions(entropy_coef=0.1))
-    levels = (
-        "^The loss with ratio_level 'token' and importance_level 'sequence' needs the sequence index of every token"
-    )
+    levels = "^The loss with .*importance_level='sequence'.* needs the sequence index of every token"
     with pytest.raises(ValueError, match=levels):
         loss(SurrogateOptions(importance_level="sequence"))
     with pytest.raises(ValueError, match=r"^shapes \[.*\(2,\).*\]: expected all to be \[T\]"):
