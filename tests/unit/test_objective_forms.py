@@ -117,7 +117,7 @@ def test_kl_values_are_unbiased() -> None:
     pi, reference = tensor(0.2, -0.5, 1.1).log_softmax(0), tensor(-0.3, 0.6, 0.5).log_softmax(0)
     exact = float((pi.exp() * (pi - reference)).sum())
     for estimator in ("k1", "k3"):
-        assert float((pi.exp() * kl_estimate(pi, reference, estimator)).sum()) == pytest.approx(exact)  # type: ignore
+        assert float((pi.exp() * kl_estimate(pi, reference, estimator)).sum()) == pytest.approx(exact)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_tokens_on_a_bound_or_without_advantage_do_not_count_as_clipped() -> Non
     assert low.tolist() == [False] * 4 + [True, False]
     assert high.tolist() == [False] * 5 + [True]
     for form in ("cispo", "sapo"):
-        for nowhere in clipped_tokens(tokens, SurrogateOptions(form=form)):  # type: ignore[arg-type]
+        for nowhere in clipped_tokens(tokens, SurrogateOptions(form=form)):
             assert (nowhere.tolist(), nowhere.dtype) == ([False] * 6, torch.bool)
 
 
@@ -218,7 +218,7 @@ def test_total_variation_bounds_the_change_of_a_probability() -> None:
 
 def test_the_geometric_mean_of_clipped_ratios() -> None:
     # A = 1: log-ratios ln 2 (clipped to 0.4) and -ln 4 (kept: it is the smaller): mean (0.4 - ln 4) / 2. A = -1: ln 2
-    # is kept (pessimistic), -ln 4 becomes -0.4: mean (ln 2 - 0.4) / 2. Tokens weigh 1, so that each counts its sequence.
+    # is kept (pessimistic), -ln 4 becomes -0.4: mean (ln 2 - 0.4) / 2. Weights are 1.
     options = SurrogateOptions(form="geo_mean", epsilon_low=0.4, epsilon_high=0.4)
     sequences = of_sequences(0, 0, 1, 1)
     loss, gradient, metrics = run((2, 0.25, 2, 0.25), (1, 1, -1, -1), options, sequences=sequences)
@@ -300,4 +300,4 @@ def test_the_tokens_of_the_highest_entropy_count() -> None:
 def test_forms_that_read_each_tokens_ratio_refuse_that_of_the_sequence() -> None:
     for form in ("clip_cov", "kl_cov", "dppo_tv", "geo_mean", "gpg", "vespo"):
         with pytest.raises(UserError, match="reads each token's own ratio"):
-            SurrogateOptions(form=form, ratio_level="sequence")  # type: ignore[arg-type]
+            SurrogateOptions(form=form, ratio_level="sequence")
