@@ -251,8 +251,8 @@ class GRPOModule(LightningModule):
         self.optimization.check_length(self.optimizer_steps)
         if self.sampling.truncates:
             rank_zero_warn(
-                f"model.sampling truncates the distribution (top_p {self.sampling.top_p}, top_k {self.sampling.top_k}): "
-                "tokens that it leaves out are never tried, and the importance weights of the others start below 1."
+                f"model.sampling has top_p={self.sampling.top_p} and top_k={self.sampling.top_k}: tokens that are left "
+                "out are never tried, and the importance weights of the others start below 1."
             )
         if self.resumed is not None:
             self._identity.check(self.resumed)

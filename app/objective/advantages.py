@@ -31,7 +31,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, scale: Scale = "group", ba
             completion whose reward failed is left out.
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
             unbiased standard deviation of all `N` rewards + 1e-6; "none" does not divide (Dr. GRPO, arXiv 2503.20783,
-            and DOTS, arXiv 2506.05316).
+            and DOTS as printed, arXiv 2506.05316; its authors' code is "group").
         baseline: "mean" of the group, the completion itself included; "leave_one_out" is the mean of the others
             (RLOO, arXiv 2402.14740, equation 7), which makes the policy gradient unbiased: with "mean" it is
             `(G - 1) / G` of it.
