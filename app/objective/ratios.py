@@ -90,8 +90,9 @@ def token_weights(
         lengths: int `[N]`, completion tokens of each sequence of the global mini-batch: over all micro-batches and
             ranks, including sequences that get no forward pass because their advantage is 0.
         aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
-            local batch is the mini-batch; DOTS' code adds up such means of each of its micro-batches); "sequence": mean over a sequence's tokens, then over sequences (GRPO);
-            "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783).
+            local batch is the mini-batch; DOTS' code adds up such means of each of its micro-batches); "sequence": mean
+            over a sequence's tokens, then over sequences (GRPO); "constant": sum over tokens divided by
+            `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783).
         max_completion_length: required by "constant".
 
     Returns:

@@ -31,8 +31,8 @@ def draw_weight(rewards: np.ndarray) -> float:
 class ReplayBuffer:
     """Buffer of rollout replay (arXiv 2506.05316, algorithm 1): the newest `capacity` groups, the newest per prompt.
 
-    A prompt's older entry goes before the buffer is cut to its capacity. The authors' code cuts first, and so may end with
-    fewer entries.
+    A prompt's older entry goes before the buffer is cut to its capacity. The authors' code cuts first, and so may keep
+    fewer and other groups.
 
     Args:
         capacity: number of groups kept, `C`.

@@ -64,7 +64,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_truncated_distribution_is_corrected_for(tmp_path: Path) -> None:
-    """The ratio to the policy before the update starts at 1; kept tokens weigh their share of the whole distribution."""
+    """The ratio to the policy before the update starts at 1; kept tokens weigh their share of the distribution."""
     options = ["--model.sampling.top_p=0.5", "--model.mini_batches=2", "--model.optimization.learning_rate=1e-12"]
     done, run = fit(tmp_path, *options, "--trainer.max_steps=2")
     assert done.returncode == 0, done.stderr[-2000:]

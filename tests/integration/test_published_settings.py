@@ -1,4 +1,4 @@
-"""The published settings of `configs/paper`: each prints its table without weights or data, and its small twin trains."""
+"""The published settings of `configs/paper`: each prints its table without weights or data, and a twin trains."""
 
 from __future__ import annotations
 
