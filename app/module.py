@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,8 @@ class GRPOModule(LightningModule):
         rewards: score the completions: one or a list. A name (`math`, `numeric`), a function (`my_rewards.is_right`,
             `my_rewards.py:is_right`), or a class with options; see `Reward` for which measure correctness.
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
-        sampling: sampling of training completions.
+        sampling: sampling of training completions. With `top_p` or `top_k` the importance weight of a token is that of
+            the whole distribution to the truncated one; tokens that are left out are never tried.
         val_sampling: sampling of validation completions; None is `sampling`.
         pass_at_k: the k of `val/pass@k` and `val/maj@k`, one or several, at most `val_sampling.num_generations`; None
             is 4, or that number if it is less.
@@ -117,10 +119,10 @@ class GRPOModule(LightningModule):
         if (group_size := sampling.num_generations) < 2:
             told = f"model.sampling.num_generations is {group_size}, but an advantage compares completions of a prompt"
             raise UserError(f"{told}. Set it to 2 or more.")
-        if sampling.truncates:
+        if sampling.temperature == 0:
             raise UserError(
-                "model.sampling truncates the distribution, which makes importance ratios wrong. Set temperature > 0, "
-                "top_p 1.0 and top_k 0 for training; val_sampling may truncate."
+                "model.sampling.temperature is 0, which makes the completions of a group the same, but an advantage "
+                "compares them. Set it above 0; val_sampling may be greedy."
             )
         self.options = LearnerOptions(
             surrogate=surrogate, temperature=sampling.temperature, max_completion_length=sampling.max_completion_length,
@@ -208,7 +210,7 @@ class GRPOModule(LightningModule):
         weights = dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
         return Learner(
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
-            self.tokenizer.pad_token_id, self.device, self.engine.uses_policy,
+            self.tokenizer.pad_token_id, self.device, self.engine.uses_policy and not self.sampling.truncates,
         )  # fmt: skip
 
     @property
@@ -250,6 +252,11 @@ class GRPOModule(LightningModule):
                 "the prompts) or trainer.max_time."
             )
         self.optimization.check_length(self.optimizer_steps)
+        if self.sampling.truncates:
+            rank_zero_warn(
+                f"model.sampling has top_p={self.sampling.top_p} and top_k={self.sampling.top_k}: tokens that are left "
+                "out are never tried, and the importance weights of the others start below 1."
+            )
         if self.resumed is not None:
             self._identity.check(self.resumed)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from datamodules.errors import UserError, nearest
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptSource
 from datamodules.prompts.reading import reward_columns
 from datamodules.prompts.schemas import lookup
-from datamodules.prompts.splits import sub_pool
-from datamodules.seeding import derive_seed
+from datamodules.prompts.splits import sample_pool
 
 MOST_VALUES = 64
 """Largest number of values of a column by which a set is measured."""
@@ -75,10 +72,7 @@ class ValidationSet:
 
     def chosen(self, pool: PromptPool) -> PromptPool:
         """Return the prompts to measure, in the order of the pool: those with the smallest hashes of their ids."""
-        if self.size is None or self.size >= len(pool):
-            return pool
-        ranks = [derive_seed("validation size", name) for name in pool.ids]
-        return sub_pool(pool, np.sort(np.argsort(ranks, kind="stable")[: self.size]))
+        return sample_pool(pool, self.size, "validation size")
 
     def tags_of(self, pool: PromptPool, where: str) -> tuple[str, ...]:
         """Return the columns by which the pool is measured.

@@ -65,8 +65,8 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """True if some tokens can never be sampled, which biases importance ratios against the full policy."""
-        return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
+        """True if some tokens can never be sampled, so that log-probabilities are not those of the whole policy."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 class RolloutEngine(ABC):

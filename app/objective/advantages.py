@@ -42,7 +42,8 @@ def group_advantages(
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
             unbiased standard deviation of all `N` rewards + 1e-6; "batch_centred" by that of all `N` differences
             `r - baseline` + 1e-6 (REINFORCE++-baseline, arXiv 2501.03262, per completion and not per token as there);
-            "none" does not divide (Dr. GRPO, arXiv 2503.20783, and DOTS, arXiv 2506.05316).
+            "none" does not divide (Dr. GRPO, arXiv 2503.20783, and DOTS as printed, arXiv 2506.05316; its authors' code
+            is "group").
         baseline: "mean" of the group, the completion itself included; "leave_one_out" is the mean of the others
             (RLOO, arXiv 2402.14740, equation 7), which makes the policy gradient unbiased: with "mean" it is
             `(G - 1) / G` of it; "optimal" is the group's mean weighted by length (OPO, arXiv 2505.23585, equation 10);

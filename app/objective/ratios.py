@@ -75,7 +75,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
     samples from pi (http://joschu.net/blog/kl-approx.html). As a *loss* their expected gradients differ: k2's is that
     of KL(pi || ref), k3's that of KL(ref || pi), and k1's is 0. Multiplied by the ratio
     (`SurrogateOptions.kl_corrected`), both k1 and k3 have the gradient of KL(pi || ref) (DeepSeek-V3.2,
-    arXiv 2512.02556, section 3.1).
+    arXiv 2512.02556, section 3.1). `x` is limited to +-20; verl, and with it DOTS' code, also clamps k3 to [-10, 10].
     """
     x = (reference_logprobs - logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     match estimator:
@@ -96,10 +96,11 @@ def token_weights(
         lengths: int `[N]`, completion tokens of each sequence of the global mini-batch: over all micro-batches and
             ranks, including sequences that get no forward pass because their advantage is 0.
         aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
-            local batch is the mini-batch); "sequence": mean over a sequence's tokens, then over sequences (GRPO);
-            "constant": sum over tokens divided by `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783);
-            "sequence_sum": sum over a sequence's tokens, then mean over sequences (verl's seq-mean-token-sum, and with
-            a sequence ratio LUSPO, arXiv 2602.05261); "token_sum": sum over all tokens.
+            local batch is the mini-batch; DOTS' code adds up such means of each of its micro-batches); "sequence": mean
+            over a sequence's tokens, then over sequences (GRPO); "constant": sum over tokens divided by
+            `max_completion_length` x sequences (Dr. GRPO, arXiv 2503.20783); "sequence_sum": sum over a sequence's
+            tokens, then mean over sequences (verl's seq-mean-token-sum, and with a sequence ratio LUSPO,
+            arXiv 2602.05261); "token_sum": sum over all tokens.
         max_completion_length: required by "constant".
 
     Returns:

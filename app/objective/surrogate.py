@@ -8,7 +8,7 @@ two policies:
 - "old": `x = w = pi / pi_old` and `c = rho_old = pi_old / mu`, truncated or masked and without gradient. This is
   decoupled PPO (arXiv 2110.00641, equation 5) with truncated importance sampling; `c x` is `rho = pi / mu` clipped to
   `rho_old (1 - eps_low) .. rho_old (1 + eps_high)`, so the trust region is around the current policy while the weight
-  stays relative to the behaviour policy. The code of DOTS's authors does this.
+  stays relative to the behaviour policy. The code of DOTS's authors does this without a limit (`importance_cap: .inf`).
 - "behaviour": `x = rho = pi / mu` and `c = 1` (DOTS, arXiv 2506.05316, the replay loss as printed).
 
 On policy, `mu = pi_old` and both are GRPO (arXiv 2402.03300, equation 3).

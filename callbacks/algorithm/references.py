@@ -21,15 +21,16 @@ from datamodules.types import Outcomes, RolloutGroup, TrainBatch
 class ReferenceRollouts(StepCallback):
     """Rolls out `size` prompts with the new policy every `every` steps, and shows the selector their success rates.
 
-    DOTS (arXiv 2506.05316, section 3) discards these rollouts. Because they are on policy, by default a reference
-    prompt that the selector chooses for the very next step is trained on without another rollout, and the other
-    informative groups are offered to the replay buffer. The selector has chosen such a prompt by the outcome of the
-    same group, so its estimate is conditioned on that outcome, as in any dynamic sampling.
+    The code of DOTS (arXiv 2506.05316) discards these rollouts; its paper (appendix A.1) trains on those whose forecast
+    is near the target. Because they are on policy, by default a reference prompt that the selector chooses for the very
+    next step is trained on without another rollout, and the other informative groups are offered to the replay buffer.
+    The selector has chosen such a prompt by the outcome of the same group, so its estimate is conditioned on that
+    outcome, as in any dynamic sampling.
 
     Args:
         size: number of reference prompts, `K`.
         every: steps between two reference sets, `mu`.
-        reuse: "train" as above; "buffer" only offers the groups to the replay buffer; "discard" as in the paper.
+        reuse: "train" as above; "buffer" only offers the groups to the replay buffer; "discard" as in the code of DOTS.
     """
 
     stage = Stage.ROLL_OUT_REFERENCES

@@ -28,7 +28,9 @@ class RolloutReplay(StepCallback):
     Groups are drawn before the new ones are stored, and stay in the buffer. While the buffer holds too few groups, more
     fresh prompts are chosen: the batch is never smaller than `data.prompts_per_step`. Stored groups also fill the
     places that `DynamicSampling` could not fill. The objective corrects for the age of replayed tokens by their stored
-    behaviour log-probabilities. The age of a group is the number of steps since its generation.
+    behaviour log-probabilities. The age of a group is the number of steps since its generation. Replay begins in step
+    2, with what the buffer holds: the paper waits until that is a batch's share, the authors' code until the second
+    reference set.
 
     A prompt that the step has rolled out again loses its stored group, whatever the outcome and even if a filter
     dropped the new group; the step draws such a group only if there are not enough others.

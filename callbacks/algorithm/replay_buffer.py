@@ -31,6 +31,9 @@ def draw_weight(rewards: np.ndarray) -> float:
 class ReplayBuffer:
     """Buffer of rollout replay (arXiv 2506.05316, algorithm 1): the newest `capacity` groups, the newest per prompt.
 
+    A prompt's older entry goes before the buffer is cut to its capacity. The authors' code cuts first, and so may keep
+    fewer and other groups.
+
     Args:
         capacity: number of groups kept, `C`.
         max_bytes: limit in bytes of their arrays; None for no limit. Prompts belong to the pool and do not count.

@@ -121,7 +121,8 @@ class AttentionPredictor(nn.Module):
     """`d_hat_q = softmax_i(z_q . z_i / sqrt(D)) @ d`, followed by a calibration head.
 
     Query and reference adapters are separate. The weights sum to one, so averaging success rates instead of
-    difficulties gives `1 - d_hat`; all values here are success rates.
+    difficulties gives `1 - d_hat`; all values here are success rates. In training a reference has one dropout mask for
+    all questions of a batch, where the authors draw one for each pair of question and reference.
     """
 
     def __init__(self, config: PredictorConfig) -> None:

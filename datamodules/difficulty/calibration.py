@@ -128,7 +128,8 @@ def refit_line(calibration: Calibration, base: np.ndarray, rates: np.ndarray) ->
     """Append the least-squares line from the calibrated forecasts `[K]` to the measured rates, as in the authors' code.
 
     Returns the calibration unchanged where a line is meaningless: fewer than three references, all rates or all
-    forecasts equal, or a slope that is not positive.
+    forecasts equal, or a slope that is not positive. The authors apply such a line too, fit it to forecasts in which a
+    reference has seen its own rate, and do not clip the result to [0, 1].
     """
     forecast = calibration.apply(base)
     if len(rates) < 3 or np.ptp(rates) < 1e-9 or np.ptp(forecast) < 1e-9:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # torch's own name for it
 
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
-from datamodules.difficulty.calibration import CLAMP, CalibrationHead
+from datamodules.difficulty.calibration import CalibrationHead
 from datamodules.difficulty.outcomes import RecordedOutcomes
 from datamodules.errors import UserError
 from datamodules.seeding import derive_seed, generator
@@ -200,4 +200,5 @@ def visit_forecasts(head: CalibrationHead, base: Tensor, references: Tensor) -> 
 def soft_loss(forecasts: Tensor, rates: Tensor) -> Tensor:
     """Return the mean soft-label cross-entropy of forecasts `[N, V]` where rates `[N, V]` and forecasts are finite."""
     kept = torch.isfinite(rates) & torch.isfinite(forecasts.detach())
-    return F.binary_cross_entropy(forecasts[kept].clamp(CLAMP, 1 - CLAMP), rates[kept])
+    # Averages may end just outside [0, 1]; a narrower clamp would stop the gradient of the worst forecasts.
+    return F.binary_cross_entropy(forecasts[kept].clamp(0, 1), rates[kept])

@@ -63,6 +63,14 @@ def hold_out(train: PromptPool, *val: PromptPool) -> PromptPool:
     return _without(train, held) if held.any() else train
 
 
+def sample_pool(pool: PromptPool, size: int | None, what: str) -> PromptPool:
+    """Return `size` prompts in the order of the pool: those with the smallest hashes of their ids and `what`."""
+    if size is None or size >= len(pool):
+        return pool
+    ranks = [derive_seed(what, name) for name in pool.ids]
+    return sub_pool(pool, np.sort(np.argsort(ranks, kind="stable")[:size]))
+
+
 def sub_pool(pool: PromptPool, positions: np.ndarray) -> PromptPool:
     """Return the prompts at `positions`, in that order, as a separate pool."""
     questions: Sequence[str]

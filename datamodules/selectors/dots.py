@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
 from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
 
+DrawRule = Literal["once", "every_step"]
+
 
 class Dots(Ranker):
     """Draws prompts with P(q) ~ exp(-|p_hat_q - alpha| / tau) without replacement.
@@ -27,6 +29,8 @@ class Dots(Ranker):
     `p_hat` is predicted from the success rates of the latest reference set, by a trained attention predictor or else by
     a similarity kernel fitted on these references. Before the first reference set the choice is uniform. Beyond the
     paper, a prompt measured since then keeps its measured rate.
+
+    The draw is exact at any tau. The authors' float32 softmax is 0 beyond 104 tau from the prompt nearest to alpha.
 
     Args:
         alpha: success rate to aim at, in [0, 1].
@@ -39,6 +43,10 @@ class Dots(Ranker):
             leave-one-out forecasts of the references.
         refit: whether to fit a least-squares line on the references afterwards (as in the authors' code, not in the
             paper).
+        draw: "once" draws the order of the whole pool when a reference set is measured, and its steps take the prompts
+            in this order: none comes twice before all have come (as published, where the prompts of these steps are
+            also shuffled; here the first step gets those drawn first). "every_step" draws at every choice, with the
+            rates measured since: at a small tau the nearest prompts come again in the next step.
         use_measured: whether reference prompts keep their measured rate.
         use_fresh: whether prompts rolled out for training since the latest reference set keep their measured rate.
     """
@@ -53,6 +61,7 @@ class Dots(Ranker):
         encoder: str | None = None,
         calibration: CalibrationName | None = None,
         refit: bool = False,
+        draw: DrawRule = "every_step",
         use_measured: bool = True,
         use_fresh: bool = True,
     ) -> None:
@@ -63,18 +72,25 @@ class Dots(Ranker):
             raise UserError(f"tau is {tau}, expected a number > 0. Use 1e-3 for the prompts nearest to alpha.")
         if calibration is not None and calibration not in BOUNDS:
             raise UserError(f"calibration is {calibration!r}, expected a known head: {nearest(calibration, BOUNDS)}")
+        if draw not in get_args(DrawRule):
+            raise UserError(f"draw is {draw!r}, expected once or every_step: {nearest(str(draw), get_args(DrawRule))}")
         self.alpha, self.tau = alpha, tau
         self.predictor, self.encoder = predictor, encoder
-        self.calibration, self.refit = calibration, refit
+        self.calibration, self.refit, self.draw = calibration, refit, draw
         self.use_measured, self.use_fresh = use_measured, use_fresh
         self._space: Space | None = None
         self._head: CalibrationHead | None = None
         self._references = _Measured()
         self._fresh = _Measured()
         self._forecast: Forecast | None = None
+        self._drawn: np.ndarray | None = None
+        """float64 `[Q]`: the noisy logits of the draw for the latest reference set; None without one."""
+        self._turns: np.ndarray
+        """int64 `[Q]`: times that each prompt was chosen since then."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
+        self._turns = np.zeros(len(pool), dtype=np.int64)
         trained = AttentionPredictor.load(Path(self.predictor).expanduser()) if self.predictor else None
         name = self.encoder or (trained and trained.config.encoder) or context.policy_path
         if name is None:
@@ -90,10 +106,17 @@ class Dots(Ranker):
             self._head = trained.head
 
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        if self._drawn is not None:
+            return self._drawn - self._turns * (np.ptp(self._drawn) + 1)  # another turn comes after all first ones
         expected = self.forecast()
-        if expected is None:
-            return np.zeros(len(self.pool))
+        return np.zeros(len(self.pool)) if expected is None else self._draw(expected, rng)
+
+    def _draw(self, expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return gumbel(-np.abs(expected - self.alpha) / self.tau, rng)
+
+    def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NO_PROMPTS) -> None:
+        if self._drawn is not None:
+            self._turns[chosen] += 1
 
     def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
         if len(positions) == 0:
@@ -101,6 +124,9 @@ class Dots(Ranker):
         measured = _Measured(positions, np.clip(outcomes.success_rate, 0.0, 1.0))
         if outcomes.source == "reference":
             self._references, self._fresh, self._forecast = measured, _Measured(), None
+            expected = self.forecast()
+            if self.draw == "once" and expected is not None:
+                self._drawn, self._turns[:] = self._draw(expected, self.draw_generator()), 0
         elif outcomes.source == "fresh":
             self._fresh = self._fresh.updated(measured)
 
@@ -141,7 +167,10 @@ class Dots(Ranker):
         return values if self.predictor else values | {"difficulty/kernel_temperature": 1.0 / prediction.scale}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"references": self._references.state(), "fresh": self._fresh.state()}
+        state = super().state_dict() | {"references": self._references.state(), "fresh": self._fresh.state()}
+        if self._drawn is not None:
+            state |= {"drawn": torch.from_numpy(self._drawn.copy()), "turns": torch.from_numpy(self._turns.copy())}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -150,6 +179,8 @@ class Dots(Ranker):
             for saved in (state["references"], state["fresh"])
         )
         self._forecast = None
+        if self.draw == "once" and "drawn" in state:
+            self._drawn, self._turns = state["drawn"].numpy().copy(), state["turns"].numpy().copy()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

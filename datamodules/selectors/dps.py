@@ -31,7 +31,7 @@ class Dps(Ranker):
 
     Args:
         decay: lambda in [0, 1], the share of the counts that a step keeps (0.9 to 0.99 in the paper, 0.7 in the
-            authors' script for MATH).
+            authors' script for MATH, 0.5 in that for Countdown).
         prior: Dirichlet count of every transition, > 0.
     """
 

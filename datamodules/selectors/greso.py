@@ -27,6 +27,11 @@ class ZeroVarianceSkip(Filter):
     if that class's share of the step's groups is at or above its target, else up, within [0.05, 0.95]. Reference groups
     count for the runs, but not as rollouts.
 
+    Three rules differ from the authors' code. A group is all right or wrong only if every completion is; theirs counts
+    rates from 0.98 and up to 0.11 (the same up to 8 completions). The probabilities first move in the step after the
+    first epoch; theirs in the step that ends it. `refill_size` rounds up and uses the share of the whole step; theirs
+    rounds down, asks for at least 64 prompts even where a step chooses fewer, and uses the share of the last refill.
+
     Args:
         p_easy: initial probability of keeping a prompt after one all-right group, in [0.05, 0.95].
         p_hard: initial probability of keeping a prompt after one all-wrong group, in [0.05, 0.95].

@@ -15,7 +15,7 @@ from datamodules.types import Outcomes
 
 
 class Pools(Ranker):
-    """Draws prompts without replacement, weighted by each prompt's last success rate.
+    """Draws prompts without replacement, weighted by each prompt's last success rate (prime-rl draws with replacement).
 
     A rate <= `hard_up_to` is hard, one <= `normal_up_to` normal, one above easy. Positive weights keep every prompt
     eligible; removing prompts for good would drain the pool as the policy improves.

@@ -158,7 +158,7 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "model.sampling.num_generations is 1, but an advantage compares",
     ),
     "no completion": (lambda c: model(c)["sampling"].update(max_completion_length=0), "max_completion_length is 0 but"),
-    "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling truncates the distribut"),
+    "greedy training": (lambda c: model(c)["sampling"].update(temperature=0), "model.sampling.temperature is 0, which"),
     "top_p": (
         lambda c: model(c)["sampling"].update(top_p=1.5),
         "sampling.top_p is 1.5 but must be greater than 0 and",

@@ -9,7 +9,8 @@ from tests.support.command import dots
 
 def test_the_published_setting_prints_its_table():
     done = dots(
-        *("describe", "--config", "configs/paper/qwen2.5_math_1.5b_deepscaler.yaml"),
+        *("describe", "--config", "configs/paper/dots/base.yaml"),
+        *("--config", "configs/paper/dots/qwen2.5_math_1.5b_deepscaler.yaml"),
         *("--model.policy.path", "tests/fixtures/qwen2.5_math_1.5b"),
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -164,7 +164,9 @@ CARDS = {"1x24gb": 24, "1x80gb": 80, "8x80gb": 80, "2x8x80gb": 80}
 OWN_QWEN = ("--model.policy.path", str(ROOT / "tests/fixtures/qwen2.5_math_1.5b"))
 BASES = {
     "quickstart": (f"--config={ROOT}/configs/quickstart.yaml",),
-    "paper": (f"--config={ROOT}/configs/paper/qwen2.5_math_1.5b_deepscaler.yaml",),
+    "paper": tuple(
+        f"--config={ROOT}/configs/paper/dots/{name}.yaml" for name in ("base", "qwen2.5_math_1.5b_deepscaler")
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from datamodules.types import Outcomes, Source
 PLAIN: dict[str, Callable[[], Any]] = {
     "Uniform": Uniform,
     "Dots": lambda: Dots(tau=0.05),
+    "Dots, one draw": lambda: Dots(tau=0.05, draw="once"),
     "Greso": lambda: Greso(step_size=0.05),
     "Mopps": lambda: Mopps(decay=0.9, candidates=3),
     "Dps": Dps,

@@ -194,6 +194,12 @@ def test_loss_by_hand_counts_what_was_measured():
     forecasts = torch.tensor([[0.8, 0.3], [0.5, torch.nan]])
     expected = -(np.log(0.8) + np.log(0.5)) / 2
     assert float(soft_loss(forecasts, rates)) == pytest.approx(expected, rel=1e-6)
+    # The worst forecast has the steepest gradient: -1 / p, and p - r in the logits.
+    worst = torch.tensor([[1e-6]], requires_grad=True)
+    loss = soft_loss(worst, torch.ones(1, 1))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(13.8155, rel=1e-5)
+    assert float(worst.grad) == pytest.approx(-1e6, rel=1e-4)
     head = HEADS["group_logit_temperature"]()
     torch.testing.assert_close(visit_forecasts(head, forecasts[:, :1], rates[:, :1]), forecasts[:, :1])
 

@@ -11,8 +11,10 @@ import torch
 
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
 from datamodules.errors import UserError
+from datamodules.mixture import Mixture, named
 from datamodules.selectors import Dots, SelectionContext, Uniform
 from datamodules.selectors.sampling import gumbel, top_k
+from datamodules.types import Outcomes
 from tests.support.selector_builders import outcomes, pool_of, random_embeddings, saved_and_loaded
 
 SIZE, WIDTH = 60, 6
@@ -121,6 +123,54 @@ def test_dots_draws_the_prompts_nearest_to_alpha(embeddings, context):
     assert abs(seen - 100).max() < 45  # 5 standard deviations of a uniform draw
 
 
+def test_one_draw_serves_all_steps_until_the_next_reference_set(embeddings, context):
+    """The repeats of issue 22: at the published tau a draw per step takes most prompts of the last step again."""
+    rates = np.random.default_rng(1).permutation(SIZE) / SIZE
+    repeats = {}
+    for draw in ("once", "every_step"):
+        dots = ready(Dots(draw=draw, use_fresh=False), context)
+        dots.observe(outcomes(np.arange(SIZE), rates, "reference"))
+        first = dots.choose(10) + dots.choose(5, refill=True)
+        dots.observe(outcomes(dots.pool.positions(first), np.full(15, 0.5), "fresh"))
+        second = dots.choose(15)
+        repeats[draw] = len({*first} & {*second})
+        if draw == "once":
+            nearest = np.argsort(np.abs(rates - 0.5), kind="stable")[:30]
+            # 30 draws at a tau of a sixteenth of the distance between prompts: the 30 nearest, but for the last few.
+            assert len({*dots.pool.positions(first + second)} & {*nearest}) >= 28
+            assert len({*first, *second, *dots.choose(30)}) == SIZE
+            again = dots.choose(15)  # the pool is used up: the second round has the order of the first
+            assert again == first
+            dots.observe(outcomes(np.arange(SIZE), rates[::-1], "reference"))
+            assert {*dots.choose(15)} != {*first}
+    assert repeats["once"] == 0
+    assert repeats["every_step"] >= 10
+
+
+def test_the_first_step_of_one_draw_has_the_distribution_of_a_draw(embeddings, context):
+    """P(first) ~ exp(-|p - alpha| / tau), by 3,000 reference sets."""
+    dots = ready(Dots(tau=0.2, draw="once"), context)
+    rates = np.linspace(0, 1, SIZE)
+    counts = np.zeros(SIZE)
+    for _ in range(3000):
+        dots.observe(outcomes(np.arange(SIZE), rates, "reference"))
+        counts[dots.pool.positions(dots.choose(1))] += 1
+    expected = np.exp(-np.abs(rates - 0.5) / 0.2)
+    expected *= 3000 / expected.sum()
+    assert ((counts - expected) ** 2 / expected).sum() < 98.3  # 0.1% point at 59 degrees of freedom
+
+
+def test_one_draw_serves_sources_with_a_share_of_their_own(embeddings, context):
+    parts = {name: named(pool_of([f"{name} {i}" for i in range(SIZE // 2)]), name, None) for name in ("a", "b")}
+    mixed = Mixture(parts, {"a": 0.7, "b": 0.3})
+    dots = Dots(draw="once")
+    dots.setup(mixed, context)
+    dots.observe(Outcomes(0, list(mixed.ids), np.full(SIZE, 0.5), np.full(SIZE, 8), "reference", np.zeros(SIZE)))
+    steps = [dots.choose(10) for _ in range(4)]
+    assert len({name for step in steps for name in step}) == 40
+    assert [sum(name.startswith("a") for name in step) for step in steps] == [7, 7, 7, 7]
+
+
 def test_dots_before_references_is_uniform_and_distinct(embeddings, context):
     dots = ready(Dots(), context)
     choices = [dots.select(20) for _ in range(300)]
@@ -128,15 +178,15 @@ def test_dots_before_references_is_uniform_and_distinct(embeddings, context):
     assert abs(np.bincount(np.concatenate(choices), minlength=SIZE) - 100).max() < 45
 
 
-@pytest.mark.parametrize("refit", [False, True])
-def test_restored_dots_continues_with_identical_choices(embeddings, context, refit):
+@pytest.mark.parametrize(("refit", "draw"), [(False, "every_step"), (True, "every_step"), (False, "once")])
+def test_restored_dots_continues_with_identical_choices(embeddings, context, refit, draw):
     rng = np.random.default_rng(2)
-    one = ready(Dots(tau=0.05, refit=refit), context)
+    one = ready(Dots(tau=0.05, refit=refit, draw=draw), context)
     one.choose(8)
     positions = one.pool.positions(one.choose_references(20))
     one.observe(outcomes(positions, rng.binomial(8, 0.5, 20) / 8, "reference"))
     one.observe(outcomes(one.pool.positions(one.choose(8)), rng.binomial(8, 0.5, 8) / 8, "fresh"))
-    two = ready(Dots(tau=0.05, refit=refit), context)
+    two = ready(Dots(tau=0.05, refit=refit, draw=draw), context)
     two.load_state_dict(saved_and_loaded(one.state_dict()))
     np.testing.assert_array_equal(one.forecast(), two.forecast())
     assert [one.choose(8) for _ in range(5)] == [two.choose(8) for _ in range(5)]
@@ -183,6 +233,7 @@ def test_wrong_arguments_are_one_line_errors(embeddings, tmp_path):
         ({"alpha": 1.5}, r"alpha is 1\.5"),
         ({"tau": 0.0}, r"tau is 0\.0"),
         ({"calibration": "plat"}, "did you mean 'platt'"),
+        ({"draw": "every"}, "draw is 'every'"),
     ):
         with pytest.raises(UserError, match=message):
             Dots(**arguments)
