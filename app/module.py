@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -297,7 +296,7 @@ class GRPOModule(LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """Take the optimizer steps of a batch and record their metrics in it."""
-        optimizer, scheduler, strategy = self.optimizers(), self.lr_schedulers(), self.trainer.strategy
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LRScheduler)
         with batch.ledger.phase("update"):
@@ -308,7 +307,6 @@ class GRPOModule(LightningModule):
             updates = self._updates.take(
                 learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward,
-                no_sync=strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext,
             )  # fmt: skip
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         if self.policy.lora is not None and self.policy.lora.dropout:

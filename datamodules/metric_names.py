@@ -119,7 +119,7 @@ METRIC_NAMES = tuple(
         ("step_time", "s", "duration of the step"),
         ("time/training", "s", "training clock: sum of all steps, without validation and checkpoints"),
         ("time/rollout_overlapped", "s", "generation for the next step that ran during the update (RolloutAhead)"),
-        ("time/*", "s", "duration of one phase of the step: select, rollout, reference, reward, update, sync"),
+        ("time/*", "s", "select, rollout, reference, reward, update or sync; on a GPU until its work is done"),
         ("ranks/update_token_imbalance", "fraction", "excess of the largest rank's tokens over the mean"),
         ("val/accuracy", "fraction", "validation completions that are correct, failed ones not; mean over prompts"),
         ("val/prompts", "prompts", "validation prompts with a scored completion, which val/* is about"),

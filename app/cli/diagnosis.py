@@ -41,6 +41,7 @@ _OTHER_NAMES = {
     "max_new_tokens": "max_completion_length",
     "max_tokens": "max_completion_length",
     "max_grad_norm": "clip_norm",
+    "cast_lm_head_to_fp32": "head_precision",
     "model_name_or_path": "policy",
     "reward_funcs": "rewards",
     "dataset": "train",

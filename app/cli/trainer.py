@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from app.cli.data_page import describe_data
@@ -24,7 +25,7 @@ from app.module import GRPOModule
 from app.runs.checkpoint_io import StreamedCheckpoints
 from app.runs.folder import Runs, RunTrainer, checkpoint_of, find_last
 from app.runs.gpus import check_accelerator, default_precision
-from app.runs.lightning_internals import raise_stop_iteration
+from app.runs.lightning_internals import raise_stop_iteration, train_without_wrapper
 from app.subsets.command import Request, select
 from app.subsets.learnalign import LearnAlignOptions
 from app.subsets.ufo import UfoOptions
@@ -108,6 +109,8 @@ class DotsTrainer(RunTrainer):
         )
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default
             self.strategy.checkpoint_io = StreamedCheckpoints()
+        if isinstance(self.strategy, DDPStrategy):
+            train_without_wrapper(self.strategy)
         if max_epochs is not None:
             self.passes = None if max_epochs < 0 else max_epochs
         elif max_steps == -1 and not any(isinstance(one, Timer) for one in self._callbacks):

@@ -3,7 +3,8 @@
 The head's logits are computed in tiles of some tokens x some of the vocabulary. The forward pass keeps three numbers
 per token and tile, which combine into the log-sum-exp and the entropy (online softmax, arXiv 1805.02867); the backward
 pass recomputes every tile and turns it into its gradient in place. Sums are in float32 (float64 for float64 inputs)
-for inputs of any type; logits are never rounded to half precision in between.
+for inputs of any type; logits are never rounded to half precision in between. What matrix products read may be
+(`HeadPrecision`).
 
 With logits `z` (after scale, soft cap and temperature), `p = softmax(z)`, `S = logsumexp(z)`, `M = sum_j p_j z_j`:
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,13 @@ from torch.autograd.function import once_differentiable
 CPU_TILE_BYTES = 4 * 2**20
 DEVICE_TILE_BYTES = 64 * 2**20
 """Size of one buffer of logits; up to three are alive at once. A CPU's fits its cache, a device's keeps it busy."""
+
+HeadPrecision = Literal["float32", "tf32", "bfloat16"]
+"""How the head's matrix products read float32 numbers; all sums are in float32.
+
+"bfloat16" rounds to 8 significant bits, "tf32" to 11 on GPUs of compute capability 8.0 or more. Elsewhere "tf32" is
+"float32", which leaves numbers as they are unless the process has set `torch.set_float32_matmul_precision`.
+"""
 
 
 def token_logprobs(
@@ -37,6 +46,7 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     with_entropy: bool = True,
+    precision: HeadPrecision = "float32",
     tile_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability of each target, and the entropy of its distribution.
@@ -51,6 +61,7 @@ def token_logprobs(
         temperature: divides the logits, last; above 0. It must be the temperature that the tokens were sampled with.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
         scale: multiplies the logits, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        precision: of the matrix products, forward and backward.
         tile_bytes: size of one buffer of logits; by default 4 MiB on a CPU and 64 MiB on other devices.
 
     Returns:
@@ -72,7 +83,7 @@ def token_logprobs(
     if tile_bytes is None:
         tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
     logits = _Logits(scale=scale, softcap=softcap, temperature=temperature)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, logits, with_entropy, tile_bytes)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, logits, with_entropy, precision, tile_bytes)
     return logprobs, entropy
 
 
@@ -86,7 +97,7 @@ class _Logits:
 
     def tile(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the logits `[t, v]` of a tile, in one buffer."""
-        z = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+        z = _product(hidden, weight.T, bias)
         if self.softcap is None:
             factor = self.scale / self.temperature
             return z if factor == 1 else z.mul_(factor)
@@ -112,19 +123,21 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         logits: _Logits,
         with_entropy: bool,
+        precision: HeadPrecision,
         tile_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(torch.promote_types(torch.float32, hidden.dtype), weight.dtype)
         target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
         mean = torch.empty_like(lse) if with_entropy else None
         token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, tile_bytes)
-        with torch.autocast(hidden.device.type, enabled=False):
+        read = _read_as(dtype, precision)
+        with _products(hidden.device, precision):
             for rows in _slices(len(hidden), token_tile):
-                tokens = hidden[rows].to(dtype)
+                tokens = hidden[rows].to(read)
                 parts: list[tuple[Tensor, Tensor, Tensor]] = []
                 for columns in _slices(len(weight), vocab_tile):
                     head_bias = None if bias is None else bias[columns].to(dtype)
-                    z = logits.tile(tokens, weight[columns].to(dtype), head_bias)
+                    z = logits.tile(tokens, weight[columns].to(read), head_bias)
                     inside, place = _place(targets[rows], columns)
                     target[rows] = torch.where(inside, z.gather(1, place).squeeze(1), target[rows])
                     parts.append(_summary_(z, with_entropy))
@@ -132,7 +145,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if mean is not None:
                     mean[rows] = mean_logit
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean)
-        ctx.logits, ctx.tile_bytes = logits, tile_bytes
+        ctx.logits, ctx.precision, ctx.tile_bytes = logits, precision, tile_bytes
         ctx.set_materialize_grads(False)
         return target - lse, None if mean is None else lse - mean
 
@@ -140,10 +153,49 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return (None,) * 8
+        with _products(ctx.saved_tensors[0].device, ctx.precision):
             grads = _backward(ctx, grad_logprobs, grad_entropy)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
+
+
+@contextmanager
+def _products(device: torch.device, precision: HeadPrecision) -> Iterator[None]:
+    """Multiply as `precision` says, and without autocast, which would round the results.
+
+    TF32 is a setting of the process, and is put back: its other products are not the head's concern.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if precision == "tf32":
+        matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision == "tf32":
+            matmul.fp32_precision = before
+
+
+def _read_as(dtype: torch.dtype, precision: HeadPrecision) -> torch.dtype:
+    """Return the type that products with sums in `dtype` read."""
+    return torch.bfloat16 if precision == "bfloat16" and dtype == torch.float32 else dtype
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `left @ right + bias`; the product of bfloat16 matrices in float32."""
+    if left.dtype != torch.bfloat16:
+        return left @ right if bias is None else torch.addmm(bias, left, right)
+    # A CPU has no such product. Those of two bfloat16 numbers are exact in float32, so that the values are the same.
+    z = torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
+    return z if bias is None else z.add_(bias)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_product(left, right))
 
 
 def _summary_(z: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,25 +229,27 @@ def _backward(
     """
     hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
     logits, needed, dtype = ctx.logits, ctx.needs_input_grad, lse.dtype
-    tokens = hidden.to(dtype)
-    grad_hidden = torch.zeros_like(tokens) if needed[0] else None
+    read = _read_as(dtype, ctx.precision)
+    tokens = hidden.to(read)
+    grad_hidden = torch.zeros_like(tokens, dtype=dtype) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
     token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, ctx.tile_bytes)
     for columns in _slices(len(weight), vocab_tile):
-        head = weight[columns].to(dtype)
+        head = weight[columns].to(read)
         head_bias = None if bias is None else bias[columns].to(dtype)
-        weight_sum = torch.zeros_like(head) if needed[1] else None
-        bias_sum = torch.zeros_like(head[:, 0]) if needed[2] else None
+        weight_sum = torch.zeros_like(head, dtype=dtype) if needed[1] else None
+        bias_sum = torch.zeros_like(head[:, 0], dtype=dtype) if needed[2] else None
         for rows in _slices(len(hidden), token_tile):
             z = logits.tile(tokens[rows], head, head_bias)
             keep = logits.softcap is not None or grad_entropy is not None
             parts = (None if one is None else one[rows] for one in (mean, grad_logprobs, grad_entropy))
             grad = logits.chain_(_tile_gradient(z, targets[rows], columns, keep, lse[rows], *parts), z)
+            rounded = grad.to(read)
             if grad_hidden is not None:
-                grad_hidden[rows].addmm_(grad, head)
+                _add_product_(grad_hidden[rows], rounded, head)
             if weight_sum is not None:
-                weight_sum.addmm_(grad.T, tokens[rows])
+                _add_product_(weight_sum, rounded.T, tokens[rows])
             if bias_sum is not None:
                 bias_sum.add_(grad.sum(0))
         if grad_weight is not None and weight_sum is not None:

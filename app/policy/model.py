@@ -33,6 +33,9 @@ from app.policy.fused_layers import fuse_layers
 from app.policy.modes import Recompute
 from datamodules.errors import UserError
 
+HEAD_PRECISION = "dots_head_precision"
+"""Attribute of a model that holds its policy's option of that name."""
+
 
 @dataclass
 class Policy:
@@ -46,6 +49,8 @@ class Policy:
             micro-batches) too small to show in float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
+        head_precision: of the output head's matrix products in updates: "float32", "bfloat16" or, on GPUs that have it,
+            "tf32", each with sums in float32; "auto" is bfloat16 on GPUs where the layers compute in it, else float32.
         lora: train low-rank adapters instead of all weights.
         trust_remote_code: run code that comes with the model. Set it only if you trust the author.
     """
@@ -54,6 +59,7 @@ class Policy:
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
+    head_precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     lora: Lora | None = None
     trust_remote_code: bool = False
 
@@ -207,6 +213,7 @@ class Policy:
         return {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
 
     def _adapt(self, model: PreTrainedModel) -> torch.nn.Module:
+        setattr(model, HEAD_PRECISION, self.head_precision)
         if full_attention_only(model.config):
             fuse_layers(model)
         if self.gradient_checkpointing:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from types import MethodType
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AttentionInterface, PreTrainedModel
 
-from app.objective.logprobs import token_logprobs
+from app.objective.logprobs import HeadPrecision, token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
 from app.policy.adapters import adapted_weight, causal_lm
-from app.policy.model import decoder_layers, full_attention_only, plain_attention, uses_sdpa
+from app.policy.model import HEAD_PRECISION, decoder_layers, full_attention_only, plain_attention, uses_sdpa
 from app.policy.modes import attending, recomputes_alike
 
 SHARED_PROMPT = "dots_shared_prompt"
@@ -68,7 +69,18 @@ def _completion_logprobs(
         softcap=getattr(lm.config, "final_logit_softcapping", None),
         scale=logit_scale(lm),
         with_entropy=with_entropy,
+        precision=head_precision(lm, hidden),
     )
+
+
+def head_precision(lm: PreTrainedModel, hidden: Tensor) -> HeadPrecision:
+    """Return the precision of the head's products on last hidden states; see `Policy.head_precision`."""
+    chosen: HeadPrecision | Literal["auto"] = getattr(lm, HEAD_PRECISION, "auto")
+    if chosen != "auto":
+        return chosen
+    kind = hidden.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return "bfloat16" if kind == "cuda" and computed == torch.bfloat16 else "float32"
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:

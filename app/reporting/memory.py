@@ -256,7 +256,7 @@ class Part(NamedTuple):
 
     name: str
     bytes: int
-    phase: Literal["always", "backward pass", "gradient sum", "optimizer step", "rollout"]
+    phase: Literal["always", "backward pass", "gradient sum", "rollout"]
 
 
 def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes) -> list[Part]:
@@ -275,18 +275,19 @@ def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes)
     kept, copies = sum(kept_activations(shape, precision, batch)), autocast_copies(shape, precision)
     peak = update_peak(shape, precision, batch, CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES)
     reference = shape.parameters * precision.weights if step.has_reference and not shape.adapters else 0
-    ddp, largest = step.processes > 1 and not sharded, 0 if shape.adapters else shape.vocabulary * shape.hidden * _FLOAT
+    replicated, largest = (
+        step.processes > 1 and not sharded,
+        0 if shape.adapters else shape.vocabulary * shape.hidden * _FLOAT,
+    )
     always = {"parameters": parameters, "gradients": gradients, "optimizer state": optimizer}
-    always |= {"frozen reference": reference, "DDP's buckets of gradients": gradients if ddp else 0}
+    always |= {"frozen reference": reference}
     parts = [
         *(Part(name, size, "always") for name, size in always.items()),
         Part("unsharded layers", unsharded_layers(shape, precision) if sharded else 0, "backward pass"),
         Part("autocast copies of weights", copies, "backward pass"),
         Part("activations of a micro-batch", kept, "backward pass"),
         Part("log-prob tiles, gradients in flight", peak - kept - copies, "backward pass"),
-        Part("sum over processes", max(_SUM_BUCKET, largest) if ddp else 0, "gradient sum"),
-        # AdamW over lists of tensors, the default on a GPU, takes the roots of all second moments at once.
-        Part("roots of second moments", 0 if on_cpu else optimizer // _MOMENTS, "optimizer step"),
+        Part("sum over processes", max(_SUM_BUCKET, largest) if replicated else 0, "gradient sum"),
     ]
     if step.max_rows:
         width, columns, prompts = precision.compute, sum(lengths), math.ceil(step.rolled_out / step.processes)

@@ -10,6 +10,8 @@ from typing import TypeGuard
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
@@ -21,6 +23,20 @@ def configure_model_early(trainer: Trainer) -> None:
     that can't be loaded leaves no folder behind; no public function enters the same contexts.
     """
     _call_configure_model(trainer)
+
+
+def train_without_wrapper(strategy: DDPStrategy) -> None:
+    """Have DDP broadcast the weights of rank 0 at the start and do nothing else.
+
+    Gradients are summed by `app.update.gradient_sum`. The wrapper would hold buckets of their size for a reduction that
+    never runs. Where it does not train, Lightning itself calls this function instead of wrapping.
+    """
+
+    def broadcast_weights() -> None:
+        assert strategy.model is not None
+        _sync_module_states(strategy.model)
+
+    setattr(strategy, "configure_ddp", broadcast_weights)  # noqa: B010  # a method to mypy
 
 
 def mark_stop_received(trainer: Trainer) -> None:

@@ -1,8 +1,8 @@
 """The sum of gradients over ranks, once per optimizer step.
 
-DDP reduces gradients in each backward pass. A step here has several micro-batches, and ranks may have different numbers
-of them or none; one explicit sum after the last one is correct for all of these. It is a sum and not a mean, because
-a token's weight is already that of the global mini-batch.
+DDP's wrapper, which is left out, reduces gradients in each backward pass. A step here has several micro-batches, and
+ranks may have different numbers of them or none; one explicit sum after the last one is correct for all of these. It is
+a sum and not a mean, because a token's weight is already that of the global mini-batch.
 """
 
 from __future__ import annotations

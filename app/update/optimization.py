@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,14 @@ from app.ranks import Ranks
 from datamodules.errors import UserError
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+def can_fuse(trained: Sequence[torch.nn.Parameter]) -> bool:
+    """Return whether AdamW can be one kernel over all parameters, without copies of its state: on CUDA alone.
+
+    A CPU has such a kernel too, which rounds differently.
+    """
+    return all(one.is_cuda for one in trained)
 
 
 @dataclass
@@ -74,14 +83,21 @@ class Optimization:
             {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=can_fuse(trained) or None)
 
     def apply(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
-        """Make an optimizer and a schedule that a checkpoint has restored follow these options, not those saved."""
+        """Make an optimizer and a schedule that a checkpoint has restored follow these options, not those saved.
+
+        The checkpoint may be from another device: whether AdamW is fused is that of this one.
+        """
         rate = self.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        fused = can_fuse([one for group in optimizer.param_groups for one in group["params"]]) or None
         for group in optimizer.param_groups:
             decay = self.weight_decay if group["params"][0].ndim >= 2 else 0.0
             group |= {"lr": rate, "initial_lr": self.learning_rate, "betas": self.betas, "weight_decay": decay}
+            group["fused"] = fused
+        for parameter, state in optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device if fused else "cpu")  # where AdamW wants to have it
         scheduler.base_lrs = [self.learning_rate] * len(optimizer.param_groups)
 
     def clip(self, model: torch.nn.Module) -> torch.Tensor:

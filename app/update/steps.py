@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -41,7 +40,6 @@ class Updates:
         optimizer: Optimizer,
         scheduler: LRScheduler,
         backward: Callable[[Tensor], None],
-        no_sync: Callable[[], AbstractContextManager[None]],
     ) -> list[Update]:
         """Take one optimizer step for each mini-batch of a batch. Collective.
 
@@ -54,7 +52,6 @@ class Updates:
             optimizer: over the trained parameters.
             scheduler: advanced with each optimizer step.
             backward: backward pass of a loss, in the trainer's precision.
-            no_sync: context without DDP's own reduction of gradients (see `gradient_sum`).
         """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
@@ -69,7 +66,7 @@ class Updates:
             if learner.sharded:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
-            with no_sync(), collective("update"):
+            with collective("update"):
                 seen = _accumulate(learner, share, backward)
             seen = seen.over(ranks)
             if not learner.sharded:

@@ -34,14 +34,26 @@ SMOLLM = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, tie_word_embeddings=True,
 )  # fmt: skip
-BUCKETS = """
+DDP = """
 import sys, torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import FileStore, init_process_group
 from app.policy.model import Policy
-from tests.support.allocations import peak_bytes
-init_process_group("gloo", store=FileStore(sys.argv[1]), rank=0, world_size=1)
-model, kept = Policy("configs/tiny_policy").load(), []
-print(peak_bytes(lambda: kept.append(torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False))))
+from app.runs.lightning_internals import train_without_wrapper
+from tests.support.allocations import held_bytes
+init_process_group("gloo", store=FileStore(sys.argv[1]), rank=int(sys.argv[2]), world_size=2)
+module, strategy = LightningModule(), DDPStrategy(parallel_devices=[torch.device("cpu")])
+module.policy_model = Policy("configs/tiny_policy").load()
+with torch.no_grad():
+    for parameter in module.parameters():
+        parameter.add_(float(sys.argv[2]))
+strategy._lightning_module = strategy.model = module
+train_without_wrapper(strategy)
+held = held_bytes(strategy.configure_ddp)
+total = sum(float(one.double().sum()) for one in module.parameters())
+wrapped = held_bytes(lambda: DDPStrategy(parallel_devices=[torch.device("cpu")])._setup_model(module))
+print(held, strategy.model is module, repr(total), wrapped)
 """
 
 SHARDED = """
@@ -128,13 +140,22 @@ def test_rollouts_of_the_tiny_policy() -> None:
     assert found == pytest.approx(measured, rel=WITHIN)
 
 
-@pytest.mark.long
-def test_ddp_holds_the_gradients_twice(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BUCKETS, str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    _, gradients, _ = memory.training_states(DecoderShape.of(Policy(str(TINY)).on_meta()), PRECISIONS["32"])
-    assert gradients == pytest.approx(int(done.stdout.splitlines()[-1]), rel=WITHIN)
+@pytest.mark.ranks
+def test_ddp_holds_no_buckets_and_starts_from_the_weights_of_rank_0(tmp_path: Path) -> None:
+    """The wrapper, which is not used, holds as much as the gradients: the control."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DDP, str(tmp_path / "store"), str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    found = [process.communicate(timeout=200)[0].splitlines()[-1].split() for process in processes]
+    policy = Policy(str(TINY))
+    _, gradients, _ = memory.training_states(DecoderShape.of(policy.on_meta()), PRECISIONS["32"])
+    expected = sum(float(one.double().sum()) for one in policy.load().parameters())
+    for held, unwrapped, total, wrapped in found:
+        assert (int(held), unwrapped, float(total)) == (0, "True", expected)
+        assert int(wrapped) == pytest.approx(gradients, rel=WITHIN)
 
 
 @pytest.mark.ranks

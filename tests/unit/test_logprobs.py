@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.objective.logprobs import _tile_shape, token_logprobs
+from app.objective.logprobs import HeadPrecision, _add_product_, _product, _products, _tile_shape, token_logprobs
+from app.objective.packing import ScoredSequence, collate
+from app.policy.model import Policy
+from app.policy.scoring import completion_logprobs, head_precision
+from tests.benchmarks.head_precision import BITS, errors, heads, peaked, rounded, through_head
+from tests.support.policies import TINY
 
 ONE_TILE = 2**20
 # Tiles of 8 numbers at float64 in which 23 tokens x 31 words leave ragged edges on both sides.
@@ -270,3 +277,107 @@ def test_tiles_are_square_where_both_sides_are_large_and_fill_their_budget() -> 
     # One number at least, also where nothing fits or there is nothing.
     assert _tile_shape(7, 7, 4, 3) == (1, 1)
     assert _tile_shape(0, 5, 4, 10_000) == (1, 5)
+
+
+def test_rounding_by_hand() -> None:
+    given = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, -(1 + 3 * 2**-11), 0.0, 3e-30], dtype=torch.float64)
+    assert rounded(given, 8)[:4].tolist() == [1.0, 1 + 2**-6, 1.0, -1.0]  # ties to even
+    assert rounded(given, 11)[:4].tolist() == [1 + 2**-8, 1 + 3 * 2**-8, 1.0, -(1 + 2**-9)]
+    torch.testing.assert_close(rounded(given, 8), given.bfloat16().double(), rtol=0, atol=0)
+
+
+def used(precision: HeadPrecision, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Return what `through_head` returns, from the tiled head in float32."""
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprobs, _ = token_logprobs(*leaves, targets, precision=precision, tile_bytes=2**15)
+    signs = 1 - 2 * (torch.arange(64) % 2)
+    return logprobs.detach(), *torch.autograd.grad((signs * logprobs).mean(), leaves)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_bfloat16_head_reads_rounded_numbers_and_sums_in_float32(share: float) -> None:
+    given = peaked(64, 2000, 64, share)
+    mean, most, *gradients = errors(used("bfloat16", *given), through_head(*given, BITS["bfloat16"]))
+    # Float32's sums put some gradients of logits on the other side of a tie.
+    assert mean < 1e-6 and most < 1e-5 and max(gradients) < 3e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_errors_of_each_precision(share: float) -> None:
+    """Against float64; bf16-mixed layers alone are wrong by 1e-2 and more (docs/gpu.md)."""
+    given = peaked(64, 2000, 64, share)
+    found = heads(*given)
+    for name, bound in {"float32": 1e-6, "tf32": 5e-4, "bfloat16": 4e-3}.items():
+        mean, most, *gradients = found[name]
+        assert mean < bound and most < 5 * bound and max(gradients) < 2 * bound
+        assert name == "float32" or mean > bound / 100
+    assert errors(used("bfloat16", *given), through_head(*given)) == pytest.approx(found["bfloat16"], rel=0.02)
+
+
+def test_tf32_is_set_for_the_products_alone() -> None:
+    """A CPU has no TF32: the setting is seen, and the values are those of float32."""
+    seen: list[tuple[str, str]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+                seen.append((func._schema.name, torch.backends.cuda.matmul.fp32_precision))
+            return func(*args, **(kwargs or {}))
+
+    before, given = torch.backends.cuda.matmul.fp32_precision, peaked(64, 2000, 64, 0.9)
+    assert before != "tf32"
+    with Products():
+        found = used("tf32", *given)
+    assert {name for name, _ in seen} == {"aten::mm", "aten::addmm_"}  # forward, and gradients
+    assert {setting for _, setting in seen} == {"tf32"}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    for one, other in zip(found, used("float32", *given), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ZeroDivisionError), _products(torch.device("cpu"), "tf32"):
+        raise ZeroDivisionError
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_a_bfloat16_head_multiplies_bfloat16_on_a_gpu() -> None:
+    """On fake tensors, which have a GPU's operators and no values: half-precision inputs, results in float32."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if "mm" in func._schema.name:
+                seen.append((str(func), *(one.dtype for one in args[:2]), result.dtype))
+            return result
+
+    with FakeTensorMode(), Products():
+        hidden = torch.zeros(40, 16, device="cuda", dtype=torch.bfloat16)
+        weight = torch.zeros(300, 16, device="cuda", dtype=torch.bfloat16)
+        bias, total = torch.zeros(300, device="cuda"), torch.zeros(300, 16, device="cuda")
+        logits = _product(hidden, weight.T, bias)
+        _add_product_(total, logits.bfloat16().T, hidden)
+    assert logits.shape == (40, 300)
+    assert seen == [("aten.mm.dtype", torch.bfloat16, torch.bfloat16, torch.float32)] * 2
+
+
+def test_the_precision_of_a_policys_head() -> None:
+    """Chosen by "auto": bfloat16 on a GPU whose layers compute in it. A choice is kept, on every device."""
+    policy = Policy(str(TINY)).load()
+    with FakeTensorMode():
+        there, here = torch.zeros(1, device="cuda"), torch.zeros(1)
+        assert head_precision(policy, there) == head_precision(policy, here) == "float32"
+        assert head_precision(policy, there.bfloat16()) == "bfloat16"
+        with mock.patch("torch.is_autocast_enabled", return_value=True):  # no GPU, no autocast for one
+            for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float16, "float32")):
+                with mock.patch("torch.get_autocast_dtype", return_value=dtype):
+                    assert head_precision(policy, there) == expected
+                    assert head_precision(policy, here) == "float32"
+
+    sequence = ScoredSequence(range(1, 6), range(1, 9), [0.0] * 8, 1.0, 1.0)
+    values = [
+        completion_logprobs(Policy(str(TINY), head_precision=one).load(), collate([sequence]), 1.0, with_entropy=False)[
+            0
+        ]
+        for one in ("auto", "float32", "bfloat16")
+    ]
+    assert torch.equal(values[0], values[1])
+    assert 1e-5 < float((values[2] - values[0]).abs().max()) < 0.1

@@ -165,8 +165,9 @@ def test_parts_follow_the_split() -> None:
         "log-prob tiles, gradients in flight",
     }  # fmt: skip
     copied = found(processes=2, device="cuda", has_reference=True)
-    assert copied["frozen reference"] == copied["DDP's buckets of gradients"] == size
-    assert copied["sum over processes"] == 64 * 2**20 and copied["roots of second moments"] == size
+    assert copied["frozen reference"] == size and copied["sum over processes"] == 64 * 2**20
+    # DDP has no buckets of gradients, and a GPU's AdamW no copies of its state.
+    assert set(copied) == {*alone, "frozen reference", "sum over processes"}
     sharded = found(processes=4, shards=4)
     assert sharded["optimizer state"] == 2 * size // 4
     assert sharded["unsharded layers"] == memory.unsharded_layers(DecoderShape.of(policy), precision)
