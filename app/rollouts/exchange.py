@@ -34,6 +34,15 @@ class Rolled:
     counts: Mapping[str, int] = field(default_factory=dict)
     logged: Mapping[str, WeightedMean] = field(default_factory=dict)
 
+    def joined(self, later: Rolled) -> Rolled:
+        """Return these rollouts followed by others."""
+        logged = Ledger()
+        for name, mean in (*self.logged.items(), *later.logged.items()):
+            logged.average(name, mean)
+        counts = Counter(self.counts)
+        counts.update(later.counts)
+        return Rolled([*self.groups, *later.groups], counts, logged.reward_metrics)
+
     def account(self, ledger: Ledger) -> list[RolloutGroup]:
         """Add counts and metrics to a ledger and return the groups."""
         for name, amount in self.counts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,20 @@ from datamodules.errors import UserError
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt, RolloutGroup, Source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """Prompts that are rolled out for one purpose.
+
+    Attributes:
+        purpose: separates the random numbers and the counts of training, reference and validation rollouts.
+        source: set on the groups.
+    """
+
+    prompts: Sequence[Prompt]
+    purpose: str
+    source: Source = "fresh"
 
 
 class RolloutPipeline:
@@ -80,26 +95,58 @@ class RolloutPipeline:
             step: the training step; part of the seed of every sample.
             source: set on the groups.
         """
+        [groups] = self.roll_together([Request(prompts, purpose, source)], sampling, ledger, step=step)
+        return groups
+
+    def roll_together(
+        self, requests: Sequence[Request], sampling: Sampling, ledger: Ledger, *, step: int
+    ) -> list[list[RolloutGroup]]:
+        """Roll out the prompts of several requests in one call of the engine, and return the groups of each, in order.
+
+        Samples have the seeds that they have in a call of their own. The seconds of the call are divided between the
+        requests' phases by tokens. For the arguments see `roll`.
+        """
+        prompts = [prompt for request in requests for prompt in request.prompts]
+        ends = np.cumsum([len(request.prompts) for request in requests]).tolist()
         shares = self._shares(prompts, sampling)
-        mine = [prompts[position] for position in shares[self.ranks.rank]]
-        seeds = self._seeds(mine, sampling, purpose, step)
+        mine = [
+            [prompts[position] for position in shares[self.ranks.rank] if end - len(request.prompts) <= position < end]
+            for request, end in zip(requests, ends, strict=True)
+        ]
+        seeds = [self._seeds(its, sampling, request.purpose, step) for its, request in zip(mine, requests, strict=True)]
+        phase = _phase(requests[0].purpose)
+        spent = -ledger.seconds[phase]
         # Ranks without a share enter the contexts too: these may be collective.
-        with ledger.phase(_phase(purpose)), self._gathered(), self.precision():
+        with ledger.phase(phase), self._gathered(), self.precision():
             try:
-                completions = self.engine.generate(mine, sampling, seeds)
+                completions = self.engine.generate(
+                    [one for its in mine for one in its], sampling, np.concatenate(seeds)
+                )
             except FloatingPointError as error:
                 raise UserError(
                     f"Step {step}: {error}. Give a policy with finite weights, or resume with a lower "
                     "model.optimization.learning_rate or with --trainer.precision 32-true."
                 ) from error
-        rolled = self._scored(mine, completions, ledger, purpose, step, source) if mine else Rolled()
+        spent += ledger.seconds[phase]
+        rolled, first = Rolled(), 0
+        for its, request in zip(mine, requests, strict=True):
+            if its:
+                written = completions[first : first + len(its)]
+                rolled = rolled.joined(self._scored(its, written, ledger, request.purpose, step, request.source))
+                first += len(its)
         if self.ranks.size > 1:
-            with ledger.phase(_phase(purpose)):
+            spent -= ledger.seconds[phase]
+            with ledger.phase(phase):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
+            spent += ledger.seconds[phase]
+        tokens = [rolled.counts.get(f"{request.purpose}/tokens", 0) for request in requests]
+        for its, request in list(zip(tokens, requests, strict=True))[1:]:
+            ledger.seconds[phase] -= spent * its / max(1, sum(tokens))
+            ledger.seconds[_phase(request.purpose)] += spent * its / max(1, sum(tokens))
         groups = rolled.account(ledger)
-        if purpose != "validate":  # whose batches may be as small as one prompt
+        if requests[0].purpose != "validate":  # whose batches may be as small as one prompt
             self.stop_if_a_reward_fails(ledger, f"Step {step}")
-        return groups
+        return [groups[end - len(request.prompts) : end] for request, end in zip(requests, ends, strict=True)]
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
         """Start to roll out this rank's share of the prompts of a later step with the current policy, for `finish`."""

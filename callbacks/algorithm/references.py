@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +11,14 @@ from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
 from app.reporting.forecast_quality import brier, pearson
+from app.rollouts.pipeline import Request
+from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.group_codec import pack_groups, unpack_groups
 from datamodules.ledger import Ledger
 from datamodules.online import OnlinePromptDataModule
-from datamodules.types import Outcomes, RolloutGroup, TrainBatch
+from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
 
 
 class ReferenceRollouts(StepCallback):
@@ -31,11 +34,21 @@ class ReferenceRollouts(StepCallback):
         size: number of reference prompts, `K`.
         every: steps between two reference sets, `mu`.
         reuse: "train" as above; "buffer" only offers the groups to the replay buffer; "discard" as in the code of DOTS.
+        with_training: whether the reference set is rolled out in one call of the engine with the training prompts of a
+            step, which so waits for one longest completion instead of two. The selector sees the set after the choice
+            of that step instead of before it. A prompt that is in both is rolled out once, for training. The first set
+            still precedes the first choice.
     """
 
     stage = Stage.ROLL_OUT_REFERENCES
 
-    def __init__(self, size: int = 256, every: int = 2, reuse: Literal["train", "buffer", "discard"] = "train") -> None:
+    def __init__(
+        self,
+        size: int = 256,
+        every: int = 2,
+        reuse: Literal["train", "buffer", "discard"] = "train",
+        with_training: bool = False,
+    ) -> None:
         if size < 2 or every < 1:
             raise UserError(
                 f"ReferenceRollouts has size={size} and every={every}, expected size >= 2 and every >= 1. Raise them."
@@ -43,6 +56,7 @@ class ReferenceRollouts(StepCallback):
         self.size = size
         self.every = every
         self.reuse = reuse
+        self.with_training = with_training
         self._groups: list[RolloutGroup] = []
         self._before_first = Ledger()
         self._restored = False
@@ -52,6 +66,13 @@ class ReferenceRollouts(StepCallback):
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
 
+    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        if self.with_training and RolloutAhead.all_of(trainer):
+            raise UserError(
+                "callbacks.ReferenceRollouts has with_training=true, but callbacks.RolloutAhead rolls out the training "
+                "prompts during the step before. Set with_training=false, or remove callbacks.RolloutAhead."
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self._restored:
             # A run that resumes without having measured references begins with them now.
@@ -59,6 +80,10 @@ class ReferenceRollouts(StepCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         batch.ledger.add(self._before_first)
+        if self.with_training and not self._groups and batch.step % self.every == 0:
+            last = trainer.global_step + pl_module.mini_batches >= trainer.max_steps > 0
+            if not last:
+                self._measure_with(pl_module, batch)
         batch.metrics.update(self._metrics)
         batch.reference_forecast = self._forecast
         self._before_first, self._metrics, self._forecast = Ledger(), {}, None
@@ -74,16 +99,40 @@ class ReferenceRollouts(StepCallback):
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
-        if step % self.every == 0 and not trainer.global_step >= trainer.max_steps > 0:
+        if not self.with_training and step % self.every == 0 and not trainer.global_step >= trainer.max_steps > 0:
             self._measure(pl_module, batch.ledger, step)
 
     def _measure(self, pl_module: GRPOModule, ledger: Ledger, step: int) -> None:
-        selector, pool = self._data.selector, self._data.pools["train"]
-        prompts = [pool[position] for position in pool.positions(selector.choose_references(self.size))]
+        """Roll out a reference set in a call of its own."""
         self._groups = pl_module.pipeline.roll(
-            prompts, pl_module.sampling, ledger, purpose="reference", step=step, source="reference"
+            self._choose(), pl_module.sampling, ledger, purpose="reference", step=step, source="reference"
         )
-        outcomes = Outcomes.of(self._groups, step, "reference")
+        self._show(self._groups, ledger, step)
+
+    def _measure_with(self, pl_module: GRPOModule, batch: TrainBatch) -> None:
+        """Roll out a reference set together with the prompts of a step, and add the groups of these to it."""
+        chosen, references = {prompt.id for prompt in batch.prompts}, self._choose()
+        others = [prompt for prompt in references if prompt.id not in chosen]
+        requests = [Request(batch.prompts, "train"), Request(others, "reference", "reference")]
+        trained, self._groups = pl_module.pipeline.roll_together(
+            requests, pl_module.sampling, batch.ledger, step=batch.step
+        )
+        group_of = {group.prompt.id: group for group in (*trained, *self._groups)}
+        self._show([group_of[prompt.id] for prompt in references], batch.ledger, batch.step)
+        measured = {prompt.id for prompt in references}
+        with batch.ledger.phase("select"):
+            fresh = [group for group in trained if group.prompt.id not in measured]
+            self._data.selector.observe(Outcomes.of(fresh, batch.step, "fresh"))
+        batch.add(trained)
+
+    def _choose(self) -> list[Prompt]:
+        pool = self._data.pools["train"]
+        return [pool[position] for position in pool.positions(self._data.selector.choose_references(self.size))]
+
+    def _show(self, groups: Sequence[RolloutGroup], ledger: Ledger, step: int) -> None:
+        """Show the selector a reference set, and note how well it was forecast."""
+        selector, pool = self._data.selector, self._data.pools["train"]
+        outcomes = Outcomes.of(groups, step, "reference")
         with ledger.phase("reference"):
             # A uniform draw, so these are unbiased estimates for the whole pool.
             self._metrics = {

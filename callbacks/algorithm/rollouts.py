@@ -39,7 +39,8 @@ class Rollouts(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         offered = {group.prompt.id for group in batch.groups}
         prompts = [prompt for prompt in batch.prompts if prompt.id not in offered]
-        roll_fresh(OnlinePromptDataModule.of(trainer).selector, pl_module, batch, prompts)
+        if prompts:
+            roll_fresh(OnlinePromptDataModule.of(trainer).selector, pl_module, batch, prompts)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import Transformers
+from app.engines.transformers.engine import CPU_CACHE_TOKENS
 from app.engines.transformers.shared_cache import SLACK
 from app.module import GRPOModule
 from app.policy.adapters import causal_lm
@@ -230,7 +231,7 @@ def step_memory(
     )
     if isinstance(engine, Transformers):
         sizes = replace(
-            sizes, max_rows=engine.max_rows, max_cache_tokens=engine.max_cache_tokens,
+            sizes, max_rows=engine.max_rows, max_cache_tokens=engine.max_cache_tokens or CPU_CACHE_TOKENS,
             prefill_tokens=engine.prefill_tokens, spare_columns=SLACK,
         )  # fmt: skip
     return sizes.prompt_length, memory_parts(policy, precision, sizes)

@@ -307,6 +307,25 @@ def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
         assert first[key] == pytest.approx(value), key
 
 
+def test_a_resume_between_shared_calls_is_the_whole_run(trained: Place) -> None:
+    """References share the engine's call with the prompts of steps 2 and 4; the run is cut before and after these."""
+    shared = listed("callbacks.ReferenceRollouts", size=3, every=2, with_training=True)
+    shutil.rmtree(trained.path / "runs")
+    configured(trained, *USUAL, shared)
+    ran(trained, *FIT, "--trainer.max_steps=6")
+    whole = noted(trained)
+    assert [one["references"] > 0 for one in whole] == [True, False, True, False, True, False]
+    (trained.path / "noted.jsonl").unlink()
+    shutil.rmtree(trained.path / "runs")
+    # A run that ends after a step rolls out no references with it, so it is stopped and not ended.
+    stopped = listed("dots_helpers.Stop", hook="on_train_batch_end")
+    configured(trained, *USUAL, shared, stopped)
+    ran(trained, *FIT, "--trainer.max_steps=6")
+    for _ in range(4):
+        ran(trained, *FIT, *LAST, "--trainer.max_steps=6")
+    assert noted(trained) == whole
+
+
 @pytest.mark.long
 def test_a_resume_with_another_seed_draws_anew(trained: Place) -> None:
     shutil.copytree(trained.path / "runs", trained.path / "again", symlinks=True)

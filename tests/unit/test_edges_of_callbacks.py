@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from app.engines import Sampling, Transformers
 from app.engines.ahead import Ahead, Groups
 from app.policy.weights import plain_weights
+from app.rollouts.pipeline import Request
 from callbacks import (
     Balanced,
     CompletionsLog,
@@ -31,7 +33,7 @@ from callbacks import (
     StartValidation,
     WeightSync,
 )
-from callbacks.stages import StepCallback
+from callbacks.stages import Stage, StepCallback
 from callbacks.standard import with_standard
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger, WeightedMean
@@ -43,6 +45,7 @@ from tests.support.builders import group, pool, prompt
 from tests.support.policies import tiny_model
 from tests.support.scripted_run import HALF, QUARTER, RIGHT, WRONG, scripted_run
 from tests.support.selector_builders import saved_and_loaded
+from tests.support.trainers import MODULE, trainer_with
 
 MIXED = [HALF, QUARTER, RIGHT, WRONG] * 3
 
@@ -187,6 +190,105 @@ def test_references_are_rolled_out_before_the_run_and_every_few_steps(
     for number in (1, 3):
         assert not any(name.startswith("difficulty/reference") for name in run.steps[number].metrics)
     assert not any(one.source == "reference" for step in run.steps for one in (*step.groups, *step.surplus))
+
+
+class Calls(Transformers):
+    """Notes the prompts of every call, each of which takes a while more than it has work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[str]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+        self.calls.append([one.id for one in prompts])
+        time.sleep(0.1)
+        return super().generate(prompts, sampling, seeds)
+
+
+def test_references_are_rolled_out_in_one_call_with_training_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector, engine = NotingMopps(), Calls()
+    references = ReferenceRollouts(size=5, every=2, with_training=True)
+    callbacks = [WeightSync(), references, Rollouts(), RolloutReplay(fresh_fraction=1.0, admit="all"), RunLedger()]
+    run = scripted_run(tmp_path, monkeypatch, MIXED, callbacks, selector=selector, steps=5, engine=engine)
+    rate = {f"p{i}": float(np.mean(scores)) for i, scores in enumerate(MIXED)}
+    sets = {one.step: one for one, _ in selector.seen if one.source == "reference"}
+    fresh = {one.step: one for one, _ in selector.seen if one.source == "fresh"}
+    # The first set precedes the first choice; no set is rolled out with the last step, which no choice follows.
+    assert list(sets) == [0, 2]
+    assert all(one.success_rate.tolist() == [rate[name] for name in one.prompt_ids] for one in sets.values())
+    assert all(len(set(one.prompt_ids)) == 5 for one in sets.values())
+    chosen, shown = run.steps[2].prompts, sets[2].prompt_ids
+    others, both = [name for name in shown if name not in chosen], set(shown) & set(chosen)
+    assert both  # else this run would not show that they are rolled out once
+    assert engine.calls[0] == list(sets[0].prompt_ids)
+    assert engine.calls[2:] == [run.steps[1].prompts, [*chosen, *others], run.steps[3].prompts, run.steps[4].prompts]
+    # No outcome is observed twice, the references come first, and the choice of the step was made without them.
+    assert set(fresh[2].prompt_ids) == set(chosen) - both
+    seen = [(one.step, one.source) for one, _ in selector.seen if one.prompt_ids]
+    assert seen == [(0, "reference"), (0, "fresh"), (1, "fresh"), (2, "reference"), (2, "fresh"), *seen[5:]]
+    step = run.steps[2]
+    assert [one.prompt.id for one in step.groups] == chosen and {one.source for one in step.groups} == {"fresh"}
+    assert [one.prompt.id for one in step.surplus] == others and {one.source for one in step.surplus} == {"reference"}
+    assert {one.birth_step for one in (*step.groups, *step.surplus)} == {2}
+    assert (step.counts["train/prompts"], step.counts["reference/prompts"]) == (4, len(others))
+    assert step.counts["reference/tokens"] == sum(one.completion_tokens for one in step.surplus)
+    assert step.metrics["difficulty/reference_success"] == pytest.approx(np.mean([rate[name] for name in shown]))
+    assert not any(name.startswith("difficulty/reference") for name in run.steps[3].metrics)
+
+
+def test_one_call_for_two_purposes_is_the_two_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, tuple[list[list[RolloutGroup]], Ledger]] = {}
+
+    class Both(StepCallback):
+        stage = Stage.WATCH
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TrainBatch, batch_idx: int) -> None:
+            prompts = [trainer.datamodule.pools["train"][position] for position in range(9)]
+            requests = [Request(prompts[:3], "train"), Request(prompts[3:], "reference", "reference")]
+            for name in ("apart", "together"):
+                ledger, sampling = Ledger(), pl_module.sampling
+                if name == "together":
+                    groups = pl_module.pipeline.roll_together(requests, sampling, ledger, step=7)
+                else:
+                    groups = [
+                        pl_module.pipeline.roll(
+                            one.prompts, sampling, ledger, purpose=one.purpose, step=7, source=one.source
+                        )
+                        for one in requests
+                    ]
+                found[name] = groups, ledger
+
+    engine = Calls()
+    scripted_run(tmp_path, monkeypatch, MIXED, [WeightSync(), Rollouts(), Both()], steps=1, engine=engine)
+    (apart, ledger), (together, shared) = found["apart"], found["together"]
+    assert len(engine.calls) == 1 + 2 + 1
+    assert [len(one) for one in together] == [3, 6]
+    for left, right in zip([*apart[0], *apart[1]], [*together[0], *together[1]], strict=True):
+        assert (left.prompt.id, left.source, left.birth_step) == (right.prompt.id, right.source, right.birth_step)
+        np.testing.assert_array_equal(left.correctness, right.correctness)
+        for a, b in zip(left.completions, right.completions, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert dict(shared.counts) == dict(ledger.counts) and shared.reward_metrics == ledger.reward_metrics
+    tokens = [shared.counts[f"{purpose}/tokens"] for purpose in ("train", "reference")]
+    assert tokens == [sum(one.completion_tokens for one in groups) for groups in together]
+    call = shared.seconds["rollout"] * sum(tokens) / tokens[0]
+    assert 0.1 < call < 0.1 + sum(shared.seconds.values())
+    assert shared.seconds["reference"] > call * tokens[1] / sum(tokens)  # and its scoring
+
+
+def test_references_cannot_share_the_call_of_prompts_rolled_out_ahead() -> None:
+    module, data = MODULE, MODULE
+    for references, others in ((True, [RolloutAhead()]), (False, [RolloutAhead()]), (True, [])):
+        callback = ReferenceRollouts(with_training=references)
+        trainer = trainer_with(callbacks=[callback, *others])
+        if references and others:
+            with pytest.raises(UserError, match=r"with_training=true, but callbacks\.RolloutAhead"):
+                callback.check(trainer, module, data)
+        else:
+            callback.check(trainer, module, data)
 
 
 @pytest.mark.parametrize(("updates", "limit", "rolled"), [(3, 4, True), (4, 4, False), (5, 4, False), (9, -1, True)])
@@ -389,7 +491,7 @@ def test_rollouts_ahead_need_an_engine_of_its_own() -> None:
     [
         (Balanced, {"low": 0.3, "high": 0.7, "max_refills": 10}),
         (DynamicSampling, {"low": None, "high": None, "max_refills": 10}),
-        (ReferenceRollouts, {"size": 256, "every": 2, "reuse": "train"}),
+        (ReferenceRollouts, {"size": 256, "every": 2, "reuse": "train", "with_training": False}),
         (RolloutReplay, {"fresh_fraction": 0.5, "capacity": 512, "admit": "informative"}),
         (RunCheckpoint, {"every": 10, "keep": 2, "keep_best": None, "on_write_error": "continue"}),
         (CompletionsLog, {"every": 10, "samples": 4}),

@@ -1,10 +1,17 @@
 """The engine with tiny random models, compared with plain forwards without a cache."""
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,12 +26,16 @@ from transformers import (
 )
 
 from app.engines import Sampling, Transformers
-from app.engines.transformers.kv_cache import RowCache
+from app.engines.transformers import shared_cache, step_graphs
+from app.engines.transformers.engine import cached_bytes, tokens_that_fit
+from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache, WrittenLayer
 from app.policy.fused_layers import fuse_layers
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
+from tests.support.recorded_step import Recorder
+from tests.support.tables import few
 
 V, EOS, G = 53, 1, 4
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "bos_token_id": None}
@@ -33,6 +44,9 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
+    if name == "lora":
+        adapted: Any = get_peft_model(_random("qwen2"), LoraConfig(r=4, target_modules="all-linear"))
+        return adapted.eval()
     return _random(name).eval()
 
 
@@ -125,6 +139,88 @@ def test_the_models_own_attention_draws_the_same() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "mixed"),
+    few(
+        [("qwen2", {"max_rows": 9}, False), ("qwen2", {}, True), ("llama", {"max_rows": 3}, False),
+         ("gpt2", {}, False), ("qwen2", {"max_rows": 9}, True)], 2,
+    ),
+)  # fmt: skip
+def test_steps_that_are_replayed_draw_the_same(
+    name: str, options: dict[str, int], mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorded step repeats what the host computed, so all that changes must come from its input tensor."""
+    model, batch, sampling = build(name), prompts(LENGTHS), Sampling(G, 70)
+    fuse_layers(model)
+    recorder = Recorder()
+    monkeypatch.setattr(step_graphs, "COLUMNS", 16)
+    monkeypatch.setattr(shared_cache, "SLACK", 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        usual = engine(model, **options).generate(batch, sampling, SEEDS)
+        monkeypatch.setattr("app.engines.transformers.engine.capture_on", lambda *_: recorder)
+        replayed = engine(model, **options).generate(batch, sampling, SEEDS)
+        kept = recorder.captured
+        off = engine(model, **options, cuda_graphs=False).generate(batch, sampling, SEEDS)
+        assert recorder.captured == kept
+    assert recorder.captured > 3 and recorder.replayed > 40
+    assert len({len(one.token_ids) for group in usual for one in group}) > 5  # rows left at different times
+    alike = 0
+    for left, right, plain in zip(usual, replayed, off, strict=True):
+        for a, b, c in zip(left, right, plain, strict=True):
+            same = a.token_ids.tolist() == b.token_ids.tolist()
+            assert same or mixed  # half precision may round another sum across a draw
+            if same:
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05 if mixed else 1e-5)
+            np.testing.assert_array_equal(a.token_ids, c.token_ids)
+            np.testing.assert_array_equal(a.logprobs, c.logprobs)
+            alike += same
+    assert alike >= 0.9 * SEEDS.size
+
+
+def test_a_step_that_cannot_be_recorded_is_decoded_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, batch, sampling = engine(build("qwen2")), prompts(LENGTHS), Sampling(G, 40)
+    usual = made.generate(batch, sampling, SEEDS)
+
+    def refuse(step: step_graphs.Step) -> step_graphs.Step:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("app.engines.transformers.engine.capture_on", lambda *_: refuse)
+    with pytest.warns(UserWarning, match=r"without CUDA graphs from now on.*is capturing\)\. To") as warned:
+        found = made.generate(batch, sampling, SEEDS)
+    assert len(warned) == 1 and made.cuda_graphs is False
+    for left, right in zip(usual, found, strict=True):
+        assert_same(left, right)
+
+
+def test_a_cpu_and_a_sharded_policy_record_nothing() -> None:
+    model = build("qwen2")
+    assert step_graphs.capture_on(torch.device("cpu"), model) is None
+    sharded = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    sharded[0].__class__ = type("Sharded", (FSDPModule, torch.nn.Linear), {})
+    assert step_graphs.capture_on(torch.device("cuda"), sharded) is None
+
+
+@pytest.mark.parametrize(("name", "heads"), [("qwen2", 2), ("gpt2", 2)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_follow_the_free_memory_of_a_gpu(
+    name: str, heads: int, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed), torch.no_grad():
+        cache = PrefilledCache(config=model.config)
+        model(torch.arange(2, 9)[None], use_cache=True, past_key_values=cache)
+        assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16 if mixed else torch.float32}
+        assert cached_bytes(model) == 2 * sum(layer.values.nbytes for layer in cache.layers) / 7
+    assert tokens_that_fit(model) == 262_144
+    gpu: Any = SimpleNamespace(device=torch.device("cuda", 1), config=model.config, dtype=torch.bfloat16)
+    # 10 MB free on the device, and 3 of 4 MB that torch holds.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**7, 8 * 10**7) if device == gpu.device else None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4 * 10**6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**6)
+    # Two layers, keys and values, heads of 16 (GPT-2) or 8, two bytes: 0.6 * 13 MB of them.
+    assert tokens_that_fit(gpu) == int(0.6 * 13e6) // (2 * 2 * heads * (16 if name == "gpt2" else 8) * 2)
+
+
 def test_greedy_agrees_with_model_generate() -> None:
     model = build("qwen2")
     for prompt in prompts(LENGTHS):
@@ -185,7 +281,7 @@ def test_bfloat16_logprobs_are_float32_and_normalised() -> None:
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "sliding"])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "sliding", "lora"])
 def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes(
     name: str, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +292,14 @@ def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes
     caches: list[RowCache] = []
     admit = SharedPromptCache.admit
     monkeypatch.setattr(SharedPromptCache, "admit", lambda cache, *given: (caches.append(cache), admit(cache, *given)))
+    grown: set[torch.dtype] = set()
+
+    class NotedCache(GrowingCache):
+        def keep(self, order: np.ndarray) -> None:
+            super().keep(order)
+            grown.update(one.dtype for layer in self.past.layers for one in (layer.keys, layer.values))
+
+    monkeypatch.setattr("app.engines.transformers.engine.GrowingCache", NotedCache)
 
     def errors() -> list[float]:
         """Return how far recorded log-probabilities are from those of a forward pass without a cache."""
@@ -218,10 +322,44 @@ def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes
         buffers = [one for layer in [*cache.written, *cache.read] for one in (layer.keys, layer.values)]
         assert {one.dtype for one in buffers if one is not None} == {torch.bfloat16}
     assert bool(caches) == (share and name != "sliding")
+    assert grown == (set() if caches else {torch.bfloat16})
     with torch.no_grad():  # an update: no weight of before may be left
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert max(errors()) < 0.02
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of float32 tensors to another type by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_to_copy" and args[0].dtype == torch.float32:
+            self.found[tuple(args[0].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("share", [True, False])
+def test_weights_are_cast_once_per_generation(adapters: bool, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engines.transformers.engine.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
+    model = build("lora" if adapters else "qwen2")
+    needed = [one.requires_grad for one in model.parameters()]
+    weights = {tuple(one.shape) for one in model.parameters()}
+
+    def casts(tokens: int) -> Counter[tuple[int, ...]]:
+        made = engine(model, share_prompts=share)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Casts() as counted:
+            made.generate(prompts(LENGTHS)[:2], Sampling(G, tokens), SEEDS[:2])
+        return counted.found
+
+    fewer, more = casts(5), casts(7)
+    assert any(fewer[shape] for shape in weights)  # they are seen here
+    assert not [shape for shape in weights if more[shape] != fewer[shape]]
+    assert [one.requires_grad for one in model.parameters()] == needed
 
 
 def test_user_errors_and_empty_input() -> None:

@@ -12,16 +12,23 @@ from transformers import DynamicCache, PreTrainedModel
 
 from app.engines.ahead import Groups
 from app.engines.base import RolloutEngine, Sampling, check_counts, check_request, end_token_ids, nonfinite_policy
-from app.engines.transformers.kv_cache import GrowingCache, RowCache
+from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
-from app.engines.transformers.shared_cache import SharedPromptCache
+from app.engines.transformers.shared_cache import SharedPromptCache, StaticLayer, WrittenLayer
+from app.engines.transformers.step_graphs import StepGraphs, StepShape, capture_on
 from app.policy.adapters import causal_lm
 from app.policy.fused_layers import holding_weights
 from app.policy.model import plain_attention
 from app.policy.modes import attending, evaluating
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
+
+CPU_CACHE_TOKENS = 262_144
+"""Tokens in the key-value cache on a CPU, whose free memory others may take."""
+
+FREE_MEMORY_SHARE = 0.6
+"""Share of a GPU's free memory for keys and values; logits, prefills and CUDA graphs take from the rest."""
 
 
 class Transformers(RolloutEngine):
@@ -34,10 +41,13 @@ class Transformers(RolloutEngine):
     Args:
         max_rows: maximum number of completions decoded together.
         max_cache_tokens: limit on rows x (longest prompt + max_completion_length), and so on the memory of the
-            key-value cache; fewer rows are decoded together if they would exceed it.
+            key-value cache; fewer rows are decoded together if they would exceed it. null for what fits in the free
+            memory of a GPU, and 262,144 on a CPU.
         prefill_tokens: prompt tokens (including padding) in one forward pass.
         share_prompts: false decodes with the model's own attention and cache, which copies the prompt to every row;
             for policies whose attention needs something that `decode_attention` does not support.
+        cuda_graphs: on a GPU, whether the kernels of a token are recorded as CUDA graphs, which are launched together.
+            Needs `share_prompts`; sharded policies are decoded without.
     """
 
     uses_policy = True
@@ -45,12 +55,13 @@ class Transformers(RolloutEngine):
     def __init__(
         self,
         max_rows: int = 256,
-        max_cache_tokens: int = 262_144,
+        max_cache_tokens: int | None = None,
         prefill_tokens: int = 16_384,
         share_prompts: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         self.max_rows, self.max_cache_tokens, self.prefill_tokens = max_rows, max_cache_tokens, prefill_tokens
-        self.share_prompts = share_prompts
+        self.share_prompts, self.cuda_graphs = share_prompts, cuda_graphs
         check_counts("engine", self, "max_rows", "max_cache_tokens", "prefill_tokens")
         self.version = 0
 
@@ -92,13 +103,22 @@ class _Generation:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
         self.lm = causal_lm(engine.model)
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
-        self.max_rows = min(engine.max_rows, seeds.size, max(1, engine.max_cache_tokens // columns))
+        tokens = engine.max_cache_tokens or tokens_that_fit(self.lm)
+        self.max_rows = min(engine.max_rows, seeds.size, max(1, tokens // columns))
         self.waiting = prefill_queue([prompt.token_ids for prompt in prompts], sampling.num_generations, self.max_rows)
         self.cache: RowCache = GrowingCache()
+        self.graphs: StepGraphs | None = None
         if engine.share_prompts and plain_attention(self.lm):
+            capture = capture_on(self.device, engine.model) if engine.cuda_graphs else None
+            if capture is not None:
+                self.graphs = StepGraphs(self._static_step, capture, self.device, self.max_rows)
             layers = len(DynamicCache(config=self.lm.config).layers)
             max_prompts = min(len(self.waiting), self.max_rows)
-            self.cache = SharedPromptCache(layers, self.max_rows, max_prompts, sampling.max_completion_length)
+            self.cache = SharedPromptCache(
+                layers, self.max_rows, max_prompts, sampling.max_completion_length,
+                rows_per_prompt=min(sampling.num_generations, self.max_rows),
+                layer=WrittenLayer if self.graphs is None else StaticLayer,
+            )  # fmt: skip
         self.rows = DecodingRows()
         self.ends = end_token_ids(engine.model, engine.tokenizer)
         self.stop_strings = [string for string in sampling.stop if string]
@@ -114,12 +134,25 @@ class _Generation:
         while self.waiting or len(self.rows):
             self._admit()
             if len(self.rows):
-                cached = self.cache.inputs(self.device)
-                token, position = self._to_device(np.stack([self.rows.token, self.rows.position]))
-                with attending(self.lm, self.cache.attention):
-                    logits = self.engine.forward(token[:, None], position[:, None], **cached)
-                self._sample(logits, first=0)
+                self._sample(self._step(), first=0)
+        if self.graphs is not None and self.graphs.failed:
+            self.engine.cuda_graphs = False
         return self._completions()
+
+    def _step(self) -> torch.Tensor:
+        """Return the logits `[rows, V]` of the next token of all rows."""
+        if self.graphs is not None and isinstance(self.cache, SharedPromptCache):
+            shape, numbers = self.cache.static_numbers(self.rows.token, self.rows.position)
+            return self.graphs(shape, numbers)[: len(self.rows)]
+        cached = self.cache.inputs(self.device)
+        token, position = self._to_device(np.stack([self.rows.token, self.rows.position]))
+        with attending(self.lm, self.cache.attention):
+            return self.engine.forward(token[:, None], position[:, None], **cached)
+
+    def _static_step(self, shape: StepShape, numbers: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.cache, SharedPromptCache)
+        with attending(self.lm, self.cache.attention):
+            return self.engine.forward(**self.cache.static_inputs(shape, numbers))
 
     def _admit(self) -> None:
         """Prefill waiting prompts if many rows are free (joining interrupts decoding) or no row is left."""
@@ -140,7 +173,7 @@ class _Generation:
             padded[row, -len(prompt.token_ids) :] = prompt.token_ids
         positions = np.arange(lengths.max()) - (lengths.max() - lengths)[:, None]
         mask = self._to_device((positions >= 0).astype(np.int64)) if (lengths != lengths.max()).any() else None
-        prefilled = DynamicCache(config=self.lm.config)
+        prefilled = PrefilledCache(config=self.lm.config)
         position_ids = self._to_device(positions.clip(min=0))
         tokens = self._to_device(padded)
         logits = self.engine.forward(tokens, position_ids, attention_mask=mask, past_key_values=prefilled)
@@ -194,6 +227,25 @@ class _Generation:
         return [tuple(completions[b : b + group]) for b in range(0, len(completions), group)]
 
 
+def tokens_that_fit(lm: PreTrainedModel) -> int:
+    """Return the number of tokens whose keys and values may be kept while decoding with a model."""
+    if lm.device.type != "cuda":
+        return CPU_CACHE_TOKENS
+    free, _ = torch.cuda.mem_get_info(lm.device)
+    free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+    return max(1, int(free * FREE_MEMORY_SHARE) // cached_bytes(lm))
+
+
+def cached_bytes(lm: PreTrainedModel) -> int:
+    """Return the bytes of one token's keys and values in all layers, in the dtype of the computation."""
+    config = lm.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kind = lm.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.dtype
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * dtype.itemsize
+
+
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
     """Switch to evaluation mode, without gradients; under autocast each weight is cast once and not for every token."""
@@ -202,9 +254,16 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(True)
+    # It caches only what requires a gradient, which frozen weights under adapters don't.
+    autocast = torch.is_autocast_enabled(model.device.type)
+    frozen = [one for one in model.parameters() if autocast and not one.requires_grad and one.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
     try:
         with torch.no_grad(), evaluating(model), holding_weights(causal_lm(model)):
             yield
     finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
         torch.set_autocast_cache_enabled(cached)
         torch.clear_autocast_cache()

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
+
+
+class PrefilledCache(DynamicCache):
+    """The model's own cache, with keys in the dtype of values.
+
+    Under autocast many models rotate keys in float32, which the attention casts for every token, and values with them.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
 
 
 class RowCache(ABC):

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from app.engines.transformers.decode_attention import DECODE, SharedKeys
 from app.engines.transformers.kv_cache import RowCache
 from app.engines.transformers.schedule import fill_holes
+from app.engines.transformers.step_graphs import StepShape, padded_columns, padded_count
 
 SLACK = 64
 """Spare columns: the window of generated tokens moves back to the left at most once per this many tokens."""
@@ -92,6 +93,35 @@ class WrittenLayer(CacheLayerMixin):
         return self.columns
 
 
+class StaticLayer(WrittenLayer):
+    """The same with views whose shapes and addresses stay: new states go to the column that a tensor names.
+
+    Attributes:
+        column: int64 `[1]`, on the device: where the next states are written.
+        shown: numbers of rows and columns that the model sees; `first` stays 0.
+    """
+
+    column: torch.Tensor
+    shown: tuple[int, int]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        for buffer in self.buffers():
+            buffer.zero_()  # columns are seen, with weight 0, before they are written; 0 * NaN is NaN
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `[R, key_value_heads, 1, head_dim]` states and return views of the shown rows and columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, columns = self.shown
+        keys, values = self.buffers()
+        for buffer, states in ((keys, key_states), (values, value_states)):
+            buffer[:rows].index_copy_(2, self.column, states.to(buffer.dtype))
+        return keys[:rows, :, :columns], values[:rows, :, :columns]
+
+
 class PromptLayer:
     """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`.
 
@@ -129,15 +159,25 @@ class SharedPromptCache(RowCache):
         max_rows: maximum number of rows decoded together.
         max_prompts: maximum number of prompts whose rows are decoded together.
         columns: maximum number of tokens that a row can generate.
+        rows_per_prompt: maximum number of a prompt's rows.
+        layer: `StaticLayer` for `static_numbers` and `static_inputs` instead of `inputs`.
     """
 
     can_join = True
     attention = DECODE
 
-    def __init__(self, layers: int, max_rows: int, max_prompts: int, columns: int) -> None:
+    def __init__(
+        self,
+        layers: int,
+        max_rows: int,
+        max_prompts: int,
+        columns: int,
+        rows_per_prompt: int,
+        layer: type[WrittenLayer] = WrittenLayer,
+    ) -> None:
         super().__init__()
-        self.max_prompts = max_prompts
-        self.written = [WrittenLayer(max_rows, columns + SLACK) for _ in range(layers)]
+        self.max_rows, self.max_prompts, self.rows_per_prompt = max_rows, max_prompts, rows_per_prompt
+        self.written = [layer(max_rows, columns + SLACK) for _ in range(layers)]
         self.read: list[PromptLayer] = []
         self.past = Cache(layers=[*self.written])
         self.prompt_of_row = self.lengths = np.zeros(0, dtype=np.int64)
@@ -181,18 +221,25 @@ class SharedPromptCache(RowCache):
         by_prompt = np.argsort(self.prompt_of_row, kind="stable")
         within = np.empty_like(by_prompt)
         within[by_prompt] = np.arange(len(by_prompt)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._within = within
         self._rows, self._places = places_of_rows(self.prompt_of_row, within, self.read[0].keys.shape[1])
         longest = int(self.lengths.max(initial=0))
         self._unread = np.arange(longest) < (longest - self.lengths[self.prompt_of_row])[:, None]
 
+    def _make_room(self) -> None:
+        """Move the window of generated tokens to the left if its buffer is full."""
+        if self.written[0].end == self.written[0].columns:
+            oldest = int(self.starts.min())
+            for layer in self.written:
+                layer.first = oldest
+                layer.rewind()
+            self.starts -= oldest
+
     def inputs(self, device: torch.device) -> dict[str, object]:
+        self._make_room()
         oldest = int(self.starts.min())
         for layer in self.written:
             layer.first = oldest
-        if self.written[0].end == self.written[0].columns:
-            for layer in self.written:
-                layer.rewind()
-            self.starts -= oldest
         first, end = self.written[0].first, self.written[0].end
         unseen = np.concatenate([self._unread, np.arange(first, end + 1) < self.starts[:, None]], axis=1)
         g, longest = len(self.lengths), self._unread.shape[1]
@@ -207,16 +254,74 @@ class SharedPromptCache(RowCache):
         )
         return {"past_key_values": self.past, "layout": layout}
 
+    def static_numbers(self, token: np.ndarray, position: np.ndarray) -> tuple[StepShape, np.ndarray]:
+        """Prepare one more column, and return the shape of the next step with all that it reads from the host.
 
-def places_of_rows(prompt_of_row: np.ndarray, within: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+        Args:
+            token: int64 `[n]`: the last tokens of the rows.
+            position: int64 `[n]`: their positions.
+
+        Returns:
+            The padded shape and int64 `[X]`, which `static_inputs` takes apart.
+        """
+        self._make_room()
+        column = self.written[0].end
+        for layer in self.written:
+            layer.end += 1
+        n, heads, longest = len(token), self.read[0].keys.shape[1], self._unread.shape[1]
+        shape = StepShape(
+            padded_count(n, self.max_rows),
+            padded_count(len(self.lengths), self.max_prompts),
+            padded_columns(longest, self.read[0].longest),
+            padded_columns(column + 1, self.written[0].columns),
+        )
+        # A padding row is one of a token that sees everything: nothing that it computes is infinite, or read.
+        rows = np.zeros((4, shape.rows), dtype=np.int64)
+        rows[:, :n] = token, position, shape.longest - self.lengths[self.prompt_of_row], self.starts
+        places = np.zeros(shape.rows * heads, dtype=np.int64)
+        slots = np.zeros(shape.prompts * heads * self.rows_per_prompt, dtype=np.int64)
+        found, places[: n * heads] = places_of_rows(self.prompt_of_row, self._within, heads, self.rows_per_prompt)
+        slots[: len(found)] = found
+        return shape, np.concatenate([rows.reshape(-1), [column], places, slots])
+
+    def static_inputs(self, shape: StepShape, numbers: torch.Tensor) -> dict[str, object]:
+        """Return the forward's arguments, whose tensors are made of `numbers` on its device."""
+        heads = self.read[0].keys.shape[1]
+        slots = shape.prompts * heads * self.rows_per_prompt
+        rows, column, places, by_prompt = numbers.split([4 * shape.rows, 1, shape.rows * heads, slots])
+        token, position, unread, start = rows.view(4, shape.rows)
+        for layer in self.written:
+            assert isinstance(layer, StaticLayer)
+            layer.column, layer.shown = column, (shape.rows, shape.columns)
+        of_prompt, of_row = (torch.arange(size, device=numbers.device) for size in (shape.longest, shape.columns))
+        seen = torch.cat([of_prompt >= unread[:, None], (of_row >= start[:, None]) & (of_row <= column)], dim=1)
+        layout = SharedKeys(
+            keys=[layer.keys[: shape.prompts, :, layer.longest - shape.longest :] for layer in self.read],
+            values=[layer.values[: shape.prompts, :, layer.longest - shape.longest :] for layer in self.read],
+            rows=by_prompt,
+            places=places,
+            bias=torch.zeros(seen.shape, device=numbers.device).masked_fill_(~seen, -torch.inf)[:, None],
+        )
+        return {
+            "input_ids": token[:, None],
+            "position_ids": position[:, None],
+            "past_key_values": self.past,
+            "layout": layout,
+        }
+
+
+def places_of_rows(
+    prompt_of_row: np.ndarray, within: np.ndarray, heads: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return `SharedKeys.rows` and `SharedKeys.places`.
 
     Args:
         prompt_of_row: int64 `[n]`: 0 .. g - 1, each at least once.
         within: int64 `[n]`: index of the row among those of its prompt.
         heads: number of key-value heads.
+        most: `SharedKeys.W`; None for the largest number of a prompt's rows.
     """
-    most = int(within.max(initial=-1)) + 1
+    most = int(within.max(initial=-1)) + 1 if most is None else most
     prompts = int(prompt_of_row.max(initial=-1)) + 1
     head = np.arange(heads)
     places = (prompt_of_row[:, None] * heads + head) * most + within[:, None]
