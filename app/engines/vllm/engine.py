@@ -143,6 +143,10 @@ class Vllm(VllmOptions, RolloutEngine):
                 self._llm.sleep(level=self._level)
             self._weights_asleep = self._cache_asleep = True
 
+    def sleeps_on(self, device_type: str) -> bool:
+        """Return whether it sleeps during updates where the policy is on a device of that type."""
+        return device_type == "cuda" and self.sleep_level != 0
+
     def close(self) -> None:
         if self._llm is None:
             return
@@ -220,7 +224,7 @@ class Vllm(VllmOptions, RolloutEngine):
         """The sleep level."""
         if self.sleep_level is not None:
             return self.sleep_level
-        return 2 if self.model.device.type == "cuda" else 0
+        return 2 if self.sleeps_on(self.model.device.type) else 0
 
     @property
     def _starts_workers(self) -> bool:

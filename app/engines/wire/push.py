@@ -130,7 +130,7 @@ class WeightPusher:
         dtypes = {fact["dtype"] for fact in facts}
         # Workers round to their dtype what arrives in another one, as the trainer would.
         self._dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else None
-        visible = visible_gpus()
+        visible = visible_gpus() if all(fact["gpu"] for fact in facts) else {}
         self._gpus = {fact["gpu"]: visible[fact["gpu"]] for fact in facts if fact["gpu"] in visible}
         local = all(urlsplit(client.url).hostname in _LOOPBACK for client in self._clients)
         mappable = local and all(fact["gpu"] in visible for fact in facts)
