@@ -84,15 +84,16 @@ pytestmark = [
 def test_it_sleeps_once_per_step_and_no_push_is_made_twice(tmp_path: Path) -> None:
     (tmp_path / "sleeping.py").write_text(SLEEPING)
     (tmp_path / "more.yaml").write_text(
-        "trainer:\n  callbacks:\n    - sleeping.Updates\n    - callbacks.DynamicSampling\n"
-        "    - {class_path: callbacks.ReferenceRollouts, init_args: {size: 8, every: 1}}\n"
+        "trainer:\n  callbacks:\n    - sleeping.Updates\n"
+        "    - {class_path: callbacks.DynamicSampling, init_args: {max_refills: 1}}\n"
+        "    - {class_path: callbacks.ReferenceRollouts, init_args: {size: 4, every: 1}}\n"
         "model:\n  class_path: app.module.GRPOModule\n  init_args:\n    engine: {class_path: sleeping.Sleeping, "
         "init_args: {cpu_cache_gib: 0.25}}\n"
     )
     done = dots(
         "fit", "--config", "configs/quickstart.yaml", "--config", str(tmp_path / "more.yaml"),
         "--trainer.max_steps=3", "--trainer.val_check_interval=1", "--model.mini_batches=1",
-        "--data.prompts_per_step=8", "--data.val_size=16", "--data.val_batch_size=4",
+        "--data.prompts_per_step=4", "--data.val_size=8", "--data.val_batch_size=2",
         "--model.sampling.max_completion_length=32", "--model.val_sampling.max_completion_length=32",
         f"--trainer.logger.save_dir={tmp_path}", path=tmp_path, fresh=True,
     )  # fmt: skip
@@ -101,7 +102,7 @@ def test_it_sleeps_once_per_step_and_no_push_is_made_twice(tmp_path: Path) -> No
     step = ["sleep 2", "update", "wake weights", "push", "wake all", "generate"]
     assert [name for name, _ in events] == ["push", "generate", *step, *step, *step]
     assert all(count == 1 for name, count in events if name != "generate")
-    # Four batches of validation, and between two updates references, the batch and its refills.
+    # Four batches of validation, and between two updates references, the batch and its refill.
     generations = [count for name, count in events if name == "generate"]
     assert generations[-1] == 4 and all(count > 4 + 2 for count in generations[1:-1])
     assert max(read_scalars(run_of(tmp_path))["sampling/sampling_logp_difference/max"][1]) < 1e-4

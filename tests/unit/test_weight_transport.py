@@ -116,7 +116,7 @@ def test_cuda_ipc_where_it_cannot_be_is_refused(server: StandIn, monkeypatch: py
     with pytest.raises(UserError, match=r"transport is cuda_ipc, but not every server .* Set it to auto"):
         pushed(server, "cuda_ipc")
     Worker(server, HERE, "float32", monkeypatch, fails=True)
-    with pytest.raises(EngineError, match=r"transport is cuda_ipc, which does not work here \(dots_map failed"):
+    with pytest.raises(EngineError, match=r"CUDA IPC does not work here \(dots_map failed"):
         pushed(server, "cuda_ipc")
 
 
