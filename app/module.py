@@ -299,6 +299,8 @@ class GRPOModule(LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
         assert isinstance(scheduler, LRScheduler)
+        with batch.ledger.phase("sync"):
+            self.pipeline.engine.release()
         with batch.ledger.phase("update"):
             switch_off_dropout(self.policy_model)
             learner = self.learner

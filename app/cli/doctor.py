@@ -127,7 +127,8 @@ class Place:
         held: Counter[str] = Counter()
         for part in parts:
             held[part.phase] += part.bytes
-        needed = held.pop("always", 0) + max(held.values(), default=0)
+        always = held.pop("always", 0)
+        needed = always + max(held.values(), default=0)
         if self.device == "cpu":
             free, where, needed = _free_ram(), "of this machine", needed * self.local_processes
         elif not torch.cuda.is_available():
@@ -143,8 +144,13 @@ class Place:
                 gpus = server_gpus(own.server.devices, own.server.tensor_parallel_size, self.gpus)
                 shares, share = gpus == [None], own.server.gpu_memory_utilization
             if shares:
-                free -= round(share * torch.cuda.mem_get_info(min(self.gpus, default=0))[1])
-                where += f" beside vLLM's share of {share:g}"
+                vllm = round(share * torch.cuda.mem_get_info(min(self.gpus, default=0))[1])
+                if isinstance(engine, Vllm) and engine.sleeps_on("cuda"):
+                    needed = max(needed, always + vllm)
+                    where += f", of which vLLM takes {share:g} between updates"
+                else:
+                    free -= vllm
+                    where += f" beside vLLM's share of {share:g}"
         todo = ""
         if needed > free:
             todo = (
@@ -181,6 +187,13 @@ class Place:
         engine, own = self.module.engine, self.own_servers
         if isinstance(engine, Vllm | VllmServer) and (own or isinstance(engine, Vllm)) and find_spec("vllm") is None:
             yield Finding("engine", f"{type(engine).__name__} without vLLM", "Run make vllm (GPUs) or make vllm-cpu.")
+        elif isinstance(engine, Vllm):
+            count = self.processes // engine.tensor_parallel_size if self.processes > 1 else 1
+            where = f"vLLM in the training processes: {count} engine{'s' if count > 1 else ''}"
+            asleep = ", asleep during updates" if engine.sleeps_on(self.device) else ""
+            uneven = self.processes > 1 and self.processes % engine.tensor_parallel_size
+            todo = "engine.tensor_parallel_size must divide the training processes. Change it." if uneven else ""
+            yield Finding("engine", where + asleep, todo)
         if own is not None:
             server = own.server
             gpus = server_gpus(server.devices, server.tensor_parallel_size, self.gpus)

@@ -158,6 +158,9 @@ class RolloutEngine(ABC):
             EngineError: the weights do not fit the engine's model, or it did not load them.
         """
 
+    def release(self) -> None:  # not every engine has something to free
+        """Free memory that the update needs more. Called on all ranks before every update, after all its rollouts."""
+
     def close(self) -> None:
         """End the engine's processes and free its memory. May be called twice."""
 

@@ -1,4 +1,4 @@
-"""Several trainer processes with one vLLM server train like one process, even if the server is lost."""
+"""Several trainer processes with one vLLM server, or with vLLM in each of them, train like one process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, succeeded
-from tests.support.command import EVERY_STEP, Done, dots, dots_on_ranks, run_of
+from tests.integration.test_ranks import arguments, assert_same_choices_and_updates, misbehaving, succeeded
+from tests.support.command import EVERY_STEP, Done, assert_same_run, dots, dots_on_ranks, run_of
 from tests.support.servers import engines, killed_when
 
 SERVER = ("--config", "configs/engines/vllm_server.yaml")
+IN_PROCESS = ("--config", "configs/engines/vllm.yaml", "--model.engine.init_args.cpu_cache_gib=0.25")
+SHARED = "--model.engine.init_args.tensor_parallel_size=2"
 SCALARS = 1e-3
 """Relative tolerance: the last digits of a server's log-probabilities depend on the rest of its batch."""
 
@@ -65,3 +67,39 @@ def test_a_server_that_does_not_start_ends_all_of_them_in_one_line(tmp_path: Pat
         assert one.returncode == 2, one.stderr[-2000:]
         assert "The vLLM server did not start. Its log ends: " in said(one)[-1]
         assert "no-such-flag" in said(one)[-1] and "Traceback" not in one.stderr
+
+
+@pytest.fixture(scope="module")
+def alone_in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone_in_process")
+    succeeded([dots(*arguments(folder, 1, *IN_PROCESS, strategy=None), fresh=True)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_engines")
+    succeeded(dots_on_ranks(2, *arguments(folder, 2, *IN_PROCESS, EVERY_STEP), fresh=True))
+    return folder
+
+
+def test_an_engine_in_each_of_two_processes_chooses_and_updates_as_one(alone_in_process: Path, two_engines: Path):
+    assert_same_choices_and_updates(two_engines, alone_in_process)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "more"), [("ddp", (SHARED,)), ("fsdp2", ()), ("fsdp2", (SHARED,))])
+def test_a_shared_engine_and_a_sharded_policy_are_no_different(
+    alone_in_process: Path, tmp_path: Path, strategy: str, more: tuple[str, ...]
+):
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *IN_PROCESS, *more, strategy=strategy), fresh=True))
+    assert_same_choices_and_updates(tmp_path, alone_in_process)
+
+
+@pytest.mark.long
+def test_terminated_with_an_engine_in_each_and_resumed_bitwise(two_engines: Path, tmp_path: Path):
+    change = misbehaving(tmp_path, "SIGTERM", rank=1, step=2)
+    dots_on_ranks(2, *arguments(tmp_path, 2, *IN_PROCESS, change), path=tmp_path, fresh=True)
+    assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").resolve().name == "step_00000003.ckpt"
+    succeeded(dots_on_ranks(2, *arguments(tmp_path, 2, *IN_PROCESS, EVERY_STEP, "--ckpt_path=last"), fresh=True))
+    assert_same_run(tmp_path, two_engines)

@@ -77,16 +77,23 @@ def dots(
         return Done(code, out.read_text(), err.read_text())
 
 
-def dots_on_ranks(ranks: int, *arguments: str, path: Path | None = None, timeout: float = 280) -> list[Done]:
+def dots_on_ranks(
+    ranks: int, *arguments: str, path: Path | None = None, timeout: float = 280, fresh: bool = False
+) -> list[Done]:
     """`dots ARGUMENTS` as one run of several processes, started as a cluster would: one `Done` per rank.
 
     Those that have not ended `timeout` seconds after the start are killed (return code -9).
+
+    Args:
+        path: a folder that is searched for modules too.
+        fresh: not forked.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
     with TemporaryDirectory() as folder:
         files = [(Path(folder, f"out{rank}"), Path(folder, f"err{rank}")) for rank in range(ranks)]
+        start = _start if fresh else _fork
         processes = [
-            _fork(arguments, ROOT, path, *files[rank], address | {"LOCAL_RANK": str(rank)}) for rank in range(ranks)
+            start(arguments, ROOT, path, *files[rank], address | {"LOCAL_RANK": str(rank)}) for rank in range(ranks)
         ]
         deadline = time.monotonic() + timeout
         for process in processes:
@@ -178,6 +185,26 @@ def _fork(
     process = _FORKS.Process(target=_child, args=(arguments, *folders, dict(environment or {})))
     process.start()
     return process
+
+
+def _start(
+    arguments: Sequence[str], cwd: Path, path: Path | None, out: Path, err: Path, environment: Mapping[str, str]
+) -> BaseProcess:
+    """As `_fork`, but with imports, hash seed and environment of its own."""
+    folders = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, path or ROOT)))}
+    process = multiprocessing.get_context("spawn").Process(
+        target=_replaced, args=(command(*arguments), str(cwd), str(out), str(err), {**folders, **environment})
+    )
+    process.start()
+    return process
+
+
+def _replaced(words: Sequence[str], cwd: str, out: str, err: str, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(cwd)
+    os.execve(words[0], list(words), dict(environment))
 
 
 def _child(

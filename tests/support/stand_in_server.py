@@ -60,7 +60,8 @@ class StandIn:
                 self.weights += len(read_chunk(arguments["path"], from_json(arguments["specs"])))
             if method == "dots_finish":
                 self.version = arguments["version"]
-            return {"results": [self.version if method == "dots_version" else None]}
+            facts = json.dumps({"gpu": "", "dtype": "float32"})
+            return {"results": [{"dots_version": self.version, "dots_facts": facts}.get(method)]}
         return {"success": True}
 
 

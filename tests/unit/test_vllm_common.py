@@ -3,17 +3,18 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from app.engines import Sampling, Vllm
 from app.engines.base import check_request
 from app.engines.requests import Answer, EngineError, completions_of, engine_environment, environment, request_fields
+from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Prompt
 from tests.support.policies import TINY, tiny_model
@@ -103,20 +104,68 @@ def test_options_that_cannot_be_are_refused() -> None:
         Vllm(sleep_level=2).setup(tiny_model(12, seed=0), TOKENIZER)
 
 
-def test_a_trainer_of_several_processes_is_sent_to_the_server() -> None:
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        with pytest.raises(UserError, match=r"one of 2 trainer processes.*VllmServer"):
-            Vllm().setup(tiny_model(12, seed=0), TOKENIZER)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_another_gpu_than_the_first_is_refused() -> None:
+def policy_on(device: str) -> PreTrainedModel:
     policy = tiny_model(12, seed=0)
-    policy.__class__ = type("OnGpu", (type(policy),), {"device": torch.device("cuda:3")})
-    with pytest.raises(UserError, match=r"the policy is on cuda:3\. Set CUDA_VISIBLE_DEVICES=3"):
-        Vllm().setup(policy, TOKENIZER)
+    policy.__class__ = type("OnDevice", (type(policy),), {"device": torch.device(device)})
+    return policy
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """How vLLM was started: its arguments, and the environment that it saw. It is replaced, for want of GPUs."""
+    found = []
+
+    class Llm:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+
+        def __init__(self, path: str, **arguments: Any) -> None:
+            found.append((arguments, dict(os.environ)))
+            torch.set_float32_matmul_precision("highest")  # as its worker does
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))
+    monkeypatch.setitem(sys.modules, "vllm.envs", SimpleNamespace(disable_envs_cache=lambda: None))
+    return found
+
+
+@pytest.mark.parametrize(("rank", "device", "local"), [(0, "cuda:3", "3"), (5, "cuda:1", "1"), (1, "cpu", "0")])
+def test_every_process_has_an_engine_on_its_own_device(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, rank: int, device: str, local: str
+) -> None:
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "77")  # a launcher's, e.g. of the host
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    torch.set_float32_matmul_precision("high")
+    before = dict(os.environ)
+    try:
+        Vllm().setup(policy_on(device), TOKENIZER, ranks=Ranks(rank, 8))
+        # That of the trainer, which may compute its head in TF32.
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    [(arguments, seen)] = started
+    assert (seen["RANK"], seen["LOCAL_RANK"]) == (str(rank), local)
+    assert arguments["distributed_executor_backend"] == "external_launcher"
+    assert arguments["enable_sleep_mode"] == device.startswith("cuda")
+    assert arguments["dtype"] == ("bfloat16" if device.startswith("cuda") else "float32")
+    assert dict(os.environ) == before
+
+
+def test_a_start_is_said_once(started: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    Vllm().setup(policy_on("cuda:1"), TOKENIZER, ranks=Ranks(1, 2))
+    assert capsys.readouterr().err == ""
+    Vllm().setup(policy_on("cuda:0"), TOKENIZER, ranks=Ranks(0, 2))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("dots: vLLM starts on cuda:0: compiling") and second == "dots: vLLM started in 0 s"
+
+
+def test_engines_that_processes_cannot_share_are_refused(started: list[Any]) -> None:
+    with pytest.raises(UserError, match=r"tensor_parallel_size is 2, but 3 trainer processes"):
+        Vllm(tensor_parallel_size=2).setup(tiny_model(12, seed=0), TOKENIZER, ranks=Ranks(0, 3))
+    with pytest.raises(UserError, match=r"tensor_parallel_size is 2, .*the policy is on cuda:3\. Set CUDA_VISIBLE_DEV"):
+        Vllm(tensor_parallel_size=2).setup(policy_on("cuda:3"), TOKENIZER)
+    assert started == []
 
 
 @pytest.mark.long

@@ -186,9 +186,8 @@ class ServerFleet:
                 time.sleep(_SETTLE_S)
             limit, advice = options.wait_s, _START_ONE
         self.loop.run(until_healthy(self.clients, self.processes, limit, advice))
-        dtype, chunk_bytes = options.server.served_dtype(self._policy_dtype), options.chunk_mib * 2**20
         self._pusher = WeightPusher(
-            self.loop, self.clients, options.transport, options.trainer_address, dtype, chunk_bytes
+            self.loop, self.clients, options.transport, options.trainer_address, options.chunk_mib * 2**20
         )
         max_model_len = min(self.loop.run(client.max_model_len()) for client in self.clients)
         return [client.url for client in self.clients], self._key, max_model_len

@@ -24,7 +24,7 @@ class ServerOptions(VllmOptions):
     """Options of a vLLM server.
 
     Args:
-        dtype: of the server's weights and of what is pushed to it; "auto" is that of the policy's files, or bfloat16
+        dtype: of the server's weights, which a push sends them in; "auto" is that of the policy's files, or bfloat16
             on CUDA where that is float32.
         gpu_memory_utilization: share of a GPU's memory that the server uses.
         tensor_parallel_size: number of GPUs (or CPU processes) that one copy of the policy is split over.
@@ -116,8 +116,8 @@ class FleetOptions:
         start_timeout_s: maximum seconds until the run's own servers are healthy.
         wait_s: maximum seconds to wait for a server given by `url`, also after it was lost.
         max_restarts: number of lost servers within one step that the run tolerates.
-        transport: how weights are sent: "shared_memory" to servers on this machine, "process_group" (gloo, or NCCL
-            with CUDA) to others; "auto" decides by the URLs.
+        transport: how weights are sent: "cuda_ipc" through memory of the servers' GPUs and "shared_memory" to servers
+            on this machine, "process_group" (gloo, or NCCL with CUDA) to others; "auto" takes the first that works.
         trainer_address: address of this machine as seen by the servers, for the process group.
         chunk_mib: size of the chunks that weights are sent in, which bounds the memory of a push.
     """

@@ -54,6 +54,14 @@ def layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
     return starts, end
 
 
+def pack(chunk: Sequence[tuple[str, torch.Tensor]], flat: torch.Tensor) -> None:
+    """Copy the tensors of a chunk into `flat` (uint8, as large as its `layout` or larger)."""
+    starts, _ = layout([TensorSpec.of(name, tensor) for name, tensor in chunk])
+    for start, (_, tensor) in zip(starts, chunk, strict=True):
+        data = as_bytes(tensor)
+        flat[start : start + len(data)].copy_(data)
+
+
 def unpack(flat: torch.Tensor, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
     """Return the names and tensors of a chunk, as views of `flat` (uint8 `[size]`)."""
     starts, _ = layout(specs)

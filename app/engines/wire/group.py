@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.engines.wire.chunks import TensorSpec, as_bytes, layout, unpack
+from app.engines.wire.chunks import TensorSpec, layout, pack, unpack
 
 TIMEOUT = timedelta(minutes=5)
 
@@ -30,11 +30,9 @@ class WeightGroup:
 
     def send(self, chunk: Sequence[tuple[str, torch.Tensor]]) -> dist.Work:
         """Start to broadcast a chunk. The returned work is done when all members have received it."""
-        starts, size = layout([TensorSpec.of(name, tensor) for name, tensor in chunk])
+        _, size = layout([TensorSpec.of(name, tensor) for name, tensor in chunk])
         flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for start, (_, tensor) in zip(starts, chunk, strict=True):
-            data = as_bytes(tensor)
-            flat[start : start + len(data)].copy_(data)
+        pack(chunk, flat)
         return self._broadcast(flat)
 
     def receive(self, specs: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from app.engines.wire import cuda_ipc
 from app.engines.wire.chunks import from_json
 from app.engines.wire.group import WeightGroup, join
 from app.engines.wire.shared_file import read_chunk
@@ -75,6 +77,12 @@ class ServedPolicyWeights(PolicyWeights):
 
     _dots_reload: Reload | None = None
     _dots_group: WeightGroup | None = None
+    _dots_buffer: torch.Tensor | None = None
+
+    def dots_facts(self) -> str:
+        """Return the UUID of the worker's GPU ("" for a CPU) and the dtype of its weights, as JSON."""
+        dtype = str(self.model_runner.model_config.dtype).removeprefix("torch.")
+        return json.dumps({"gpu": cuda_ipc.name_of_gpu(torch.device(self.device)), "dtype": dtype})
 
     def dots_begin(self, since: str) -> None:
         """Begin a push. Until `dots_finish` the model must not generate and has no version."""
@@ -99,6 +107,17 @@ class ServedPolicyWeights(PolicyWeights):
         if self._dots_group is None:
             raise RuntimeError("dots_receive was called before dots_join")
         self._dots_load_chunk(self._dots_group.receive(from_json(specs)))
+
+    def dots_map(self, handles: str) -> None:
+        """Map the buffer that the trainer has made on this worker's GPU, in place of an earlier one."""
+        self._dots_buffer = None
+        self._dots_buffer = cuda_ipc.map_buffer(handles, torch.device(self.device))
+
+    def dots_read(self, specs: str) -> None:
+        """Load the chunk that is in the mapped buffer."""
+        if self._dots_buffer is None:
+            raise RuntimeError("dots_read was called before dots_map")
+        self._dots_load_chunk(cuda_ipc.read_chunk(self._dots_buffer, from_json(specs)))
 
     def _dots_load_chunk(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         if self._dots_reload is None:
