@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,17 +133,18 @@ class RolloutEngine(ABC):
         """
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
-        """Begin to generate like `generate`, but return at once. Only engines with `runs_ahead` support it.
+        """Begin to generate like `generate`. An engine with `runs_ahead` returns at once, others when it is done.
 
-        The completions come from the weights of the last push; the next push waits for them.
+        The completions come from the weights of the last push; the next push waits for them. Several generations may
+        be in progress.
         """
-        raise UserError(
-            f"engines.{type(self).__name__} generates in the trainer's process and cannot do so while it trains. "
-            "Use engines.VllmServer or remove callbacks.RolloutAhead."
-        )
+        groups = self.generate(prompts, sampling, seeds)
+        done: Future[float] = Future()
+        done.set_result(0.0)
+        return Ahead(done, lambda error: groups)
 
     def settle(self) -> None:
-        """Wait for the generation that `start` began."""
+        """Wait for what `start` began."""
 
     @abstractmethod
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:

@@ -289,16 +289,16 @@ def test_the_next_step_is_rolled_out_during_this_one(tmp_path: Path, monkeypatch
 def test_nothing_is_rolled_out_for_a_step_that_does_not_come(updates: int, limit: int, starts: bool) -> None:
     ahead, data = on_data(RolloutAhead())
     started: list[tuple[int, int]] = []
-    pipeline = SimpleNamespace(start=lambda prompts, sampling, step: started.append((len(prompts), step)))
-    module: Any = SimpleNamespace(mini_batches=2, sampling=None, pipeline=pipeline)
+    pipeline = SimpleNamespace(start=lambda flights, sampling, limits, step: started.append((len(flights), step)))
+    module: Any = SimpleNamespace(mini_batches=2, sampling=Sampling(2, 3), pipeline=pipeline)
     trainer: Any = SimpleNamespace(global_step=updates, max_steps=limit)
     ahead.on_train_batch_start(trainer, module, TrainBatch(5, ()), 5)
-    assert started == ([(3, 6)] if starts else [])
+    assert started == ([(3, 5)] if starts else [])
     assert (data.prepared is not None) is starts
     if starts:
         data.prepared, data.fresh_prompts = None, 0  # the buffer fills the whole batch
         ahead.on_train_batch_start(trainer, module, TrainBatch(6, ()), 6)
-        assert started == [(3, 6)]
+        assert started == [(3, 5)]
 
 
 def test_a_step_without_rollouts_ahead_ends_without_any() -> None:

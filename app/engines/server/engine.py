@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -53,7 +53,7 @@ class VllmServer(FleetOptions, RolloutEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.fleet: ServerFleet | None = None
-        self._ahead: Ahead | None = None
+        self._ahead: list[Ahead] = []
         self._limit: int | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
@@ -80,8 +80,51 @@ class VllmServer(FleetOptions, RolloutEngine):
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
         requests, version = self._prepare(prompts, sampling, seeds)
-        fleet = self._connected()
         answers: list[Answer | None] = [None] * len(requests)
+        self._request(requests, answers, version)
+        return self._completions(answers, sampling, version)
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+        """See `RolloutEngine.start`. Raises like `generate`.
+
+        If a server is lost, the missing completions are generated again when the result is requested, with the weights
+        of that time, whose version they carry. With several ranks the call and the request for its result are
+        collective.
+        """
+        requests, version = self._prepare(prompts, sampling, seeds)
+        fleet = self._connected()
+        fleet.require(version, self.weights)
+        answers: list[Answer | None] = [None] * len(requests)
+
+        def finish(failure: BaseException | None) -> Groups:
+            mine = failure if isinstance(failure, LostServerError) else None
+            if failure is not None and mine is None:
+                raise failure
+            missing = [index for index, answer in enumerate(answers) if answer is None]
+            now = version
+            if lost_server_of_any_rank(self.ranks, mine, "completions generated ahead") is not None:
+                assert fleet.version is not None
+                now = fleet.version
+                self._request(requests, answers, now)
+            groups = self._completions(answers, sampling, version)
+            if now == version:
+                return groups
+            again, size = set(missing), sampling.num_generations
+            return [
+                tuple(
+                    replace(one, policy_version=now) if number * size + sample in again else one
+                    for sample, one in enumerate(group)
+                )
+                for number, group in enumerate(groups)
+            ]
+
+        work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
+        self._ahead.append(Ahead(fleet.loop.submit(timed(work)), finish))
+        return self._ahead[-1]
+
+    def _request(self, requests: Sequence[_Request], answers: list[Answer | None], version: int) -> None:
+        """Fill in all missing answers by the policy of a version, whatever servers are lost. Collective."""
+        fleet = self._connected()
         while True:
             fleet.require(version, self.weights)
             missing = [index for index, answer in enumerate(answers) if answer is None]
@@ -96,44 +139,19 @@ class VllmServer(FleetOptions, RolloutEngine):
                 break
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
+
+    def _completions(self, answers: Sequence[Answer | None], sampling: Sampling, version: int) -> Groups:
         found = [answer for answer in answers if answer is not None]
         return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
-        """See `RolloutEngine.start`. Raises like `generate`.
-
-        If a server is lost, the ranks that lost completions generate all of theirs again when the result is requested,
-        with the weights of that time, so that no group mixes two versions. With several ranks the call and the request
-        for its result are collective.
-        """
-        requests, version = self._prepare(prompts, sampling, seeds)
-        fleet = self._connected()
-        fleet.require(version, self.weights)
-        answers: list[Answer | None] = [None] * len(requests)
-
-        def finish(failure: BaseException | None) -> Groups:
-            mine = failure if isinstance(failure, LostServerError) else None
-            if failure is not None and mine is None:
-                raise failure
-            if lost_server_of_any_rank(self.ranks, mine, "completions generated ahead") is not None:
-                again = self.generate(prompts if mine else (), sampling, seeds if mine else seeds[:0])
-                if mine:
-                    return again
-            found = [one for one in answers if one is not None]
-            return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
-
-        work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
-        self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
-        return self._ahead
-
     def settle(self) -> None:
-        if self._ahead is not None:
-            self._ahead.wait()
+        while self._ahead:
+            self._ahead.pop(0).wait()
 
     def close(self) -> None:
         """Cancel running requests and end the engine's own servers."""
         atexit.unregister(self.close)
-        fleet, self.fleet, self._ahead = self.fleet, None, None
+        fleet, self.fleet, self._ahead = self.fleet, None, []
         if fleet is not None:
             fleet.close()
 
