@@ -124,7 +124,7 @@ METRIC_NAMES = tuple(
         ("tokens_per_second", "tokens/s", "completion tokens rolled out per second of the step"),
         ("step_time", "s", "duration of the step"),
         ("time/training", "s", "training clock: sum of all steps, without validation and checkpoints"),
-        ("time/rollout_overlapped", "s", "generation that the update hid: seconds that rollouts ahead saved (RolloutAhead)"),
+        ("time/rollout_overlapped", "s", "generation that updates hid: what RolloutAhead saved"),
         ("time/*", "s", "duration of one phase of the step: select, rollout, reference, reward, update, sync"),
         ("ranks/update_token_imbalance", "fraction", "excess of the largest rank's tokens over the mean"),
         ("val/accuracy", "fraction", "validation completions that are correct, failed ones not; mean over prompts"),

@@ -23,8 +23,7 @@ class Ahead:
 
     def __init__(self, future: Future[float], finish: Callable[[BaseException | None], Groups]) -> None:
         self._future, self._finish = future, finish
-        self.waited = 0.0
-        """Seconds that `wait` has taken so far."""
+        self._waited = 0.0
 
     def wait(self) -> None:
         """Wait until the generation has ended. Interrupting the wait (Ctrl-C) cancels the generation."""
@@ -34,7 +33,7 @@ class Ahead:
         except BaseException:
             self._future.cancel()
             raise
-        self.waited += time.perf_counter() - started
+        self._waited += time.perf_counter() - started
 
     def result(self) -> Groups:
         """Wait, then return the completions of every prompt like `RolloutEngine.generate`."""
@@ -42,14 +41,11 @@ class Ahead:
         return self._finish(self._future.exception())
 
     @property
-    def seconds(self) -> float:
-        """Duration of the generation, and 0 if it failed. Waits for it."""
-        return 0.0 if self._future.exception() is not None else self._future.result()
-
-    @property
     def overlapped(self) -> float:
         """Seconds of generation that nobody waited for; 0 if the generation failed."""
-        return max(0.0, self.seconds - self.waited)
+        if self._future.exception() is not None:
+            return 0.0
+        return max(0.0, self._future.result() - self._waited)
 
 
 async def timed(work: Coroutine[object, object, None]) -> float:

@@ -97,6 +97,10 @@ class Request:
     samples: tuple[int, ...]
     limit: int
 
+    def apart(self) -> list[Request]:
+        """Return a request for each of its completions."""
+        return [Request(self.prompt, (sample,), self.limit) for sample in self.samples]
+
 
 def joined(
     before: Completion, segment: Completion, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase

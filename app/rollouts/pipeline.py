@@ -27,18 +27,14 @@ class Segments:
     Attributes:
         flights: the prompts.
         shares: positions of the prompts that each rank generates for.
-        calls: this rank's requests, with the position of their prompts, by generation of the engine.
+        requests: this rank's requests to the engine, with the positions of their prompts.
+        ahead: the generation.
     """
 
     flights: list[InFlight]
     shares: list[list[int]]
-    calls: list[tuple[list[tuple[int, Request]], Ahead]]
-
-    @property
-    def overlapped(self) -> float:
-        """Seconds of generation that nobody waited for."""
-        waited = sum(ahead.waited for _, ahead in self.calls)
-        return max(0.0, max((ahead.seconds for _, ahead in self.calls), default=0.0) - waited)
+    requests: list[tuple[int, Request]]
+    ahead: Ahead
 
 
 class RolloutPipeline:
@@ -130,28 +126,27 @@ class RolloutPipeline:
             step: the step in progress.
         """
         asked = [one.requests(sampling, limit) for one, limit in zip(flights, limits, strict=True)]
+        # An engine generates equally many completions of every prompt: of `G` if all begin, and else one.
+        together = not any(one.segments for one in flights)
+        if not together:
+            asked = [[part for one in requests for part in one.apart()] for requests in asked]
         sizes = [
             sum(len(one.prompt.token_ids) + len(one.samples) * one.limit for one in requests) for requests in asked
         ]
         shares = deal(sizes, self.ranks.size)
-        # An engine generates equally many completions of every prompt up to one limit. Starting is collective, and all
-        # ranks know all requests.
-        calls: dict[tuple[int, int], list[tuple[int, Request]]] = {}
-        for position, requests in enumerate(asked):
-            for one in requests:
-                calls.setdefault((len(one.samples), one.limit), []).append((position, one))
-        started = Segments(list(flights), shares, [])
+        mine = [(position, one) for position in shares[self.ranks.rank] for one in asked[position]]
+        size = sampling.num_generations if together else 1
+        seeds = [flights[position].seeds(self.seed, one.samples) for position, one in mine]
+        longest = max((one.limit for requests in asked for one in requests), default=1)
+        apart = any(one.limit < longest for requests in asked for one in requests)
         with self._gathered(), self.precision(), _finite(step):
-            for size, limit in sorted(calls, reverse=True):
-                mine = [one for one in calls[size, limit] if one[0] in shares[self.ranks.rank]]
-                seeds = [flights[position].seeds(self.seed, one.samples) for position, one in mine]
-                ahead = self.engine.start(
-                    [one.prompt for _, one in mine],
-                    replace(sampling, num_generations=size, max_completion_length=limit),
-                    np.array(seeds, dtype=np.int64).reshape(len(mine), size),
-                )
-                started.calls.append((mine, ahead))
-        return started
+            ahead = self.engine.start(
+                [one.prompt for _, one in mine],
+                replace(sampling, num_generations=size, max_completion_length=longest),
+                np.array(seeds, dtype=np.int64).reshape(len(mine), size),
+                *([np.array([[one.limit] * size for _, one in mine], np.int64).reshape(-1, size)] if apart else []),
+            )
+        return Segments(list(flights), shares, mine, ahead)
 
     def collect(self, started: Segments, sampling: Sampling, ledger: Ledger, *, step: int) -> list[InFlight]:
         """Wait for the segments that `start` began, and return the prompts with them, in order, on every rank.
@@ -163,13 +158,12 @@ class RolloutPipeline:
             step: the step in progress.
         """
         new: dict[int, dict[int, Completion]] = {position: {} for position in started.shares[self.ranks.rank]}
+        flights = list(started.flights)
         with ledger.phase("rollout"), _finite(step):
-            for requests, ahead in started.calls:
-                for (position, one), segments in zip(requests, ahead.result(), strict=True):
-                    new[position].update(zip(one.samples, segments, strict=True))
-            flights = list(started.flights)
-            for position, segments in new.items():
-                flights[position] = flights[position].grown(segments, sampling, self.engine.tokenizer)
+            for (position, one), segments in zip(started.requests, started.ahead.result(), strict=True):
+                new[position].update(zip(one.samples, segments, strict=True))
+            for position, its in new.items():
+                flights[position] = flights[position].grown(its, sampling, self.engine.tokenizer)
             if self.ranks.size > 1:
                 prompts = [one.group.prompt for one in flights]
                 mine = Rolled([flights[position].group for position in new])

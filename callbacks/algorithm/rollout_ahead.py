@@ -165,12 +165,12 @@ class RolloutAhead(StepCallback):
         _fill(coming, taken)
         waiting = sum(one.scored for one in self._flights)
         batch.metrics |= {
-            "time/rollout_overlapped": first.overlapped,
+            "time/rollout_overlapped": first.ahead.overlapped,
             "rollout_ahead/in_flight": float(len(self._flights) - waiting),
             "rollout_ahead/waiting": float(waiting),
             "rollout_ahead/continued_tokens": coming.ledger.counts["continued_tokens"],
         }
-        batch.ledger.count("overlapped_seconds", first.overlapped)
+        batch.ledger.count("overlapped_seconds", first.ahead.overlapped)
 
     def _age_out(self, trainer: Trainer, batch: TrainBatch) -> None:
         """Give up the groups that are too old for the next step; the complete ones are surplus of this one."""

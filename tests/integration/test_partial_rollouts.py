@@ -51,15 +51,17 @@ class Recording(Transformers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.held: dict[int, dict[str, torch.Tensor]] = {}
         self.drawn: list[tuple[tuple[int, ...], Completion]] = []
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
-        self.weights[version] = {name: one.detach().clone() for name, one in named_tensors}
+        self.held[version] = {name: one.detach().clone() for name, one in named_tensors}
         super().push([], version, since)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
-        groups = super().generate(prompts, sampling, seeds)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
+        groups = super().generate(prompts, sampling, seeds, limits)
         self.drawn += [(one.token_ids, each) for one, group in zip(prompts, groups, strict=True) for each in group]
         return groups
 
@@ -108,7 +110,7 @@ def test_every_token_has_the_log_probability_of_the_policy_that_generated_it(
                 ids = torch.tensor([[*group.prompt.token_ids, *completion.token_ids.tolist()]])
                 first, right = len(group.prompt.token_ids), []
                 for one in parts:
-                    policy.load_state_dict(engine.weights[one.policy_version], strict=False)
+                    policy.load_state_dict(engine.held[one.policy_version], strict=False)
                     with torch.no_grad():
                         scores = policy(ids).logits[0, first - 1 : first - 1 + len(one.token_ids)].log_softmax(-1)
                     right.append(scores.gather(1, ids[0, first : first + len(one.token_ids), None]).squeeze(1))
@@ -178,10 +180,11 @@ def staleness_zero(config: dict[str, Any]) -> None:
 
 def cut(config: dict[str, Any], staleness: int = 2) -> None:
     """A small run that cuts completions, with its checkpoints and completions kept."""
-    model(config)["sampling"] = {"num_generations": 3, "max_completion_length": 12}
+    model(config)["sampling"] = {"num_generations": 3, "max_completion_length": 16, "temperature": 1.5}
     model(config)["optimization"] = {"learning_rate": 3.0e-3}
+    config["data"]["init_args"]["prompts_per_step"] = 3
     config["trainer"]["max_steps"] = 6
-    options = {"staleness": staleness, "partial_rollout_tokens": 4}
+    options = {"staleness": staleness, "partial_rollout_tokens": 4, "oversample": 2.0}
     config["trainer"]["callbacks"] = [{"class_path": "callbacks.RolloutAhead", "init_args": options}]
     config["checkpoint"] = {"every": 1, "keep": 9}
     config["completions"] = {"every": 1}
@@ -217,17 +220,20 @@ def test_a_run_resumed_between_segments_is_the_run_that_was_not_stopped(place: P
     code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
     runs = place.path / "runs" / "small"
-    for number, step in enumerate((2, 4), start=1):
-        saved = runs / "version_0" / "checkpoints" / f"step_{step:08d}.ckpt"
-        state = torch.load(saved, weights_only=True)["callbacks"]["RolloutAhead"]
-        assert not all(state["in_flight"]["scored"]) and max(state["in_flight"]["segments"]) > 0
-        code, said = place.run(*FIT, "--ckpt_path", str(saved))
+    saved = {step: runs / "version_0" / "checkpoints" / f"step_{step:08d}.ckpt" for step in range(1, 6)}
+    states = {step: torch.load(path, weights_only=True)["callbacks"]["RolloutAhead"] for step, path in saved.items()}
+    cut_at = [step for step, state in states.items() if not all(state.get("in_flight", {"scored": []})["scored"])]
+    assert len(cut_at) >= 2
+    for number, step in enumerate((cut_at[0], cut_at[-1]), start=1):
+        code, said = place.run(*FIT, "--ckpt_path", str(saved[step]))
         assert code == 0, said[-2000:]
         again = runs / f"version_{number}"
         assert len(completions(again)) == 6 - step
         same(again, runs / "version_0")
     # A resume that permits less trains on nothing older, and rolls out what it can't use any more.
-    place.run(*FIT, "--ckpt_path", str(saved), "--trainer.callbacks.staleness=0")
+    place.config(staleness_zero)
+    code, said = place.run(*FIT, "--ckpt_path", str(saved[cut_at[0]]))
+    assert code == 0 and "has no effect with a staleness of 0" in said
     for name, rows in completions(runs / "version_3").items():
         assert {row["birth_step"] for row in rows if row["advantage"] is not None} == {int(name[5:13])}
 

@@ -89,7 +89,9 @@ class NotingEngine(Transformers):
         self.pushed.append({name: tensor.clone() for name, tensor in named_tensors})
         super().push([], version, since)
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Ahead:
         self.acts.append(("start", [one.id for one in prompts]))
         groups: Groups = self.generate(prompts, sampling, seeds)
         future: Future[float] = Future()

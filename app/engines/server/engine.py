@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from app.engines.ahead import Ahead, Groups, timed
-from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids, limits_of
 from app.engines.requests import Answer, completions_of, request_fields, vocabulary_of
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
 from app.engines.server.fleet import ServerFleet, limit_of_running
@@ -53,7 +53,7 @@ class VllmServer(FleetOptions, RolloutEngine):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.fleet: ServerFleet | None = None
-        self._ahead: list[Ahead] = []
+        self._ahead: Ahead | None = None
         self._limit: int | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
@@ -76,22 +76,26 @@ class VllmServer(FleetOptions, RolloutEngine):
             self._limit = limit_of_running(self)
         return min(self._limit, positions or self._limit)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
-        requests, version = self._prepare(prompts, sampling, seeds)
+        requests, version = self._prepare(prompts, sampling, seeds, limits)
         answers: list[Answer | None] = [None] * len(requests)
         self._request(requests, answers, version)
         return self._completions(answers, sampling, version)
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Ahead:
         """See `RolloutEngine.start`. Raises like `generate`.
 
         If a server is lost, the missing completions are generated again when the result is requested, with the weights
         of that time, whose version they carry. With several ranks the call and the request for its result are
         collective.
         """
-        requests, version = self._prepare(prompts, sampling, seeds)
+        requests, version = self._prepare(prompts, sampling, seeds, limits)
         fleet = self._connected()
         fleet.require(version, self.weights)
         answers: list[Answer | None] = [None] * len(requests)
@@ -119,8 +123,8 @@ class VllmServer(FleetOptions, RolloutEngine):
             ]
 
         work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
-        self._ahead.append(Ahead(fleet.loop.submit(timed(work)), finish))
-        return self._ahead[-1]
+        self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
+        return self._ahead
 
     def _request(self, requests: Sequence[_Request], answers: list[Answer | None], version: int) -> None:
         """Fill in all missing answers by the policy of a version, whatever servers are lost. Collective."""
@@ -145,13 +149,13 @@ class VllmServer(FleetOptions, RolloutEngine):
         return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
 
     def settle(self) -> None:
-        while self._ahead:
-            self._ahead.pop(0).wait()
+        if self._ahead is not None:
+            self._ahead.wait()
 
     def close(self) -> None:
         """Cancel running requests and end the engine's own servers."""
         atexit.unregister(self.close)
-        fleet, self.fleet, self._ahead = self.fleet, None, []
+        fleet, self.fleet, self._ahead = self.fleet, None, None
         if fleet is not None:
             fleet.close()
 
@@ -162,20 +166,27 @@ class VllmServer(FleetOptions, RolloutEngine):
             self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks, self.model.device)
         return self.fleet
 
-    def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
+    def _prepare(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None
+    ) -> tuple[list[_Request], int]:
         """Return a request for every sample, and the version of the policy that will answer them."""
         fleet = self._connected()
         limit = fleet.limit
-        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)")
+        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)", limits)
         if fleet.version is None:
             # Without a push (e.g. when a checkpoint is validated) the servers have the weights of the policy's folder.
             self.push(self.weights(), 0)
         assert fleet.version is not None
         ends = end_token_ids(self.model, self.tokenizer)
+        allowed = limits_of(sampling, seeds, limits)
+        numbers: dict[tuple[int, ...], int] = {}  # equal prompts are one
         requests = [
-            _Request(number, {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)})
-            for number, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True))
-            for seed in drawn
+            _Request(
+                numbers.setdefault(prompt.token_ids, len(numbers)),
+                {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed, limit)},
+            )
+            for prompt, drawn, its in zip(prompts, seeds, allowed, strict=True)
+            for seed, limit in zip(drawn, its, strict=True)
         ]
         return requests, fleet.version
 

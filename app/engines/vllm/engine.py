@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from app.engines.ahead import Groups
-from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids, limits_of
 from app.engines.requests import (
     Answer,
     EngineError,
@@ -105,11 +105,13 @@ class Vllm(VllmOptions, RolloutEngine):
             raise EngineError(f"vLLM's workers hold versions {found} after a push of {version}. Start the run again.")
         self.version, self._failed = version, False
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         if len(prompts) == 0:
             return []
         limit = self._limit
-        check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)")
+        check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)", limits)
         self._wake()
         assert self.version is not None
         with self._vllm_context("vLLM failed during generation"):
@@ -119,7 +121,7 @@ class Vllm(VllmOptions, RolloutEngine):
                     f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
                     "Make sure that only this engine pushes weights to them."
                 )
-            answers = self._answers(prompts, sampling, seeds)
+            answers = self._answers(prompts, sampling, seeds, limits)
             if self.sleep_level:
                 self._llm.sleep(level=self.sleep_level)
                 self._asleep = True
@@ -137,14 +139,18 @@ class Vllm(VllmOptions, RolloutEngine):
         if self._own_group:
             cleanup_dist_env_and_memory()
 
-    def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Answer]:
+    def _answers(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None
+    ) -> list[Answer]:
         from vllm import SamplingParams
 
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
             # Text is only needed to find stop strings; flat lists are cheaper than an object per token.
-            SamplingParams(**request_fields(sampling, ends, seed), detokenize=bool(sampling.stop), flat_logprobs=True)
-            for seed in seeds.reshape(-1)
+            SamplingParams(
+                **request_fields(sampling, ends, seed, limit), detokenize=bool(sampling.stop), flat_logprobs=True
+            )
+            for seed, limit in zip(seeds.reshape(-1), limits_of(sampling, seeds, limits).reshape(-1), strict=True)
         ]
         ids = [{"prompt_token_ids": list(one.token_ids)} for one in prompts for _ in range(sampling.num_generations)]
         try:
