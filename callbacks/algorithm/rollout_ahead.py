@@ -109,7 +109,7 @@ class RolloutAhead(StepCallback):
             return
         self._needed = needed = self._data.fresh_prompts
         # What is begun in a run's last steps must still be needed then.
-        wanted = min(math.ceil(self.oversample * needed), needed * left) if self._cuts else needed
+        wanted = min(self.prompts_ahead(needed), needed * left)
         room = len(self._data.pools["train"]) - len(self._flights)
         coming = self._data.prepare(batch.step + 1, max(0, min(wanted - len(self._flights), room)))
         unknown = np.full(len(coming.prompts), np.nan)
@@ -122,6 +122,10 @@ class RolloutAhead(StepCallback):
             self._note_in_flight()
             with coming.ledger.phase("rollout"):
                 self._segments = self._start(pl_module, batch.step)
+
+    def prompts_ahead(self, needed: int) -> int:
+        """Return the prompts in flight and waiting, where a step trains on `needed` of them."""
+        return math.ceil(self.oversample * needed) if self._cuts else needed
 
     def _start(self, pl_module: GRPOModule, step: int) -> Segments:
         """Start to generate the next segment of all completions in flight, which is the last if it may not be cut."""
