@@ -25,7 +25,7 @@ from datamodules.selectors import Uniform
 from datamodules.types import Completion, Prompt
 from tests.support.command import EVERY_STEP, Done, dots, dots_on_ranks, fit_arguments, kill_when, run_of
 from tests.support.policies import TINY
-from tests.support.refusal import Place, model, write_pool
+from tests.support.refusal import Change, Place, model, write_pool
 from tests.support.scripted_run import HALF, QUARTER, names, scripted_run
 from tests.support.stand_in_server import stand_in
 from tests.support.tables import few
@@ -244,7 +244,12 @@ def test_without_staleness_a_run_is_the_run_without_the_callback(place: Place) -
     place.config(staleness_zero)
     code, said = place.run(*FIT)
     assert code == 0 and "has no effect with a staleness of 0" in said
-    place.config(lambda config: (cut(config), config["trainer"].update(callbacks=[])))
+
+    def without(config: dict[str, Any]) -> None:
+        cut(config)
+        config["trainer"]["callbacks"] = []
+
+    place.config(without)
     code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
     same(place.path / "runs/small/version_1", place.path / "runs/small/version_0")
@@ -263,9 +268,12 @@ def written(handler: object, body: dict[str, Any]) -> object:
     }
 
 
-def by_server(url: str) -> Any:
-    engine = {"class_path": "app.engines.VllmServer", "init_args": {"url": url, "max_restarts": 1}}
-    return lambda config: (cut(config), model(config).update(engine=engine))
+def by_server(url: str) -> Change:
+    def change(config: dict[str, Any]) -> None:
+        cut(config)
+        model(config)["engine"] = {"class_path": "app.engines.VllmServer", "init_args": {"url": url, "max_restarts": 1}}
+
+    return change
 
 
 def test_a_killed_run_and_a_lost_server_lose_and_double_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,12 @@ def test_segments_join_to_what_is_generated_at_once(model: PreTrainedModel, toke
                 assert one.token_ids.tolist() == other.token_ids.tolist(), size
                 assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
                 assert not one.logprobs.any()  # a greedy draw is certain
+    limits = np.array([[1, 30], [2, 3]])
+    limited = engine.generate(prompts, greedy, sample_seeds(0, "train", 1, ["p0", "p1"], 2), limits)
+    for found, expected, its in zip(limited, whole, limits, strict=True):
+        for one, other, limit in zip(found, expected, its, strict=True):
+            assert one.token_ids.tolist() == other.token_ids[:limit].tolist()
+            assert one.finish_reason == ("length" if len(other.token_ids) > limit else other.finish_reason)
     # A stop string of four characters, across borders of every place in it.
     stopping = Sampling(num_generations=2, max_completion_length=30, temperature=0, stop=[whole[0][0].text[1:5]])
     stopped = generate(stopping)
