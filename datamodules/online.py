@@ -105,6 +105,8 @@ class OnlinePromptDataModule(LightningDataModule):
         """Prompts that the selector chooses for the next step; a replay callback lowers it when it will add groups."""
         self.prepared: TrainBatch | None = None
         """The batch of a step that has not begun yet, whose prompts were chosen ahead."""
+        self.in_flight: frozenset[str] = frozenset()
+        """Ids of prompts that were chosen and wait for the end of their rollouts: they are not chosen again."""
         self._measured_at: dict[str, int] = {}
         """Steps done when each set was last measured in training."""
 
@@ -242,9 +244,11 @@ class OnlinePromptDataModule(LightningDataModule):
             self._choose(batch, self.fresh_prompts, refill=False)
         return batch
 
-    def prepare(self, step: int) -> TrainBatch:
-        """Choose the prompts of a step before it begins, given what the selector knows now."""
-        self.prepared = self.next_batch(step)
+    def prepare(self, step: int, n: int) -> TrainBatch:
+        """Choose `n` prompts for a step before it begins, given what the selector knows now, and return its batch."""
+        self.prepared = TrainBatch(step, ())
+        if n:
+            self._choose(self.prepared, n, refill=False)
         return self.prepared
 
     def add_prompts(self, batch: TrainBatch, n: int) -> tuple[Prompt, ...]:
@@ -254,13 +258,14 @@ class OnlinePromptDataModule(LightningDataModule):
     def _choose(self, batch: TrainBatch, n: int, *, refill: bool) -> tuple[Prompt, ...]:
         pool = self.pools["train"]
         with batch.ledger.phase("select"):
-            positions = pool.positions(self.selector.choose(n, refill=refill))
+            excluded = self.in_flight | {prompt.id for prompt in batch.prompts}
+            positions = pool.positions(self.selector.choose(n, excluded, refill))
             forecast = self.selector.forecast()
             if forecast is not None and not refill:
                 batch.pool_forecast = forecast.copy()
             prompts = tuple(pool[index] for index in positions)
             batch.add_prompts(prompts, None if forecast is None else forecast[positions])
-            batch.explored = self.selector.explored_ids
+            batch.explored |= self.selector.explored_ids
         return prompts
 
     def train_dataloader(self) -> OnlineLoader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +117,9 @@ class RolloutEngine(ABC):
         """Check the policy and start what the engine needs. Called by `setup`."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         """Return `G` completions of each prompt, in order.
 
         Args:
@@ -124,6 +127,8 @@ class RolloutEngine(ABC):
             sampling: `G` and the sampling distribution.
             seeds: int64 `[B, G]`. Completion (b, g) depends only on the policy, its prompt and `seeds[b, g]`, not on
                 the rest of the batch.
+            limits: int64 `[B, G]`: maximum number of tokens of each completion; None is
+                `sampling.max_completion_length` for all, which none may exceed.
 
         Raises:
             UserError: a prompt has no tokens, or leaves no room for a completion within the engine's limit.
@@ -131,15 +136,17 @@ class RolloutEngine(ABC):
             EngineError: vLLM has ended, or did not load the last push.
         """
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
-        """Begin to generate like `generate`, but return at once. Only engines with `runs_ahead` support it.
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Ahead:
+        """Begin to generate like `generate`. An engine with `runs_ahead` returns at once, others when it is done.
 
         The completions come from the weights of the last push; the next push waits for them.
         """
-        raise UserError(
-            f"engines.{type(self).__name__} generates in the trainer's process and cannot do so while it trains. "
-            "Use engines.VllmServer or remove callbacks.RolloutAhead."
-        )
+        groups = self.generate(prompts, sampling, seeds, *([] if limits is None else [limits]))
+        done: Future[float] = Future()
+        done.set_result(0.0)
+        return Ahead(done, lambda error: groups)
 
     def settle(self) -> None:
         """Wait for the generation that `start` began."""
@@ -166,7 +173,12 @@ class RolloutEngine(ABC):
 
 
 def check_request(
-    prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limit: int | None, limit_name: str
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seeds: np.ndarray,
+    limit: int | None,
+    limit_name: str,
+    limits: np.ndarray | None = None,
 ) -> None:
     """Reject a batch that contains a prompt which cannot be completed, before any of it runs.
 
@@ -175,17 +187,23 @@ def check_request(
     """
     if seeds.shape != (len(prompts), sampling.num_generations):
         raise ValueError(f"seeds of shape {seeds.shape}, expected {(len(prompts), sampling.num_generations)}")
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         length = len(prompt.token_ids)
+        longest = sampling.max_completion_length if limits is None else int(limits[number].max())
         if length == 0:
             raise UserError(f"Prompt {prompt.id!r} has no tokens but needs at least one. Remove it from the data.")
-        if limit is not None and length + sampling.max_completion_length > limit:
+        if limit is not None and length + longest > limit:
             raise UserError(
                 f"Prompt {prompt.id!r} has {length} tokens and sampling.max_completion_length is "
                 f"{sampling.max_completion_length}, which together exceed {limit_name}. "
                 f"Lower sampling.max_completion_length, or start a new run with a max_prompt_length of the data of "
                 f"{max(1, limit - sampling.max_completion_length)}."
             )
+
+
+def limits_of(sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None) -> np.ndarray:
+    """Return the maximum number of tokens of each completion, int64 `[B, G]`; see `RolloutEngine.generate`."""
+    return np.full(seeds.shape, sampling.max_completion_length) if limits is None else limits
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -137,7 +137,7 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[str, object]:
+def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int, limit: int | None = None) -> dict[str, object]:
     """Return the settings of one sample, under names shared by vLLM's `SamplingParams` and its HTTP interface.
 
     There is one request per sample, with the sample's own seed. vLLM splits a request for `G` samples into `G` requests
@@ -149,6 +149,7 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
         end_ids: int64: the tokens that end a completion. vLLM's own end tokens are switched off, so that all engines
             end completions alike.
         seed: the sample's seed, in [0, 2**63).
+        limit: maximum number of tokens; None is `sampling.max_completion_length`.
     """
     if 0 < sampling.temperature < _MIN_TEMPERATURE:
         raise UserError(
@@ -161,7 +162,7 @@ def request_fields(sampling: Sampling, end_ids: np.ndarray, seed: int) -> dict[s
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "max_tokens": sampling.max_completion_length,
+        "max_tokens": sampling.max_completion_length if limit is None else int(limit),
         "stop": list(sampling.stop),
         "stop_token_ids": end_ids.tolist(),
         "ignore_eos": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from app.engines.ahead import Ahead
 from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rollouts.exchange import Rolled, exchange
+from app.rollouts.in_flight import InFlight, Request
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
@@ -20,7 +21,7 @@ from datamodules.types import Completion, Prompt, RolloutGroup, Source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
+class RolloutRequest:
     """Prompts that are rolled out for one purpose.
 
     Attributes:
@@ -31,6 +32,23 @@ class Request:
     prompts: Sequence[Prompt]
     purpose: str
     source: Source = "fresh"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Segments of completions in progress, as returned by `RolloutPipeline.start`.
+
+    Attributes:
+        flights: the prompts.
+        shares: positions of the prompts that each rank generates for.
+        requests: this rank's requests to the engine, with the positions of their prompts.
+        ahead: the generation.
+    """
+
+    flights: list[InFlight]
+    shares: list[list[int]]
+    requests: list[tuple[int, Request]]
+    ahead: Ahead
 
 
 class RolloutPipeline:
@@ -95,11 +113,11 @@ class RolloutPipeline:
             step: the training step; part of the seed of every sample.
             source: set on the groups.
         """
-        [groups] = self.roll_together([Request(prompts, purpose, source)], sampling, ledger, step=step)
+        [groups] = self.roll_together([RolloutRequest(prompts, purpose, source)], sampling, ledger, step=step)
         return groups
 
     def roll_together(
-        self, requests: Sequence[Request], sampling: Sampling, ledger: Ledger, *, step: int
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, ledger: Ledger, *, step: int
     ) -> list[list[RolloutGroup]]:
         """Roll out the prompts of several requests in one call of the engine, and return the groups of each, in order.
 
@@ -117,16 +135,8 @@ class RolloutPipeline:
         phase = _phase(requests[0].purpose)
         spent = -ledger.seconds[phase]
         # Ranks without a share enter the contexts too: these may be collective.
-        with ledger.phase(phase), self._gathered(), self.precision():
-            try:
-                completions = self.engine.generate(
-                    [one for its in mine for one in its], sampling, np.concatenate(seeds)
-                )
-            except FloatingPointError as error:
-                raise UserError(
-                    f"Step {step}: {error}. Give a policy with finite weights, or resume with a lower "
-                    "model.optimization.learning_rate or with --trainer.precision 32-true."
-                ) from error
+        with ledger.phase(phase), self._gathered(), self.precision(), _finite(step):
+            completions = self.engine.generate([one for its in mine for one in its], sampling, np.concatenate(seeds))
         spent += ledger.seconds[phase]
         rolled, first = Rolled(), 0
         for its, request in zip(mine, requests, strict=True):
@@ -148,34 +158,96 @@ class RolloutPipeline:
             self.stop_if_a_reward_fails(ledger, f"Step {step}")
         return [groups[end - len(request.prompts) : end] for request, end in zip(requests, ends, strict=True)]
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, *, step: int) -> Ahead:
-        """Start to roll out this rank's share of the prompts of a later step with the current policy, for `finish`."""
-        mine = [prompts[position] for position in self._shares(prompts, sampling)[self.ranks.rank]]
-        return self.engine.start(mine, sampling, self._seeds(mine, sampling, "train", step))
+    def start(self, flights: Sequence[InFlight], sampling: Sampling, limits: Sequence[int], *, step: int) -> Segments:
+        """Start to generate the next segment of every unfinished completion with the current policy, for `collect`.
 
-    def finish(
-        self, ahead: Ahead, prompts: Sequence[Prompt], sampling: Sampling, ledger: Ledger, *, birth_step: int
-    ) -> list[RolloutGroup]:
-        """Wait for the completions that `start` began, score them and return the groups of all prompts, in order.
+        Each rank generates its share of the prompts. An engine that does not run ahead has generated them on return.
 
         Args:
-            ahead: as `start` returned it.
-            prompts: all `B` prompts that `start` was given.
+            flights: `N` prompts in flight, none of them complete.
+            sampling: the distribution of whole completions.
+            limits: `N` limits on the new tokens of each of their completions.
+            step: the step in progress.
+        """
+        asked = [one.requests(sampling, limit) for one, limit in zip(flights, limits, strict=True)]
+        # An engine generates equally many completions of every prompt: of `G` if all begin, and else one.
+        together = not any(one.segments for one in flights)
+        if not together:
+            asked = [[part for one in requests for part in one.apart()] for requests in asked]
+        sizes = [
+            sum(len(one.prompt.token_ids) + len(one.samples) * one.limit for one in requests) for requests in asked
+        ]
+        shares = deal(sizes, self.ranks.size)
+        mine = [(position, one) for position in shares[self.ranks.rank] for one in asked[position]]
+        size = sampling.num_generations if together else 1
+        seeds = [flights[position].seeds(self.seed, one.samples) for position, one in mine]
+        longest = max((one.limit for requests in asked for one in requests), default=1)
+        apart = any(one.limit < longest for requests in asked for one in requests)
+        with self._gathered(), self.precision(), _finite(step):
+            ahead = self.engine.start(
+                [one.prompt for _, one in mine],
+                replace(sampling, num_generations=size, max_completion_length=longest),
+                np.array(seeds, dtype=np.int64).reshape(len(mine), size),
+                *([np.array([[one.limit] * size for _, one in mine], np.int64).reshape(-1, size)] if apart else []),
+            )
+        return Segments(list(flights), shares, mine, ahead)
+
+    def collect(self, started: Segments, sampling: Sampling, ledger: Ledger, *, step: int) -> list[InFlight]:
+        """Wait for the segments that `start` began, and return the prompts with them, in order, on every rank.
+
+        Args:
+            started: as `start` returned it.
             sampling: as it was given to `start`.
             ledger: that of the step that the completions are for.
-            birth_step: the step whose policy generated them.
+            step: the step in progress.
         """
+        new: dict[int, dict[int, Completion]] = {position: {} for position in started.shares[self.ranks.rank]}
+        flights = list(started.flights)
+        with ledger.phase("rollout"), _finite(step):
+            for (position, one), segments in zip(started.requests, started.ahead.result(), strict=True):
+                new[position].update(zip(one.samples, segments, strict=True))
+            for position, its in new.items():
+                flights[position] = flights[position].grown(its, sampling, self.engine.tokenizer)
+            if self.ranks.size > 1:
+                prompts = [one.group.prompt for one in flights]
+                mine = Rolled([flights[position].group for position in new])
+                everything = exchange(self.ranks, prompts, started.shares, mine).groups
+                flights = [
+                    replace(one, group=group, segments=before.segments + 1)
+                    for one, before, group in zip(flights, started.flights, everything, strict=True)
+                ]
+        continued = [
+            after.group.completion_tokens - before.group.completion_tokens
+            for before, after in zip(started.flights, flights, strict=True)
+            if before.segments
+        ]
+        ledger.count("continued_tokens", sum(continued))
+        return flights
+
+    def score(
+        self, groups: Sequence[RolloutGroup], sampling: Sampling, ledger: Ledger, *, step: int
+    ) -> list[RolloutGroup]:
+        """Return groups whose completions were generated ahead with their rewards, in order, on every rank.
+
+        Args:
+            groups: complete groups without rewards; the same on every rank.
+            sampling: that of their completions.
+            ledger: that of the step that they are for.
+            step: the step in progress.
+        """
+        prompts = [group.prompt for group in groups]
         shares = self._shares(prompts, sampling)
-        mine = [prompts[position] for position in shares[self.ranks.rank]]
-        with ledger.phase("rollout"):
-            completions = ahead.result()
-        rolled = self._scored(mine, completions, ledger, "train", birth_step, "fresh") if mine else Rolled()
+        mine = shares[self.ranks.rank]
+        rolled = Rolled()
+        if mine:
+            completions = [groups[position].completions for position in mine]
+            rolled = self._scored([prompts[one] for one in mine], completions, ledger, "train", step, "fresh")
         if self.ranks.size > 1:
             with ledger.phase("rollout"):
                 rolled = exchange(self.ranks, prompts, shares, rolled)
-        groups = rolled.account(ledger)
-        self.stop_if_a_reward_fails(ledger, f"Step {birth_step + 1}")
-        return groups
+        scored = rolled.account(ledger)
+        self.stop_if_a_reward_fails(ledger, f"Step {step + 1}")
+        return [replace(one, birth_step=group.birth_step) for one, group in zip(scored, groups, strict=True)]
 
     def _shares(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
         """Return the positions of the prompts that each rank rolls out."""
@@ -238,6 +310,18 @@ class RolloutPipeline:
                     "Correct the reward or the data, or raise the limit that is named, and start again or resume: "
                     "checkpoints of earlier steps are kept."
                 )
+
+
+@contextmanager
+def _finite(step: int) -> Iterator[None]:
+    """Turn an engine's error about a policy that is not finite into a UserError."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"Step {step}: {error}. Give a policy with finite weights, or resume with a lower "
+            "model.optimization.learning_rate or with --trainer.precision 32-true."
+        ) from error
 
 
 def _phase(purpose: str) -> str:

@@ -56,11 +56,13 @@ class RunSummary:
         validation_prompts: fingerprint of the validation prompts, or None without any.
         training_seconds: seconds of training (`TrainingClock`).
         seconds: seconds by phase, and in total since the start of the run.
-        rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`).
+        rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`), and so were saved.
         config_sha256: hash of the run's config.yaml, or None if it has none.
         completed: whether the run ended as configured.
         unscored_completions: number of completions that were left out because no correctness reward applies to them;
             0 in a file of an earlier version, which did not count them.
+        continued_tokens: tokens generated for completions that an earlier step had cut (`RolloutAhead`).
+        aged_out_groups: groups that no step trained on before they were too old (`RolloutAhead`).
     """
 
     steps: int
@@ -85,6 +87,8 @@ class RunSummary:
     config_sha256: str | None
     completed: bool
     unscored_completions: int = 0
+    continued_tokens: int = 0
+    aged_out_groups: int = 0
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:

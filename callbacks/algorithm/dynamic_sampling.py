@@ -95,9 +95,9 @@ class DynamicSampling(StepCallback):
         }
         if measured and not passed and not (self._replay is not None and len(self._replay.buffer)):
             self._train_on_dropped(batch, needed, refills)
-        _count(batch, "discarded", batch.of("dropped"))
+        count_rollouts(batch, "discarded", batch.of("dropped"))
         if self._replay is None:
-            _count(batch, "wasted", surplus)
+            count_rollouts(batch, "wasted", surplus)
 
     def _refill_size(self, measured: Sequence[RolloutGroup], needed: int) -> int:
         passed = sum(map(self.passes, measured))
@@ -136,7 +136,7 @@ class Balanced(DynamicSampling):
         super().__init__(low=low, high=high, max_refills=max_refills)
 
 
-def _count(batch: TrainBatch, name: str, groups: Sequence[RolloutGroup]) -> None:
+def count_rollouts(batch: TrainBatch, name: str, groups: Sequence[RolloutGroup]) -> None:
     """Add the cost of groups to the ledger, without reference groups, which are counted separately."""
     fresh = [group for group in groups if group.source == "fresh"]
     batch.ledger.count(f"{name}/prompts", len(fresh))

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
 from app.reporting.forecast_quality import brier, pearson
-from app.rollouts.pipeline import Request
+from app.rollouts.pipeline import RolloutRequest
 from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
@@ -113,7 +113,7 @@ class ReferenceRollouts(StepCallback):
         """Roll out a reference set together with the prompts of a step, and add the groups of these to it."""
         chosen, references = {prompt.id for prompt in batch.prompts}, self._choose()
         others = [prompt for prompt in references if prompt.id not in chosen]
-        requests = [Request(batch.prompts, "train"), Request(others, "reference", "reference")]
+        requests = [RolloutRequest(batch.prompts, "train"), RolloutRequest(others, "reference", "reference")]
         trained, self._groups = pl_module.pipeline.roll_together(
             requests, pl_module.sampling, batch.ledger, step=batch.step
         )

@@ -1,81 +1,215 @@
-"""Generation of the next step's completions while the current step trains."""
+"""Rollouts ahead of their step: during updates, and in segments that are continued by newer policies."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from app.engines.ahead import Ahead
 from app.module import GRPOModule
+from app.rollouts.in_flight import InFlight
+from app.rollouts.pipeline import Segments
+from callbacks.algorithm.dynamic_sampling import count_rollouts
+from callbacks.algorithm.replay import RolloutReplay
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.group_codec import pack_groups, unpack_groups
 from datamodules.ledger import WeightedMean
 from datamodules.online import OnlinePromptDataModule
-from datamodules.types import Outcomes, TrainBatch
+from datamodules.pool import PromptPool
+from datamodules.types import Outcomes, RolloutGroup, TrainBatch
 
 
 class RolloutAhead(StepCallback):
-    """Overlaps a step's update with the rollouts of the next step, one step off policy.
+    """Generates ahead of the step that trains on it: off policy, but no update waits for the longest completion.
 
-    It needs an engine that runs outside the trainer's process. When a step has all its groups, the selector, which has
-    observed their outcomes, chooses the prompts of the next step, and the policy that this step began with generates
-    their completions during the update; with several processes each generates its share. The step waits for all of them
-    before it pushes the new weights. The groups are one step old when they are trained on (`birth_step`); the objective
-    corrects for that by their behaviour log-probabilities, as for replayed groups. Refills of dynamic sampling and
-    reference rollouts stay on policy.
+    When a step has all its groups, the selector, which has observed the outcomes so far, chooses prompts for the next
+    step, and the policy that this step began with generates their completions during the update; with several
+    processes each generates its share. A group is as old as its oldest token (`birth_step`), and the objective corrects
+    for its age by the behaviour log-probabilities of its tokens, as for replayed groups. Refills of dynamic sampling
+    and reference rollouts stay on policy.
+
+    By default the step waits for all completions before the new weights are pushed, so that groups are one step old.
+    With `partial_rollout_tokens` (partial rollouts: Kimi k1.5, arXiv 2501.12599) it cuts them instead: every completion
+    in flight gets at most so many new tokens in a step, and is continued in the next one by the new policy. The first
+    complete groups, in the order in which their prompts were chosen, are trained on; the others wait. While too few are
+    complete, the step goes on to generate. What is cut depends on numbers of tokens only, so a run with the same seed
+    is the same run. A group is not cut in the last step in which `staleness` permits it. A complete group that no step
+    needed in time ages out as a whole: a replay buffer may keep it, and its prompt can be chosen again.
+
+    An engine that generates in the trainer's process cannot overlap rollouts and updates, but can cut.
+
+    Args:
+        staleness: maximum age of a group when it is trained on, in steps. 0 rolls out on policy, as without this
+            callback. Completions are only cut at 2 or more: at 1 they must end in the step that begins them.
+        partial_rollout_tokens: new tokens of a completion in a step; null generates every completion in one piece.
+        oversample: prompts in flight and waiting, relative to the prompts that a step trains on, where completions are
+            cut. At 2 or less none ages out, unless the number of prompts changes.
     """
 
     stage = Stage.ROLL_OUT_AHEAD
 
-    def __init__(self) -> None:
-        self._ahead: Ahead | None = None
+    def __init__(self, staleness: int = 1, partial_rollout_tokens: int | None = None, oversample: float = 1.5) -> None:
+        for name, given, valid, expected in (
+            ("staleness", staleness, staleness >= 0, "0 or more steps"),
+            (
+                "partial_rollout_tokens", partial_rollout_tokens,
+                partial_rollout_tokens is None or partial_rollout_tokens >= 1, "at least 1, or null",
+            ),
+            ("oversample", oversample, 1 <= oversample < math.inf, "at least 1"),
+        ):  # fmt: skip
+            if not valid:
+                raise UserError(f"RolloutAhead.{name} is {given}, expected {expected}. Change it.")
+        self.staleness = staleness
+        self.partial_rollout_tokens = partial_rollout_tokens
+        self.oversample = oversample
+        self._flights: list[InFlight] = []
+        """In the order of choice, and so the oldest first."""
+        self._segments: Segments | None = None
+        self._needed = 0
+
+    @property
+    def _cuts(self) -> bool:
+        return self.staleness > 1 and self.partial_rollout_tokens is not None
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
-        if not pl_module.engine.runs_ahead:
+        if self.staleness and not self._cuts and not pl_module.engine.runs_ahead:
             raise UserError(
                 f"callbacks.RolloutAhead is used with engines.{type(pl_module.engine).__name__}, which generates in "
-                "the trainer's process and so not during an update. Use engines.VllmServer, or remove the callback."
+                "the trainer's process and so not during an update. Use engines.VllmServer, set partial_rollout_tokens "
+                "with a staleness of 2 or more to cut long completions, or remove the callback."
+            )
+        if self.partial_rollout_tokens is not None and not self._cuts:
+            rank_zero_warn(
+                f"RolloutAhead.partial_rollout_tokens has no effect with a staleness of {self.staleness}: no group may "
+                "be older than that, so none can be continued in a later step. Set staleness to 2 or more."
             )
         self._data = OnlinePromptDataModule.of(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
-        self._ahead = None
-        if trainer.global_step + pl_module.mini_batches >= trainer.max_steps > 0:
+        self._segments = None
+        self._age_out(trainer, batch)
+        left = sys.maxsize  # steps after this one
+        if trainer.max_steps > 0:
+            left = -(-(trainer.max_steps - trainer.global_step) // pl_module.mini_batches) - 1
+        if ages := [batch.step - group.birth_step for group in batch.groups if group.source == "fresh"]:
+            batch.metrics |= {
+                "rollout_ahead/age_mean": float(np.mean(ages)),
+                "rollout_ahead/age_max": float(max(ages)),
+            }
+        if not self.staleness or left < 1:
             return
-        coming = self._data.prepare(batch.step + 1)
-        if coming.prompts:
-            self._ahead = pl_module.pipeline.start(coming.prompts, pl_module.sampling, step=coming.step)
+        self._needed = needed = self._data.fresh_prompts
+        # What is begun in a run's last steps must still be needed then.
+        wanted = min(self.prompts_ahead(needed), needed * left)
+        room = len(self._data.pools["train"]) - len(self._flights)
+        coming = self._data.prepare(batch.step + 1, max(0, min(wanted - len(self._flights), room)))
+        unknown = np.full(len(coming.prompts), np.nan)
+        for prompt, expected in zip(
+            coming.prompts, unknown if coming.forecast is None else coming.forecast, strict=True
+        ):
+            generations, explored = pl_module.sampling.num_generations, prompt.id in coming.explored
+            self._flights.append(InFlight.begin(prompt, generations, batch.step, float(expected), explored))
+        if self._flights:
+            self._note_in_flight()
+            with coming.ledger.phase("rollout"):
+                self._segments = self._start(pl_module, batch.step)
+
+    def prompts_ahead(self, needed: int) -> int:
+        """Return the prompts in flight and waiting, where a step trains on `needed` of them."""
+        return math.ceil(self.oversample * needed) if self._cuts else needed
+
+    def _start(self, pl_module: GRPOModule, step: int) -> Segments:
+        """Start to generate the next segment of all completions in flight, which is the last if it may not be cut."""
+        open_ = [one for one in self._flights if one.unfinished(pl_module.sampling)]
+        segment, longest = self.partial_rollout_tokens if self._cuts else None, pl_module.sampling.max_completion_length
+        limits = [
+            longest if segment is None or step + 1 - one.group.birth_step >= self.staleness else segment
+            for one in open_
+        ]
+        return pl_module.pipeline.start(open_, pl_module.sampling, limits, step=step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
     ) -> None:
-        coming = self._data.prepared
-        if self._ahead is None or coming is None:
+        coming, first = self._data.prepared, self._segments
+        if first is None or coming is None:
             return
-        groups = pl_module.pipeline.finish(
-            self._ahead, coming.prompts, pl_module.sampling, coming.ledger, birth_step=batch.step
-        )
-        coming.add(groups)
+        pipeline, sampling = pl_module.pipeline, pl_module.sampling
+        segments: Segments = first
+        while True:
+            collected = pipeline.collect(segments, sampling, coming.ledger, step=batch.step)
+            grown = {one.group.prompt.id: one for one in collected}
+            self._flights = [grown.get(one.group.prompt.id, one) for one in self._flights]
+            ended = [one for one in self._flights if not one.unfinished(sampling)]
+            if len(ended) >= self._needed or len(ended) == len(self._flights):
+                break
+            with coming.ledger.phase("rollout"):
+                segments = self._start(pl_module, batch.step)
+        new = [one for one in ended if not one.scored]
+        groups = pipeline.score([one.group for one in new], sampling, coming.ledger, step=batch.step)
         with coming.ledger.phase("select"):
             self._data.selector.observe(Outcomes.of(groups, batch.step, "fresh"))
-        batch.metrics["time/rollout_overlapped"] = self._ahead.overlapped
-        batch.ledger.count("overlapped_seconds", self._ahead.overlapped)
+        scored = {group.prompt.id: group for group in groups}
+        self._flights = [
+            replace(one, group=scored[one.group.prompt.id], scored=True) if one.group.prompt.id in scored else one
+            for one in self._flights
+        ]
+        taken = [one for one in self._flights if one.scored][: self._needed]
+        self._flights = [one for one in self._flights if one not in taken]
+        self._note_in_flight()
+        _fill(coming, taken)
+        waiting = sum(one.scored for one in self._flights)
+        batch.metrics |= {
+            "time/rollout_overlapped": first.ahead.overlapped,
+            "rollout_ahead/in_flight": float(len(self._flights) - waiting),
+            "rollout_ahead/waiting": float(waiting),
+            "rollout_ahead/continued_tokens": coming.ledger.counts["continued_tokens"],
+        }
+        batch.ledger.count("overlapped_seconds", first.ahead.overlapped)
+
+    def _age_out(self, trainer: Trainer, batch: TrainBatch) -> None:
+        """Give up the groups that are too old for the next step; the complete ones are surplus of this one."""
+        old = [one for one in self._flights if batch.step + 1 - one.group.birth_step > self.staleness]
+        self._flights = [one for one in self._flights if one not in old]
+        self._note_in_flight()
+        groups = [one.group for one in old if one.scored]
+        batch.add(groups, "surplus")
+        if groups and not RolloutReplay.all_of(trainer):
+            count_rollouts(batch, "wasted", groups)
+        if self.staleness or old:
+            batch.ledger.count("aged_out_groups", len(old))
+            batch.metrics["rollout_ahead/aged_out"] = float(len(old))
+
+    def _note_in_flight(self) -> None:
+        self._data.in_flight = frozenset(one.group.prompt.id for one in self._flights)
 
     def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if self._flights:
+            state["in_flight"] = {
+                **_packed([one.group for one in self._flights]),
+                "segments": [one.segments for one in self._flights],
+                "scored": [one.scored for one in self._flights],
+                "forecasts": [one.forecast for one in self._flights],
+                "explored": [one.explored for one in self._flights],
+            }
         coming = self._data.prepared
         if coming is None:
-            return {}
-        return {
+            return state
+        return state | {
             "step": coming.step,
             "prompts_per_step": self._data.prompts_per_step,
             "prompts": [prompt.id for prompt in coming.prompts],
-            "groups": pack_groups(coming.groups),
-            "extras": json.dumps([dict(group.extras) for group in coming.groups]),
+            **_packed(coming.groups),
             "forecast": None if coming.forecast is None else torch.from_numpy(coming.forecast.copy()),
             "pool_forecast": None if coming.pool_forecast is None else torch.from_numpy(coming.pool_forecast.copy()),
             "explored": sorted(coming.explored),
@@ -85,18 +219,20 @@ class RolloutAhead(StepCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
-            return
         pool = self._data.pools["train"]
+        if saved := state_dict.get("in_flight"):
+            columns = (saved[name] for name in ("segments", "scored", "forecasts", "explored"))
+            self._flights = [InFlight(*one) for one in zip(_unpacked(saved, pool), *columns, strict=True)]
+            self._note_in_flight()
+        if "step" not in state_dict:
+            return
         prompts = [pool[position] for position in pool.positions(state_dict["prompts"])]
         forecast, pool_forecast = (
             None if state_dict[name] is None else state_dict[name].numpy() for name in ("forecast", "pool_forecast")
         )
         coming = TrainBatch(state_dict["step"], prompts, forecast)
         coming.pool_forecast = pool_forecast
-        groups = unpack_groups(state_dict["groups"], pool)
-        extras = json.loads(state_dict["extras"]) if "extras" in state_dict else [{} for _ in groups]
-        coming.add([replace(group, extras=one) for group, one in zip(groups, extras, strict=True)])
+        coming.add(_unpacked(state_dict, pool))
         coming.explored = frozenset(state_dict["explored"])
         coming.ledger.seconds.update(state_dict["seconds"])
         coming.ledger.counts.update(state_dict["counts"])
@@ -110,4 +246,27 @@ class RolloutAhead(StepCallback):
             kept = max(0, len(coming.prompts) + more)
             coming.prompts, coming.forecast = coming.prompts[:kept], None if forecast is None else forecast[:kept]
             coming.move(coming.groups[kept:], "surplus")
+        # The resumed run may permit less staleness: such prompts are rolled out again when the step begins.
+        coming.move([one for one in coming.groups if coming.step - one.birth_step > self.staleness], "surplus")
         self._data.prepared = coming
+
+
+def _fill(coming: TrainBatch, taken: Sequence[InFlight]) -> None:
+    """Make a batch that of the groups taken, in place of the prompts that were chosen for it."""
+    forecast = np.array([one.forecast for one in taken])
+    coming.prompts, coming.forecast = (), None
+    coming.add_prompts([one.group.prompt for one in taken], None if np.isnan(forecast).all() else forecast)
+    coming.explored = frozenset(one.group.prompt.id for one in taken if one.explored)
+    coming.add([one.group for one in taken])
+
+
+def _packed(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    """Return groups for a checkpoint."""
+    return {"groups": pack_groups(groups), "extras": json.dumps([dict(group.extras) for group in groups])}
+
+
+def _unpacked(state: dict[str, Any], pool: PromptPool) -> list[RolloutGroup]:
+    """Restore the groups from `_packed`."""
+    groups = unpack_groups(state["groups"], pool)
+    extras = json.loads(state["extras"]) if "extras" in state else [{} for _ in groups]
+    return [replace(group, extras=one) for group, one in zip(groups, extras, strict=True)]

@@ -252,6 +252,8 @@ class RunLedger(StepCallback):
             config_sha256=hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
             completed=completed,
             unscored_completions=int(counts["rewards/unscored"]),
+            continued_tokens=int(counts["continued_tokens"]),
+            aged_out_groups=int(counts["aged_out_groups"]),
         )
 
     def state_dict(self) -> dict[str, Any]:

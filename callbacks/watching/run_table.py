@@ -24,6 +24,7 @@ from app.reporting.memory import Part, Precision, StepSizes, memory_parts
 from callbacks.algorithm.dynamic_sampling import DynamicSampling
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
+from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.sharded_policy import ShardedPolicy
 from datamodules.mixture import Mixture
@@ -207,6 +208,8 @@ def step_memory(
     sharded = next((one for one in callbacks if isinstance(one, ShardedPolicy)), None)
     references = max((one.size for one in callbacks if isinstance(one, ReferenceRollouts)), default=0)
     prompts, engine = datamodule.prompts_per_step, module.engine
+    fresh = prompts - _replayed(callbacks, prompts)
+    ahead = max((one.prompts_ahead(fresh) for one in callbacks if isinstance(one, RolloutAhead)), default=0)
     limits = [source.max_prompt_length for source in datamodule.train_sources.values()]
     limit = max((one for one in limits if one is not None), default=None) if None not in limits else None
     stored, half = causal_lm(policy).dtype.itemsize, "16" in trainer.precision
@@ -221,7 +224,7 @@ def step_memory(
         shards=1 if sharded is None else sharded.shard_size or world_size,
         device=device or trainer.strategy.root_device.type,
         prompts=-(-prompts // module.mini_batches),
-        rolled_out=max(prompts - _replayed(callbacks, prompts), references),
+        rolled_out=max(fresh, ahead, references),
         generations=module.sampling.num_generations,
         prompt_length=limit or _PROMPT_LENGTH,
         completion_length=module.sampling.max_completion_length,

@@ -138,9 +138,9 @@ class Choice(Uniform):
         at("selector")
         super().__init__()
 
-    def choose(self, n, *, refill=False):
+    def choose(self, n, exclude=(), refill=False):
         at("first choice")
-        return super().choose(n, refill=refill)
+        return super().choose(n, exclude, refill)
 
 
 class Engine(Transformers):

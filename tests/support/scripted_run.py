@@ -99,6 +99,7 @@ def scripted_run(
     shapes: Sequence[Sequence[float]] | None = None,
     function: str = "correct",
     val_size: int = 0,
+    max_completion_length: int = 3,
     **options: Any,
 ) -> Run:
     """Train on `len(patterns)` prompts `p0`, `p1`, ...; completion `g` of prompt `i` scores `patterns[i][g]`."""
@@ -117,7 +118,7 @@ def scripted_run(
     module = GRPOModule(
         Policy(path="configs/tiny_policy"),
         rewards,
-        sampling=Sampling(num_generations=len(patterns[0]), max_completion_length=3),
+        sampling=Sampling(num_generations=len(patterns[0]), max_completion_length=max_completion_length),
         reward_workers=WorkerOptions(num_workers=1),
         **options,
     )

@@ -20,7 +20,9 @@ class Written(RolloutEngine):
     def push(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, since: int | None = None) -> None:
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         return [tuple(map(self._completion, prompt.columns["written"])) for prompt in prompts]
 
     def _completion(self, text: str) -> Completion:

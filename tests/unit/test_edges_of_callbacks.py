@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from app.engines import Sampling, Transformers
 from app.engines.ahead import Ahead, Groups
 from app.policy.weights import plain_weights
-from app.rollouts.pipeline import Request
+from app.rollouts.pipeline import RolloutRequest
 from callbacks import (
     Balanced,
     CompletionsLog,
@@ -92,7 +92,9 @@ class NotingEngine(Transformers):
         self.pushed.append({name: tensor.clone() for name, tensor in named_tensors})
         super().push([], version, since)
 
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Ahead:
         self.acts.append(("start", [one.id for one in prompts]))
         groups: Groups = self.generate(prompts, sampling, seeds)
         future: Future[float] = Future()
@@ -246,7 +248,7 @@ def test_one_call_for_two_purposes_is_the_two_calls(tmp_path: Path, monkeypatch:
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TrainBatch, batch_idx: int) -> None:
             prompts = [trainer.datamodule.pools["train"][position] for position in range(9)]
-            requests = [Request(prompts[:3], "train"), Request(prompts[3:], "reference", "reference")]
+            requests = [RolloutRequest(prompts[:3], "train"), RolloutRequest(prompts[3:], "reference", "reference")]
             for name in ("apart", "together"):
                 ledger, sampling = Ledger(), pl_module.sampling
                 if name == "together":
@@ -391,16 +393,16 @@ def test_the_next_step_is_rolled_out_during_this_one(tmp_path: Path, monkeypatch
 def test_nothing_is_rolled_out_for_a_step_that_does_not_come(updates: int, limit: int, starts: bool) -> None:
     ahead, data = on_data(RolloutAhead())
     started: list[tuple[int, int]] = []
-    pipeline = SimpleNamespace(start=lambda prompts, sampling, step: started.append((len(prompts), step)))
-    module: Any = SimpleNamespace(mini_batches=2, sampling=None, pipeline=pipeline)
+    pipeline = SimpleNamespace(start=lambda flights, sampling, limits, step: started.append((len(flights), step)))
+    module: Any = SimpleNamespace(mini_batches=2, sampling=Sampling(2, 3), pipeline=pipeline)
     trainer: Any = SimpleNamespace(global_step=updates, max_steps=limit)
     ahead.on_train_batch_start(trainer, module, TrainBatch(5, ()), 5)
-    assert started == ([(3, 6)] if starts else [])
+    assert started == ([(3, 5)] if starts else [])
     assert (data.prepared is not None) is starts
     if starts:
         data.prepared, data.fresh_prompts = None, 0  # the buffer fills the whole batch
         ahead.on_train_batch_start(trainer, module, TrainBatch(6, ()), 6)
-        assert started == [(3, 6)]
+        assert started == [(3, 5)]
 
 
 def test_a_step_without_rollouts_ahead_ends_without_any() -> None:

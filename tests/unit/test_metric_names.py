@@ -28,6 +28,12 @@ ELSEWHERE = {
     "completions/mean_terminated_length",
     "epoch",
     "ranks/update_token_imbalance",
+    "rollout_ahead/age_max",
+    "rollout_ahead/age_mean",
+    "rollout_ahead/aged_out",
+    "rollout_ahead/continued_tokens",
+    "rollout_ahead/in_flight",
+    "rollout_ahead/waiting",
     "test/*",
     "time/rollout_overlapped",
     "train/*/chosen_fraction",
@@ -45,8 +51,8 @@ ELSEWHERE = {
     "val/maj@*_prompts",
     "val/informative_fraction",
 }
-"""Entries of runs whose completions end before the limit, with ranks, a server, a test, adapters, several sources or
-sets, or pretraining."""
+"""Entries of runs whose completions end before the limit, with ranks, rollouts ahead, a test, adapters, several sources
+or sets, or pretraining."""
 
 
 class Validated(Callback):

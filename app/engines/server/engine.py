@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 import torch
 
 from app.engines.ahead import Ahead, Groups, timed
-from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids, limits_of
 from app.engines.requests import Answer, completions_of, request_fields, vocabulary_of
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
 from app.engines.server.fleet import ServerFleet, limit_of_running
@@ -76,12 +76,59 @@ class VllmServer(FleetOptions, RolloutEngine):
             self._limit = limit_of_running(self)
         return min(self._limit, positions or self._limit)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
-        requests, version = self._prepare(prompts, sampling, seeds)
-        fleet = self._connected()
+        requests, version = self._prepare(prompts, sampling, seeds, limits)
         answers: list[Answer | None] = [None] * len(requests)
+        self._request(requests, answers, version)
+        return self._completions(answers, sampling, version)
+
+    def start(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Ahead:
+        """See `RolloutEngine.start`. Raises like `generate`.
+
+        If a server is lost, the missing completions are generated again when the result is requested, with the weights
+        of that time, whose version they carry. With several ranks the call and the request for its result are
+        collective.
+        """
+        requests, version = self._prepare(prompts, sampling, seeds, limits)
+        fleet = self._connected()
+        fleet.require(version, self.weights)
+        answers: list[Answer | None] = [None] * len(requests)
+
+        def finish(failure: BaseException | None) -> Groups:
+            mine = failure if isinstance(failure, LostServerError) else None
+            if failure is not None and mine is None:
+                raise failure
+            missing = [index for index, answer in enumerate(answers) if answer is None]
+            now = version
+            if lost_server_of_any_rank(self.ranks, mine, "completions generated ahead") is not None:
+                assert fleet.version is not None
+                now = fleet.version
+                self._request(requests, answers, now)
+            groups = self._completions(answers, sampling, version)
+            if now == version:
+                return groups
+            again, size = set(missing), sampling.num_generations
+            return [
+                tuple(
+                    replace(one, policy_version=now) if number * size + sample in again else one
+                    for sample, one in enumerate(group)
+                )
+                for number, group in enumerate(groups)
+            ]
+
+        work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
+        self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
+        return self._ahead
+
+    def _request(self, requests: Sequence[_Request], answers: list[Answer | None], version: int) -> None:
+        """Fill in all missing answers by the policy of a version, whatever servers are lost. Collective."""
+        fleet = self._connected()
         while True:
             fleet.require(version, self.weights)
             missing = [index for index, answer in enumerate(answers) if answer is None]
@@ -96,35 +143,10 @@ class VllmServer(FleetOptions, RolloutEngine):
                 break
             fleet.recover(lost, version, self.weights)
         fleet.succeeded()
+
+    def _completions(self, answers: Sequence[Answer | None], sampling: Sampling, version: int) -> Groups:
         found = [answer for answer in answers if answer is not None]
         return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
-
-    def start(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Ahead:
-        """See `RolloutEngine.start`. Raises like `generate`.
-
-        If a server is lost, the ranks that lost completions generate all of theirs again when the result is requested,
-        with the weights of that time, so that no group mixes two versions. With several ranks the call and the request
-        for its result are collective.
-        """
-        requests, version = self._prepare(prompts, sampling, seeds)
-        fleet = self._connected()
-        fleet.require(version, self.weights)
-        answers: list[Answer | None] = [None] * len(requests)
-
-        def finish(failure: BaseException | None) -> Groups:
-            mine = failure if isinstance(failure, LostServerError) else None
-            if failure is not None and mine is None:
-                raise failure
-            if lost_server_of_any_rank(self.ranks, mine, "completions generated ahead") is not None:
-                again = self.generate(prompts if mine else (), sampling, seeds if mine else seeds[:0])
-                if mine:
-                    return again
-            found = [one for one in answers if one is not None]
-            return completions_of(found, sampling, self.tokenizer, version, vocabulary_of(self.model))
-
-        work = _request_missing(fleet.clients, requests, range(len(requests)), answers)
-        self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
-        return self._ahead
 
     def settle(self) -> None:
         if self._ahead is not None:
@@ -144,20 +166,27 @@ class VllmServer(FleetOptions, RolloutEngine):
             self.fleet = ServerFleet(self, path, dtype, self.folder, self.ranks, self.model.device)
         return self.fleet
 
-    def _prepare(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> tuple[list[_Request], int]:
+    def _prepare(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None
+    ) -> tuple[list[_Request], int]:
         """Return a request for every sample, and the version of the policy that will answer them."""
         fleet = self._connected()
         limit = fleet.limit
-        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)")
+        check_request(prompts, sampling, seeds, limit, f"the server's {limit} tokens (max_model_len)", limits)
         if fleet.version is None:
             # Without a push (e.g. when a checkpoint is validated) the servers have the weights of the policy's folder.
             self.push(self.weights(), 0)
         assert fleet.version is not None
         ends = end_token_ids(self.model, self.tokenizer)
+        allowed = limits_of(sampling, seeds, limits)
+        numbers: dict[tuple[int, ...], int] = {}  # equal prompts are one
         requests = [
-            _Request(number, {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed)})
-            for number, (prompt, drawn) in enumerate(zip(prompts, seeds, strict=True))
-            for seed in drawn
+            _Request(
+                numbers.setdefault(prompt.token_ids, len(numbers)),
+                {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed, limit)},
+            )
+            for prompt, drawn, its in zip(prompts, seeds, allowed, strict=True)
+            for seed, limit in zip(drawn, its, strict=True)
         ]
         return requests, fleet.version
 

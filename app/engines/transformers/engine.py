@@ -11,7 +11,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from app.engines.ahead import Groups
-from app.engines.base import RolloutEngine, Sampling, check_counts, check_request, end_token_ids, nonfinite_policy
+from app.engines.base import (
+    RolloutEngine,
+    Sampling,
+    check_counts,
+    check_request,
+    end_token_ids,
+    limits_of,
+    nonfinite_policy,
+)
 from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
@@ -80,13 +88,15 @@ class Transformers(RolloutEngine):
         """Record the version; the weights are the policy's own."""
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         if len(prompts) == 0:
             return []
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions")
+        check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions", limits)
         with _generating(self.model):
-            return _Generation(self, prompts, sampling, seeds).run()
+            return _Generation(self, prompts, sampling, seeds, limits_of(sampling, seeds, limits)).run()
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **cached: object) -> torch.Tensor:
         """Return the logits `[n, V]` at the last position of `[n, T]` tokens, whose context is `cached`."""
@@ -99,7 +109,14 @@ class Transformers(RolloutEngine):
 class _Generation:
     """The state of one `generate` call."""
 
-    def __init__(self, engine: Transformers, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> None:
+    def __init__(
+        self,
+        engine: Transformers,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: np.ndarray,
+        limits: np.ndarray,
+    ) -> None:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
         self.lm = causal_lm(engine.model)
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
@@ -124,7 +141,7 @@ class _Generation:
         self.stop_strings = [string for string in sampling.stop if string]
         # A token adds at least one byte, and some extra tokens keep the string clear of the tail's ragged start.
         self.stop_tail = max((len(string.encode()) for string in self.stop_strings), default=0) + 8
-        self.seeds = seeds.reshape(-1)
+        self.seeds, self.limits = seeds.reshape(-1), limits.reshape(-1)
         self.tokens = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.int32)
         self.logprobs = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.float32)
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
@@ -201,7 +218,7 @@ class _Generation:
             stopped |= np.array([any(string in text for string in self.stop_strings) for text in texts], dtype=bool)
         self.stopped[sample] = stopped
         alive = np.ones(len(self.rows), dtype=bool)
-        alive[first:] = ~stopped & (age + 1 < self.sampling.max_completion_length)
+        alive[first:] = ~stopped & (age + 1 < self.limits[sample])
         if not alive.all():
             order = fill_holes(alive)
             self.cache.keep(order)

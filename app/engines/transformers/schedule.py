@@ -18,12 +18,17 @@ class PromptRows:
 
 
 def prefill_queue(prompts: Sequence[tuple[int, ...]], num_generations: int, max_rows: int) -> deque[PromptRows]:
-    """Queue all prompts, longest first: a prompt that joins later always fits, because it is never longer."""
+    """Queue all prompts, longest first: a prompt that joins later always fits, because it is never longer.
+
+    Equal prompts are read as one.
+    """
+    samples: dict[tuple[int, ...], list[int]] = {}
+    for b, prompt in enumerate(prompts):
+        samples.setdefault(prompt, []).extend(range(b * num_generations, (b + 1) * num_generations))
     queue: deque[PromptRows] = deque()
-    for b in sorted(range(len(prompts)), key=lambda b: -len(prompts[b])):
-        for g in range(0, num_generations, max_rows):
-            samples = np.arange(g, min(g + max_rows, num_generations)) + b * num_generations
-            queue.append(PromptRows(prompts[b], samples))
+    for prompt in sorted(samples, key=len, reverse=True):
+        its = np.array(samples[prompt])
+        queue.extend(PromptRows(prompt, its[g : g + max_rows]) for g in range(0, len(its), max_rows))
     return queue
 
 

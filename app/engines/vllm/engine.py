@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from app.engines.ahead import Groups
-from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids
+from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids, limits_of
 from app.engines.requests import (
     Answer,
     EngineError,
@@ -113,12 +113,14 @@ class Vllm(VllmOptions, RolloutEngine):
             raise EngineError(f"vLLM's workers hold versions {found} after a push of {version}. Start the run again.")
         self.version, self._failed = version, False
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
+    ) -> Groups:
         if len(prompts) == 0 and self.ranks.size == 1:
             return []
-        own, prompts, seeds = self._of_group(prompts, seeds, sampling.num_generations)
+        own, prompts, seeds, limits = self._of_group(prompts, seeds, limits_of(sampling, seeds, limits))
         limit = self._limit
-        check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)")
+        check_request(prompts, sampling, seeds, limit, f"vLLM's {limit} tokens (engine.max_model_len)", limits)
         self._prepare_weights()  # on ranks without prompts, too: gathering a sharded policy is collective
         if len(prompts) == 0:
             return []
@@ -133,7 +135,7 @@ class Vllm(VllmOptions, RolloutEngine):
                     f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
                     "Make sure that only this engine pushes weights to them."
                 )
-            answers = self._answers(prompts, sampling, seeds)[own]
+            answers = self._answers(prompts, sampling, seeds, limits)[own]
         return completions_of(answers, sampling, self.tokenizer, self.version, vocabulary_of(self.model))
 
     def release(self) -> None:
@@ -161,14 +163,18 @@ class Vllm(VllmOptions, RolloutEngine):
         else:
             destroy_model_parallel()
 
-    def _answers(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Answer]:
+    def _answers(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None
+    ) -> list[Answer]:
         from vllm import SamplingParams
 
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
             # Text is only needed to find stop strings; flat lists are cheaper than an object per token.
-            SamplingParams(**request_fields(sampling, ends, seed), detokenize=bool(sampling.stop), flat_logprobs=True)
-            for seed in seeds.reshape(-1)
+            SamplingParams(
+                **request_fields(sampling, ends, seed, limit), detokenize=bool(sampling.stop), flat_logprobs=True
+            )
+            for seed, limit in zip(seeds.reshape(-1), limits_of(sampling, seeds, limits).reshape(-1), strict=True)
         ]
         ids = [{"prompt_token_ids": list(one.token_ids)} for one in prompts for _ in range(sampling.num_generations)]
         try:
@@ -182,24 +188,26 @@ class Vllm(VllmOptions, RolloutEngine):
         return [Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason) for one in found]
 
     def _of_group(
-        self, prompts: Sequence[Prompt], seeds: np.ndarray, samples: int
-    ) -> tuple[slice, Sequence[Prompt], np.ndarray]:
-        """Return the prompts and seeds of all ranks that share this engine, and which samples are this rank's.
+        self, prompts: Sequence[Prompt], seeds: np.ndarray, limits: np.ndarray
+    ) -> tuple[slice, Sequence[Prompt], np.ndarray, np.ndarray]:
+        """Return the prompts, seeds and limits of all ranks that share this engine, and which samples are this rank's.
 
         All of them must give their engines the same requests in the same order. Collective if an engine is shared.
         """
         size = self.tensor_parallel_size
         if size == 1 or self.ranks.size == 1:
-            return slice(None), prompts, seeds
-        asked = [[one.id, list(one.token_ids), drawn] for one, drawn in zip(prompts, seeds.tolist(), strict=True)]
+            return slice(None), prompts, seeds, limits
+        drawn = np.stack([seeds, limits], axis=1).tolist()
+        asked = [[one.id, list(one.token_ids), its] for one, its in zip(prompts, drawn, strict=True)]
         first = self.ranks.rank // size * size
         messages = self.ranks.gather(json.dumps(asked).encode(), "prompts of ranks that share an engine")
         members = [json.loads(message) for message in messages[first : first + size]]
+        samples = seeds.shape[1]
         start = samples * sum(map(len, members[: self.ranks.rank - first]))
         every = list(chain.from_iterable(members))
         shared = [Prompt(name, place, "", "", tuple(ids), {}) for place, (name, ids, _) in enumerate(every)]
-        drawn = np.array([drawn for _, _, drawn in every], dtype=np.int64).reshape(len(every), samples)
-        return slice(start, start + samples * len(prompts)), shared, drawn
+        seeds, limits = np.array([its for _, _, its in every], dtype=np.int64).reshape(-1, 2, samples).swapaxes(0, 1)
+        return slice(start, start + samples * len(prompts)), shared, seeds, limits
 
     def _prepare_weights(self) -> None:
         """Bring the weights of the last push back, or push them where there was none."""
