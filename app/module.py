@@ -207,9 +207,10 @@ class GRPOModule(LightningModule):
     def learner(self) -> Learner:
         """The policy and its loss, built for each batch: strategy and callbacks may wrap or move the policy."""
         weights = dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
+        device = self.device if self.sharding is None else self.sharding.device  # shards may be kept on the host
         return Learner(
             self.policy_model, self.options, weights, self.reference, self.ranks, self.sharding is not None,
-            self.tokenizer.pad_token_id, self.device, self.engine.uses_policy and not self.sampling.truncates,
+            self.tokenizer.pad_token_id, device, self.engine.uses_policy and not self.sampling.truncates,
         )  # fmt: skip
 
     @property

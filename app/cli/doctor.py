@@ -27,7 +27,7 @@ from app.rollouts.checks import check_rewards
 from app.runs.folder import CHECKPOINTS, Runs
 from app.runs.gpus import GpuFacts
 from callbacks.upkeep.checkpoint import RunCheckpoint
-from callbacks.upkeep.checks import gpus_of_trainer
+from callbacks.upkeep.checks import check_settings, gpus_of_trainer
 from callbacks.watching.run_table import step_memory
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
@@ -84,7 +84,7 @@ class Place:
 
     def all_checks(self) -> Iterator[Finding]:
         """Yield every finding; prompts and rewards are read last."""
-        for check in (self._versions, self._gpus):
+        for check in (self._versions, self._gpus, self._settings):
             yield from _findings(check)
         yield from self.checks()
         for check in (self._reward_workers, self._loggers, self._prompts):
@@ -115,6 +115,14 @@ class Place:
             missing = self.local_processes - len(visible_gpus())
             todo = f"trainer.devices is {self.local_processes}. Lower it." if missing > 0 else ""
             yield Finding("GPUs", f"{shown}, {driver}", todo)
+
+    def _settings(self) -> Iterator[Finding]:
+        check_settings(str(self.trainer.precision), self.module, self.data, self.processes)
+        prompts, each = self.data.prompts_per_step, self.module.sampling.num_generations
+        over = "a process" if self.processes == 1 else f"{self.processes} processes"
+        yield Finding(
+            "settings", f"{prompts} prompts x {each} completions a step over {over}, {self.trainer.precision}"
+        )
 
     def _memory(self) -> Iterator[Finding]:
         try:
@@ -169,7 +177,9 @@ class Place:
             copies = one.keep + 1 + (one.keep_best is not None)  # one is written before another is removed
             free = shutil.disk_usage(there).free
             todo = ""
-            if copies * size > free:
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                todo = f"{there} is no folder that can be written to. Set checkpoint.dirpath or the logger's save_dir."
+            elif copies * size > free:
                 todo = "Free disk space, lower checkpoint.keep or set checkpoint.dirpath to another disk."
             yield Finding("checkpoints", f"{copies} of {_gib(size)} of the {_gib(free)} free where {there} is", todo)
 
@@ -240,6 +250,9 @@ class Place:
         self.data.trainer = self.trainer
         self.data.setup("validate")
         yield Finding("prompts", ", ".join(f"{name} {len(pool):,}" for name, pool in sorted(self.data.pools.items())))
+        yield from _findings(self._rewards)
+
+    def _rewards(self) -> Iterator[Finding]:
         check_rewards(self.data, self.module.scorer)
         yield Finding("rewards", f"{', '.join(self.module.scorer.names)} read the answers")
 

@@ -42,7 +42,7 @@ class Sampling:
     Args:
         num_generations: completions per prompt, `G`.
         max_completion_length: maximum number of tokens, including the end token.
-        temperature: divides the logits; 0 means greedy.
+        temperature: divides the logits; 0 means greedy, others are at least 0.01.
         top_p: keep the smallest set of tokens whose probability reaches it; 1.0 keeps all.
         top_k: keep the k most probable tokens; 0 keeps all.
         stop: strings that end a completion; they remain in its text.
@@ -57,9 +57,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_counts("sampling", self, "num_generations", "max_completion_length")
+        # Logits divided by less leave float32's range; vLLM would take 0.01 in its place.
+        tempered = self.temperature == 0 or 0.01 <= self.temperature < math.inf
         check_options(
             "sampling",
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            ("temperature", self.temperature, tempered, "0 (greedy) or 0.01 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number"),
         )

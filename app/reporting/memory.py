@@ -7,7 +7,7 @@ autograd keeps for a Hugging Face decoder with SDPA attention.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from app.objective.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from app.objective.packing import plan_microbatches
 from app.objective.shared_prompt import plan_shared
 from app.policy.adapters import causal_lm
+from app.policy.fused_layers import FusedLayer
 from app.policy.model import decoder_layers
 from app.policy.weights import count_parameters
 
@@ -43,6 +44,8 @@ class DecoderShape:
     root_parameters: int  # outside the layers
     adapters: int = 0  # LoRA parameters
     lora_rank: int = 0
+    fused: bool = False  # layers run as app.policy.fused_layers
+    norm_kernel: bool = False  # their norms are one kernel, which keeps its input alone
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> DecoderShape:
@@ -62,10 +65,16 @@ class DecoderShape:
             qk_norm=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
             parameters=total, layer_parameters=max(base), root_parameters=total - sum(base), adapters=adapted,
             lora_rank=max((p.shape[0] for name, p in adapters.items() if "lora_A" in name), default=0),
+            fused=all(isinstance(one, FusedLayer) and one.can_fuse for one in decoder_layers(model)),
         )  # fmt: skip
         if abs(shape.layer_matrices / shape.layer_parameters - 1) > 0.02:  # the share of biases and norms
             raise ValueError(f"{type(model).__name__} is not a dense decoder with a gated MLP")
         return shape
+
+    def on(self, device: str, precision: Precision) -> DecoderShape:
+        """Return the shape as its layers run on a type of device: fused on GPUs and where autocast casts."""
+        fused = self.fused and (device != "cpu" or precision.autocast)
+        return replace(self, fused=fused, norm_kernel=fused and device != "cpu")
 
     @property
     def layer_matrices(self) -> int:
@@ -148,9 +157,15 @@ def unsharded_layers(shape: DecoderShape, precision: Precision) -> int:
     return gathered + (0 if shape.adapters else shape.layer_parameters * _FLOAT)
 
 
-def autocast_copies(shape: DecoderShape, precision: Precision, *, head: bool = False) -> int:
-    """Return autocast's copies of the layers' matrices, in rollouts of the head too; updates cast that by tiles."""
-    matrices = shape.layers * shape.layer_matrices + (shape.vocabulary * shape.hidden if head else 0)
+def autocast_copies(
+    shape: DecoderShape, precision: Precision, *, head: bool = False, checkpointing: bool = False
+) -> int:
+    """Return autocast's copies of the layers' matrices, in rollouts of the head too; updates cast that by tiles.
+
+    With checkpointing they are those of the layer that is computed.
+    """
+    layers = 1 if checkpointing else shape.layers
+    matrices = layers * shape.layer_matrices + (shape.vocabulary * shape.hidden if head else 0)
     return matrices * precision.compute if precision.autocast else 0
 
 
@@ -162,16 +177,23 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     keeps them, under autocast a cast for each matrix. With LoRA a matrix keeps `rank` elements and a float32 cast of
     its input. Shared prompts with a mask: attention reads `g` prompts and then `n` completions with the keys and values
     of their prompts, all heads: `4 q` per prompt token, `n (2 q t + 2 q (P + t))` for `t` read tokens, and the mask.
+    Fused layers: the norms' kernels keep their inputs and a number per row, matrices that read the same keep it once,
+    and of norms of heads their float32 input is kept.
     """
     c, H, q, I = precision.compute, shape.hidden, shape.queries, shape.intermediate  # noqa: E741
     norms = 2 * H * _FLOAT + (0 if shape.adapters else 2 * H * precision.stream)
     head_norms = (q + shape.keys) * (_FLOAT + (0 if shape.adapters else c)) if shape.qk_norm else 0
+    if shape.norm_kernel:
+        norms = 2 * (H * precision.stream + _FLOAT)
+    if shape.fused and shape.qk_norm:
+        head_norms = (q + shape.keys) * _FLOAT * (1 if shape.norm_kernel else 2)
     inputs = 7 * shape.lora_rank * (c if precision.autocast else _FLOAT)
     if shape.adapters and c < _FLOAT and not precision.autocast:
         inputs += _FLOAT * (5 * H + q + I)
     else:
         joined = batch.masked(precision) or (shape.adapters > 0 and precision.autocast)
-        inputs += c * ((5 if precision.autocast else 2) * H + (q if joined else 0) + I)
+        own = precision.autocast and not shape.fused  # a cast for each matrix
+        inputs += c * ((5 if own else 2) * H + (q if joined else 0) + I)
     attention = batch.positions * 2 * (q + shape.keys)
     if batch.masked(precision):
         seen = batch.completions * (4 * batch.written + 2 * batch.prompt_length) * q
@@ -206,7 +228,7 @@ def update_peak(shape: DecoderShape, precision: Precision, batch: MicroBatch, ti
     """
     c, s, n = precision.compute, precision.stream, batch.positions
     below, predicting = kept_activations(shape, precision, batch)
-    below += autocast_copies(shape, precision)
+    below += autocast_copies(shape, precision, checkpointing=batch.checkpointing)
     head = 0 if shape.adapters else shape.vocabulary * shape.hidden * precision.weights
     tiles = 3 * min(tile_bytes, batch.targets * shape.vocabulary * _FLOAT)
     first = below + predicting + head + tiles + (1 if s == _FLOAT else 2) * batch.targets * shape.hidden * _FLOAT
@@ -261,7 +283,7 @@ class Part(NamedTuple):
 
 def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes) -> list[Part]:
     """Return the parts of a process's memory that are not 0. Raise ValueError as `DecoderShape.of`."""
-    shape, on_cpu, sharded = DecoderShape.of(policy), step.device == "cpu", step.shards > 1
+    shape, on_cpu, sharded = DecoderShape.of(policy).on(step.device, precision), step.device == "cpu", step.shards > 1
     parameters, gradients, optimizer = training_states(shape, precision, step.shards)
     prompts, lengths = math.ceil(step.prompts / step.processes), (step.prompt_length, step.completion_length)
     owner = [row // step.generations for row in range(prompts * step.generations)]
@@ -272,7 +294,8 @@ def memory_parts(policy: torch.nn.Module, precision: Precision, step: StepSizes)
         first = plan_microbatches([sum(lengths)] * len(owner), step.max_tokens)[0]
         read = len(first)
     batch = MicroBatch(read, len(first), *lengths, step.shared, causal_lm(policy).is_gradient_checkpointing)
-    kept, copies = sum(kept_activations(shape, precision, batch)), autocast_copies(shape, precision)
+    kept = sum(kept_activations(shape, precision, batch))
+    copies = autocast_copies(shape, precision, checkpointing=batch.checkpointing)
     peak = update_peak(shape, precision, batch, CPU_TILE_BYTES if on_cpu else DEVICE_TILE_BYTES)
     reference = shape.parameters * precision.weights if step.has_reference and not shape.adapters else 0
     replicated, largest = (

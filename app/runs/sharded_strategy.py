@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
@@ -23,13 +24,15 @@ class ShardedStrategy(ModelParallelStrategy):
         sharded_checkpoints: if true, a checkpoint is a folder to which every rank writes its shard and from which any
             number of ranks can resume; if false, it is one file gathered on rank 0, which DDP and a single process can
             read too.
-        process_group_backend: "gloo" or "nccl"; chosen by device by default.
+        process_group_backend: "gloo", "nccl", or both as "cpu:gloo,cuda:nccl"; chosen by device by default.
         timeout: a rank that takes longer than this in a collective operation is reported by name.
     """
 
     def __init__(
         self, sharded_checkpoints: bool = True, process_group_backend: str | None = None, timeout: timedelta = _TIMEOUT
     ) -> None:
+        if process_group_backend is None and torch.cuda.is_available():
+            process_group_backend = "cpu:gloo,cuda:nccl"  # with cpu_offload, norms of gradients are summed on the host
         super().__init__(
             save_distributed_checkpoint=sharded_checkpoints,
             process_group_backend=process_group_backend,

@@ -55,7 +55,8 @@ class Optimization:
         checks = [
             # AdamW cannot compute with a rate beyond float32's range.
             ("learning_rate", 0 < self.learning_rate <= 1e30, "a number above 0, at most 1e30"),
-            ("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
+            # AdamW multiplies weights by 1 - rate x decay.
+            ("weight_decay", 0 <= self.weight_decay * self.learning_rate < 1, "0 or more, below 1 / learning_rate"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of 0 or more and below 1"),
             ("clip_norm", finite(self.clip_norm) and self.clip_norm >= 0, "0 (off) or more"),
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),

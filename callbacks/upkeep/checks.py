@@ -38,50 +38,15 @@ class RunChecks(StepCallback):
                 "trainer.strategy is ShardedStrategy, but trainer.callbacks lists no callbacks.ShardedPolicy to shard "
                 "the policy. Add it, or use --config configs/strategy/fsdp2.yaml."
             )
-        if trainer.precision not in _PRECISIONS:
-            # 16-true and bf16-true round the trained weights to 16 bits, in which most updates vanish; 16-mixed scales
-            # gradients, which are clipped and checked here as they are.
-            raise UserError(
-                f"trainer.precision is {trainer.precision}, expected one of {', '.join(_PRECISIONS)}. Use bf16-mixed "
-                "to compute in 16 bits: the weights, which need more, stay in float32."
-            )
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        for prompts, name, sampling in (
-            (datamodule.prompts_per_step, "sampling", module.sampling),
-            (datamodule.val_batch_size, "val_sampling", module.val_sampling),
-        ):
-            tokens = prompts * sampling.num_generations * sampling.max_completion_length
-            if tokens * _TOKEN_BYTES > memory:
-                raise UserError(
-                    f"model.{name} generates {sampling.num_generations:,} completions of up to "
-                    f"{sampling.max_completion_length:,} tokens for each of {prompts:,} prompts, which take "
-                    f"{tokens * _TOKEN_BYTES >> 30:,} GiB, but this machine has {memory >> 30} GiB. Lower "
-                    "num_generations."
-                )
-        completions = datamodule.prompts_per_step * module.sampling.num_generations
-        if module.mini_batches > completions:
-            raise UserError(
-                f"model.mini_batches is {module.mini_batches}, but a step has {completions} completions "
-                f"(data.prompts_per_step={datamodule.prompts_per_step} times model.sampling.num_generations="
-                f"{module.sampling.num_generations}). Lower it."
-            )
-        engine = module.engine
-        if isinstance(engine, VllmServer) and not engine.urls:
-            server_gpus(engine.server.devices, engine.server.tensor_parallel_size, gpus_of_trainer(trainer))
-        if ranks == 1:
-            return
-        if not isinstance(strategy, DDPStrategy | ShardedStrategy):
+        if ranks > 1 and not isinstance(strategy, DDPStrategy | ShardedStrategy):
             raise UserError(
                 f"trainer.strategy is {type(strategy).__name__} with {ranks} processes, but only DDP and FSDP2 are "
                 "supported. Use --config configs/strategy/ddp.yaml or fsdp2.yaml."
             )
-        if datamodule.prompts_per_step // module.mini_batches < ranks:
-            raise UserError(
-                f"{ranks} processes (trainer.devices x trainer.num_nodes) share "
-                f"data.prompts_per_step={datamodule.prompts_per_step} in model.mini_batches={module.mini_batches}, but "
-                "every process needs a prompt in every mini-batch. Set data.prompts_per_step to at least "
-                f"{ranks * module.mini_batches}, or use fewer processes."
-            )
+        check_settings(str(trainer.precision), module, datamodule, ranks)
+        engine = module.engine
+        if isinstance(engine, VllmServer) and not engine.urls:
+            server_gpus(engine.server.devices, engine.server.tensor_parallel_size, gpus_of_trainer(trainer))
 
 
 def gpus_of_trainer(trainer: Trainer) -> list[int]:
@@ -89,3 +54,41 @@ def gpus_of_trainer(trainer: Trainer) -> list[int]:
     strategy = trainer.strategy
     devices = (strategy.parallel_devices if isinstance(strategy, ParallelStrategy) else None) or [strategy.root_device]
     return [one.index or 0 for one in devices if one.type == "cuda"]
+
+
+def check_settings(precision: str, module: GRPOModule, datamodule: OnlinePromptDataModule, ranks: int) -> None:
+    """Raise UserError for a precision that cannot train, and for steps that can't be held or divided over `ranks`."""
+    if precision not in _PRECISIONS:
+        # 16-true and bf16-true round the trained weights to 16 bits, in which most updates vanish; 16-mixed scales
+        # gradients, which are clipped and checked here as they are.
+        raise UserError(
+            f"trainer.precision is {precision}, expected one of {', '.join(_PRECISIONS)}. Use bf16-mixed "
+            "to compute in 16 bits: the weights, which need more, stay in float32."
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for prompts, name, sampling in (
+        (datamodule.prompts_per_step, "sampling", module.sampling),
+        (datamodule.val_batch_size, "val_sampling", module.val_sampling),
+    ):
+        tokens = prompts * sampling.num_generations * sampling.max_completion_length
+        if tokens * _TOKEN_BYTES > memory:
+            raise UserError(
+                f"model.{name} generates {sampling.num_generations:,} completions of up to "
+                f"{sampling.max_completion_length:,} tokens for each of {prompts:,} prompts, which take "
+                f"{tokens * _TOKEN_BYTES >> 30:,} GiB, but this machine has {memory >> 30} GiB. Lower "
+                "num_generations."
+            )
+    completions = datamodule.prompts_per_step * module.sampling.num_generations
+    if module.mini_batches > completions:
+        raise UserError(
+            f"model.mini_batches is {module.mini_batches}, but a step has {completions} completions "
+            f"(data.prompts_per_step={datamodule.prompts_per_step} times model.sampling.num_generations="
+            f"{module.sampling.num_generations}). Lower it."
+        )
+    if ranks > 1 and datamodule.prompts_per_step // module.mini_batches < ranks:
+        raise UserError(
+            f"{ranks} processes (trainer.devices x trainer.num_nodes) share "
+            f"data.prompts_per_step={datamodule.prompts_per_step} in model.mini_batches={module.mini_batches}, but "
+            "every process needs a prompt in every mini-batch. Set data.prompts_per_step to at least "
+            f"{ranks * module.mini_batches}, or use fewer processes."
+        )

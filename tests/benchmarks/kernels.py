@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -81,6 +81,11 @@ ATTENTION = one_operator("attention", _attention)
 ATTENTION_BACKWARD = one_operator("attention_backward", _attention_backward)
 
 
+def one_kernel_norms() -> AbstractContextManager[object]:
+    """Let `rms_norm` be one operator forward and one backward, which keeps input and weight, as it is on CUDA."""
+    return mock.patch("torch.nn.functional.rms_norm", lambda states, shape, weight, eps: NORM(states, weight, eps))
+
+
 @contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
     """Let `rms_norm` and attention of variable length be one operator forward and one backward, as they are on CUDA.
@@ -89,7 +94,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
     """
     patch, varlen = mock.patch, "app.objective.varlen_attention."
     with (
-        patch("torch.nn.functional.rms_norm", lambda states, shape, weight, eps: NORM(states, weight, eps)),
+        one_kernel_norms(),
         patch(varlen + "_attention", lambda query, key, value, runs, scale: ATTENTION(query, key, value)),
         patch(varlen + "_gradients", lambda grad, *states: ATTENTION_BACKWARD(*states[:3])),
     ):

@@ -11,13 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from app.engines import Sampling, Transformers
+from app.engines.transformers.shared_cache import SLACK
 from app.objective.packing import ScoredSequence, collate
 from app.policy.adapters import causal_lm
 from app.policy.model import Policy
 from app.policy.scoring import completion_logprobs
+from app.reporting import memory
+from app.reporting.memory import DecoderShape
 from datamodules.types import Completion, Prompt
 from tests.gpu.conftest import Measured
-from tests.gpu.shapes import DEVICE, large, mixed, on_gpu, plain, seconds
+from tests.gpu.shapes import DEVICE, large, mixed, on_gpu, peak, plain, seconds
 from tests.support.policies import TINY
 
 POLICY = Policy(str(TINY))
@@ -109,3 +112,24 @@ def test_decoding_speed(device: torch.device, way: str, measured: Measured, monk
     measured(ms=1e3 * step, tokens_per_second=groups * 8 / step, weights_gb_per_second=read / step / 1e9)
     if DEVICE == "cuda":
         assert step < 0.1
+
+
+def test_a_rollout_holds_what_describe_says(device: torch.device, measured: Measured) -> None:
+    """Key-value cache and a decode step, or the prefill."""
+    model = large() if on_gpu() else causal_lm(POLICY.load())
+    shape, rows, length = DecoderShape.of(model), 64 if on_gpu() else 48, 256 if on_gpu() else 120
+    engine = Transformers(max_rows=rows)
+    engine.setup(model, POLICY.load_tokenizer())
+    draw = np.random.default_rng(0)
+    ids = draw.integers(5, shape.vocabulary, (16, 60))
+    some = [Prompt(str(i), i, "", "", tuple(one.tolist()), {}) for i, one in enumerate(ids)]
+    seeds = np.arange(64).reshape(16, 4)
+
+    def run() -> None:
+        engine.generate(some, Sampling(num_generations=4, max_completion_length=length), seeds)
+
+    run()
+    held, cache = peak(run), 4 * shape.cached * (rows * (length + SLACK) + 16 * 60)
+    estimate = cache + memory.decode_workspace(shape, 4, rows, 60 + length, 12 * 60, cache)
+    measured(peak_gib=held / 2**30, estimate=estimate / held)
+    assert 0.7 < estimate / held < 1.4

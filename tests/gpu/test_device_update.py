@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from app.objective.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from app.objective.packing import collate, pack
+from app.policy.fused_layers import fuse_layers
 from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision
@@ -35,13 +36,39 @@ def _held(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+def test_the_rates_of_the_machine(device: torch.device, measured: Measured) -> None:
+    """Matrix products and copies, which the other figures are to be compared with; right whatever their speed."""
+    size = 8192 if on_gpu() else 64
+    torch.manual_seed(0)
+    first, second = torch.randn(2, size, size, device=device).bfloat16()
+    product = first @ second
+    assert relative(product[:8], first[:8].double() @ second.double()) < 2**-8
+    measured(bfloat16_tflops=2 * size**3 / seconds(lambda: first @ second) / 1e12)
+    hidden, weight = torch.randn(4096, size // 8, device=device), torch.randn(4096, size // 8, device=device)
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            logits = (hidden @ weight.T)[:8]
+            spent = seconds(lambda: hidden @ weight.T)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        within = 1e-5 if precision == "highest" or not on_gpu() else 1e-2
+        assert relative(logits, hidden[:8].double() @ weight.T.double()) < within
+        measured(**{f"float32_{precision}_tflops": 2 * 4096**2 * (size // 8) / spent / 1e12})
+    block = torch.empty(2**31 if on_gpu() else 2**20, dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    measured(copy_gb_per_second=2 * block.numel() / seconds(lambda: other.copy_(block)) / 1e9)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("way", ["shared prompts", "checkpointing"])
 def test_an_update_holds_what_describe_says(device: torch.device, way: str, measured: Measured) -> None:
     checkpointing = way == "checkpointing"
     sizes = {} if on_gpu() else {"hidden": 192, "intermediate": 512, "heads": 6, "vocabulary": 4000}
     model = (large if on_gpu() else qwen)(checkpointing=checkpointing, **sizes)
-    shape = DecoderShape.of(model)
+    numbers = Precision(4, 2, autocast=True)
+    fuse_layers(model)
+    shape = DecoderShape.of(model).on(device.type, numbers)
     prompt, completion, rows = (128, 896, 16) if on_gpu() else (64, 128, 8)
     prompts = rows if checkpointing else rows // 8
     plan = MicroBatch(prompts, rows, prompt, completion, not checkpointing, checkpointing)
@@ -56,7 +83,7 @@ def test_an_update_holds_what_describe_says(device: torch.device, way: str, meas
     update()  # gradients exist
     held = peak(update)
     tile = DEVICE_TILE_BYTES if on_gpu() else CPU_TILE_BYTES
-    estimate = memory.update_peak(shape, Precision(4, 2, autocast=True), plan, tile)
+    estimate = memory.update_peak(shape, numbers, plan, tile)
     spent = seconds(update)
     flops = 6 * (shape.layers * shape.layer_matrices * plan.positions + shape.vocabulary * shape.hidden * plan.targets)
     measured(ms=1e3 * spent, model_tflops=flops / spent / 1e12, peak_gib=held / 2**30, estimate=estimate / held)

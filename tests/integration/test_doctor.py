@@ -54,7 +54,8 @@ def test_a_run_that_fits_is_ok(place: Place) -> None:
     code, lines, out = examined(place)
     assert code == 0, out
     assert list(lines) == [
-        "versions", "GPUs", "memory", "checkpoints", "attention", "reward workers", "loggers", "prompts", "rewards",
+        "versions", "GPUs", "settings", "memory", "checkpoints", "attention", "reward workers", "loggers", "prompts",
+        "rewards",
     ]  # fmt: skip
     assert all(line.startswith("ok    ") for line in lines.values())
     assert f"torch {torch.__version__}" in lines["versions"]
@@ -82,7 +83,7 @@ def test_a_disk_that_is_too_small(place: Place, monkeypatch: pytest.MonkeyPatch)
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", usage)
     code, lines, out = examined(place)
-    assert code == 1 and out.splitlines()[-1] == "1 of 9 checks need a look"
+    assert code == 1 and out.splitlines()[-1] == "1 of 10 checks need a look"
     assert lines["checkpoints"].startswith("check checkpoints: 3 of ")
     assert "Free disk space, lower checkpoint.keep" in lines["checkpoints"]
     code, said = place.run(*FIT)
@@ -141,6 +142,19 @@ def test_data_that_cannot_be_read_and_a_config_that_is_wrong(place: Place) -> No
     assert "trainer.max_stps" in place.refused(*DOCTOR, "--trainer.max_stps=3")
     place.config(lambda config: model(config)["policy"].update(path="missing"))
     assert "missing" in place.refused(*DOCTOR)
+
+
+def test_what_the_run_would_refuse(place: Place) -> None:
+    code, lines, _ = examined(place, "--trainer.accelerator=gpu", "--trainer.precision=bf16-true")
+    assert code == 1 and "trainer.precision is bf16-true, expected one of 32-true" in lines["settings"]
+    code, lines, _ = examined(place, "--trainer.num_nodes=2", "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert code == 1 and "Set data.prompts_per_step to at least 4" in lines["settings"]
+    (place.path / "late.py").write_text("def late(completions, **_):\n    import no_such_package\n")
+    code, lines, _ = examined(place, "--model.rewards=late.py:late")
+    assert code == 1 and lines["prompts"].startswith("ok ")
+    assert "refused. Reward 'late' cannot import what it uses (No module named 'no_such_package')" in lines["rewards"]
+    code, lines, _ = examined(place, "--trainer.logger.init_args.save_dir=pool.jsonl")
+    assert code == 1 and "pool.jsonl is no folder that can be written to" in lines["checkpoints"]
 
 
 def test_the_short_form_is_fast_and_draws_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def no_column(completions, gold, **rest): return [1.0] * len(completions)
 def no_columns(completions, tests, timeout): return [1.0] * len(completions)
 def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
 def looked_up(completions, **rest): return [float(gold in text) for text, gold in zip(completions, rest["gold"])]
+def imports(completions, **rest): import no_such_package
 def scalar(completions, **rest): return 1.0
 def mapping(completions, **rest): return {1: "a", 0: "b"}
 def texts(completions, **rest): return ["1.0"] * len(completions)
@@ -353,6 +354,7 @@ REFUSED = {
     "no_columns": "requires the argument 'tests', 'timeout', but",
     "verl": "requires the argument 'data_source', 'solution_str', but",
     "looked_up": "reads 'gold'. The data's columns are 'answer', ",
+    "imports": "cannot import what it uses (No module named 'no_such_package'). Install it in the environment of dots",
     "scalar": "returned float, expected a list of 2 numbers or None",
     "mapping": "returned dict, expected a list of 2 numbers or None",
     "texts": "returned '1.0', expected a finite number or None",

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.engines import Sampling, VllmServer
 from app.engines.requests import EngineError
@@ -30,6 +30,7 @@ from app.engines.wire import shared_file
 from app.engines.worker.guard import KeyGuard, Message
 from datamodules.errors import UserError
 from datamodules.types import Prompt
+from tests.support.command import logged
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model, write_pool
 from tests.support.stand_in_server import Spoiled, StandIn, stand_in
@@ -63,6 +64,35 @@ def test_a_right_server_is_trained_with(place: Place, server: StandIn) -> None:
     assert code == 0, said[-2000:]
     assert server.weights > 0 and server.seen.count("/v1/completions") == 4
     assert (place.path / "runs/small/version_0/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("mini_batches", few([2, 1], 1))
+def test_the_gap_between_server_and_trainer_is_logged(place: Place, server: StandIn, mini_batches: int) -> None:
+    """With several mini-batches too, where log pi_old would be the server's own were it not computed."""
+    (place.path / "turns.py").write_text(
+        "def turns(completions, **_):\n    return [float(i % 2) for i, _ in enumerate(completions)]\n"
+    )
+    place.config(
+        lambda config: model(config).update(
+            engine={"class_path": "app.engines.VllmServer", "init_args": {"url": server.url}},
+            rewards=[{"class_path": "app.rewards.Function", "init_args": {"path": "turns.py:turns"}}],
+            mini_batches=mini_batches,
+        )
+    )
+    code, said = place.run(*FIT, "--completions.every=1", f"--trainer.max_steps={mini_batches}")
+    assert code == 0, said[-2000:]
+    run = place.path / "runs/small/version_0"
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    gaps = []
+    for row in pq.read_table(run / "completions/step_00000000.parquet").to_pylist():
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            every = policy(torch.tensor([[*prompt, 5, 5, 5]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        gaps += (every[:, 5] + 0.5).abs().tolist()  # the server gives -0.5 to each of its tokens
+    assert len(gaps) == 2 * 2 * 3
+    found = logged(run)
+    assert found["sampling/sampling_logp_difference/max"][0] == pytest.approx(max(gaps), rel=1e-4)
+    assert found["sampling/sampling_logp_difference/mean"][0] == pytest.approx(sum(gaps) / len(gaps), rel=1e-4)
 
 
 def test_prompts_beyond_the_servers_limit_are_found_when_the_data_are_read(place: Place, server: StandIn) -> None:

@@ -216,6 +216,7 @@ OPTIONS = {
     "learning rate nan": "--model.optimization.learning_rate=.nan",
     "betas": "--model.optimization.betas=[1, 1]",
     "negative decay": "--model.optimization.weight_decay=-0.1",
+    "decay 1e38": "--model.optimization.weight_decay=1.0e+38",
     "decay nan": "--model.optimization.weight_decay=.nan",
     "clip nan": "--model.optimization.clip_norm=.nan",
     "beta of the KL": "--model.surrogate.beta=.nan",
@@ -224,6 +225,7 @@ OPTIONS = {
     "clip range": "--model.surrogate.epsilon_high=.nan",
     "dual clip": "--model.surrogate.dual_clip=.inf",
     "cap": "--model.surrogate.importance_cap=.nan",
+    "temperature 1e-30": "--model.sampling.temperature=1.0e-30",
     "temperature": "--model.sampling.temperature=.inf",
     "dropout": "--model.policy.lora.dropout=1",
     "dropout nan": "--model.policy.lora.dropout=.nan",
@@ -235,7 +237,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", few(OPTIONS, 2))
 def test_numbers_that_cannot_train_are_refused(place: Place, name: str) -> None:
     option, _, given = OPTIONS[name].removeprefix("--model.").partition("=")
-    shown = given.removeprefix(".").replace("[1, 1]", "(1.0, 1.0)").replace("1.0e+38", "1e+38")
+    shown = given.removeprefix(".").replace("[1, 1]", "(1.0, 1.0)").replace("1.0e", "1e")
     line = place.refused(*FIT, OPTIONS[name])
     assert option.rpartition(".")[0] in line
     assert option.rpartition(".")[2] in line
@@ -244,7 +246,7 @@ def test_numbers_that_cannot_train_are_refused(place: Place, name: str) -> None:
 
 def test_weights_that_are_not_finite_are_never_saved(place: Place) -> None:
     # The warm-up's first rate is 0, so that the first step is saved; the second one makes weights infinite.
-    optimization = {"learning_rate": 1e30, "schedule": "constant_with_warmup", "warmup_steps": 1}
+    optimization = {"learning_rate": 1e30, "weight_decay": 0.0, "schedule": "constant_with_warmup", "warmup_steps": 1}
     sums(place, policy={"path": str(TINY)}, optimization=optimization)
     line = place.refused(*FIT, "--trainer.max_steps=4", "--checkpoint.every=1", touches=True)
     assert "the update made the norm of the weights NaN or infinite" in line

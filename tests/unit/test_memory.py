@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -12,18 +14,21 @@ from transformers import (
     GPT2Config,
     MixtralConfig,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from app.engines.transformers.shared_cache import SLACK, SharedPromptCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.adapters import Lora, add_lora
+from app.policy.fused_layers import fuse_layers
 from app.policy.model import Policy
-from app.policy.modes import attending
+from app.policy.modes import attending, switch_off_dropout
 from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision, StepSizes, memory_parts
 from app.update.optimization import Optimization
+from tests.benchmarks.kernels import one_kernel_norms
 from tests.support.policies import TINY
 
 PRECISIONS = {"32": Precision(4, 4), "true": Precision(2, 2), "mixed": Precision(4, 2, autocast=True)}
@@ -121,6 +126,50 @@ def test_kept_activations_are_what_autograd_saves(name: str, mode: str, shared: 
     below, head = memory.kept_activations(shape, numbers, batch)
     predicted = below + head + memory.autocast_copies(shape, numbers) - inputs
     assert predicted == pytest.approx(sum(saved.values()), rel=0.02)
+    assert kept[0].requires_grad
+
+
+QWEN2 = Qwen2Config(
+    vocab_size=500, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=512,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_layers_keep_what_autograd_saves(
+    config: PreTrainedConfig, device: str, shared: bool, checkpointing: bool
+) -> None:
+    """In bf16-mixed; on a GPU a norm is one kernel, here an operator that keeps what it keeps."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    fuse_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_off_dropout(model)
+    numbers = PRECISIONS["mixed"]
+    shape = DecoderShape.of(model).on(device, numbers)
+    assert shape.fused and shape.norm_kernel is (device == "cuda")
+    batch = MicroBatch(3 if shared else 12, 12, 30, 25, shared, checkpointing)
+    packed = layout(batch, shape.vocabulary)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    kernels = one_kernel_norms() if device == "cuda" else nullcontext()
+    casting = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    with kernels, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), casting:
+        kept = completion_logprobs(model, packed, 1.0, with_entropy=True)
+    below, head = memory.kept_activations(shape, numbers, batch)
+    if not checkpointing:
+        below += memory.autocast_copies(shape, numbers)
+    predicted = below + head - 24 * batch.positions - 40 * batch.targets
+    assert predicted == pytest.approx(sum(saved.values()), rel=0.05)
     assert kept[0].requires_grad
 
 

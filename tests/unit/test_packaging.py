@@ -8,8 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from app.policy.model import Policy
+from datamodules.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -85,3 +89,17 @@ def test_torch_is_installed_before_anything_that_needs_it() -> None:
     installs = [line for line in dry.splitlines() if "pip install" in line]
     assert installs[0].endswith("-c constraints.txt torch")
     assert all("-c constraints.txt" in line for line in installs)
+
+
+def test_a_policy_is_loaded_on_a_gpu_with_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning enters the device of a run, where transformers asks for accelerate before it reads any weights."""
+    integration = "transformers.integrations.accelerate."
+    monkeypatch.setattr(f"{integration}is_accelerate_available", lambda: False)
+    with torch.device("meta"), pytest.raises(UserError, match="meta device"):
+        Policy("configs/tiny_policy").load()  # the device of the context is seen
+    monkeypatch.setattr(
+        "transformers.modeling_utils.get_torch_context_manager_or_global_device", lambda: torch.device("cuda")
+    )
+    with pytest.raises(UserError, match="requires `accelerate`"):
+        Policy("configs/tiny_policy").load()
+    assert "accelerate" in {canonicalize_name(Requirement(one).name) for one in PROJECT["dependencies"]}

@@ -22,7 +22,7 @@ from app.rewards.workers import frames
 from app.rewards.workers.function_log import FunctionLog
 from app.rewards.workers.results import checked
 from app.rewards.workers.task import MAX_REPLY_BYTES, Call, Reply, Setup
-from app.rewards.workers.trial import check_arguments, check_missing_column, check_result
+from app.rewards.workers.trial import check_arguments, check_missing_column, check_result, missing_module
 from datamodules.errors import UserError
 
 _MAX_TRACEBACK = 20_000
@@ -135,6 +135,10 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
                     yield Reply("partial", row=row + len(yielded), scores=scores)
                 yielded.append(value)
             returned = yielded
+    except ImportError as error:
+        if call.trial:
+            raise missing_module(reward, error) from error
+        raise
     except KeyError as error:
         if call.trial:
             check_missing_column(reward, error, arguments, texts)

@@ -7,6 +7,7 @@ told and end nothing.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,14 @@ def check_missing_column(reward: Reward, error: KeyError, arguments: Mapping[str
     key = error.args[0] if error.args else None
     if isinstance(key, str) and key not in arguments and not any(key in text for text in texts):
         raise UserError(f"Reward {reward.name!r} reads {key!r}. {_hint(key, arguments)}") from error
+
+
+def missing_module(reward: Reward, error: ImportError) -> UserError:
+    """Return the refusal of a reward that cannot import what it uses."""
+    return UserError(
+        f"Reward {reward.name!r} cannot import what it uses ({error}). Install it in the environment of dots "
+        f"({sys.executable})."
+    )
 
 
 def check_result(reward: Reward, returned: Any, count: int) -> None:

@@ -22,13 +22,16 @@ from datamodules.types import REWARD_TOLERANCE
 RATIOS = {"time": "time_ratio", "completions": "completion_ratio", "tokens": "token_ratio", "steps": "step_ratio"}
 """Names of the ratios in `compare.json` by cost."""
 
-_METHOD = (
+_REACH = (
     "An arm reaches the goal where {accuracy} first equals it, with cost and accuracy interpolated linearly between "
-    "two evaluations; the same rule applies to the baseline, seed by seed. Means of ratios are geometric; 95% "
-    "intervals are Student's t over seeds, on logarithms for ratios. A seed that never reaches the goal enters with "
-    "the cost of its whole run, which makes the mean a lower bound (>=) without an interval. Time is the training "
-    "clock: selection, rollouts (reference sets and discarded groups included), scoring and updates, without "
-    "validation, checkpoints and start-up."
+    "two evaluations; the same rule applies to the baseline, seed by seed. Means of ratios are geometric, with "
+    "intervals on logarithms. A seed that never reaches the goal enters with the cost of its whole run, which makes "
+    "the mean a lower bound (>=) without an interval. "
+)
+_METHOD = (
+    "95% intervals are Student's t over seeds; those of accuracies end at 0 and 1. Time is the training clock: "
+    "selection, rollouts (reference sets and discarded groups included), scoring and updates, without validation, "
+    "checkpoints and start-up."
 )
 _COLUMNS = ["step", "prompt_id", "source", "correctness", "completion_tokens"]
 
@@ -39,6 +42,7 @@ def summarise(comparison: Comparison) -> Figures:
     """Return all figures: `{"setting": ..., "arms": {NAME: {"time_ratio": {"mean", "ci95"}, ...}}}`."""
     request = comparison.request
     last = f"the mean of its last {request.window} evaluations (fewer at the beginning)"
+    accuracy = "its accuracy" if request.window == 1 else last
     machines = [dict(record.machine) for record in comparison.records]
     baseline = comparison.of(request.baseline)
     shares = {record.seed: informative_token_share(record.version) for record in baseline}
@@ -59,7 +63,7 @@ def summarise(comparison: Comparison) -> Figures:
             "baseline": request.baseline,
             "budget": str(request.budget),
             "smoothing_window": request.window,
-            "method": _METHOD.format(accuracy="its accuracy" if request.window == 1 else last),
+            "method": ("" if len(request.arms) == 1 else _REACH.format(accuracy=accuracy)) + _METHOD,
             "machines": [one for place, one in enumerate(machines) if one not in machines[:place]],
             "missing": list(comparison.missing),
         },
@@ -94,9 +98,9 @@ def _arm(comparison: Comparison, records: Sequence[Record]) -> Figures:
         "to_best": ratios("best"),
         "share_of_baseline_run": ratios("final", whole_run=True),
         "goal": _over_seeds(goals),
-        "final_accuracy": _over_seeds({seed: float(accuracy[-1]) for seed, accuracy in smoothed.items()}),
-        "best_accuracy": _over_seeds({seed: float(accuracy.max()) for seed, accuracy in smoothed.items()}),
-        "accuracy_gain": _over_seeds({seed: float(smoothed[seed][-1]) - goal for seed, goal in goals.items()}),
+        "final_accuracy": _over_seeds({seed: float(accuracy[-1]) for seed, accuracy in smoothed.items()}, 0, 1),
+        "best_accuracy": _over_seeds({seed: float(accuracy.max()) for seed, accuracy in smoothed.items()}, 0, 1),
+        "accuracy_gain": _over_seeds({seed: float(smoothed[seed][-1]) - goal for seed, goal in goals.items()}, -1, 1),
         "informative_fraction": _over_seeds({r.seed: float(r.summary.informative_fraction) for r in records}),
         "fresh_informative_fraction": over_steps("selection/fresh_informative_fraction"),
         "forecast_pearson": over_steps("selection/forecast_pearson"),
@@ -155,9 +159,13 @@ def informative_token_share(version: Path) -> float | None:
     return informative / tokens if tokens else None
 
 
-def _over_seeds(values: Mapping[int, float]) -> Figures:
+def _over_seeds(values: Mapping[int, float], lowest: float = -math.inf, highest: float = math.inf) -> Figures:
+    """Return mean, interval and values; the interval is cut to the values that are possible."""
     per_seed = {str(seed): value for seed, value in values.items()}
-    return _interval(mean_interval(list(values.values()))) | {"per_seed": per_seed}
+    found = _interval(mean_interval(list(values.values())))
+    if found["ci95"]:
+        found["ci95"] = [min(max(bound, lowest), highest) for bound in found["ci95"]]
+    return found | {"per_seed": per_seed}
 
 
 def _interval(interval: Interval) -> Figures:
