@@ -150,9 +150,10 @@ class RolloutPipeline:
                 rolled = exchange(self.ranks, prompts, shares, rolled)
             spent += ledger.seconds[phase]
         tokens = [rolled.counts.get(f"{request.purpose}/tokens", 0) for request in requests]
-        for its, request in list(zip(tokens, requests, strict=True))[1:]:
-            ledger.seconds[phase] -= spent * its / max(1, sum(tokens))
-            ledger.seconds[_phase(request.purpose)] += spent * its / max(1, sum(tokens))
+        for written_tokens, request in list(zip(tokens, requests, strict=True))[1:]:
+            share = spent * written_tokens / max(1, sum(tokens))
+            ledger.seconds[phase] -= share
+            ledger.seconds[_phase(request.purpose)] += share
         groups = rolled.account(ledger)
         if requests[0].purpose != "validate":  # whose batches may be as small as one prompt
             self.stop_if_a_reward_fails(ledger, f"Step {step}")

@@ -7,6 +7,8 @@ at any column.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import Cache
@@ -284,7 +286,7 @@ class SharedPromptCache(RowCache):
         slots[: len(found)] = found
         return shape, np.concatenate([rows.reshape(-1), [column], places, slots])
 
-    def static_inputs(self, shape: StepShape, numbers: torch.Tensor) -> dict[str, object]:
+    def static_inputs(self, shape: StepShape, numbers: torch.Tensor) -> dict[str, Any]:
         """Return the forward's arguments, whose tensors are made of `numbers` on its device."""
         heads = self.read[0].keys.shape[1]
         slots = shape.prompts * heads * self.rows_per_prompt
