@@ -28,9 +28,9 @@ UNTRAINED, SMALL = f"--config={PAPER}/dots/untrained.yaml", f"--config={PAPER}/s
 
 
 def configs(setting: str, *overlays: str) -> list[str]:
-    base = (PAPER / setting).with_name("base")
-    names = [*([base] if base.with_suffix(".yaml").exists() else []), PAPER / setting]
-    return [f"--config={name.with_suffix('.yaml')}" for name in (*names, *(base.with_name(one) for one in overlays))]
+    folder, _, name = setting.partition("/")
+    base = ["base"] if (PAPER / folder / "base.yaml").exists() else []
+    return [f"--config={PAPER}/{folder}/{one}.yaml" for one in (*base, name, *overlays)]
 
 
 @dataclass(frozen=True)
