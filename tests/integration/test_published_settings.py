@@ -187,7 +187,7 @@ def test_the_columns_of_its_data_are_read_and_scored(tmp_path: Path, setting: st
             assert countdown["answered"](texts, **columns) == [1.0, 1.0, 1.0, 0.0]
         else:
             assert prompt.question == "q"
-            assert "Let's think step by step and output the final answer within \\boxed{}." in str(given)
+            assert given["system_prompt"] == "Let's think step by step and output the final answer within \\boxed{}."
             columns = {name: [value] * 2 for name, value in prompt.columns.items()}
             assert Math()(["q"] * 2, ["So \\boxed{3}", "So \\boxed{4}"], [[0]] * 2, **columns) == [1.0, 0.0]
 
