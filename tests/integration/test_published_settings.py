@@ -218,8 +218,8 @@ def test_a_setting_prints_its_table(place: Place, setting: str) -> None:
     assert rows["completion tokens generated, at most"][1] == f"{rolled_out * printed.tokens:,}"
     assert rows["mini-batches per step"][1] == str(printed.mini_batches)
     if printed.optimizer_steps is not None:
-        assert rows["steps"][1] == str(printed.optimizer_steps // printed.mini_batches)
-        assert rows[f"optimizer steps (trainer.max_steps {printed.optimizer_steps})"]
+        assert rows["steps"][1] == f"{printed.optimizer_steps // printed.mini_batches:,}"
+        assert rows[f"optimizer steps (trainer.max_steps {printed.optimizer_steps:,})"]
     if printed.reference:
         assert rows["reference completions, every 2"][1] == f"{printed.reference:,}"
         assert rows["replayed (buffer full)"][1] == "256"
