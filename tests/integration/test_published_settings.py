@@ -28,9 +28,9 @@ UNTRAINED, SMALL = f"--config={PAPER}/dots/untrained.yaml", f"--config={PAPER}/s
 
 
 def configs(setting: str, *overlays: str) -> list[str]:
-    base = (PAPER / setting).with_name("base")
-    names = [*([base] if base.with_suffix(".yaml").exists() else []), PAPER / setting]
-    return [f"--config={name.with_suffix('.yaml')}" for name in (*names, *(base.with_name(one) for one in overlays))]
+    folder, _, name = setting.partition("/")
+    base = ["base"] if (PAPER / folder / "base.yaml").exists() else []
+    return [f"--config={PAPER}/{folder}/{one}.yaml" for one in (*base, name, *overlays)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def test_the_columns_of_its_data_are_read_and_scored(tmp_path: Path, setting: st
             assert countdown["answered"](texts, **columns) == [1.0, 1.0, 1.0, 0.0]
         else:
             assert prompt.question == "q"
-            assert "Let's think step by step and output the final answer within \\boxed{}." in str(given)
+            assert given["system_prompt"] == "Let's think step by step and output the final answer within \\boxed{}."
             columns = {name: [value] * 2 for name, value in prompt.columns.items()}
             assert Math()(["q"] * 2, ["So \\boxed{3}", "So \\boxed{4}"], [[0]] * 2, **columns) == [1.0, 0.0]
 
@@ -218,8 +218,8 @@ def test_a_setting_prints_its_table(place: Place, setting: str) -> None:
     assert rows["completion tokens generated, at most"][1] == f"{rolled_out * printed.tokens:,}"
     assert rows["mini-batches per step"][1] == str(printed.mini_batches)
     if printed.optimizer_steps is not None:
-        assert rows["steps"][1] == str(printed.optimizer_steps // printed.mini_batches)
-        assert rows[f"optimizer steps (trainer.max_steps {printed.optimizer_steps})"]
+        assert rows["steps"][1] == f"{printed.optimizer_steps // printed.mini_batches:,}"
+        assert rows[f"optimizer steps (trainer.max_steps {printed.optimizer_steps:,})"]
     if printed.reference:
         assert rows["reference completions, every 2"][1] == f"{printed.reference:,}"
         assert rows["replayed (buffer full)"][1] == "256"
