@@ -24,7 +24,7 @@ def can_fuse(trained: Sequence[torch.nn.Parameter]) -> bool:
 
     A CPU has such a kernel too, which rounds differently.
     """
-    return all(one.is_cuda for one in trained)
+    return all(one.device.type == "cuda" for one in trained)
 
 
 @dataclass

@@ -11,7 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 
+from app.cli.trainer import DotsTrainer
 from app.engines.requests import EngineError
 from app.engines.server.client import LostServerError
 from app.engines.server.rank_zero import lost_server_of_any_rank, on_rank_zero
@@ -23,6 +26,24 @@ from app.update.minibatch import CompletionId, MiniBatch, shares, token_imbalanc
 from datamodules.errors import UserError
 from datamodules.ledger import WeightedMean
 from datamodules.types import Completion, Prompt, RolloutGroup
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto", "ddp_find_unused_parameters_true", "class"])
+def test_ddp_trains_without_its_wrapper(strategy: str, tmp_path: Path) -> None:
+    """What the wrapper would hold, and that weights are those of rank 0, is in `test_memory_peaks.py`."""
+    given = DDPStrategy(bucket_cap_mb=25) if strategy == "class" else strategy
+    trainer = DotsTrainer(accelerator="cpu", devices=2, strategy=given, logger=False, default_root_dir=tmp_path)
+    module = LightningModule()
+    module.policy_model = torch.nn.Linear(2, 3)
+    found = trainer.strategy
+    assert isinstance(found, DDPStrategy)
+    found._lightning_module = found.model = module
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        found.configure_ddp()
+    finally:
+        dist.destroy_process_group()
+    assert found.model is module
 
 
 def test_a_deal_is_a_partition_within_grahams_bound():
