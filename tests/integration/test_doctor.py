@@ -128,6 +128,17 @@ def test_a_gpu_that_is_demanded(place: Place) -> None:
     assert "server.devices names GPU 1, but torch sees no GPU here" in lines["servers"]
 
 
+def test_engines_in_the_training_processes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: True)  # vLLM may not be installed here
+    several = ("--trainer.accelerator=gpu", "--trainer.devices=4", "--model.engine=Vllm")
+    _, lines, _ = examined(place, *several)
+    assert lines["engine"] == "ok    engine: vLLM in the training processes: 4 engines, asleep during updates"
+    _, lines, _ = examined(place, *several, "--model.engine.tensor_parallel_size=2", "--model.engine.sleep_level=0")
+    assert lines["engine"] == "ok    engine: vLLM in the training processes: 2 engines"
+    _, lines, _ = examined(place, *several, "--model.engine.tensor_parallel_size=3")
+    assert "tensor_parallel_size must divide the training processes" in lines["engine"]
+
+
 def test_memory_that_is_not_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_free_ram", lambda: 2**20)
     code, lines, _ = examined(place)

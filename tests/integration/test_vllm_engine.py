@@ -366,6 +366,27 @@ def test_an_engine_that_ended_says_so_and_can_be_started_again(started: Vllm, mo
     assert gap(model, LONG, started.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
 
 
+@pytest.mark.long
+def test_a_push_in_bfloat16_is_that_of_float32_to_an_engine_in_bfloat16(model: PreTrainedModel) -> None:
+    """Servers are sent weights in their dtype (`WeightPusher`)."""
+    engine = Vllm(dtype="bfloat16", cpu_cache_gib=0.25)
+    try:
+        engine.setup(model, POLICY.load_tokenizer())
+
+        def generated(version: int, dtype: torch.dtype, differs: float = 0.0) -> list[tuple[bytes, bytes]]:
+            pushed = [(name, (one + differs * one.abs()).to(dtype)) for name, one in plain_weights(model)]
+            engine.push(pushed, version)
+            groups = engine.generate(LONG, SAMPLING, seeds(LONG))
+            return [(one.token_ids.tobytes(), one.logprobs.tobytes()) for group in groups for one in group]
+
+        move(model)
+        expected = generated(1, torch.float32)
+        assert generated(2, torch.bfloat16) == expected
+        assert generated(3, torch.bfloat16, differs=0.02) != expected
+    finally:
+        engine.close()
+
+
 def test_weights_reach_other_processes_and_a_killed_one_is_one_line(model: PreTrainedModel) -> None:
     engine = Vllm(tensor_parallel_size=2, cpu_cache_gib=0.25)
     policy = add_lora(model, Lora(rank=4))
