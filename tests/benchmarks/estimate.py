@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from app.objective.packing import ScoredSequence, pack
 from app.policy.fused_layers import fuse_layers
-from app.policy.modes import switch_off_dropout
+from app.policy.modes import Recompute, switch_off_dropout
 from app.policy.scoring import completion_logprobs
 from app.reporting.memory import DecoderShape
 from tests.benchmarks.kernels import ALLOCATIONS, kernels, kernels_of_a_gpu
@@ -125,6 +125,8 @@ def moved_bytes(config: Qwen2Config, positions: tuple[int, int], checkpointing: 
         fuse_layers(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.model.layers:
+                Recompute(model, layer)
         switch_off_dropout(model)
         ids = [1] * length
         packed = pack([ScoredSequence(ids, ids, [0.0] * length, 1.0, 1.0)])
