@@ -170,8 +170,10 @@ def test_fused_layers_keep_what_autograd_saves(
     below, head = memory.kept_activations(shape, numbers, batch)
     if not checkpointing:
         below += memory.autocast_copies(shape, numbers)
+    # Checkpoints hold the rotary tables as an argument of their layers, not as saved tensors.
+    tables = 2 * batch.positions * shape.head_dim * 4 if checkpointing else 0
     predicted = below + head - 24 * batch.positions - 40 * batch.targets
-    assert predicted == pytest.approx(sum(saved.values()), rel=0.05)
+    assert predicted == pytest.approx(sum(saved.values()) + tables, rel=0.05)
     assert kept[0].requires_grad
 
 
