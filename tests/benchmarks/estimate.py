@@ -21,12 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 
 from app.objective.packing import ScoredSequence, pack
 from app.policy.fused_layers import fuse_layers
-from app.policy.modes import switch_off_dropout
+from app.policy.modes import Recompute, switch_off_dropout
 from app.policy.scoring import completion_logprobs
 from app.reporting.memory import DecoderShape
 from tests.benchmarks.kernels import ALLOCATIONS, kernels, kernels_of_a_gpu
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "qwen2.5_math_1.5b"
+_SCALE = 8
 PRODUCTS = {"mm", "addmm", "bmm", "attention", "attention_backward", "embedding", "embedding_dense_backward"}
 """Operators that are counted by formula, or belong to no layer."""
 
@@ -69,7 +70,7 @@ class Work:
     max_rows: int = 512  # decoded together
     microbatch: int = 8_192  # model.max_tokens_per_microbatch
     checkpointing: bool = False
-    workers: int = 2  # reward workers of each process
+    workers: int = 8  # reward workers of each process, as `dots doctor` advises on a host of 64 cores or more
     checkpoint_every: int = 10
 
 
@@ -125,6 +126,8 @@ def moved_bytes(config: Qwen2Config, positions: tuple[int, int], checkpointing: 
         fuse_layers(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.model.layers:
+                Recompute(model, layer)
         switch_off_dropout(model)
         ids = [1] * length
         packed = pack([ScoredSequence(ids, ids, [0.0] * length, 1.0, 1.0)])
@@ -144,10 +147,15 @@ def moved_bytes(config: Qwen2Config, positions: tuple[int, int], checkpointing: 
 
 
 def counted(checkpointing: bool) -> Counted:
-    """Count for a layer of the published policy, on this CPU."""
+    """Count for a layer of the published policy, on this CPU, where an eighth of the width takes seconds.
+
+    Bytes per position follow the width, those per micro-batch the weights.
+    """
     phase = "update, checkpointed" if checkpointing else "update, shared prompts"
-    moved = moved_bytes(AutoConfig.from_pretrained(PUBLISHED), (4, 12), checkpointing)
-    return Counted(kernels(mixed=True)[phase].total(), *moved)
+    config = AutoConfig.from_pretrained(PUBLISHED)
+    config.hidden_size, config.intermediate_size = config.hidden_size // _SCALE, config.intermediate_size // _SCALE
+    each, fixed = moved_bytes(config, (4, 12), checkpointing)
+    return Counted(kernels(mixed=True)[phase].total(), each * _SCALE, fixed * _SCALE**2)
 
 
 def published() -> DecoderShape:

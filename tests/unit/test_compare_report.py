@@ -15,7 +15,7 @@ import pytest
 
 from app.cli.dots import main
 from app.studies.compare.command import report
-from app.studies.compare.figures import summarise
+from app.studies.compare.figures import _over_seeds, summarise
 from app.studies.compare.records import read_comparison
 from app.studies.compare.request import Arm
 from app.studies.compare.run_folder import RunFolder
@@ -44,6 +44,13 @@ def test_ratios_to_the_baseline_by_hand(figures: dict) -> None:
     grpo = figures["arms"]["grpo"]
     assert grpo["time_ratio"]["mean"] == grpo["to_best"]["step_ratio"]["mean"] == 1.0
     assert grpo["time_ratio"]["ci95"] == [1.0, 1.0]
+
+
+def test_intervals_of_accuracies_are_possible_ones() -> None:
+    # Of 0.9 and 0.5: 0.7 +- 12.706 x 0.2.
+    assert _over_seeds({0: 0.9, 1: 0.5})["ci95"] == pytest.approx([0.7 - 2.5412, 0.7 + 2.5412], abs=1e-3)
+    assert _over_seeds({0: 0.9, 1: 0.5}, 0, 1)["ci95"] == [0, 1]
+    assert _over_seeds({0: 0.7, 1: 0.7}, 0, 1)["ci95"] == pytest.approx([0.7, 0.7])
 
 
 def test_what_came_out_by_hand(figures: dict) -> None:
@@ -214,10 +221,11 @@ def test_an_arm_alone_gets_its_accuracies_over_seeds(tmp_path: Path, capsys: pyt
     report(asked, tmp_path)
     text, html = (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()
     assert text.startswith("# grpo over 2 seeds\n") and "<h1>grpo over 2 seeds</h1>" in html
+    assert "Means of ratios" not in text and "goal" not in text and "intervals are Student" in text
     assert re.findall("^## (.*)", text, re.MULTILINE) == ["Results", "Seconds of a run"]
-    # Ends of 0.6 and 0.8: half the width of the 95% interval is 12.706 * 0.1414 / sqrt(2).
+    # Ends of 0.6 and 0.8: half the width of the 95% interval is 12.706 * 0.1414 / sqrt(2), more than is possible.
     shown = capsys.readouterr().out
-    assert "0.700 [-0.571, 1.971]" in shown and "relative to" not in shown + text
+    assert "0.700 [0.000, 1.000]" in shown and "relative to" not in shown + text
     assert "Settings that differ" not in html + text
 
 

@@ -23,7 +23,7 @@ from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.adapters import Lora, add_lora
 from app.policy.fused_layers import fuse_layers
 from app.policy.model import Policy
-from app.policy.modes import attending, switch_off_dropout
+from app.policy.modes import Recompute, attending, switch_off_dropout
 from app.policy.scoring import completion_logprobs
 from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision, StepSizes, memory_parts
@@ -147,6 +147,8 @@ def test_fused_layers_keep_what_autograd_saves(
     fuse_layers(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.layers:
+            Recompute(model, layer)
     switch_off_dropout(model)
     numbers = PRECISIONS["mixed"]
     shape = DecoderShape.of(model).on(device, numbers)
@@ -168,8 +170,10 @@ def test_fused_layers_keep_what_autograd_saves(
     below, head = memory.kept_activations(shape, numbers, batch)
     if not checkpointing:
         below += memory.autocast_copies(shape, numbers)
+    # Checkpoints hold the rotary tables as an argument of their layers, not as saved tensors.
+    tables = 2 * batch.positions * shape.head_dim * 4 if checkpointing else 0
     predicted = below + head - 24 * batch.positions - 40 * batch.targets
-    assert predicted == pytest.approx(sum(saved.values()), rel=0.05)
+    assert predicted == pytest.approx(sum(saved.values()) + tables, rel=0.05)
     assert kept[0].requires_grad
 
 
