@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from app.module import GRPOModule
 from app.reporting.forecast_quality import brier, pearson
 from app.rollouts.pipeline import RolloutRequest
-from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.group_codec import pack_groups, unpack_groups
@@ -65,13 +64,6 @@ class ReferenceRollouts(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
-
-    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
-        if self.with_training and RolloutAhead.all_of(trainer):
-            raise UserError(
-                "callbacks.ReferenceRollouts has with_training=true, but callbacks.RolloutAhead rolls out the training "
-                "prompts during the step before. Set with_training=false, or remove callbacks.RolloutAhead."
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
         if not self._restored:

@@ -18,6 +18,7 @@ from app.module import GRPOModule
 from app.rollouts.in_flight import InFlight
 from app.rollouts.pipeline import Segments
 from callbacks.algorithm.dynamic_sampling import count_rollouts
+from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
@@ -79,6 +80,13 @@ class RolloutAhead(StepCallback):
     @property
     def _cuts(self) -> bool:
         return self.staleness > 1 and self.partial_rollout_tokens is not None
+
+    def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        if self.staleness and any(one.with_training for one in ReferenceRollouts.all_of(trainer)):
+            raise UserError(
+                "callbacks.ReferenceRollouts has with_training=true, but callbacks.RolloutAhead rolls out the training "
+                "prompts during the step before. Set with_training=false, or remove callbacks.RolloutAhead."
+            )
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         if self.staleness and not self._cuts and not pl_module.engine.runs_ahead:

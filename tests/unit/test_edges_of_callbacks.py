@@ -283,14 +283,14 @@ def test_one_call_for_two_purposes_is_the_two_calls(tmp_path: Path, monkeypatch:
 
 def test_references_cannot_share_the_call_of_prompts_rolled_out_ahead() -> None:
     module, data = MODULE, MODULE
-    for references, others in ((True, [RolloutAhead()]), (False, [RolloutAhead()]), (True, [])):
-        callback = ReferenceRollouts(with_training=references)
-        trainer = trainer_with(callbacks=[callback, *others])
-        if references and others:
+    for with_training, staleness in ((True, 1), (False, 1), (True, 0)):
+        ahead = RolloutAhead(staleness=staleness)
+        trainer = trainer_with(callbacks=[ReferenceRollouts(with_training=with_training), ahead])
+        if with_training and staleness:
             with pytest.raises(UserError, match=r"with_training=true, but callbacks\.RolloutAhead"):
-                callback.check(trainer, module, data)
+                ahead.check(trainer, module, data)
         else:
-            callback.check(trainer, module, data)
+            ahead.check(trainer, module, data)
 
 
 @pytest.mark.parametrize(("updates", "limit", "rolled"), [(3, 4, True), (4, 4, False), (5, 4, False), (9, -1, True)])
