@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.objective.logprobs import token_logprobs
+from app.objective.logprobs import HeadPrecision, token_logprobs
 from app.objective.options import SurrogateOptions
 from app.objective.packing import PackedBatch, collate, pack
 from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
 from datamodules.types import Prompt, RolloutGroup
+from tests.benchmarks.head_precision import BITS, errors, peaked, through_head
 from tests.gpu.conftest import Measured
 from tests.gpu.shapes import mixed, on_gpu, peak, plain, qwen, relative, seconds, sequences
 from tests.support.policies import gradient, group_of, module_on, tiny_model
@@ -54,6 +55,31 @@ def test_the_head_in_tiles(device: torch.device, dtype: torch.dtype, within: flo
     grads = [one.grad for one in (*tiled, hidden, weight)]
     assert relative(grads[0], grads[2]) < 10 * within
     assert relative(grads[1], grads[3]) < 10 * within
+
+
+@pytest.mark.parametrize(("precision", "within"), [("float32", 1e-5), ("tf32", 2e-3), ("bfloat16", 1.6e-2)])
+def test_the_head_in_less_than_float32(
+    device: torch.device, precision: HeadPrecision, within: float, measured: Measured
+) -> None:
+    hidden, weight, targets = peaked(512, 20_003 if on_gpu() else 1003, 512 if on_gpu() else 64)
+    leaves = [one.to(device).requires_grad_() for one in (hidden, weight)]
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def update() -> Tensor:
+        logprobs, _ = token_logprobs(*leaves, targets.to(device), precision=precision)
+        leaves[0].grad = leaves[1].grad = None
+        signs = 1 - 2 * (torch.arange(len(targets), device=device) % 2)
+        (signs * logprobs).mean().backward()
+        return logprobs.detach()
+
+    found = update().cpu(), *(one.grad.cpu() for one in leaves if one.grad is not None)
+    mean, most, *gradients = errors(found, through_head(hidden, weight, targets))
+    measured(ms=1e3 * seconds(update), logprob_mean=mean, logprob_max=most, gradients=max(gradients))
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert mean < within and max(gradients) < within
+    if precision == "bfloat16":  # the rounding is there, and nothing more
+        mean, *_ = errors(found, through_head(hidden, weight, targets, BITS["bfloat16"]))
+        assert mean < 1e-5
 
 
 def test_the_head_keeps_no_table_of_logits(device: torch.device, measured: Measured) -> None:

@@ -18,6 +18,7 @@ from app.reporting import memory
 from app.reporting.memory import DecoderShape, MicroBatch, Precision
 from app.update.microbatches import MicroBatches
 from app.update.optimization import Optimization
+from datamodules.ledger import Ledger
 from tests.gpu.conftest import Measured
 from tests.gpu.shapes import large, mixed, on_gpu, peak, plain, qwen, relative, seconds, sequences
 
@@ -120,11 +121,26 @@ def test_micro_batches_are_made_one_at_a_time(device: torch.device, measured: Me
     assert held < 2 * one
 
 
+def test_work_counts_for_the_phase_that_launched_it(device: torch.device, measured: Measured) -> None:
+    matrix = torch.randn(*((8192,) * 2 if on_gpu() else (1024,) * 2), device=device)
+    matrix @ matrix  # the first product loads what it needs
+    ledger = Ledger()
+    with ledger.phase("update"):
+        for _ in range(10):
+            matrix @ matrix
+    with ledger.phase("sync"):  # by the host's clock, most of the time on a GPU
+        if on_gpu():
+            torch.cuda.synchronize()
+    measured(update_ms=1e3 * ledger.seconds["update"], sync_ms=1e3 * ledger.seconds["sync"])
+    assert ledger.seconds["update"] > 10 * ledger.seconds["sync"]
+
+
 def test_an_optimizer_step_is_adamws(device: torch.device, measured: Measured) -> None:
     """Three steps of our optimizer against the formula of Loshchilov and Hutter (arXiv 1711.05101, algorithm 2)."""
     model = large()
     options = Optimization(learning_rate=1e-3, weight_decay=0.1)
     optimizer = options.optimizer(model)
+    assert {group["fused"] for group in optimizer.param_groups} == {on_gpu() or None}
     watched = model.model.layers[0].mlp.up_proj.weight
     right = watched.detach().cpu().double()
     first = second = torch.zeros_like(right)
