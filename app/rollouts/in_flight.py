@@ -50,7 +50,7 @@ class InFlight:
             if one.finish_reason == "length" and len(one.token_ids) < sampling.max_completion_length
         ]
 
-    def requests(self, sampling: Sampling, segment: int) -> list[Request]:
+    def requests(self, sampling: Sampling, segment: int) -> list[SegmentRequest]:
         """Return what is to be generated for its next segment of up to `segment` tokens per completion.
 
         The first segments of a prompt are one request for `G` samples. A completion is continued by a request of its
@@ -58,12 +58,12 @@ class InFlight:
         """
         limit, open_ = sampling.max_completion_length, self.unfinished(sampling)
         if not self.segments:
-            return [Request(self.group.prompt, tuple(open_), min(segment, limit))]
+            return [SegmentRequest(self.group.prompt, tuple(open_), min(segment, limit))]
         found = []
         for sample in open_:
             tokens = self.group.completions[sample].token_ids
             prompt = dataclasses.replace(self.group.prompt, token_ids=(*self.group.prompt.token_ids, *map(int, tokens)))
-            found.append(Request(prompt, (sample,), min(segment, limit - len(tokens))))
+            found.append(SegmentRequest(prompt, (sample,), min(segment, limit - len(tokens))))
         return found
 
     def seeds(self, run_seed: int, samples: Sequence[int]) -> np.ndarray:
@@ -90,16 +90,16 @@ class InFlight:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
+class SegmentRequest:
     """What an engine is asked for: up to `limit` tokens after a prompt, for the completions at `samples`."""
 
     prompt: Prompt
     samples: tuple[int, ...]
     limit: int
 
-    def apart(self) -> list[Request]:
+    def apart(self) -> list[SegmentRequest]:
         """Return a request for each of its completions."""
-        return [Request(self.prompt, (sample,), self.limit) for sample in self.samples]
+        return [SegmentRequest(self.prompt, (sample,), self.limit) for sample in self.samples]
 
 
 def joined(

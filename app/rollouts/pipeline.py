@@ -13,7 +13,7 @@ from app.engines.ahead import Ahead
 from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rollouts.exchange import Rolled, exchange
-from app.rollouts.in_flight import InFlight, Request
+from app.rollouts.in_flight import InFlight, SegmentRequest
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
@@ -47,7 +47,7 @@ class Segments:
 
     flights: list[InFlight]
     shares: list[list[int]]
-    requests: list[tuple[int, Request]]
+    requests: list[tuple[int, SegmentRequest]]
     ahead: Ahead
 
 
