@@ -190,7 +190,7 @@ WRONG: dict[str, tuple[str, Spoiled, str]] = {
 
 THROUGH_THE_COMMAND = (
     "HTML", "HTML for the models", "HTML for a push", "results of another form", "no success", "no choices",
-    "token beyond the vocabulary", "log-probability of +50", "log-probability that is none", "internal errors",
+    "token beyond the vocabulary", "log-probability of +50", "log-probability that was NaN", "internal errors",
     "internal errors in a push", "redirect", "answer of any size", "answer without an end",
 )  # fmt: skip
 
