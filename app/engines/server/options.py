@@ -86,8 +86,7 @@ class ServerOptions(VllmOptions):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 command += [f"--{flag}", str(value)]
-        # The path for token ids, which the client uses.
-        return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", *self.arguments]
+        return [*command, "--disable-uvicorn-access-log", *self.arguments]
 
     def environment(self, gpus: str | None = None) -> dict[str, str]:
         """Return the environment variables that a server needs in addition to this process's own.
