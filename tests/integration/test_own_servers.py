@@ -170,17 +170,17 @@ def test_prompts_go_to_the_server_with_the_fewest_requests(pair: tuple[StandIn, 
     others = threading.Event()
 
     def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> object:
-        if fast.seen.count("/inference/v1/generate") == 6:
+        if fast.seen.count("/v1/completions") == 6:
             others.set()
         others.wait(20)
-        return slow.answer("/inference/v1/generate", body)
+        return slow.answer("/v1/completions", body)
 
     def notice(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> object:
-        if fast.seen.count("/inference/v1/generate") == 6:
+        if fast.seen.count("/v1/completions") == 6:
             others.set()
-        return fast.answer("/inference/v1/generate", body)
+        return fast.answer("/v1/completions", body)
 
-    slow.spoiled["/inference/v1/generate"], fast.spoiled["/inference/v1/generate"] = answer, notice
+    slow.spoiled["/v1/completions"], fast.spoiled["/v1/completions"] = answer, notice
     engine = VllmServer(url=[slow.url, fast.url], max_concurrency=2)
     engine.setup(tiny_model(12, seed=0), TOKENIZER)
     try:
@@ -189,7 +189,7 @@ def test_prompts_go_to_the_server_with_the_fewest_requests(pair: tuple[StandIn, 
     finally:
         engine.close()
     assert others.is_set() and len(groups) == 8
-    assert [one.seen.count("/inference/v1/generate") for one in pair] == [2, 6]
+    assert [one.seen.count("/v1/completions") for one in pair] == [2, 6]
 
 
 @pytest.mark.parametrize(("gpus", "dtype", "sequences"), [(0, torch.float32, 256), (1, torch.bfloat16, 512)])

@@ -33,7 +33,7 @@ from datamodules.types import Prompt
 from tests.support.command import logged
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model, write_pool
-from tests.support.stand_in_server import Spoiled, StandIn, stand_in, written
+from tests.support.stand_in_server import Spoiled, StandIn, stand_in
 from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
@@ -62,7 +62,7 @@ def place(
 def test_a_right_server_is_trained_with(place: Place, server: StandIn) -> None:
     code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
-    assert server.weights > 0 and server.seen.count("/inference/v1/generate") == 4
+    assert server.weights > 0 and server.seen.count("/v1/completions") == 4
     assert (place.path / "runs/small/version_0/checkpoints/last.ckpt").exists()
 
 
@@ -136,11 +136,12 @@ def test_a_resume_with_another_number_of_prompts_changes_the_batch_made_ahead(
 
 def choice(**changes: Any) -> Spoiled:
     """A completion of 3 tokens, changed."""
-    return lambda handler, body: {"choices": [written([5] * 3, [-0.5] * 3) | changes]}
+    right = {"token_ids": [5] * 3, "logprobs": {"token_logprobs": [-0.5] * 3}, "finish_reason": "length"}
+    return lambda handler, body: {"choices": [right | changes]}
 
 
 def logprobs(*values: object) -> Spoiled:
-    return choice(logprobs=written([5] * len(values), values)["logprobs"])
+    return choice(logprobs={"token_logprobs": list(values)})
 
 
 def status(code: int, **headers: str) -> Spoiled:
@@ -177,44 +178,42 @@ def _endless(delay: float) -> Spoiled:
 
 
 HTML = b"<html><body>It works!</body></html>"
-PATH = "/inference/v1/generate"
 NOT_VLLM = "the answer is not that of a vLLM server"
 WRONG: dict[str, tuple[str, Spoiled, str]] = {
-    "HTML": (PATH, lambda handler, body: HTML, NOT_VLLM),
+    "HTML": ("/v1/completions", lambda handler, body: HTML, NOT_VLLM),
     "HTML for the models": ("/v1/models", lambda handler, body: HTML, NOT_VLLM),
     "models of another form": ("/v1/models", lambda handler, body: {"data": []}, NOT_VLLM),
     "HTML for a push": ("/collective_rpc", lambda handler, body: HTML, NOT_VLLM),
     "results of another form": ("/collective_rpc", lambda handler, body: {"results": 5}, NOT_VLLM),
     "no success": ("/reset_prefix_cache", lambda handler, body: [], NOT_VLLM),
-    "no choices": (PATH, lambda handler, body: {"choices": []}, NOT_VLLM),
-    "two choices": (PATH, lambda handler, body: {"choices": [{}, {}]}, NOT_VLLM),
-    "choices of another type": (PATH, lambda handler, body: {"choices": "abc"}, NOT_VLLM),
-    "a list": (PATH, lambda handler, body: [], NOT_VLLM),
-    "nothing": (PATH, lambda handler, body: b"", NOT_VLLM),
-    "cut JSON": (PATH, lambda handler, body: b'{"choices": [', NOT_VLLM),
-    "deep JSON": (PATH, lambda handler, body: b"[" * 100_000, NOT_VLLM),
-    "token beyond the vocabulary": (PATH, choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
-    "token just beyond": (PATH, choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
-    "token of 30 digits": (PATH, choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
-    "negative token": (PATH, choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
-    "tokens that are text": (PATH, choice(token_ids=["a", "b", "c"]), NOT_VLLM),
-    "tokens with a fraction": (PATH, choice(token_ids=[1.5, 2.0, 3]), NOT_VLLM),
-    "no tokens": (PATH, choice(token_ids=None), NOT_VLLM),
-    "fewer tokens": (PATH, choice(token_ids=[5]), "1 tokens and 3 log-probabilities"),
-    "log-probability of +50": (PATH, logprobs(-1, 50, -1), "a log-probability of 50, but none is above 0"),
-    "infinite log-probability": (PATH, logprobs(-1, 1e999, -1), "a log-probability of inf"),
-    "log-probability that was NaN": (PATH, logprobs(-1, -9999.0, -1), "NaN or infinite"),
-    "log-probability that is none": (PATH, logprobs(-1, None, -1), NOT_VLLM),
-    "log-probability of text": (PATH, logprobs(-1, "x", -1), NOT_VLLM),
-    "no log-probabilities": (PATH, choice(logprobs=None), NOT_VLLM),
-    "another end": (PATH, choice(finish_reason={"a": 1}), "finished a completion with reason"),
-    "internal errors": (PATH, status(500), "were lost 2 times in a row"),
+    "no choices": ("/v1/completions", lambda handler, body: {"choices": []}, NOT_VLLM),
+    "two choices": ("/v1/completions", lambda handler, body: {"choices": [{}, {}]}, NOT_VLLM),
+    "choices of another type": ("/v1/completions", lambda handler, body: {"choices": "abc"}, NOT_VLLM),
+    "a list": ("/v1/completions", lambda handler, body: [], NOT_VLLM),
+    "nothing": ("/v1/completions", lambda handler, body: b"", NOT_VLLM),
+    "cut JSON": ("/v1/completions", lambda handler, body: b'{"choices": [', NOT_VLLM),
+    "deep JSON": ("/v1/completions", lambda handler, body: b"[" * 100_000, NOT_VLLM),
+    "token beyond the vocabulary": ("/v1/completions", choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
+    "token just beyond": ("/v1/completions", choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
+    "token of 30 digits": ("/v1/completions", choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
+    "negative token": ("/v1/completions", choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
+    "tokens that are text": ("/v1/completions", choice(token_ids=["a", "b", "c"]), NOT_VLLM),
+    "tokens with a fraction": ("/v1/completions", choice(token_ids=[1.5, 2.0, 3]), NOT_VLLM),
+    "no tokens": ("/v1/completions", choice(token_ids=None), NOT_VLLM),
+    "fewer tokens": ("/v1/completions", choice(token_ids=[5]), "1 tokens and 3 log-probabilities"),
+    "log-probability of +50": ("/v1/completions", logprobs(-1, 50, -1), "a log-probability of 50, but none is above 0"),
+    "infinite log-probability": ("/v1/completions", logprobs(-1, 1e999, -1), "a log-probability of inf"),
+    "log-probability that is none": ("/v1/completions", logprobs(-1, None, -1), "NaN or infinite"),
+    "log-probability of text": ("/v1/completions", logprobs(-1, "x", -1), NOT_VLLM),
+    "no log-probabilities": ("/v1/completions", choice(logprobs=None), NOT_VLLM),
+    "another end": ("/v1/completions", choice(finish_reason={"a": 1}), "finished a completion with reason"),
+    "internal errors": ("/v1/completions", status(500), "were lost 2 times in a row"),
     "internal errors in a push": ("/collective_rpc", status(500), "failed in vLLM's worker"),
-    "redirect": (PATH, status(302, Location="http://127.0.0.1:1/"), "redirects elsewhere (302)"),
-    "refusal": (PATH, status(422), "rejected the request (422): oops"),
-    "answer cut by the connection": (PATH, _cut, "were lost 2 times in a row"),
-    "answer of any size": (PATH, _endless(0), "the answer has more than 1048576 bytes"),
-    "answer without an end": (PATH, _endless(0.05), "were lost 2 times in a row"),
+    "redirect": ("/v1/completions", status(302, Location="http://127.0.0.1:1/"), "redirects elsewhere (302)"),
+    "refusal": ("/v1/completions", status(422), "rejected the request (422): oops"),
+    "answer cut by the connection": ("/v1/completions", _cut, "were lost 2 times in a row"),
+    "answer of any size": ("/v1/completions", _endless(0), "the answer has more than 1048576 bytes"),
+    "answer without an end": ("/v1/completions", _endless(0.05), "were lost 2 times in a row"),
 }  # fmt: skip
 
 

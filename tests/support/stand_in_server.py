@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,15 +17,6 @@ from typing import Any
 
 Spoiled = Callable[[BaseHTTPRequestHandler, dict[str, Any]], object]
 """Returns what is sent in place of the right answer: an object as JSON, bytes as they are, None if it has sent all."""
-
-
-def written(token_ids: list[int], logprobs: Sequence[object]) -> dict[str, Any]:
-    """Return a completion that ended at its length limit, as vLLM sends it."""
-    content = [
-        {"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []}
-        for token, logprob in zip(token_ids, logprobs, strict=True)
-    ]
-    return {"token_ids": token_ids, "logprobs": {"content": content}, "finish_reason": "length"}
 
 
 @dataclass
@@ -53,12 +44,13 @@ class StandIn:
         if path == "/get_world_size":
             return {"world_size": 1}
         if path == "/seen":
-            return {"completions": self.seen.count("/inference/v1/generate")}
+            return {"completions": self.seen.count("/v1/completions")}
         if path == "/v1/models":
             return {"data": [{"max_model_len": 512}]}
-        if path == "/inference/v1/generate":
-            length = body["sampling_params"]["max_tokens"]
-            return {"choices": [written([5] * length, [-0.5] * length)]}
+        if path == "/v1/completions":
+            length = body["max_tokens"]
+            logprobs = {"token_logprobs": [-0.5] * length}
+            return {"choices": [{"token_ids": [5] * length, "logprobs": logprobs, "finish_reason": "length"}]}
         if path == "/collective_rpc":
             method, arguments = body["method"], body["kwargs"]
             if method == "dots_load_file" and self.reads:

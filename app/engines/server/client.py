@@ -29,10 +29,14 @@ _SHOWN = 200
 _FAILED_PROBES = 3
 """Consecutive failures after which a server counts as lost: a busy server may be late once."""
 
-_GENERATE = "/inference/v1/generate"
-"""Token ids in, token ids out: unlike `/v1/completions`, nothing is turned into text unless stop strings need it."""
-_NO_LOGPROB = -9999.0
-"""What that path sends for NaN, which JSON cannot represent."""
+# Override a server's generation defaults, so that only the configured sampling shapes the distribution.
+_NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "return_token_ids": True,
+}
 
 
 class LostServerError(Exception):
@@ -41,6 +45,10 @@ class LostServerError(Exception):
 
 class _FailedRequestError(LostServerError):
     """A server reports an internal error."""
+
+
+class _NonFiniteAnswerError(Exception):
+    """A server has an answer with NaN, which JSON cannot represent."""
 
 
 class ServerClient:
@@ -108,17 +116,17 @@ class ServerClient:
 
     async def complete(self, fields: Mapping[str, object]) -> Answer:
         """Return one sample of a prompt of token ids."""
-        sampling = {name: value for name, value in fields.items() if name != "prompt"}
-        sampling["detokenize"] = bool(sampling.get("stop"))
-        body = {"token_ids": fields["prompt"], "sampling_params": sampling}
-        answer = await self._request("POST", _GENERATE, json=body)
-        with self._form_of(_GENERATE, answer):
+        body = {**fields, **_NEUTRAL}
+        try:
+            answer = await self._request("POST", "/v1/completions", json=body)
+        except _NonFiniteAnswerError:
+            return Answer([0], [math.nan], "length")
+        with self._form_of("/v1/completions", answer):
             (choice,) = answer["choices"]
-            logprobs = [float(one["logprob"]) for one in choice["logprobs"]["content"]]
+            logprobs = [math.nan if one is None else float(one) for one in choice["logprobs"]["token_logprobs"]]
             if not all(type(one) is int for one in choice["token_ids"]):
                 raise TypeError("token_ids holds more than whole numbers")
-            known = [math.nan if one <= _NO_LOGPROB else one for one in logprobs]
-            return Answer(list(choice["token_ids"]), known, str(choice["finish_reason"]))
+            return Answer(list(choice["token_ids"]), logprobs, str(choice["finish_reason"]))
 
     async def call(self, method: str, **arguments: object) -> list[str]:
         """Call a method of the worker extension and return every worker's result as text.
@@ -205,6 +213,8 @@ class ServerClient:
             raise EngineError(
                 f"{self.url}{path}: the server redirects elsewhere ({status}). Set engine.url to the server itself."
             )
+        if "not JSON compliant" in said:
+            raise _NonFiniteAnswerError
         if status >= 500:
             raise _FailedRequestError(f"{self.url}{path}: {status} {said}")
         raise EngineError(f"{self.url}{path}: the server rejected the request ({status}): {said}")
