@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from app.engines import Sampling, Transformers
 from app.engines.transformers.shared_cache import SLACK
+from app.engines.transformers.step_graphs import Capture, Step, capture_on
 from app.objective.packing import ScoredSequence, collate
 from app.policy.adapters import causal_lm
 from app.policy.model import Policy
@@ -22,6 +23,7 @@ from datamodules.types import Completion, Prompt
 from tests.gpu.conftest import Measured
 from tests.gpu.shapes import DEVICE, large, mixed, on_gpu, peak, plain, seconds
 from tests.support.policies import TINY
+from tests.support.recorded_step import Recorder
 
 POLICY = Policy(str(TINY))
 Groups = Sequence[tuple[Completion, ...]]
@@ -41,8 +43,9 @@ def generate(
     context: AbstractContextManager[object],
     share: bool = True,
     temperature: float = 1.0,
+    graphs: bool = True,
 ) -> Groups:
-    engine = Transformers(share_prompts=share)
+    engine = Transformers(share_prompts=share, cuda_graphs=graphs)
     engine.setup(model, POLICY.load_tokenizer())
     seeds = np.arange(len(prompts) * 4).reshape(-1, 4) * 7919
     sampling = Sampling(num_generations=4, max_completion_length=48, temperature=temperature)
@@ -88,12 +91,42 @@ def test_log_probabilities_are_those_of_the_update(
         assert float(gap.max()) < (1e-3 if name == "float32" else 1.0)
 
 
-@pytest.mark.parametrize("way", ["float32", "mixed", "bfloat16 weights"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cuda_graphs_draw_the_same(
+    device: torch.device, prompts: list[Prompt], autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the operators of a step are recorded and repeated instead."""
+    recorded: list[Capture] = []
+
+    def noted(device: torch.device, model: PreTrainedModel) -> Capture:
+        capture = capture_on(device, model) or Recorder()
+
+        def once(step: Step) -> Step:
+            recorded.append(capture)
+            return capture(step)
+
+        return once
+
+    model = causal_lm(POLICY.load()).to(device)
+    for updates in range(2):
+        monkeypatch.setattr("app.engines.transformers.engine.capture_on", noted)
+        found = generate(model, prompts, mixed(device) if autocast else plain())
+        assert recorded, "no step was recorded"
+        recorded.clear()
+        monkeypatch.setattr("app.engines.transformers.engine.capture_on", capture_on)
+        eager = generate(model, prompts, mixed(device) if autocast else plain(), graphs=False)
+        assert equal_share(found, eager) >= (0.8 if autocast else 0.9), f"after {updates} updates"
+        with torch.no_grad():  # the next generation must read the new weights
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("way", ["float32", "mixed", "mixed without CUDA graphs", "bfloat16 weights"])
 def test_decoding_speed(device: torch.device, way: str, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing ends early: the time of a token step is the difference between long and short completions.
     monkeypatch.setattr("app.engines.transformers.engine.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
     model = large(dtype=torch.bfloat16 if way == "bfloat16 weights" else torch.float32)
-    engine = Transformers()
+    engine = Transformers(cuda_graphs="without" not in way)
     engine.setup(model, POLICY.load_tokenizer())
     draw, groups = np.random.default_rng(0), 8 if on_gpu() else 2
     some = [
@@ -103,7 +136,7 @@ def test_decoding_speed(device: torch.device, way: str, measured: Measured, monk
     seeds = np.arange(groups * 8).reshape(groups, 8)
 
     def run(length: int) -> None:
-        with mixed(device) if way == "mixed" else plain():
+        with mixed(device) if way.startswith("mixed") else plain():
             found = engine.generate(some, Sampling(num_generations=8, max_completion_length=length), seeds)
         assert {len(one.token_ids) for group in found for one in group} == {length}
 

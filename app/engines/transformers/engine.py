@@ -133,7 +133,7 @@ class _Generation:
             max_prompts = min(len(self.waiting), self.max_rows)
             self.cache = SharedPromptCache(
                 layers, self.max_rows, max_prompts, sampling.max_completion_length,
-                rows_per_prompt=min(sampling.num_generations, self.max_rows),
+                rows_per_prompt=max(len(one.samples) for one in self.waiting),
                 layer=WrittenLayer if self.graphs is None else StaticLayer,
             )  # fmt: skip
         self.rows = DecodingRows()
