@@ -69,11 +69,11 @@ def test_a_truncated_distribution_is_corrected_for(tmp_path: Path) -> None:
     done, run = fit(tmp_path, *options, "--trainer.max_steps=2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "model.sampling has top_p=0.5 and top_k=0: tokens that are left out are never tried" in done.stderr
-    assert scalars(run, "policy/ratio_mean")[0] == pytest.approx(1, abs=1e-5)
-    assert scalars(run, "policy/ratio_max")[0] == pytest.approx(1, abs=1e-5)
+    assert scalars(run, "policy/ratio_mean")[0] == pytest.approx(1, abs=1e-4)
+    assert scalars(run, "policy/ratio_max")[0] == pytest.approx(1, abs=1e-3)
     # The kept tokens' share is at least top_p: without the old log-probabilities these were the clipped ratios.
-    assert scalars(run, "sampling/importance_sampling_ratio/min")[0] >= 0.5 - 1e-4
-    assert scalars(run, "sampling/importance_sampling_ratio/max")[0] <= 1 + 1e-4
+    assert scalars(run, "sampling/importance_sampling_ratio/min")[0] >= 0.5 - 1e-3
+    assert scalars(run, "sampling/importance_sampling_ratio/max")[0] <= 1 + 1e-3
     assert 0.55 < scalars(run, "sampling/importance_sampling_ratio/mean")[0] < 0.99
 
 
