@@ -318,14 +318,10 @@ class GRPOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of each set that has been measured and, if all of several have, their means."""
         stage: Literal["val", "test"] = "test" if self.trainer.testing else "val"
-        prefixes = OnlinePromptDataModule.of(self.trainer).measured(stage)
-        sets = {}
-        for name in prefixes:
-            if self.measured[name].measured:
-                shown = stage + name.removeprefix("val").removeprefix("test")
-                sets[shown] = self.measured[name].named(shown)
+        sets = {prefix: metrics.named(prefix) for prefix, metrics in self.measured_sets(stage).items()}
         found = {name: value for one in sets.values() for name, value in one.items()}
-        if sets and len(sets) == len(prefixes) and stage not in sets:
+        every = len(sets) == len(OnlinePromptDataModule.of(self.trainer).measured(stage))
+        if sets and every and stage not in sets:
             found |= mean_over_sets(stage, sets)
         self.last_measured = found
         # Every rank knows all groups: the mean over ranks is the value itself.
@@ -337,6 +333,15 @@ class GRPOModule(LightningModule):
 
     def predict_step(self, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0) -> TrainBatch:
         return batch
+
+    def measured_sets(self, stage: Literal["val", "test"]) -> dict[str, ValidationMetrics]:
+        """Return the metrics of the sets that have been measured, by the prefix that their names are logged under.
+
+        Validation prompts have the names of test prompts where they are tested for want of these.
+        """
+        names = OnlinePromptDataModule.of(self.trainer).measured(stage)
+        prefixes = {stage + name.removeprefix("val").removeprefix("test"): self.measured[name] for name in names}
+        return {prefix: metrics for prefix, metrics in prefixes.items() if metrics.measured}
 
     def measured_set(self, dataloader_idx: int) -> str:
         """Return the name of the set (`OnlinePromptDataModule.sets`) that the loader of a number yields."""
