@@ -41,6 +41,7 @@ from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
+from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
@@ -142,7 +143,7 @@ class GRPOModule(LightningModule):
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
-        self._checked_data: OnlinePromptDataModule | None = None
+        self._checked_pools: Mapping[str, PromptPool] | None = None
 
     @property
     def policy_path(self) -> str:
@@ -228,8 +229,8 @@ class GRPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = OnlinePromptDataModule.of(self.trainer)
-        if self._checked_data is not data:  # once: `prepare_data` may have set up before
-            self._checked_data = data
+        if self._checked_pools is not data.pools:  # once: `prepare_data` may have set up before
+            self._checked_pools = data.pools
             self.measured = metrics_of_sets(data, self.scorer.names, self.sampling_of, self.pass_at_k)
             check_rewards(data, self.scorer)
         check_tokens(data, self.policy, self.tokenizer)
