@@ -79,7 +79,10 @@ def _measured(name: str, rest: list[str]) -> list[str]:
     They come after all configs, whose prompts and rewards they replace, and before the other options, which may change
     them.
     """
-    run, configs, others, asked = rest[:1] if rest and not rest[0].startswith("-") else [], [], [], []
+    run = rest[:1] if rest and not rest[0].startswith("-") else []
+    configs: list[str] = []
+    others: list[str] = []
+    asked: list[str] = []
     following = iter(rest[len(run) :])
     for token in following:
         option, equals, value = token.partition("=")
