@@ -41,6 +41,7 @@ from app.update.optimization import Optimization
 from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
+from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
@@ -146,7 +147,7 @@ class GRPOModule(LightningModule):
         self._updates = Updates(optimization)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
-        self._checked_data: OnlinePromptDataModule | None = None
+        self._checked_pools: Mapping[str, PromptPool] | None = None
 
     @property
     def policy_path(self) -> str:
@@ -233,8 +234,8 @@ class GRPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = OnlinePromptDataModule.of(self.trainer)
-        if self._checked_data is not data:  # once: `prepare_data` may have set up before
-            self._checked_data = data
+        if self._checked_pools is not data.pools:  # once: `prepare_data` may have set up before
+            self._checked_pools = data.pools
             self.measured = metrics_of_sets(data, self.scorer.names, self.sampling_of, self.pass_at_k)
             check_rewards(data, self.scorer)
         check_tokens(data, self.policy, self.tokenizer)
@@ -329,14 +330,10 @@ class GRPOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of each set that has been measured and, if all of several have, their means."""
         stage: Literal["val", "test"] = "test" if self.trainer.testing else "val"
-        prefixes = OnlinePromptDataModule.of(self.trainer).measured(stage)
-        sets = {}
-        for name in prefixes:
-            if self.measured[name].measured:
-                shown = stage + name.removeprefix("val").removeprefix("test")
-                sets[shown] = self.measured[name].named(shown)
+        sets = {prefix: metrics.named(prefix) for prefix, metrics in self.measured_sets(stage).items()}
         found = {name: value for one in sets.values() for name, value in one.items()}
-        if sets and len(sets) == len(prefixes) and stage not in sets:
+        every = len(sets) == len(OnlinePromptDataModule.of(self.trainer).measured(stage))
+        if sets and every and stage not in sets:
             found |= mean_over_sets(stage, sets)
         self.last_measured = found
         # Every rank knows all groups: the mean over ranks is the value itself.
@@ -348,6 +345,15 @@ class GRPOModule(LightningModule):
 
     def predict_step(self, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0) -> TrainBatch:
         return batch
+
+    def measured_sets(self, stage: Literal["val", "test"]) -> dict[str, ValidationMetrics]:
+        """Return the metrics of the sets that have been measured, by the prefix that their names are logged under.
+
+        Validation prompts have the names of test prompts where they are tested for want of these.
+        """
+        names = OnlinePromptDataModule.of(self.trainer).measured(stage)
+        prefixes = {stage + name.removeprefix("val").removeprefix("test"): self.measured[name] for name in names}
+        return {prefix: metrics for prefix, metrics in prefixes.items() if metrics.measured}
 
     def measured_set(self, dataloader_idx: int) -> str:
         """Return the name of the set (`OnlinePromptDataModule.sets`) that the loader of a number yields."""

@@ -17,6 +17,7 @@ from datamodules.loaders import FixedLoader, OnlineLoader
 from datamodules.mixture import Mixture, Rule, floors_of, named
 from datamodules.policy_source import PolicySource
 from datamodules.pool import PromptPool
+from datamodules.prompts.benchmarks import Benchmark
 from datamodules.prompts.file import PromptSource
 from datamodules.prompts.splits import hold_out, split_pool
 from datamodules.seeding import derive_seed, run_seed
@@ -55,7 +56,8 @@ class OnlinePromptDataModule(LightningDataModule):
         train_sources: the training sources by name; a single one has the name "".
         sets: the validation and test sets by the prefix of their metrics: `val`, or `val/NAME` where they are named.
         given_sets: those of `sets` that were not held out of the training prompts.
-        pools: the prompts by the same names, and those of training as `train`.
+        pools: the prompts by the same names, and those of training as `train`; test prompts alone for `dots test` and
+            `dots predict` where the config names some.
         tags: the columns by which each set is measured, by the same names.
     """
 
@@ -131,9 +133,13 @@ class OnlinePromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the pools and prepare the selector. Raises UserError when data cannot be used."""
-        if self.pools:
+        command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        tested = {name: one for name, one in self.given_sets.items() if name.split("/")[0] == "test"}
+        tests_alone = command in ("test", "predict") and bool(tested)
+        if "train" in self.pools or (tests_alone and self.pools):
             self._setup_selector(stage)
             return
+        self.pools, self.sets = {}, tested if tests_alone else dict(self.given_sets)
         module: object = None if self.trainer is None else self.trainer.lightning_module
         policy = module if isinstance(module, PolicySource) else None
         if self.tokenizer_path is not None:
@@ -146,6 +152,13 @@ class OnlinePromptDataModule(LightningDataModule):
                 "to a folder or hub name."
             )
         self.tokenizer = tokenizer
+        if len(self.train_sources) == 1:
+            for one in self.sets.values():
+                if isinstance(one.source, Benchmark):
+                    one.source.ask_as(next(iter(self.train_sources.values())))
+        if tests_alone:  # which may be where the training prompts are not
+            self._measured_pools("test", tokenizer, policy)
+            return
         whole = self._measured_pools("val", tokenizer, policy)
         if self.val_size and not whole:
             parts = self._training_pools(
@@ -163,7 +176,6 @@ class OnlinePromptDataModule(LightningDataModule):
             train.floors = floors_of(self.mixture, weights, train.parts)
         self.pools = {"train": train, **self.pools}
         self._measured_pools("test", tokenizer, policy)
-        command = None if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
         if command in ("validate", "test", "predict") and not self.measured("val" if command == "validate" else "test"):
             raise UserError(
                 f"The config has no prompts that dots {command} could measure. Set data.val or data.test to a source "

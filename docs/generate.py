@@ -43,6 +43,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`ValidationSet` around a source.",
         (
             "datamodules.prompts.PromptFile",
+            "datamodules.prompts.Benchmark",
             "datamodules.procedural.Procedural",
             "datamodules.validation.ValidationSet",
         ),

@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
 LIGHTNING_COMMANDS: dict[str, str] = {
     "fit": "train a policy (also: dots train)",
     "validate": "measure a policy on the validation prompts",
-    "test": "measure a policy on the test prompts (also: dots eval)",
+    "test": "measure a policy on the test prompts (also: dots evaluate, dots eval)",
     "predict": "write completions of the test prompts",
     "data": "show what a config reads: rows, lengths, three prompts with their answers",
     "describe": "show what a run will do, and its memory, without loading weights",
@@ -52,7 +52,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
     "select": "choose a subset of the prompts before training",
     "serve": "run a vLLM server of the policy",
 }
-ALIASES: dict[str, str] = {"train": "fit", "eval": "test", "data": "show_data"}
+ALIASES: dict[str, str] = {"train": "fit", "eval": "test", "evaluate": "test", "data": "show_data"}
 """Other names of subcommands. Options of the data are called `data`, so that no subcommand can be."""
 _ORDER = (
     ("Start", ("init", "data", "describe", "doctor")),

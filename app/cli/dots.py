@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
 from app.cli.dry_run import DryRun
+from app.cli.entry import OF_BENCHMARKS
 from app.cli.failures import stage
 from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
@@ -42,6 +43,7 @@ from callbacks import CompletionsLog, RunCheckpoint, SelectionMonitor, StartVali
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
+from datamodules.prompts.benchmarks import BENCHMARKS
 
 _CONFIGURABLE: dict[type[Callback], str] = {
     RunCheckpoint: "checkpoint",
@@ -106,9 +108,13 @@ class DotsCLI(LightningCLI):
             self._add_arguments(parser)
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit" and not self._asks_for_help:
+        if not self._asks_for_help:
             assert isinstance(parser, DotsArgumentParser)
-            parser.read_before = ("dry_run", "resume")
+            parser.read_before = ("dry_run", "resume") if subcommand == "fit" else ()
+            parser.read_before += ("benchmarks",) if subcommand in OF_BENCHMARKS else ()
+        if subcommand in OF_BENCHMARKS and self._asks_for_help:
+            told = f"in place of the config's prompts and rewards: {', '.join(BENCHMARKS)}, separated by commas"
+            parser.add_argument("--benchmarks", metavar="NAMES", help=told)
         if subcommand == "fit" and self._asks_for_help:  # neither is part of a config
             told = "try everything once: a small step, validation, a checkpoint; nothing is kept"
             parser.add_argument("--dry_run", action="store_true", help=told)

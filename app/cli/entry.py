@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -15,6 +16,9 @@ from datamodules.errors import nearest
 
 _OF_A_CHECKPOINT = ("validate", "test", "predict", "export", "select")
 """Subcommands that a run folder gives its checkpoint to, besides its config."""
+OF_BENCHMARKS = ("test", "predict")
+"""Subcommands that take `--benchmarks`, and a policy in the place of a run."""
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -32,7 +36,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def expand(given: list[str]) -> list[str]:
-    """Return the arguments with aliases, `--resume RUN` and `COMMAND RUN` written out; exit if there is no command."""
+    """Return the arguments with aliases, `COMMAND RUN`, `--resume` and `--benchmarks` written out.
+
+    Exits if there is no command.
+    """
     if not given:
         _refuse("no command is given. dots --help lists them.")
     name, rest = ALIASES.get(given[0], given[0]), given[1:]
@@ -42,6 +49,8 @@ def expand(given: list[str]) -> list[str]:
         _refuse(f"subcommand {name!r} does not exist. {hint[:1].upper()}{hint[1:]} (dots --help lists all)")
     if name == "fit":
         return [name, *_resumed(rest)]
+    if name in OF_BENCHMARKS:
+        rest = _measured(name, rest)
     if name not in COMMANDS and rest and not rest[0].startswith("-"):
         run = rest[0]
         return [name, *_of_run(run, run if name in _OF_A_CHECKPOINT else None), *rest[1:]]
@@ -62,6 +71,52 @@ def _resumed(rest: list[str]) -> list[str]:
                 _refuse("--resume is given no run folder. Write e.g. --resume runs/my_run/version_0.")
             return [*_of_run(run if equals else rest[place + 1], "last"), *rest[:place], *rest[end:]]
     return rest
+
+
+def _measured(name: str, rest: list[str]) -> list[str]:
+    """Return the arguments with `--benchmarks` and a policy in the place of a run written out.
+
+    They come after all configs, whose prompts and rewards they replace, and before the other options, which may change
+    them.
+    """
+    run = rest[:1] if rest and not rest[0].startswith("-") else []
+    configs: list[str] = []
+    others: list[str] = []
+    asked: list[str] = []
+    following = iter(rest[len(run) :])
+    for token in following:
+        option, equals, value = token.partition("=")
+        if option in ("-c", "--config", "--benchmarks"):
+            if not equals and (value := next(following, "")) == "":
+                _refuse(f"{option} is given nothing. Write e.g. --benchmarks gsm8k,math500 or --config run.yaml.")
+            asked += [one.strip() for one in value.split(",")] if option == "--benchmarks" else []
+            configs += [] if option == "--benchmarks" else ["--config", value]
+        else:
+            others.append(token)
+    has_prompts = bool(asked) or any(token.startswith("--data.test") for token in others)
+    is_policy = run and (
+        (not Path(run[0], "config.yaml").is_file() and Path(run[0], "config.json").is_file())
+        or (has_prompts and not os.path.exists(run[0]) and _HUB_NAME.fullmatch(run[0]))
+    )  # fmt: skip
+    if is_policy and not has_prompts and not configs:
+        _refuse(
+            f"{run[0]} is a policy, and no prompts are given. Name benchmarks as in --benchmarks gsm8k,math500, or a "
+            "file as in --data.test.mine.path my.jsonl."
+        )
+    if not asked and not is_policy:
+        return rest
+    added = ["--model.rewards=math"] if asked or not configs else []
+    if is_policy:
+        added.append(f"--model.policy.path={run.pop()}")
+        if not configs:  # what benchmarks are asked as; it is not read
+            added.append(f"--data.train={json.dumps(_benchmark('gsm8k'))}")
+    if asked:
+        added.append(f"--data.test={json.dumps({one: _benchmark(one) for one in asked})}")
+    return [*run, *configs, *added, *others]
+
+
+def _benchmark(name: str) -> dict[str, object]:
+    return {"class_path": "datamodules.prompts.Benchmark", "init_args": {"benchmark": name}}
 
 
 def _of_run(run: str, checkpoint: str | None) -> list[str]:

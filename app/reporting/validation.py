@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torchmetrics import MeanMetric, Metric, SumMetric
 
+from app.reporting.bootstrap import bootstrap_means, interval
 from app.rewards.base import EXTRACTED_ANSWER
 from datamodules.types import RolloutGroup
 from datamodules.validation import tag_value
@@ -19,56 +20,38 @@ CORRECT = 0.5
 """A completion counts as correct when its correctness reward is above this."""
 
 
-class PassAtK(Metric):
-    """Unbiased pass@k: the mean over prompts of `1 - C(n - c, k) / C(n, k)` for `c` correct of `n` completions.
-
-    Chen et al., arXiv 2107.03374, equation 1: the chance that at least one of `k` draws without replacement is correct.
-    Prompts with fewer than `k` completions are left out; `k` is at least 1.
-    """
-
-    full_state_update = False
-    total: torch.Tensor
-    prompts: torch.Tensor
-
-    def __init__(self, k: int) -> None:
-        # Every rank sees all prompts.
-        super().__init__(sync_on_compute=False)
-        self.k = k
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, correct: torch.Tensor) -> None:
-        """Add one prompt; `correct` is bool `[n]`."""
-        n, c = correct.numel(), int(correct.sum())
-        if n >= self.k:
-            self.total += 1 - math.comb(n - c, self.k) / math.comb(n, self.k)
-            self.prompts += 1
-
-    def compute(self) -> torch.Tensor:
-        """Return a float32 scalar, NaN before the first prompt."""
-        return (self.total / self.prompts).float() if self.prompts else torch.tensor(float("nan"))
-
-
-class PromptMean(Metric):
-    """Mean over prompts, summed in float64."""
-
-    full_state_update = False
-    total: torch.Tensor
-    prompts: torch.Tensor
+class PromptMean:
+    """Mean over prompts, summed in float64, with the values that it is the mean of."""
 
     def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
+        self.values: list[float] = []
+        self._total = 0.0
+
+    @property
+    def prompts(self) -> int:
+        return len(self.values)
 
     def update(self, value: float) -> None:
         """Add the value of one prompt."""
-        self.total += value
-        self.prompts += 1
+        self.values.append(value)
+        self._total += value
 
     def compute(self) -> torch.Tensor:
         """Return a float32 scalar, NaN before the first prompt."""
-        return (self.total / self.prompts).float() if self.prompts else torch.tensor(float("nan"))
+        return torch.tensor(self._total / self.prompts if self.prompts else math.nan)
+
+
+def pass_at_k(completions: int, right: int, k: int) -> float:
+    """Return pass@k without bias: the chance that at least one of `k` draws without replacement is right.
+
+    It is `1 - C(n - c, k) / C(n, k)` for `c` right of `n` completions (Chen et al., arXiv 2107.03374, equation 1).
+
+    Args:
+        completions: number of completions, at least `k`.
+        right: how many of them are right.
+        k: number of draws, at least 1.
+    """
+    return 1 - math.comb(completions - right, k) / math.comb(completions, k)
 
 
 def majority_at_k(correct: Sequence[bool], answers: Sequence[str | None], k: int) -> float:
@@ -125,7 +108,7 @@ class ValidationMetrics:
         """Forget all batches."""
         self.reward, self.length, self.unscored, self.failed = (MeanMetric(sync_on_compute=False) for _ in range(4))
         self.accuracy, self.prompts = PromptMean(), SumMetric(sync_on_compute=False)
-        self.pass_at = {k: PassAtK(k) for k in self._ks}
+        self.pass_at = {k: PromptMean() for k in self._ks}
         self.majority_at = {k: PromptMean() for k in self._ks if k > 1}
         self._by_reward = {name: PromptMean() for name in self._rewards}
         self._by_tag: dict[str, PromptMean] = {}
@@ -148,8 +131,9 @@ class ValidationMetrics:
             self.prompts.update(float(len(correct) > 0))
             self.reward.update(torch.from_numpy(group.rewards))
             self.length.update(torch.tensor([float(len(one.token_ids)) for one in group.completions]))
-            for passed in self.pass_at.values():
-                passed.update(correct)
+            for k, passed in self.pass_at.items():
+                if len(correct) >= k:
+                    passed.update(pass_at_k(len(correct), int(correct.sum()), k))
             answers = group.extras.get(EXTRACTED_ANSWER)
             for k, majority in self.majority_at.items():
                 if answers is not None and len(correct) >= k:
@@ -170,9 +154,8 @@ class ValidationMetrics:
 
         `stage` is the prefix of the names, e.g. "val", "test" or "val/gsm8k".
         """
-        means: dict[str, PromptMean | PassAtK] = {f"pass@{k}": one for k, one in self.pass_at.items()}
-        means |= {f"maj@{k}": one for k, one in self.majority_at.items() if one.prompts}
-        found: dict[str, Metric] = {"accuracy": self.accuracy, f"avg@{self._generations}": self.accuracy}
+        means = self._at_k()
+        found: dict[str, Metric | PromptMean] = {"accuracy": self.accuracy, f"avg@{self._generations}": self.accuracy}
         found |= means
         found |= {
             "reward": self.reward,
@@ -193,6 +176,18 @@ class ValidationMetrics:
             values |= {f"{tag}/accuracy": float(mean.compute()), f"{tag}/prompts": float(mean.prompts)}
         return {f"{stage}/{name}": value for name, value in values.items()}
 
+    def bootstrap(self, *context: str | int) -> dict[str, np.ndarray]:
+        """Return the means of `bootstrap_means`, of accuracy, pass@k and maj@k by their names.
+
+        Prompts are drawn alike for all metrics that are about all prompts. `context` is what the seed is derived from.
+        """
+        means = {"accuracy": self.accuracy, f"avg@{self._generations}": self.accuracy} | self._at_k()
+        return {name: bootstrap_means(one.values, *context) for name, one in means.items() if one.prompts}
+
+    def _at_k(self) -> dict[str, PromptMean]:
+        means = {f"pass@{k}": one for k, one in self.pass_at.items()}
+        return means | {f"maj@{k}": one for k, one in self.majority_at.items() if one.prompts}
+
 
 def mean_over_sets(stage: str, sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the metrics that all sets have, averaged over the sets; the numbers of prompts are added up.
@@ -208,3 +203,20 @@ def mean_over_sets(stage: str, sets: Mapping[str, Mapping[str, float]]) -> dict[
         total = sum(one[name] for one in plain)
         found[f"{stage}/{name}"] = total if name.endswith("prompts") else total / len(plain)
     return found
+
+
+def intervals_over_prompts(stage: str, sets: Mapping[str, ValidationMetrics], seed: int) -> dict[str, list[float]]:
+    """Return 95% intervals, [low, high], by bootstrap over prompts, of accuracy, pass@k and maj@k.
+
+    For the mean over sets, prompts are drawn within each set.
+
+    Args:
+        stage: the prefix of the names of the mean over sets, e.g. "test"; with this name a set is the only one.
+        sets: the metrics of each set by the prefix of their names, e.g. "test/gsm8k".
+        seed: the seed from which that of each set is derived.
+    """
+    draws = {prefix: metrics.bootstrap(seed, "bootstrap", prefix) for prefix, metrics in sets.items()}
+    if draws and stage not in draws:
+        shared = [name for name in next(iter(draws.values())) if all(name in one for one in draws.values())]
+        draws[stage] = {name: np.mean([one[name] for one in draws.values()], axis=0) for name in shared}
+    return {f"{prefix}/{name}": interval(means) for prefix, one in draws.items() for name, means in one.items()}

@@ -1,4 +1,4 @@
-"""What `dots validate`, `test` and `predict` measured, in a file and in a few lines at their end."""
+"""What `dots validate`, `test` and `predict` measured, in files and in a few lines at their end."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import Trainer
 
 from app.module import GRPOModule
+from app.reporting.results_table import results_table
+from app.reporting.validation import intervals_over_prompts
 from app.runs.folder import run_folder
 from callbacks.stages import Stage, StepCallback
 from datamodules.ledger import WeightedMean
 from datamodules.online import OnlinePromptDataModule
+from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 
 RESULTS = "results.json"
+TABLE = "results.md"
 
 
 class Results(StepCallback):
     """Writes `results.json` to the folder of `dots validate`, `test` or `predict`, and says what was measured.
 
-    The file holds the weights that were measured, the prompts, the sampling and all metrics. The completions are in
-    `completions/`.
+    The file holds the weights that were measured, the prompts, the sampling, all metrics, and 95% intervals of
+    accuracy, pass@k and maj@k by bootstrap over prompts, which the table in `results.md` shows too. The completions are
+    in `completions/`.
     """
 
     stage = Stage.ACCOUNT
@@ -60,6 +66,9 @@ class Results(StepCallback):
         if command == "predict":  # for which Lightning has no metrics
             metrics = {"mean_success": self._correct.value}
         weights, data = _weights(trainer, pl_module), OnlinePromptDataModule.of(trainer)
+        stage: Literal["val", "test"] = "val" if command == "validate" else "test"
+        sets = {} if command == "predict" else pl_module.measured_sets(stage)
+        intervals = intervals_over_prompts(stage, sets, run_seed())
         content = {
             "command": command,
             **weights,
@@ -70,9 +79,10 @@ class Results(StepCallback):
                     "data": str(data.pools[name].report or data.pools["train"].report),
                     "sampling": asdict(pl_module.sampling_of(data.sets[name])),
                 }
-                for name in data.measured("val" if command == "validate" else "test")
+                for name in data.measured(stage)
             },
             "metrics": {name: value for name, value in sorted(metrics.items()) if math.isfinite(value)},
+            "intervals": dict(sorted(intervals.items())),
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -82,6 +92,10 @@ class Results(StepCallback):
             f"results: {folder / RESULTS}",
             f"completions: {folder / 'completions' / f'{command}.parquet'}",
         ]
+        if sets:
+            table = results_table(stage, list(sets), metrics, intervals)
+            (folder / TABLE).write_text(table, encoding="utf-8")
+            self._said.insert(0, table)
 
     def teardown(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         for line in self._said:  # after the table that Lightning prints

@@ -1,0 +1,104 @@
+"""`dots evaluate`: benchmarks by name on a policy, a run and a checkpoint; figures, intervals and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.refusal import TINY, Place, files, source
+
+GSM8K = [{"question": f"{i} + 1 =", "answer": f"One more.\n#### {i + 1}"} for i in range(4)]
+MATH = [{"problem": f"{i} + 2 =", "solution": "...", "answer": str(i + 2), "level": 1} for i in range(3)]
+OLYMPIAD = [
+    {"question": f"{i} + 3 =", "context": "Add." if i else None, "solution": ["..."], "final_answer": [f"${i + 3}$"]}
+    for i in range(2)
+]
+SHORT = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--model.val_sampling.max_completion_length=3",
+         "--model.val_sampling.num_generations=2", "--model.pass_at_k=[1,2]")  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+    for folder, name, rows in (
+        ("gsm8k", "test", GSM8K), ("math500", "test", MATH), ("olympiadbench", "train", OLYMPIAD)
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / folder / f"{name}.jsonl").write_text(text)
+    return Place.at(tmp_path, monkeypatch, capsys)
+
+
+def paths(*names: str) -> list[str]:
+    return [f"--data.test.{name}.path={name}" for name in names]
+
+
+def results(place: Place) -> tuple[dict[str, Any], Path]:
+    found = sorted(place.path.rglob("results.json"), key=lambda file: file.stat().st_mtime_ns)
+    return json.loads(found[-1].read_text()), found[-1].parent
+
+
+def test_a_policy_on_benchmarks_and_a_file(place: Place) -> None:
+    (place.path / "mine.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
+    code, out, said = place.run_with_output(
+        "evaluate", str(TINY), "--benchmarks", "gsm8k,olympiadbench", *paths("gsm8k", "olympiadbench"), *SHORT,
+        "--data.test.mine.path=mine.jsonl",
+    )  # fmt: skip
+    assert code == 0, said[-3000:]
+    found, folder = results(place)
+    metrics, intervals = found["metrics"], found["intervals"]
+    assert [metrics[f"test/{name}/prompts"] for name in ("gsm8k", "olympiadbench", "mine")] == [4, 2, 1]
+    rows = pq.read_table(folder / "completions" / "gsm8k" / "test.parquet").to_pylist()
+    assert {row["answer"] for row in rows} == {"1", "2", "3", "4"}
+    assert all("\\boxed{}" in row["prompt"] for row in rows)
+    rates = [sum(one["correctness"] for one in rows if one["prompt_id"] == name) / 2 for name in
+             {row["prompt_id"] for row in rows}]  # fmt: skip
+    assert metrics["test/gsm8k/avg@2"] == pytest.approx(sum(rates) / 4)
+    asked = pq.read_table(folder / "completions" / "olympiadbench" / "test.parquet").to_pylist()
+    assert [("Add.\n\n1 + 3 =" in row["prompt"]) for row in asked] == [False, False, True, True]
+    sets = ("gsm8k", "olympiadbench", "mine")
+    for name in ("accuracy", "pass@1", "pass@2"):
+        assert metrics[f"test/{name}"] == pytest.approx(sum(metrics[f"test/{one}/{name}"] for one in sets) / 3)
+        low, high = intervals[f"test/{name}"]
+        assert low - 1e-6 <= metrics[f"test/{name}"] <= high + 1e-6
+    table = (folder / "results.md").read_text()
+    assert table in out
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:6]] == [
+        ["| gsm8k", "4", "2"], ["| olympiadbench", "2", "2"], ["| mine", "1", "2"], ["| mean", "7", "2"]
+    ]  # fmt: skip
+
+
+def test_a_run_and_its_checkpoint_without_the_training_prompts(place: Place) -> None:
+    place.config(lambda config: source(config).update(system_prompt="Add the numbers."))
+    code, said = place.run("fit", "--config", "run.yaml")
+    assert code == 0, said[-2000:]
+    (place.path / "pool.jsonl").unlink()
+    run = "runs/small/version_0"
+    seen = []
+    for given in ([run], [f"{run}/checkpoints/last.ckpt"]):
+        code, _, said = place.run_with_output("evaluate", *given, "--benchmarks=math500", *paths("math500"), *SHORT)
+        assert code == 0, said[-2000:]
+        found, folder = results(place)
+        assert Path(found["checkpoint"]) == (place.path / run / "checkpoints" / "last.ckpt").resolve()
+        rows = pq.read_table(folder / "completions" / "math500" / "test.parquet").to_pylist()
+        # Asked as in training, scored as mathematics, though the run has another reward.
+        assert rows[0]["prompt"].startswith("Add the numbers.")
+        assert "reward/math" in rows[0]
+        seen.append([(row["prompt_id"], row["completion"]) for row in rows])
+    assert seen[0] == seen[1]
+
+
+def test_what_cannot_be_measured_is_refused(place: Place) -> None:
+    said = place.refused("evaluate", str(TINY), "--benchmarks", "gsm8k,math50", *paths("gsm8k"))
+    assert "There is no benchmark 'math50': did you mean 'math500'?" in said
+    assert "no prompts are given" in place.refused("evaluate", str(TINY))
+    assert "is not a run folder" in place.refused("evaluate", "runs/none")
+    said = place.refused(
+        "evaluate", str(TINY), "--benchmarks=olympiadbench", "--data.test.olympiadbench.path=gsm8k/test.jsonl"
+    )
+    assert "final_answer" in said and "gsm8k/test.jsonl" in said, said
+    assert "--benchmarks is given nothing" in place.refused("evaluate", "run.yaml", "--benchmarks")
+    assert not [name for name in files(place.path) if "results" in name]
