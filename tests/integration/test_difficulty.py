@@ -67,6 +67,8 @@ def test_fit_evaluate_and_select(tmp_path, capsys, method, more):
     if "--learning_curve" in more:
         curve = json.loads((out / "learning_curve.json").read_text())
         assert {point["questions"] for point in curve if point["method"] == method} >= {48, 96, 192}
+        assert {point["visits"] for point in curve if point["questions"] == 192} == {1, 2, 4}
+        assert "Pearson by what was learnt from" in shown
         assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
     # Half of this file was learnt from in fit, and is left out.
