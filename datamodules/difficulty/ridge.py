@@ -183,7 +183,7 @@ def _fit_members(x: np.ndarray, targets: np.ndarray, blocks: Sequence[int]) -> t
     if not weights.any():  # nothing forecasts anything
         weights[int(np.argmin([fit.error for fit in fits]))] = 1.0
     used = np.flatnonzero(weights)
-    held_out = offset + sum(weights[one] * (fits[one].held_out - offset) for one in used)
+    held_out = offset + np.sum([weights[one] * (fits[one].held_out - offset) for one in used], axis=0)
     return np.stack([precisions[one] for one in used]), RidgeFit(
         coefficients=np.stack([weights[one] * fits[one].coefficients for one in used]),
         offset=offset,
