@@ -111,6 +111,7 @@ METRIC_NAMES = tuple(
         ("difficulty/calibration_temperature", "", "temperature of the forecast's calibration (Dots)"),
         ("difficulty/calibration_bias", "", "bias of the forecast's calibration (Dots)"),
         ("difficulty/kernel_temperature", "", "temperature of the attention over reference prompts (Dots)"),
+        ("difficulty/predictor_used", "", "1 where the trained predictor forecasts, 0 where the kernel does (Dots)"),
         ("difficulty/drift", "logits per step", "estimated drift of all prompts' success (Posterior)"),
         ("difficulty/*_variance", "", "variance components of the model: own, shared, noise, drift (Posterior)"),
         ("difficulty/memory_steps", "steps", "steps after which a prompt's own variation decays to 1/e (Posterior)"),

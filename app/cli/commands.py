@@ -34,7 +34,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "init": Command("write a config for your own data, model and reward", "app.cli.init:main"),
-    "difficulty": Command("train or evaluate a difficulty predictor", "app.studies.difficulty.command:main"),
+    "difficulty": Command("train, evaluate or import a difficulty predictor", "app.studies.difficulty.command:main"),
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),

@@ -42,7 +42,7 @@ def _tree() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         if name == "difficulty":
             actions = commands.add_parser(name, help=command.summary).add_subparsers()
-            for one in ("fit", "evaluate"):
+            for one in ("fit", "evaluate", "import"):
                 _add(actions, one, one, _parser_built_by(partial(COMMANDS["difficulty"].run, [one])))
         elif name == "completion":
             commands.add_parser(name, help=command.summary).add_argument("shell", choices=["bash", "zsh"])

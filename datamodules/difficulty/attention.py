@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,10 +43,11 @@ class InputScale(nn.Module):
 
 
 class KernelRidgeAdapter(nn.Module):
-    """Adapter from a kernel ridge regression: its centred forecast, followed by components of the text.
+    """Adapter from kernel ridge regressions: their centred forecast, followed by components of the text.
 
-    Maps scaled embeddings `u` `[N, E]` to `[N, 1 + R]`: first `gain * (sum_j a_j exp(-|u - c_j|^2 / 2) - own)`, then
-    `u @ basis`.
+    Maps scaled embeddings `u` `[N, E]` to `[N, 1 + R]`: first
+    `gain * (sum_m sum_j a_mj exp(-sum_b t_mb |u_b - c_jb|^2 / 2) - own)` over members m, centres j and blocks b of
+    components, then `u @ basis`.
 
     With this adapter for queries and references, attention weighs reference i by `exp(f_q f_i)`: the references'
     success rates, tilted towards the side of the question's own forecast f_q. A training question's forecast has seen
@@ -56,25 +58,34 @@ class KernelRidgeAdapter(nn.Module):
 
     centres: Tensor
     coefficients: Tensor
+    precision: Tensor
     own: Tensor
     basis: Tensor
     gain: Tensor
 
-    def __init__(self, centres: int, features: int, width: int) -> None:
+    def __init__(self, centres: int, features: int, width: int, blocks: Sequence[int], members: int) -> None:
         super().__init__()
+        self.blocks = list(blocks)
         self.register_buffer("centres", torch.zeros(centres, features))
-        self.register_buffer("coefficients", torch.zeros(centres))
+        self.register_buffer("coefficients", torch.zeros(members, centres))
+        self.register_buffer("precision", torch.ones(members, len(blocks)))
         self.register_buffer("own", torch.zeros(centres))
         self.register_buffer("basis", torch.zeros(features, width - 1))
         self.register_buffer("gain", torch.ones(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        norms = (self.centres**2).sum(1)
         parts = []
         for rows in inputs.split(ROWS):
-            squared = (rows**2).sum(1, keepdim=True) + norms - 2 * rows @ self.centres.T
-            same = (squared < SAME).float()
-            forecast = torch.exp(-0.5 * squared.clamp(min=0)) @ self.coefficients - same @ self.own
+            squared = torch.stack(
+                [
+                    ((u**2).sum(1, keepdim=True) + (c**2).sum(1) - 2 * u @ c.T).clamp(min=0)
+                    for u, c in zip(rows.split(self.blocks, 1), self.centres.split(self.blocks, 1), strict=True)
+                ]
+            )
+            same = (squared.sum(0) < SAME).float()
+            forecast = -same @ self.own
+            for precision, coefficients in zip(self.precision, self.coefficients, strict=True):
+                forecast += torch.exp(-0.5 * torch.einsum("b,bnk->nk", precision, squared)) @ coefficients
             parts.append(torch.cat([self.gain * forecast[:, None], rows @ self.basis], dim=1))
         return torch.cat(parts)
 
@@ -89,8 +100,11 @@ class PredictorConfig:
         depth: linear layers of an adapter.
         dropout: dropout probability in the adapters during training.
         input_dropout: dropout probability of embedding components during training.
-        centres: 0 for DOTS' adapters; else both adapters are a kernel ridge regression on this many training questions,
+        centres: 0 for DOTS' adapters; else both adapters are kernel ridge regressions on this many training questions,
             with `width - 1` principal components of the text.
+        blocks: components of each encoder that was joined into the embeddings of a kernel ridge regression; empty for
+            one block.
+        members: regressions that are added up.
         calibration: head trained with it.
         encoder: text encoder of its embeddings (see `encoders.py`); None for the policy's initial weights.
     """
@@ -101,6 +115,8 @@ class PredictorConfig:
     dropout: float = 0.1
     input_dropout: float = 0.0
     centres: int = 0
+    blocks: Sequence[int] = ()
+    members: int = 1
     calibration: CalibrationName = "group_logit_temperature"
     encoder: str | None = None
 
@@ -109,7 +125,7 @@ def _adapter(config: PredictorConfig) -> nn.Module:
     """Return DOTS' adapter (LayerNorm, linear layers with GELU and dropout in between, LayerNorm) or the ridge one."""
     features, width = config.in_features, config.width
     if config.centres:
-        return KernelRidgeAdapter(config.centres, features, width)
+        return KernelRidgeAdapter(config.centres, features, width, config.blocks or [features], config.members)
     layers: list[nn.Module] = [nn.LayerNorm(features)]
     for _ in range(config.depth - 1):
         layers += [nn.Linear(features, width), nn.GELU(), nn.Dropout(config.dropout)]
@@ -159,12 +175,18 @@ class AttentionPredictor(nn.Module):
     def load(cls, folder: Path) -> AttentionPredictor:
         """Load a saved predictor in evaluation mode. Raises UserError if the folder has none."""
         try:
-            config = PredictorConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            config = PredictorConfig(**saved | {"blocks": tuple(saved.get("blocks", ()))})
             if config.calibration not in BOUNDS:
                 raise ValueError(f"unknown calibration {config.calibration!r}")
             predictor = cls(config)
-            predictor.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            weights = load_file(folder / WEIGHTS)
+            if config.centres and "members" not in saved:  # a regression of before there were several
+                for adapter in ("query", "reference"):
+                    weights[f"{adapter}.coefficients"] = weights[f"{adapter}.coefficients"][None]
+                    weights[f"{adapter}.precision"] = torch.ones(1, 1)
+            predictor.load_state_dict(weights)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{str(folder)!r} holds no difficulty predictor ({str(error).splitlines()[0]}), expected a folder with "
                 f"{CONFIG} and {WEIGHTS}. Train one or leave `predictor` out."

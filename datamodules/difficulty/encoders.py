@@ -1,9 +1,12 @@
-"""Text encoders by name: a model, one of its inner layers, text statistics, or several joined."""
+"""Text encoders by name: a model, one of its inner layers, text statistics, hashed words, or several joined."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ from datamodules.difficulty.cache import cached_embeddings, hash_texts
 from datamodules.difficulty.embeddings import TextEncoder, embed_questions
 from datamodules.errors import UserError
 
-STATISTICS, _STATISTICS_VERSION = "statistics", "v1"
+STATISTICS, WORDS = "statistics", "words"
+WORDS_WIDTH = 2048
+_TOKEN = re.compile(r"\\?\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _SENTENCE = re.compile(r"[.?!]")
@@ -25,8 +30,8 @@ def embed_with(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np
     """Return the vectors of a pool's questions, with every part and the joined matrix cached on disk.
 
     Args:
-        name: a model's folder or hub name; `NAME@20` for its states after layer 20; `statistics` for `statistics`;
-            several joined by `+`, e.g. `statistics+models/encoder`.
+        name: a model's folder or hub name; `NAME@20` for its states after layer 20; `statistics` for `statistics`,
+            `words` for `hashed_words`; several joined by `+`, e.g. `statistics+words+models/encoder`.
         questions: `Q` raw texts.
         cache_dir: folder of the cache; `~` is expanded.
 
@@ -61,14 +66,15 @@ def encoder_parts(name: str) -> list[str]:
 
 
 def _embed_part(name: str, questions: Sequence[str], cache_dir: Path) -> tuple[np.ndarray, str]:
-    if name == STATISTICS:
-        key = hash_texts((STATISTICS, _STATISTICS_VERSION, hash_texts(questions)))
+    if name in _COUNTERS:
+        count, width = _COUNTERS[name]
+        key = hash_texts((name, "v1", hash_texts(questions)))
 
         def fill(out: np.ndarray) -> None:
             for row, question in enumerate(questions):
-                out[row] = statistics(question)
+                out[row] = count(question)
 
-        return cached_embeddings(cache_dir, key, len(questions), lambda: STATISTICS_WIDTH, fill), key
+        return cached_embeddings(cache_dir, key, len(questions), lambda: width, fill), key
     model, at, layer = name.rpartition("@")
     if at and layer.isdigit() and not Path(name).expanduser().is_dir():
         return embed_questions(questions, TextEncoder(model, layer=int(layer)), cache_dir)
@@ -92,3 +98,22 @@ def statistics(question: str) -> list[float]:
         *(question.count(mark) for mark in _COUNTED),
     ]
     return [*np.log1p(np.array(sizes, dtype=np.float64)), float("$" in question)]
+
+
+def hashed_words(question: str) -> np.ndarray:
+    """Return 1 + log(count) of the words and pairs of words, hashed to `WORDS_WIDTH` signed sums, of length 1.
+
+    Commands of LaTeX and marks are words. Without a vocabulary, the vector of a text does not depend on other texts.
+    """
+    words = _TOKEN.findall(question.lower())
+    vector = np.zeros(WORDS_WIDTH)
+    for term, count in Counter(words + [f"{one} {two}" for one, two in pairwise(words)]).items():
+        code = zlib.crc32(term.encode("utf-8", "surrogatepass"))
+        vector[(code >> 1) % WORDS_WIDTH] += (1 if code & 1 else -1) * (1 + np.log(count))
+    return vector / max(float(np.linalg.norm(vector)), 1e-9)
+
+
+_COUNTERS: dict[str, tuple[Callable[[str], Sequence[float] | np.ndarray], int]] = {
+    STATISTICS: (statistics, STATISTICS_WIDTH),
+    WORDS: (hashed_words, WORDS_WIDTH),
+}

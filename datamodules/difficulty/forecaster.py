@@ -14,6 +14,7 @@ from datamodules.difficulty.calibration import (
     CalibrationName,
     fit_calibration,
     refit_line,
+    soft_cross_entropy,
 )
 
 CHUNK = 8192
@@ -44,15 +45,46 @@ class Forecast:
     scale: float
 
 
-def predict(
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedForecaster:
+    """A space whose factor and calibration were fitted to the measured rates of references.
+
+    Attributes:
+        space: vectors of the pool.
+        keys: `[K, D]` key vectors of the references.
+        rates: float64 `[K]` their measured success rates.
+        scale: factor on the similarities.
+        calibration: calibration of the softmax averages.
+        held_out: float64 `[K]` calibrated forecast of every reference from the others; the rates where K is 1.
+    """
+
+    space: Space
+    keys: np.ndarray
+    rates: np.ndarray
+    scale: float
+    calibration: Calibration
+    held_out: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Sum over the references of the soft-label cross-entropy of `held_out`, in nats."""
+        return len(self.rates) * soft_cross_entropy(self.held_out, self.rates)
+
+    def forecast(self) -> Forecast:
+        """Forecast the success rate of every prompt in the pool, by a pass over its vectors."""
+        base = softmax_average(self.space.queries, self.keys, self.rates, self.scale)
+        return Forecast(self.calibration.apply(base), self.calibration, self.scale)
+
+
+def fit_forecaster(
     space: Space,
     positions: np.ndarray,
     rates: np.ndarray,
     head: CalibrationHead | None,
     method: CalibrationName,
     refit: bool,
-) -> Forecast:
-    """Forecast the success rate of every prompt in the pool.
+) -> FittedForecaster:
+    """Fit a space to measured references.
 
     Args:
         space: vectors of the pool.
@@ -70,14 +102,27 @@ def predict(
         with torch.inference_mode():
             slope, bias = head.coefficients(torch.from_numpy(rates).float())
         calibration = Calibration(slope=float(slope), bias=float(bias))
+    held_out = rates
     if len(rates) > 1:
-        held_out = leave_one_out(similarity, rates, scale)
+        base = leave_one_out(similarity, rates, scale)
         if head is None:
-            calibration = fit_calibration(held_out, rates, method)
+            calibration = fit_calibration(base, rates, method)
         if refit:
-            calibration = refit_line(calibration, held_out, rates)
-    base = softmax_average(space.queries, keys, rates, scale)
-    return Forecast(calibration.apply(base), calibration, scale)
+            calibration = refit_line(calibration, base, rates)
+        held_out = calibration.apply(base)
+    return FittedForecaster(space, keys, rates, scale, calibration, held_out)
+
+
+def predict(
+    space: Space,
+    positions: np.ndarray,
+    rates: np.ndarray,
+    head: CalibrationHead | None,
+    method: CalibrationName,
+    refit: bool,
+) -> Forecast:
+    """Forecast the success rate of every prompt in the pool; the arguments are those of `fit_forecaster`."""
+    return fit_forecaster(space, positions, rates, head, method, refit).forecast()
 
 
 def softmax_average(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:

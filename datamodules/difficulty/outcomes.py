@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datamodules.difficulty.records import EXPECTED, read_row
 from datamodules.errors import UserError
 from datamodules.jsonl import read_objects
 from datamodules.seeding import derive_seed
 
-_QUESTION, _RATES = "question", "pass_rate_by_epoch"
 _COLUMNS = ("question", "birth_step", "correctness")
 _Cell = tuple[str, int, float]
 """(question, visit, success rate)."""
@@ -52,21 +53,45 @@ class RecordedOutcomes:
         return centred + level[counts > 0].mean()
 
 
-def read_outcomes(path: Path, smallest_visit: int = 64) -> RecordedOutcomes:
-    """Read the outcomes of a run folder (`completions/*.parquet`), one parquet file, or a JSONL of traces.
+def read_outcomes(*paths: Path, smallest_visit: int = 64) -> RecordedOutcomes:
+    """Read the outcomes of run folders (`completions/*.parquet`), parquet and JSONL files, of one or several models.
 
-    A line of the JSONL is `{"question": text, "pass_rate_by_epoch": [rate, ...]}` with null for a visit that did not
-    measure the question. A group of a run counts once, at the step that generated it, even if it was replayed.
+    Rows are completions as `callbacks.CompletionsLog` writes them, or one of the layouts of `records.read_row`. A group
+    of a run counts once, at the step that generated it, even if it was replayed.
 
     Args:
-        path: file or folder.
-        smallest_visit: successive visits are pooled until each has this many measured questions: references and queries
-            must come from one policy, and a logged step has few.
+        paths: files or folders. Each has its own visits, for references and queries must come from one policy.
+        smallest_visit: successive visits of one path are pooled until each has this many measured questions: a logged
+            step has few.
 
     Raises:
         UserError: there are no outcomes or they are malformed.
     """
-    path = path.expanduser()
+    return _join([_pool_visits(_tabulate(_read(path.expanduser())), smallest_visit) for path in paths], paths)
+
+
+def _join(parts: Sequence[RecordedOutcomes], paths: Sequence[Path]) -> RecordedOutcomes:
+    """Put the visits of several records side by side, with the questions of all of them."""
+    for part, path in zip(parts, paths, strict=True):
+        if not len(part.questions):
+            raise UserError(
+                f"{str(path)!r} records no outcome, expected questions with success rates. Name another file."
+            )
+    questions: dict[str, str] = {}
+    for part in parts:
+        for question in part.questions:
+            questions.setdefault(question_key(question), question)
+    row = {key: number for number, key in enumerate(questions)}
+    rates = np.full((len(row), sum(part.rates.shape[1] for part in parts)), np.nan, dtype=np.float32)
+    first = 0
+    for part in parts:
+        visits = part.rates.shape[1]
+        rates[[row[question_key(question)] for question in part.questions], first : first + visits] = part.rates
+        first += visits
+    return RecordedOutcomes(list(questions.values()), rates)
+
+
+def _read(path: Path) -> Iterator[_Cell]:
     if path.is_dir():
         inside = path / "completions" if (path / "completions").is_dir() else path
         files = sorted(inside.glob("step_*.parquet"))
@@ -75,20 +100,15 @@ def read_outcomes(path: Path, smallest_visit: int = 64) -> RecordedOutcomes:
                 f"{str(path)!r} holds no completions/step_*.parquet, expected the folder of a run "
                 "(runs/NAME/version_N) with callbacks.CompletionsLog. Name such a folder or a JSONL of traces."
             )
-        cells = _from_parquet(files)
-    elif path.suffix == ".parquet":
-        cells = _from_parquet([path])
-    elif path.suffix in (".jsonl", ".ndjson"):
-        cells = _from_traces(path)
-    else:
-        raise UserError(
-            f"{str(path)!r} is not recorded outcomes, expected a run folder, a .parquet of completions or a .jsonl of "
-            f'{{"question", "{_RATES}"}}. Name one of these.'
-        )
-    outcomes = _pool_visits(_tabulate(cells), smallest_visit)
-    if not len(outcomes.questions):
-        raise UserError(f"{str(path)!r} records no outcome, expected questions with success rates. Name another file.")
-    return outcomes
+        return _from_parquet(files)
+    if path.suffix == ".parquet":
+        return _from_parquet([path]) if _is_completions(path) else _from_rows(_parquet_rows(path))
+    if path.suffix in (".jsonl", ".ndjson"):
+        return _from_rows(read_objects(path))
+    raise UserError(
+        f"{str(path)!r} is not recorded outcomes, expected a run folder, a .parquet of completions, or a .jsonl or "
+        f".parquet whose rows have {EXPECTED}. Name one of these."
+    )
 
 
 def question_key(question: str) -> str:
@@ -134,21 +154,25 @@ def _pool_visits(outcomes: RecordedOutcomes, smallest: int) -> RecordedOutcomes:
         return RecordedOutcomes(outcomes.questions, total / np.add.reduceat(measured, starts, axis=1, dtype=np.float32))
 
 
-def _from_traces(path: Path) -> Iterator[_Cell]:
-    for where, row in read_objects(path, (_QUESTION, _RATES)):
-        question, rates = row[_QUESTION], row[_RATES]
-        if (
-            not isinstance(question, str)
-            or not isinstance(rates, list)
-            or not all(rate is None or (isinstance(rate, int | float) and 0 <= rate <= 1) for rate in rates)
-        ):
-            raise UserError(
-                f'{where} holds {str(row)[:60]!r}, expected {{"{_QUESTION}": text, "{_RATES}": [rates in [0, 1] or '
-                "null]}. Correct or remove the line."
-            )
-        for visit, rate in enumerate(rates):
-            if rate is not None:
-                yield question, visit, float(rate)
+def _from_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[_Cell]:
+    visits: dict[str, int] = {}
+    for where, row in rows:
+        question, rates = read_row(row, where)
+        for name, rate in rates.items():
+            # A trace's visits are numbered; models are in the order in which they appear.
+            yield question, int(name) if name.isdigit() else visits.setdefault(name, len(visits)), rate
+
+
+def _is_completions(path: Path) -> bool:
+    try:
+        return set(_COLUMNS) <= set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError):
+        return True  # and reading it says what is wrong
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
+        yield f"{str(path)!r} row {number}", row
 
 
 def _from_parquet(files: Sequence[Path]) -> Iterator[_Cell]:

@@ -1,19 +1,21 @@
-"""Kernel ridge regression on recorded success rates, in the form of an attention predictor.
+"""Kernel ridge regressions on recorded success rates, in the form of an attention predictor.
 
 Closed form except for the calibration head. Bandwidths, ridge and the strength of the tilt are chosen by leave-one-out
 over the training questions, which ridge regression gives without refitting (Allen 1974: the held-out residual of
-question i is `[A^-1 y]_i / [A^-1]_ii` with `A = K + lambda I`).
+question i is `[A^-1 y]_i / [A^-1]_ii` with `A = K + lambda I`). Regressions on single encoders and on several together
+are added with the non-negative weights that forecast the training questions best, each by the regressions' forecasts
+from the others (stacking: Breiman 1996).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from datamodules.difficulty.attention import AttentionPredictor, KernelRidgeAdapter, PredictorConfig
 from datamodules.difficulty.calibration import CalibrationName
@@ -22,6 +24,8 @@ from datamodules.difficulty.training import average_measured, soft_loss, visit_f
 from datamodules.seeding import derive_seed, generator
 
 BANDWIDTHS = (0.5, 0.7, 1.0, 1.5, 2.5)
+TOGETHER = (0.7, 1.0, 1.4, 2.0)
+"""Candidate factors on the bandwidths of single blocks where a kernel multiplies several."""
 RIDGES = np.geomspace(0.03, 30.0, 16)
 GAINS = np.geomspace(0.1, 10.0, 25)
 """Candidate strengths of the tilt, in units of 1 / variance of the forecasts."""
@@ -35,14 +39,14 @@ HEAD_STEPS, HEAD_LEARNING_RATE = 200, 0.03
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RidgeFit:
-    """A ridge regression in its dual form.
+    """A ridge regression in its dual form, or a weighted sum of `M`.
 
     Attributes:
-        coefficients: float64 `[N]` weights of the training rows' kernels.
+        coefficients: float64 `[N]` weights of the training rows' kernels; of a sum `[M, N]`.
         offset: mean of the targets.
         held_out: float64 `[N]` forecast of each training row from the others.
         own: float64 `[N]` contribution of its own target to each training row's forecast.
-        ridge: lambda.
+        ridge: lambda; of a sum 0.
         error: mean squared error of `held_out`.
     """
 
@@ -83,10 +87,11 @@ def fit_kernel_ridge(
     calibration: CalibrationName = "group_logit_temperature",
     seed: int = 0,
 ) -> AttentionPredictor:
-    """Fit a predictor whose adapters are a kernel ridge regression of the questions' mean success rates.
+    """Fit a predictor whose adapters are kernel ridge regressions of the questions' mean success rates.
 
-    The kernel is `exp(-sum_b |u_b - v_b|^2 / (2 h_b^2 E_b))` over blocks of standardised components, with one bandwidth
-    per encoder that was joined into the embeddings. At most `MAX_CENTRES` questions, drawn by `seed`, are used.
+    The kernels are `exp(-sum_b |u_b - v_b|^2 / (2 h_b^2 E_b))` over one block, all but one, or all blocks of
+    standardised components, one block for each encoder that was joined into the embeddings. At most `MAX_CENTRES`
+    questions, drawn by `seed`, are used.
 
     Args:
         embeddings: float32 `[N, E]`.
@@ -101,16 +106,19 @@ def fit_kernel_ridge(
         embeddings, outcomes = embeddings[rows], outcomes.take(rows)
     x = np.asarray(embeddings, dtype=np.float64)
     shift, spread = x.mean(0), x.std(0)
+    for first, last in pairwise(np.cumsum([0, *blocks])):
+        if (x[:, first:last] == 0).mean() > 0.5:  # hashed words: standardised, the rarest would count most
+            spread[first:last] = np.where(spread[first:last] > 1e-9, np.sqrt(np.mean(spread[first:last] ** 2)), 0.0)
     scale = np.where(spread > 1e-9, 1.0 / np.maximum(spread, 1e-9), 0.0)
-    bandwidths, fitted = _choose_bandwidths((x - shift) * scale, outcomes.means, blocks)
-    scale /= np.repeat(bandwidths * np.sqrt(blocks), blocks)
+    scale /= np.repeat(np.sqrt(blocks), blocks)
+    precision, fitted = _fit_members((x - shift) * scale, outcomes.means, blocks)
     centred, rates = fitted.held_out - fitted.offset, torch.from_numpy(outcomes.rates)
     gains = GAINS / max(float(centred.var()), 1e-6)
     gain = float(gains[int(np.argmin([float(soft_loss(_tilted(centred, rates, each), rates)) for each in gains]))])
 
     with torch.random.fork_rng(devices=[]):  # the head's initial weights are drawn from torch's own generator
         torch.manual_seed(derive_seed(seed, "head"))
-        predictor = _assemble((x - shift) * scale, fitted, gain, encoder, calibration)
+        predictor = _assemble((x - shift) * scale, fitted, precision, blocks, gain, encoder, calibration)
     predictor.inputs.shift.copy_(torch.from_numpy(shift))
     predictor.inputs.scale.copy_(torch.from_numpy(scale))
     _fit_head(predictor, _tilted(centred, rates, gain), rates)
@@ -118,12 +126,21 @@ def fit_kernel_ridge(
 
 
 def _assemble(
-    centres: np.ndarray, fitted: RidgeFit, gain: float, encoder: str | None, calibration: CalibrationName
+    centres: np.ndarray,
+    fitted: RidgeFit,
+    precision: np.ndarray,
+    blocks: Sequence[int],
+    gain: float,
+    encoder: str | None,
+    calibration: CalibrationName,
 ) -> AttentionPredictor:
-    """Build both adapters from the regression on scaled `centres` `[N, E]`."""
+    """Build both adapters from the regressions on scaled `centres` `[N, E]` with `1 / h^2` `[M, B]`."""
     rank = min(COMPANIONS, *centres.shape)
     features, width, count = centres.shape[1], 1 + rank, len(centres)
-    config = PredictorConfig(features, width, 0, 0.0, centres=count, calibration=calibration, encoder=encoder)
+    config = PredictorConfig(
+        features, width, 0, 0.0, centres=count, blocks=tuple(blocks), members=len(precision), calibration=calibration,
+        encoder=encoder,
+    )  # fmt: skip
     predictor = AttentionPredictor(config)
     query, reference = predictor.query, predictor.reference
     assert isinstance(query, KernelRidgeAdapter)
@@ -131,6 +148,7 @@ def _assemble(
     for adapter in (query, reference):
         adapter.centres.copy_(torch.from_numpy(centres))
         adapter.coefficients.copy_(torch.from_numpy(fitted.coefficients))
+        adapter.precision.copy_(torch.from_numpy(precision))
         # Attention divides by sqrt(width).
         adapter.gain.fill_((gain * config.width**0.5) ** 0.5)
     reference.own.copy_(torch.from_numpy(fitted.own))
@@ -142,36 +160,59 @@ def _assemble(
     return predictor
 
 
-def _choose_bandwidths(x: np.ndarray, targets: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, RidgeFit]:
-    """Choose bandwidths of least leave-one-out error by two rounds of coordinate search from 1, and fit with them."""
+def _fit_members(x: np.ndarray, targets: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, RidgeFit]:
+    """Fit a regression for every set of blocks, each with bandwidths of least leave-one-out error, and add them up.
+
+    Returns `1 / h^2` `[M, B]` of the members whose weight is not 0 (0 where a kernel lacks a block), and their sum.
+    """
     few = np.unique(np.linspace(0, len(x) - 1, min(MAX_SEARCHED, len(x))).astype(np.int64))
     distances = _block_distances(x[few], blocks)
-
-    @cache
-    def error(bandwidths: tuple[float, ...]) -> float:
-        return fit_ridge(_kernel(distances, bandwidths), targets[few]).error
-
-    best = (1.0,) * len(blocks)
-    for _ in range(2 if len(blocks) > 1 else 1):
-        for block in range(len(blocks)):
-            tried = [(*best[:block], width, *best[block + 1 :]) for width in BANDWIDTHS]
-            best = min(tried, key=error)
     whole = distances if len(few) == len(x) else _block_distances(x, blocks)
-    return np.array(best), fit_ridge(_kernel(whole, best), targets)
+    count = len(blocks)
+    # Each row of `kept` is the set of blocks that a kernel multiplies: one, all but one, or all.
+    kept = np.unique(np.concatenate([np.eye(count), 1 - np.eye(count), np.ones((1, count))]), axis=0)
+    kept = kept[kept.sum(1) > 0]
+    alone = [_best(distances, [row / h**2 for h in BANDWIDTHS], targets[few]) for row in np.eye(count)]
+    precisions, fits = [], []
+    for row in kept:
+        shared = [row * np.sum(alone, axis=0) / factor**2 for factor in (TOGETHER if row.sum() > 1 else (1.0,))]
+        precisions.append(_best(distances, shared, targets[few]))
+        fits.append(fit_ridge(_kernel(whole, precisions[-1]), targets))
+    offset = float(targets.mean())
+    weights, _ = nnls(np.stack([fit.held_out - offset for fit in fits], axis=1), targets - offset)
+    if not weights.any():  # nothing forecasts anything
+        weights[int(np.argmin([fit.error for fit in fits]))] = 1.0
+    used = np.flatnonzero(weights)
+    held_out = offset + np.sum([weights[one] * (fits[one].held_out - offset) for one in used], axis=0)
+    return np.stack([precisions[one] for one in used]), RidgeFit(
+        coefficients=np.stack([weights[one] * fits[one].coefficients for one in used]),
+        offset=offset,
+        held_out=held_out,
+        own=np.sum([weights[one] * fits[one].own for one in used], axis=0),
+        ridge=0.0,
+        error=float(np.mean((targets - held_out) ** 2)),
+    )
 
 
-def _kernel(distances: Sequence[np.ndarray], bandwidths: Sequence[float]) -> np.ndarray:
-    exponent = sum(squared / width**2 for squared, width in zip(distances, bandwidths, strict=True))
+def _best(distances: Sequence[np.ndarray], precisions: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """Return the one of several `1 / h^2` `[B]` of least leave-one-out error."""
+    if len(precisions) == 1:
+        return precisions[0]
+    return min(precisions, key=lambda precision: fit_ridge(_kernel(distances, precision), targets).error)
+
+
+def _kernel(distances: Sequence[np.ndarray], precision: np.ndarray) -> np.ndarray:
+    exponent = sum(weight * squared for squared, weight in zip(distances, precision, strict=True) if weight)
     return np.exp(-0.5 * exponent)
 
 
 def _block_distances(x: np.ndarray, blocks: Sequence[int]) -> list[np.ndarray]:
-    """Return the mean squared distance per component, `[N, N]` for each block."""
+    """Return squared distances `[N, N]` for each block."""
     distances = []
     for first, last in pairwise(np.cumsum([0, *blocks])):
         part = x[:, first:last]
         norms = (part**2).sum(1)
-        distances.append(np.maximum(norms[:, None] + norms - 2 * part @ part.T, 0.0) / (last - first))
+        distances.append(np.maximum(norms[:, None] + norms - 2 * part @ part.T, 0.0))
     return distances
 
 

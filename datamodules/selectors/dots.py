@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ import torch
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace
 from datamodules.difficulty.calibration import BOUNDS, CalibrationHead, CalibrationName
 from datamodules.difficulty.encoders import embed_with
-from datamodules.difficulty.forecaster import Forecast, Space, predict
+from datamodules.difficulty.forecaster import FittedForecaster, Forecast, Space, fit_forecaster
 from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError, nearest
 from datamodules.pool import PromptPool
@@ -21,6 +22,8 @@ from datamodules.selectors.sampling import gumbel
 from datamodules.types import Outcomes
 
 DrawRule = Literal["once", "every_step"]
+
+log = logging.getLogger(__name__)
 
 
 class Dots(Ranker):
@@ -49,6 +52,9 @@ class Dots(Ranker):
             rates measured since: at a small tau the nearest prompts come again in the next step.
         use_measured: whether reference prompts keep their measured rate.
         use_fresh: whether prompts rolled out for training since the latest reference set keep their measured rate.
+        fallback: whether the untrained kernel takes the place of a trained predictor while it forecast the references
+            of all sets so far better (each reference from the others of its set, by soft-label cross-entropy): a
+            predictor of another domain may know less than the kernel. Not in the paper.
     """
 
     uses_references = True
@@ -64,6 +70,7 @@ class Dots(Ranker):
         draw: DrawRule = "every_step",
         use_measured: bool = True,
         use_fresh: bool = True,
+        fallback: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -78,7 +85,9 @@ class Dots(Ranker):
         self.predictor, self.encoder = predictor, encoder
         self.calibration, self.refit, self.draw = calibration, refit, draw
         self.use_measured, self.use_fresh = use_measured, use_fresh
+        self.fallback = fallback
         self._space: Space | None = None
+        self._kernel: Space | None = None
         self._head: CalibrationHead | None = None
         self._references = _Measured()
         self._fresh = _Measured()
@@ -87,6 +96,7 @@ class Dots(Ranker):
         """float64 `[Q]`: the noisy logits of the draw for the latest reference set; None without one."""
         self._turns: np.ndarray
         """int64 `[Q]`: times that each prompt was chosen since then."""
+        self._excess = 0.0  # the predictor's loss minus the kernel's over all reference sets, in nats
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
@@ -102,6 +112,8 @@ class Dots(Ranker):
             self._space = KernelSpace(embeddings, key, context.cache_dir)
             return
         self._space = AttentionSpace(trained, embeddings, key, context.cache_dir)
+        if self.fallback:
+            self._kernel = KernelSpace(embeddings, key, context.cache_dir)
         if self.calibration in (None, trained.config.calibration):
             self._head = trained.head
 
@@ -124,6 +136,7 @@ class Dots(Ranker):
         measured = _Measured(positions, np.clip(outcomes.success_rate, 0.0, 1.0))
         if outcomes.source == "reference":
             self._references, self._fresh, self._forecast = measured, _Measured(), None
+            self._compare()
             expected = self.forecast()
             if self.draw == "once" and expected is not None:
                 self._drawn, self._turns[:] = self._draw(expected, self.draw_generator()), 0
@@ -146,13 +159,32 @@ class Dots(Ranker):
 
     def _predicted(self) -> Forecast:
         """Return the forecast from the references, cached until they change: it costs a pass over the pool."""
-        if self._space is None:
-            raise RuntimeError("Dots has no pool yet. Call setup() first.")
         if self._forecast is None:
-            method = self.calibration or "group_logit_temperature"
-            known = self._references
-            self._forecast = predict(self._space, known.positions, known.rates, self._head, method, self.refit)
+            self._forecast = self._fitted(trained=not self._falls_back).forecast()
         return self._forecast
+
+    @property
+    def _falls_back(self) -> bool:
+        return self._kernel is not None and self._excess > 0
+
+    def _fitted(self, trained: bool) -> FittedForecaster:
+        """Fit to the references the predictor (without one, the kernel), or else the kernel that it falls back to."""
+        space, head = (self._space, self._head) if trained else (self._kernel, None)
+        if space is None:
+            raise RuntimeError("Dots has no pool yet. Call setup() first.")
+        method, known = self.calibration or "group_logit_temperature", self._references
+        return fit_forecaster(space, known.positions, known.rates, head, method, self.refit)
+
+    def _compare(self) -> None:
+        """Add the latest references to what the kernel forecast better than the predictor, and say who takes over."""
+        if self._kernel is None:
+            return
+        before = self._falls_back
+        self._excess += self._fitted(trained=True).loss - self._fitted(trained=False).loss
+        if self._falls_back != before:
+            one, other = "the untrained kernel", "the trained predictor"
+            better, worse = (one, other) if self._falls_back else (other, one)
+            log.warning("selectors.Dots uses %s, which forecast the references better than %s.", better, worse)
 
     def metrics(self) -> dict[str, float]:
         expected = self.forecast()
@@ -164,10 +196,15 @@ class Dots(Ranker):
             "difficulty/calibration_temperature": prediction.calibration.temperature,
             "difficulty/calibration_bias": prediction.calibration.bias,
         }
-        return values if self.predictor else values | {"difficulty/kernel_temperature": 1.0 / prediction.scale}
+        if self._kernel is not None:
+            values["difficulty/predictor_used"] = float(not self._falls_back)
+        if self._falls_back or not self.predictor:
+            values["difficulty/kernel_temperature"] = 1.0 / prediction.scale
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"references": self._references.state(), "fresh": self._fresh.state()}
+        state["excess"] = self._excess
         if self._drawn is not None:
             state |= {"drawn": torch.from_numpy(self._drawn.copy()), "turns": torch.from_numpy(self._turns.copy())}
         return state
@@ -181,6 +218,7 @@ class Dots(Ranker):
         self._forecast = None
         if self.draw == "once" and "drawn" in state:
             self._drawn, self._turns = state["drawn"].numpy().copy(), state["turns"].numpy().copy()
+        self._excess = state.get("excess", 0.0)  # absent from checkpoints of before the fallback
 
 
 @dataclass(frozen=True, slots=True, eq=False)

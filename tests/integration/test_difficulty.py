@@ -67,12 +67,15 @@ def test_fit_evaluate_and_select(tmp_path, capsys, method, more):
     if "--learning_curve" in more:
         curve = json.loads((out / "learning_curve.json").read_text())
         assert {point["questions"] for point in curve if point["method"] == method} >= {48, 96, 192}
+        assert {point["visits"] for point in curve if point["questions"] == 192} == {1, 2, 4}
+        assert "Pearson by what was learnt from" in shown
         assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
-    # Half of this file was learnt from in fit, and is left out.
+    # Most of the first record was learnt from in fit, and is left out.
     longer = tmp_path / "longer.jsonl"
-    longer.write_text(traces.read_text() + write_traces(tmp_path / "new.jsonl", 240, 120).read_text())
-    run(capsys, "evaluate", "--predictor", out, "--outcomes", longer, *arguments)
+    new = write_traces(tmp_path / "new.jsonl", 240, 120)
+    longer.write_text(traces.read_text() + new.read_text())
+    run(capsys, "evaluate", "--predictor", out, "--outcomes", traces, new, *arguments)
     evaluated = json.loads((out / "evaluation" / "results.json").read_text())
     learnt = len(json.loads((out / SEEN).read_text()))
     assert evaluated["settings"]["questions"] == 360

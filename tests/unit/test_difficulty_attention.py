@@ -2,13 +2,16 @@
 
 import json
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
+from app.cli.dots import main
 from datamodules.difficulty.attention import AttentionPredictor, AttentionSpace, PredictorConfig
 from datamodules.difficulty.forecaster import predict
+from datamodules.difficulty.published import read_published
 from datamodules.errors import UserError
 
 ERF = np.vectorize(math.erf)
@@ -93,3 +96,77 @@ def test_unusable_folders_are_user_errors(predictor, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"calibration": "plat"}))
     with pytest.raises(UserError, match="unknown calibration 'plat'"):
         AttentionPredictor.load(tmp_path)
+
+
+class Published(torch.nn.Module):
+    """The layout of the authors' file, by names, and their formula."""
+
+    def __init__(self, features, width, calibration):
+        super().__init__()
+
+        def projection():
+            n = torch.nn
+            inner = [n.Linear(features, width), n.GELU(), n.Dropout(), n.Linear(width, width), n.GELU(), n.Dropout()]
+            return n.Sequential(n.LayerNorm(features), *inner, n.Linear(width, width), n.LayerNorm(width))
+
+        self.sim_head = torch.nn.ModuleDict({"query_proj": projection(), "ref_proj": projection()})
+        if calibration == "group_logit_temperature":
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(2, 10), torch.nn.ReLU(), torch.nn.Linear(10, 2))
+        if calibration in ("platt", "temperature"):
+            self.scale = torch.nn.Parameter(torch.tensor([1.7]))
+        if calibration == "platt":
+            self.res_scale = torch.nn.Parameter(torch.tensor([-0.4]))
+
+    def forward(self, queries, references, rates, calibration):
+        q, r = self.sim_head["query_proj"](queries), self.sim_head["ref_proj"](references)
+        base = torch.softmax(q @ r.T / q.shape[1] ** 0.5, 1) @ rates
+        x = torch.logit(base.clamp(1e-4, 1 - 1e-4))
+        if calibration == "group_logit_temperature":
+            o = self.mlp(torch.stack([rates.mean(), rates.std(correction=0)]))
+            return torch.sigmoid(x / torch.nn.functional.softplus(o[0]).clamp(1e-2, 10) + torch.tanh(o[1]))
+        if calibration == "platt":
+            return torch.sigmoid(self.scale * x + self.res_scale)
+        return torch.sigmoid(x / self.scale) if calibration == "temperature" else base
+
+
+@pytest.mark.parametrize("calibration", ["group_logit_temperature", "platt", "temperature", "none"])
+def test_the_authors_file_is_imported(tmp_path, capsys, calibration):
+    torch.manual_seed(1)
+    theirs = Published(12, 16, calibration).eval()
+    state = {f"regressor.{name}": value for name, value in theirs.state_dict().items()}
+    state["encoder.embed_tokens.weight"] = torch.zeros(2, 2)
+    file = {"model_state_dict": state, "config": Namespace(ref_size=256), "train_metrics": {"epoch_losses": [0.5]}}
+    torch.save(file, tmp_path / "model_final.pt")
+    main(["difficulty", "import", "--file", str(tmp_path / "model_final.pt"), "--out", str(tmp_path / "predictor")])
+    assert "3 layers of width 16 on 12 components" in capsys.readouterr().out
+    ours = AttentionPredictor.load(tmp_path / "predictor")
+    assert ours.config.encoder == "Qwen/Qwen2.5-Math-1.5B-Instruct"
+    queries, references, rates = torch.randn(9, 12), torch.randn(6, 12), torch.rand(6)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(queries, references, rates), theirs(queries, references, rates, calibration))
+
+
+class Executed:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_a_file_that_is_no_published_predictor_is_a_user_error(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(UserError, match=r"cannot be read .*No such file"):
+        read_published(path, "encoder")
+    path.write_text("hello")
+    with pytest.raises(UserError, match="cannot be read as a torch file of weights"):
+        read_published(path, "encoder")
+    layer = "regressor.sim_head.query_proj.1.weight"
+    for content, said in (
+        (torch.zeros(3), "holds Tensor, expected"),
+        ({"state": {}}, "holds state, expected"),
+        ({"model_state_dict": {"lm_head.weight": torch.zeros(2, 2)}}, "holds lm_head.weight in model_state_dict"),
+        ({"model_state_dict": {layer: torch.zeros(4, 3)}}, "do not fit together .*[Mm]issing"),
+        ({"model_state_dict": Executed()}, "cannot be read as a torch file of weights"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=said) as refused:
+            read_published(path, "encoder")
+        assert len(str(refused.value).splitlines()) == 1

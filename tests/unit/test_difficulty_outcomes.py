@@ -50,6 +50,39 @@ def test_short_visits_are_pooled(tmp_path):
     np.testing.assert_array_equal(pooled.rates, expected)
 
 
+def test_published_layouts_by_hand(tmp_path):
+    """Big-Math, Skywork-OR1, lm-eval-harness's samples and a plain rate, side by side as four records."""
+    rows = {
+        "bigmath": [
+            {"problem": "a", "answer": "1", "llama8b_solve_rate": 0.25},
+            {"problem": "b", "answer": "2", "llama8b_solve_rate": None},
+        ],
+        "skywork": [
+            {"prompt": [{"role": "user", "content": text}], "extra_info": {"model_difficulty": wrong}}
+            for text, wrong in (("a", {"1.5B": 12, "7B": 4}), ("c", {"1.5B": 16, "7B": 0}))
+        ],
+        "harness": [
+            {"doc_id": 0, "doc": {"question": "b"}, "filter": "strict", "metrics": ["exact_match"], "exact_match": 0.0},
+            {"doc_id": 0, "doc": {"question": "b"}, "filter": "loose", "metrics": ["exact_match"], "exact_match": 1.0},
+            {"doc_id": 1, "doc": {"problem": "a"}, "acc": 1, "acc_norm": 0},
+        ],
+        "plain": [{"question": "d", "pass_rate": 0.5}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pq.write_table(pa.Table.from_pylist(rows["skywork"]), tmp_path / "skywork.parquet")
+    nan = np.nan
+    expected = [[0.25, 0.25, 0.75, 0.0, nan], [nan, 0.0, 1.0, nan, nan], [nan, nan, nan, 0.5, nan], [nan] * 4 + [0.5]]
+    for ending in ("jsonl", "parquet"):
+        names = ("bigmath.jsonl", f"skywork.{ending}", "harness.jsonl", "plain.jsonl")
+        found = read_outcomes(*(tmp_path / name for name in names), smallest_visit=1)
+        assert found.questions == ["a", "c", "b", "d"]
+        np.testing.assert_array_equal(found.rates, np.array(expected, dtype=np.float32))
+    (tmp_path / "odd.jsonl").write_text('{"problem": "a", "level": 3}\n')
+    with pytest.raises(UserError, match=r"line 1 has the columns problem, level, none .*Expected .*llama8b_solve_rate"):
+        read_outcomes(tmp_path / "odd.jsonl")
+
+
 def test_a_question_that_stands_twice_is_one(tmp_path):
     path = tmp_path / "rates.jsonl"
     lines = [
@@ -73,7 +106,10 @@ def test_means_do_not_reward_being_tried_late():
     [
         ("{", "line 2: Expecting property name"),
         ("[1]", r"line 2: '\[1\]' is not an object"),
-        ('{"question": "a", "pass_rates": [1]}', "line 2 has no 'pass_rate_by_epoch'.*did you mean 'pass_rates'"),
+        (
+            '{"question": "a", "pass_rates": [1]}',
+            "line 2 has the columns question, pass_rates, none .*did you mean 'pass_rates'",
+        ),
         ('{"question": "a", "pass_rate_by_epoch": [1.5]}', "line 2 holds .*expected"),
         ('{"question": "a", "pass_rate_by_epoch": 1}', "line 2 holds .*expected"),
         ('{"question": 3, "pass_rate_by_epoch": [1]}', "line 2 holds .*expected"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from app.reporting.forecast_quality import pearson
 from app.studies.difficulty.forecasters import Material, kernel, linear_ridge, trained
@@ -160,21 +162,54 @@ def test_ridge_leave_one_out_against_refitting():
     np.testing.assert_allclose(in_sample - fit.own, fit.held_out, atol=1e-9)
 
 
-def test_the_ridge_adapter_is_the_regression_and_references_leave_themselves_out(world, tmp_path):
-    rows = world.split.train[:80]
-    predictor = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [12, 20])
+def test_the_ridge_adapter_is_the_regressions_and_references_leave_themselves_out(world, tmp_path):
+    rows, blocks = world.split.train[:80], [12, 20]
+    predictor = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), blocks)
     scale = predictor.inputs.scale.numpy().astype(np.float64)
     u = (world.embeddings - predictor.inputs.shift.numpy()) * scale
-    kernel_matrix = np.exp(-0.5 * ((u[:, None] - u[rows]) ** 2).sum(-1))
-    fit = fit_ridge(kernel_matrix[rows], world.outcomes.take(rows).means)
+    squared = [((part[:, None] - part[rows]) ** 2).sum(-1) for part in np.split(u, blocks[:1], axis=1)]
+    targets, members = world.outcomes.take(rows).means, []
+    for weights in predictor.query.precision.numpy().astype(np.float64):
+        kernel_matrix = np.exp(-0.5 * sum(weight * part for weight, part in zip(weights, squared, strict=True)))
+        members.append((kernel_matrix, fit_ridge(kernel_matrix[rows], targets)))
+    # The sum forecasts held-out questions better than each member: weights by least squares of their forecasts.
+    mean = targets.mean()
+    held_out = np.stack([fit.held_out - mean for _, fit in members], axis=1)
+    stacked = np.linalg.lstsq(held_out, targets - mean, rcond=None)[0]
+    assert (stacked > 0).all()
     gain = float(predictor.query.gain)
     space = AttentionSpace(predictor, world.embeddings, "ridge", tmp_path)
-    np.testing.assert_allclose(space.queries[:, 0], gain * kernel_matrix @ fit.coefficients, atol=2e-3)
+    forecast = sum(
+        w * kernel_matrix @ fit.coefficients for w, (kernel_matrix, fit) in zip(stacked, members, strict=True)
+    )
+    np.testing.assert_allclose(space.queries[:, 0], gain * forecast, atol=4e-3)
     keys = space.keys(rows)
-    np.testing.assert_allclose(keys[:, 0], gain * (fit.held_out - fit.offset), atol=2e-3)
+    np.testing.assert_allclose(keys[:, 0], gain * (held_out @ stacked), atol=4e-3)
     # The text's components are as long as the forecast and not read by attention.
     assert not keys[:, 1:].any()
     assert np.mean(np.sum(space.queries[rows, 1:] ** 2, axis=1)) == pytest.approx(np.var(keys[:, 0]), rel=0.01)
+
+
+def test_a_regression_of_before_there_were_members_loads(world, tmp_path):
+    rows = world.split.train[:60]
+    predictor = fit_kernel_ridge(world.embeddings[rows], world.outcomes.take(rows), [32])
+    predictor.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+    inputs = weights["inputs.scale"]
+    for adapter in ("query", "reference"):
+        bandwidth = float(weights.pop(f"{adapter}.precision")) ** -0.5
+        weights[f"{adapter}.coefficients"] = weights[f"{adapter}.coefficients"][0]
+        weights[f"{adapter}.centres"] = weights[f"{adapter}.centres"] / bandwidth
+        weights[f"{adapter}.basis"] = weights[f"{adapter}.basis"] * bandwidth
+    weights["inputs.scale"] = inputs / bandwidth
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("blocks", "members")})
+    )
+    before, after = predictor, AttentionPredictor.load(tmp_path)
+    x, rates = torch.from_numpy(world.embeddings), torch.from_numpy(world.outcomes.rates[rows, 0])
+    torch.testing.assert_close(after(x, x[rows], rates), before(x, x[rows], rates), atol=1e-4, rtol=1e-3)
 
 
 def test_visits_average_over_their_own_references():

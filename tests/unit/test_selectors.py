@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from datamodules.difficulty.attention import AttentionPredictor, PredictorConfig
+from datamodules.difficulty.calibration import Calibration, fit_calibration, soft_cross_entropy
+from datamodules.difficulty.kernel import fit_temperature
 from datamodules.errors import UserError
 from datamodules.mixture import Mixture, named
 from datamodules.selectors import Dots, SelectionContext, Uniform
@@ -217,7 +219,7 @@ def test_dots_with_a_trained_predictor(embeddings, context, tmp_path):
     with torch.inference_mode():
         target = torch.from_numpy(rates).float()
         expected = predictor(e, e[positions], target).numpy()
-    dots = ready(Dots(predictor=str(tmp_path / "predictor")), context)
+    dots = ready(Dots(predictor=str(tmp_path / "predictor"), fallback=False), context)
     dots.observe(outcomes(positions, rates, "reference"))
     np.testing.assert_allclose(dots.predicted(), expected, atol=1e-5)
     assert "difficulty/kernel_temperature" not in dots.metrics()
@@ -226,6 +228,59 @@ def test_dots_with_a_trained_predictor(embeddings, context, tmp_path):
     assert fitted.metrics()["difficulty/calibration_bias"] != 0
     with pytest.raises(UserError, match="holds no difficulty predictor"):
         ready(Dots(predictor=str(tmp_path / "missing")), context)
+
+
+def test_dots_falls_back_to_the_kernel_while_references_speak_for_it(embeddings, context, tmp_path, caplog):
+    """One predictor, two worlds: success follows the text (the kernel knows), or it follows what was learnt."""
+    folder = str(tmp_path / "predictor")
+    torch.manual_seed(0)
+    predictor = AttentionPredictor(PredictorConfig(in_features=WIDTH, width=32)).eval()
+    predictor.save(tmp_path / "predictor")
+    unit = (embeddings - embeddings.mean(0)) / np.linalg.norm(embeddings - embeddings.mean(0), axis=1, keepdims=True)
+    text = 1 / (1 + np.exp(-4 * unit[:, 0]))
+    positions = np.arange(0, SIZE, 2)
+    dots, kernel = ready(Dots(predictor=folder), context), ready(Dots(), context)
+    for one in (dots, kernel):
+        one.observe(outcomes(positions, text[positions], "reference"))
+    np.testing.assert_array_equal(dots.predicted(), kernel.predicted())
+    assert dots.metrics()["difficulty/predictor_used"] == 0
+    assert "uses the untrained kernel" in caplog.text
+
+    # The loss of either by leave-one-out over the definition, added up over sets of references.
+    def excess(rates):
+        query, key = (
+            adapter(torch.from_numpy(embeddings)).detach().double().numpy()[positions]
+            for adapter in (predictor.query, predictor.reference)
+        )
+        losses = []
+        for similarity, temperature, calibration in (
+            (query @ key.T, 32**0.5, Calibration()),
+            (unit[positions] @ unit[positions].T, None, None),
+        ):
+            if temperature is None:
+                temperature = fit_temperature(similarity, rates)
+            weights = np.exp(similarity / temperature) * (1 - np.eye(len(rates)))
+            base = weights @ rates / weights.sum(1)
+            calibration = calibration or fit_calibration(base, rates, "group_logit_temperature")
+            losses.append(len(rates) * soft_cross_entropy(calibration.apply(base), rates))
+        return losses[0] - losses[1]
+
+    total = excess(text[positions])
+    assert dots.state_dict()["excess"] == pytest.approx(total, abs=0.01)
+    # Where nothing tells one prompt from another, the kernel's fitted temperature has nothing to win either.
+    flat = np.random.default_rng(0).permutation(np.linspace(0.05, 0.95, len(positions)))
+    dots.observe(outcomes(positions, flat, "reference"))
+    assert dots.state_dict()["excess"] == pytest.approx(total + excess(flat), abs=0.02)
+
+    restored = ready(Dots(predictor=folder), context)
+    restored.load_state_dict(saved_and_loaded(dots.state_dict()))
+    np.testing.assert_array_equal(restored.predicted(), dots.predicted())
+    assert restored.metrics() == dots.metrics()
+    restored.load_state_dict(saved_and_loaded(dots.state_dict() | {"excess": -1e-9}))
+    assert restored.metrics()["difficulty/predictor_used"] == 1
+    trained = ready(Dots(predictor=folder, fallback=False), context)
+    trained.observe(outcomes(positions, flat, "reference"))
+    np.testing.assert_array_equal(restored.predicted(), trained.predicted())
 
 
 def test_wrong_arguments_are_one_line_errors(embeddings, tmp_path):

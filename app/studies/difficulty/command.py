@@ -1,10 +1,11 @@
-"""Train and evaluate a predictor of success rates from recorded outcomes (`dots difficulty fit|evaluate`)."""
+"""Train and evaluate a predictor of success rates from recorded outcomes (`dots difficulty fit|evaluate|import`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,14 @@ from app.studies.difficulty.forecasters import METHODS, Forecaster, Material, Sc
 from app.studies.difficulty.report import draw_curve, draw_reliability, print_results, write_results
 from datamodules.difficulty.attention import AttentionPredictor
 from datamodules.difficulty.calibration import CalibrationName
-from datamodules.difficulty.outcomes import QuestionSplit, question_key, read_outcomes, split_questions
+from datamodules.difficulty.outcomes import (
+    QuestionSplit,
+    RecordedOutcomes,
+    question_key,
+    read_outcomes,
+    split_questions,
+)
+from datamodules.difficulty.published import read_published
 from datamodules.errors import UserError, nearest
 from datamodules.seeding import generator
 
@@ -29,18 +37,20 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 _METHOD = "which one is saved: DOTS' trained adapters, or a kernel ridge score in their place; both are measured"
 _OUTCOMES = (
-    "folder of a run (its completions/*.parquet), a parquet of completions, or a JSONL of "
-    '{"question", "pass_rate_by_epoch": [rate or null, ...]}'
+    "one or several records, each of its own model or checkpoints: folder of a run (its completions/*.parquet), a "
+    "parquet of completions (of dots predict), or a JSONL or parquet of "
+    '{"question", "pass_rate_by_epoch": [rate or null, ...]}, of one pass_rate, Big-Math\'s or Skywork\'s columns, '
+    "or samples of lm-eval-harness"
 )
 _ENCODER = (
-    "model folder or hub name; NAME@20 for the states of layer 20, `statistics` for counts of the text, several joined "
-    "by +, e.g. statistics+models/encoder"
+    "model folder or hub name; NAME@20 for the states of layer 20, `statistics` for counts of the text, `words` for "
+    "its hashed words; several joined by +, e.g. statistics+words+models/encoder"
 )
 
 
 def main(args: list[str]) -> None:
     """Run `dots difficulty ACTION` with the arguments that follow it."""
-    actions = {"fit": _fit, "evaluate": _evaluate}
+    actions = {"fit": _fit, "evaluate": _evaluate, "import": _import}
     if not args or args[0] not in (*actions, "-h", "--help"):
         given = repr(args[0]) if args else "nothing"
         hint = nearest(args[0] if args else "", actions)
@@ -48,15 +58,13 @@ def main(args: list[str]) -> None:
     if args[0] in actions:
         actions[args[0]](args[1:])
     else:
-        print("dots difficulty fit|evaluate: train or evaluate a difficulty predictor; add --help to either")
+        print("dots difficulty fit|evaluate|import: train, measure or import a predictor; add --help to one")
 
 
 def _fit(args: list[str]) -> None:
     options = read_options(fit_parser(), args)
-    out = Path(options.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {options.out} exists and is not an empty folder. Give a new folder.")
-    outcomes = read_outcomes(Path(options.outcomes))
+    out = _new_folder(options.out)
+    outcomes = read_outcomes(*map(Path, options.outcomes))
     with Material.of(outcomes, options.encoder, Path(options.cache_dir)) as material:
         splits = [
             split_questions(outcomes.questions, options.seed, options.validation, options.test, fold)
@@ -99,21 +107,21 @@ def _evaluate(args: list[str]) -> None:
     encoder = options.encoder or predictor.config.encoder
     if encoder is None:
         raise UserError(f"--predictor {options.predictor} names no encoder, expected one. Give --encoder.")
-    outcomes = read_outcomes(Path(options.outcomes))
+    outcomes = read_outcomes(*map(Path, options.outcomes))
     learnt = set(json.loads((folder / SEEN).read_text(encoding="utf-8"))) if (folder / SEEN).is_file() else set()
     unseen = np.array(
         [row for row, question in enumerate(outcomes.questions) if _hash(question) not in learnt], dtype=np.int64
     )
     with Material.of(outcomes, encoder, Path(options.cache_dir)) as material:
         contenders = {"predictor": trained(predictor, material), "kernel": forecasters.kernel(material)}
-        contenders["mean"] = forecasters.mean(material)
+        contenders |= {"length": forecasters.length(material), "mean": forecasters.mean(material)}
         results = {
             name: [score(one, outcomes, unseen, unseen, options.references, options.seed)]
             for name, one in contenders.items()
         }
     if not len(results["mean"][0].forecast):
         raise UserError(
-            f"--outcomes {options.outcomes} has {len(unseen)} of {len(outcomes.questions)} questions that it "
+            f"--outcomes {' '.join(options.outcomes)} has {len(unseen)} of {len(outcomes.questions)} questions that it "
             "did not learn from, too few to forecast some from others. Give other outcomes."
         )
     out = Path(options.out).expanduser() if options.out else folder / "evaluation"
@@ -122,6 +130,18 @@ def _evaluate(args: list[str]) -> None:
     write_results(out / "results.json", results, settings | counts)
     draw_reliability(out / "reliability.png", results)
     print_results(f"{len(unseen)} questions; {len(outcomes.questions) - len(unseen)} left out as learnt from", results)
+
+
+def _import(args: list[str]) -> None:
+    options = import_parser().parse_args(args)
+    out = _new_folder(options.out)
+    predictor = read_published(Path(options.file).expanduser(), options.encoder)
+    predictor.save(out)
+    config = predictor.config
+    print(
+        f"{out}: {config.depth} layers of width {config.width} on {config.in_features} components of {config.encoder}, "
+        f"calibration {config.calibration}. Use it by data.selector.predictor={out}"
+    )
 
 
 def _contenders(
@@ -134,30 +154,38 @@ def _contenders(
     rows = np.concatenate([split.train, split.validation])
     yield "ridge on embeddings", forecasters.linear_ridge(material, rows), None
     yield "kernel, untrained", forecasters.kernel(material), None
+    yield "length of the text", forecasters.length(material), None
     yield "mean of references", forecasters.mean(material), None
 
 
 def _learning_curve(material: Material, splits: list[QuestionSplit], options: Namespace) -> Iterator[dict[str, object]]:
-    """Yield scores of methods that learnt from shares of the training questions; the references stay the same."""
+    """Yield scores of methods that learnt from a share of the training questions, or from the first visits alone.
+
+    The references and the tested visits stay the same.
+    """
 
     def part_of(rows: np.ndarray, share: float) -> np.ndarray:
         # The first part of a random order: a larger share contains a smaller one.
         shuffled = generator(options.seed, "learning curve").permutation(rows)
         return np.sort(shuffled[: round(share * len(rows))])
 
-    jobs = [(share, split) for share in SHARES for split in splits]
-    for share, split in track(jobs, "learning curve", transient=True):
+    rates = material.outcomes.rates
+    visits = sorted({max(1, round(share * rates.shape[1])) for share in SHARES})
+    sizes = [(share, visits[-1]) for share in SHARES] + [(1.0, count) for count in visits[:-1]]
+    for (share, count), split in track([(size, split) for size in sizes for split in splits], "curve", transient=True):
         part = QuestionSplit(part_of(split.train, share), part_of(split.validation, share), split.test)
         if min(len(part.train), len(part.validation)) < 2:
             continue
+        outcomes = RecordedOutcomes(material.outcomes.questions, rates[:, :count])
+        learnt_from = replace(material, outcomes=outcomes)
         # Folds differ by at most one question, so the first one's size is used for all.
         size = round(share * (len(splits[0].train) + len(splits[0].validation)))
-        methods = {name: trained(fit_predictor(name, material, part, options), material) for name in METHODS}
+        methods = {name: trained(fit_predictor(name, learnt_from, part, options), material) for name in METHODS}
         rows = np.concatenate([part.train, part.validation])
-        methods["ridge on embeddings"] = forecasters.linear_ridge(material, rows)
+        methods["ridge on embeddings"] = forecasters.linear_ridge(learnt_from, rows)
         for name, forecaster in methods.items():
             figures = _score_held_out(forecaster, material, split, options).figures
-            yield {"method": name, "questions": size, **figures}
+            yield {"method": name, "questions": size, "visits": count, **figures}
 
 
 def _score_held_out(forecaster: Forecaster, material: Material, split: QuestionSplit, options: Namespace) -> Scored:
@@ -170,12 +198,32 @@ def _hash(question: str) -> str:
     return hashlib.blake2b(question_key(question).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def _new_folder(name: str) -> Path:
+    out = Path(name).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {name} exists and is not an empty folder. Give a new folder.")
+    return out
+
+
+def import_parser() -> DotsArgumentParser:
+    """Return the parser of `dots difficulty import`."""
+    parser = command_parser(
+        "difficulty import",
+        "Reads a predictor that the code of DOTS' authors trained, a torch file of weights. Nothing in it is executed. "
+        "For example: dots difficulty import --file model_final.pt --out predictors/published",
+    )
+    parser.add_argument("--file", type=str, required=True, help="the authors' predictor, such as model_final.pt")
+    parser.add_argument("--out", type=str, required=True, help="folder of the predictor")
+    parser.add_argument("--encoder", type=str, default="Qwen/Qwen2.5-Math-1.5B-Instruct", help=_ENCODER)
+    return parser
+
+
 def fit_parser() -> DotsArgumentParser:
     """Return the parser of `dots difficulty fit`."""
     parser = command_parser(
         "difficulty fit",
         "Trains a predictor of success rates and measures it on questions that it has not seen. For example: "
-        "dots difficulty fit --outcomes rates.jsonl --encoder statistics+ENCODER --out predictors/first --folds 5",
+        "dots difficulty fit --outcomes rates.jsonl --encoder statistics+words+ENCODER --out predictors/one --folds 5",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file of these options")
@@ -186,7 +234,9 @@ def fit_parser() -> DotsArgumentParser:
     add("--folds", type=int, default=1, help="test parts measured in turn; the predictor of the first is saved")
     add("--test", type=float, default=0.2, help="share of the questions that each fold tests on")
     add("--validation", type=float, default=0.1, help="share of the questions for the early stopping of attention")
-    add("--learning_curve", type=bool, default=False, nargs="?", const=True, help="measure on fewer questions as well")
+    add(
+        "--learning_curve", type=bool, default=False, nargs="?", const=True, help="also from fewer questions and visits"
+    )
     add("--width", type=int, default=64, help="attention: width of the adapters (DOTS: 896)")
     add("--depth", type=int, default=1, help="attention: linear layers of an adapter (DOTS: 3)")
     add("--dropout", type=float, default=0.1, help="attention: dropout in the adapters")
@@ -214,7 +264,7 @@ def evaluate_parser() -> DotsArgumentParser:
 
 
 def _add_common(parser: DotsArgumentParser) -> None:
-    parser.add_argument("--outcomes", type=str, required=True, help=_OUTCOMES)
+    parser.add_argument("--outcomes", type=str, nargs="+", required=True, help=_OUTCOMES)
     parser.add_argument("--references", type=int, default=256, help="reference prompts at every visit, K")
     parser.add_argument("--seed", type=int, default=0, help="seed of splits, draws and weights")
     parser.add_argument("--cache_dir", type=str, default="~/.cache/dots", help="folder of cached embeddings")
@@ -223,8 +273,9 @@ def _add_common(parser: DotsArgumentParser) -> None:
 def read_options(parser: DotsArgumentParser, args: list[str]) -> Namespace:
     """Parse the command line. Raise UserError, or exit with one line, for options that cannot be used."""
     options = parser.parse_args(args)
-    if not Path(options.outcomes).expanduser().exists():
-        raise UserError(f"--outcomes {options.outcomes} does not exist. Give a {_OUTCOMES}.")
+    for outcomes in options.outcomes:
+        if not Path(outcomes).expanduser().exists():
+            raise UserError(f"--outcomes {outcomes} does not exist. Give {_OUTCOMES}.")
     for name, least in (("references", 2), ("folds", 1), ("width", 1), ("depth", 1)):
         if name in options and options[name] < least:
             raise UserError(f"--{name} is {options[name]}, expected at least {least}. Give a larger number.")

@@ -87,6 +87,18 @@ def mean(material: Material) -> Forecaster:
     return lambda rows, rates: np.full(len(material.embeddings), rates.mean())
 
 
+def length(material: Material) -> Forecaster:
+    """Return the least-squares line of success rate on log length that the references give."""
+    x = np.log1p([len(question) for question in material.outcomes.questions])
+
+    def forecast(rows: np.ndarray, rates: np.ndarray) -> np.ndarray:
+        centred = x[rows] - x[rows].mean()
+        slope = centred @ rates / max(float(centred @ centred), 1e-9)
+        return np.clip(rates.mean() + slope * (x - x[rows].mean()), 0.0, 1.0)
+
+    return forecast
+
+
 def linear_ridge(material: Material, rows: np.ndarray) -> Forecaster:
     """Return a ridge regression of mean success rates on standardised embeddings, shifted to the references' mean.
 

@@ -70,16 +70,19 @@ def draw_reliability(path: Path, results: Results) -> None:
 
 
 def draw_curve(folder: Path, fits: Sequence[Mapping[str, object]]) -> None:
-    """Write `learning_curve.json` and `learning_curve.png` (mean and deviation of Pearson over folds).
+    """Print and write the learning curves (`learning_curve.json`), and draw the one over questions (`.png`).
 
-    Each fit is its `method`, the number of `questions` that it learnt from, and its figures by name.
+    Each fit is its `method`, the numbers of `questions` and `visits` that it learnt from, and its figures by name.
     """
-    plain = pd.DataFrame(fits).astype(object).where(lambda table: table.notna(), None).to_dict("records")  # NaN as null
+    table = pd.DataFrame(fits)
+    means = table.groupby(["questions", "visits", "method"], sort=False)["pearson"].mean().unstack()
+    print(f"\nPearson by what was learnt from\n\n{means.sort_index().round(3).to_string()}")
+    plain = table.astype(object).where(lambda table: table.notna(), None).to_dict("records")  # NaN as null
     (folder / "learning_curve.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
-        for method, rows in pd.DataFrame(fits).groupby("method", sort=False):
+        for method, rows in table[table["visits"] == table["visits"].max()].groupby("method", sort=False):
             sizes = rows.groupby("questions")["pearson"]
             mean, deviation = sizes.mean(), sizes.std(ddof=0)
             axes.errorbar(mean.index, mean, yerr=deviation, fmt="o-", capsize=2, label=method)
