@@ -188,7 +188,7 @@ def step_of(**options: object) -> StepSizes:
 def test_cache_is_the_engines_own() -> None:
     model = Policy(str(TINY)).load().eval()
     shape, rows, prompts = DecoderShape.of(model), 5, 2
-    cache = SharedPromptCache(shape.layers, rows, prompts, columns=28)
+    cache = SharedPromptCache(shape.layers, rows, prompts, columns=28, rows_per_prompt=3)
     prefilled = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.arange(24).view(2, 12), past_key_values=prefilled, use_cache=True)
