@@ -53,7 +53,7 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "type": ((*FIT, "--data.prompts_per_step=few"), "data.prompts_per_step=few: expected int"),
     "literal": (
         (*FIT, "--model.advantage_scale=grp"),
-        "model.advantage_scale=grp: expected one of 'group', 'batch', 'none'. Did you mean 'group'?",
+        "model.advantage_scale=grp: expected one of 'group', 'batch', 'batch_centred', 'none'. Did you mean 'group'?",
     ),
     "class": (
         (*FIT, "--data.selector=Dotz"),

@@ -139,8 +139,9 @@ def test_an_architecture_on_the_slow_path_is_named(place: Place) -> None:
 
 def test_a_policy_of_the_hub_without_the_hub(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config = str(ROOT / "configs" / "paper" / "qwen2.5_math_1.5b_deepscaler.yaml")
-    said = place.refused("describe", "--config", config, "--model.policy.path=nobody/has-this")
+    folder = ROOT / "configs" / "paper" / "dots"
+    setting = (f"--config={folder}/base.yaml", f"--config={folder}/qwen2.5_math_1.5b_deepscaler.yaml")
+    said = place.refused("describe", *setting, "--model.policy.path=nobody/has-this")
     assert "policy.path=nobody/has-this: there is no such folder here, and the hub cannot be reached." in said
 
 
