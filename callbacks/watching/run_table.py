@@ -124,8 +124,9 @@ def _set_rows(module: GRPOModule, datamodule: OnlinePromptDataModule) -> list[Ro
     for name, one in datamodule.sets.items():
         if "/" in name:
             sampling = module.sampling_of(one)
-            text = f"{sampling.num_generations} completions at temperature {sampling.temperature:g}"
-            rows.append((f"  {name}, per prompt", "", text + (f", every {one.every} steps" if one.every > 1 else "")))
+            every = f", every {one.every} steps" if one.every > 1 else ""
+            drawn = f"{sampling.num_generations} at T {sampling.temperature:g}"  # a column of 14 letters
+            rows.append((f"  {name}, completions{every}", "", drawn))
     return rows
 
 

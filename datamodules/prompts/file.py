@@ -116,7 +116,7 @@ class PromptFile(PromptSource):
         chat_template_kwargs: arguments of the chat template, e.g. `{enable_thinking: false}`.
         max_prompt_length: prompts of more tokens are dropped and counted.
         limit: number of rows to read, from the start.
-        size: number of prompts to keep, a random sample that is the same in every run; null for all of them.
+        sample_size: number of prompts to keep, a random sample that is the same in every run; null for all of them.
         weight: weight of this source among several (see `data.mixture`); null for its number of prompts.
         rewards: names of those of model.rewards that score these prompts (a reward's `name`, by default its class or
             function in lower case); null for all of them.
@@ -143,14 +143,14 @@ class PromptFile(PromptSource):
         rewards: list[str] | None = None,
         glob: bool = False,
         encoding: str | None = None,
-        size: int | None = None,
+        sample_size: int | None = None,
     ) -> None:
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
-        self._check_positive(limit=limit, size=size)
+        self._check_positive(limit=limit, sample_size=sample_size)
         if not path:
             raise UserError("PromptFile path is empty. Name a file, a folder or a hub data set.")
         self.path, self.name, self.split, self.limit, self.glob = path, name, split, limit, glob
-        self.encoding, self.size = encoding, size
+        self.encoding, self.sample_size = encoding, sample_size
         self.overrides = SchemaOverrides(prompt_column, answer_column, answer_format, id_column)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -168,9 +168,9 @@ class PromptFile(PromptSource):
         schema = detect(table.columns, probe, self.overrides, source)
         self._check_same_columns([(one.file or path, one) for path, table in read for one in files_of(table)], schema)
         pool = read_pool(table, schema, self.renderer(tokenizer), source, self.max_prompt_length, self.context_limit)
-        if self.size is None or pool.report is None:
+        if self.sample_size is None or pool.report is None:
             return pool
-        sample = sample_pool(pool, self.size, "sample")
+        sample = sample_pool(pool, self.sample_size, "sample")
         sample.report = replace(pool.report, kept=len(sample))
         return sample
 

@@ -760,8 +760,8 @@ def test_the_rows_of_sources_and_sets() -> None:
     source = PromptFile("unread.jsonl")
     data = OnlinePromptDataModule(source, val={"a": source, "b": ValidationSet(source, every=2)})
     assert run_table._set_rows(module_like(), data) == [
-        ("  val/a, per prompt", "", "2 completions at temperature 0.5"),
-        ("  val/b, per prompt", "", "4 completions at temperature 0.5, every 2 steps"),
+        ("  val/a, completions", "", "2 at T 0.5"),
+        ("  val/b, completions, every 2 steps", "", "4 at T 0.5"),
     ]
     assert run_table._set_rows(module_like(), OnlinePromptDataModule(source, val=source)) == []
 
@@ -942,7 +942,7 @@ def test_what_was_measured_is_written_and_said(
         state=SimpleNamespace(fn=Stage(command)), logger=None, default_root_dir=tmp_path / "new", datamodule=data,
         callback_metrics=metrics, ckpt_path=None,
     )  # fmt: skip
-    module = module_like(policy_path="tiny")
+    module = module_like(policy_path="tiny", measured_sets=lambda stage: {})
     results = Results()
     for _ in range(2):  # nothing is left of the one before
         results.on_validation_start(trainer, module)

@@ -26,6 +26,7 @@ from tests.support.selector_builders import PLAIN, outcomes, pool_of, random_emb
 
 ELSEWHERE = {
     "completions/mean_terminated_length",
+    "difficulty/predictor_used",  # with a trained predictor only
     "epoch",
     "ranks/update_token_imbalance",
     "rollout_ahead/age_max",

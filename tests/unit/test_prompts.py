@@ -228,16 +228,16 @@ def test_missing_things_are_named_with_what_is_near(tmp_path: Path) -> None:
 
 def test_a_sample_is_the_same_for_every_seed_and_is_spread_over_the_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": f"q{i}", "answer": "1"} for i in range(200)])
-    pool = load(path, size=40)
+    pool = load(path, sample_size=40)
     assert str(pool.report) == f"{path} (question -> answer): 200 rows read, 40 prompts kept"
     places = [int(prompt.question[1:]) for prompt in pool]
     assert places == sorted(set(places))
     assert len(places) == 40
     assert 3 < sum(place < 40 for place in places) < 18  # hypergeometric: 8 with a standard deviation of 2.3
-    again = PromptFile(str(path), size=40).load(character_tokenizer(), seed=11)
+    again = PromptFile(str(path), sample_size=40).load(character_tokenizer(), seed=11)
     assert again.ids == pool.ids
     assert pool[7].index == 7
-    assert load(path, size=500).ids == load(path).ids
+    assert load(path, sample_size=500).ids == load(path).ids
 
 
 def test_split_is_disjoint_ordered_and_stable(tmp_path: Path) -> None:

@@ -179,10 +179,10 @@ class VllmServer(FleetOptions, RolloutEngine):
         assert fleet.version is not None
         ends = end_token_ids(self.model, self.tokenizer)
         allowed = limits_of(sampling, seeds, limits)
-        numbers: dict[tuple[int, ...], int] = {}  # equal prompts are one
+        numbers: dict[tuple[str, tuple[int, ...]], int] = {}  # the samples of a prompt may come one by one
         requests = [
             _Request(
-                numbers.setdefault(prompt.token_ids, len(numbers)),
+                numbers.setdefault((prompt.id, prompt.token_ids), len(numbers)),
                 {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed, limit)},
             )
             for prompt, drawn, its in zip(prompts, seeds, allowed, strict=True)
