@@ -45,6 +45,7 @@ def test_the_cockpit_opens_in_a_browser(finished: Path) -> None:
     assert (finished / "cockpit.png").stat().st_size > 20_000
 
 
+@pytest.mark.long
 def test_tensorboard_reads_the_layout(finished: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(finished), "--port", str(port)]

@@ -97,6 +97,7 @@ def shown(place: Place, *arguments: str) -> str:
     return out
 
 
+@pytest.mark.long
 def test_sources_need_no_class_path_and_one_takes_the_place_of_several(place: Place) -> None:
     several = {"a": {"path": "pool.jsonl", "template": "Q: {question}"}, "b": {"path": "other.jsonl"}}
     measured: dict[str, Any] = {

@@ -109,6 +109,7 @@ def test_everything_generated_is_trained_on_kept_or_counted(finished: Path):
         assert fraction == pytest.approx(1 - informative, abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_choice_is_shown_against_a_uniform_one(finished: Path):
     curves = scalars(finished)
     assert sum(curves["selection/explored_fraction"].values()) > 0

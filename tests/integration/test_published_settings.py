@@ -247,7 +247,7 @@ FIRST = {
 
 @pytest.mark.parametrize(
     ("setting", "overlays"),
-    [pytest.param(*twin, marks=() if twin[0] in FIRST else pytest.mark.long) for twin in TWINS],
+    [pytest.param(*twin, marks=() if twin[0] in FIRST and not twin[1] else pytest.mark.long) for twin in TWINS],
 )
 def test_its_small_twin_trains(place: Place, setting: str, overlays: tuple[str, ...]) -> None:
     replays = setting.startswith("dots/") and overlays != ("grpo",)

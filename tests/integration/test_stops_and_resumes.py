@@ -307,6 +307,7 @@ def test_a_resume_does_what_it_announces(trained: Place, name: str) -> None:
         assert first[key] == pytest.approx(value), key
 
 
+@pytest.mark.long
 def test_a_resume_between_shared_calls_is_the_whole_run(trained: Place) -> None:
     """References share the engine's call with the prompts of steps 2 and 4; the run is cut before and after these."""
     shared = listed("callbacks.ReferenceRollouts", size=3, every=2, with_training=True)

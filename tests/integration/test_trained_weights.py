@@ -144,6 +144,7 @@ def test_adapters_are_float32_over_weights_in_the_dtype_of_the_file(place: Place
     assert all(one.abs().max() > 0 for name, one in adapters.items() if "lora_B" in name)
 
 
+@pytest.mark.long
 def test_adapters_alone_are_the_policy_over_its_own_weights(place: Place) -> None:
     """In peft, adapters that were exported alone give the logits of the policy that was exported whole."""
     sums(place, policy={"path": str(TINY), "lora": {"rank": 2}}, optimization={"learning_rate": 1e-2})
