@@ -82,7 +82,7 @@ def test_sources_and_sets_are_trained_on_and_measured_apart(place: Place) -> Non
     place.config(lambda config: [two_of_each(config), config["checkpoint"].update(keep_best="val/sums/accuracy")])
     code, out, said = place.run_with_output("fit", "--config", "run.yaml")
     assert code == 0, said
-    for told in ("source sums", "75.0%", "val/sums, per prompt", "first prompt of code, "):
+    for told in ("source sums", "75.0%", "val/sums, completions", "first prompt of code, "):
         assert told in out
     found = logged(run_of(place))
 
@@ -148,7 +148,7 @@ def test_test_and_describe_know_the_sets(place: Place) -> None:
     assert code == 0, said
     assert "source code (mixture keep)" in out
     assert "weight 3" in out
-    assert "val/sums, per prompt" in out
+    assert "val/sums, completions" in out
 
 
 def test_a_column_data_source_is_measured_by_its_values(place: Place) -> None:
