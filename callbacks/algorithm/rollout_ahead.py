@@ -42,8 +42,8 @@ class RolloutAhead(StepCallback):
     With `partial_rollout_tokens` (partial rollouts: Kimi k1.5, arXiv 2501.12599) it cuts them instead: every completion
     in flight gets at most so many new tokens in a step, and is continued in the next one by the new policy. The first
     complete groups, in the order in which their prompts were chosen, are trained on; the others wait. While too few are
-    complete, the step goes on to generate. What is cut depends on numbers of tokens only, so a run with the same seed
-    is the same run. A group is not cut in the last step in which `staleness` permits it. A complete group that no step
+    complete, the step keeps generating. Cuts depend on token counts alone, so the same seed gives the same run. A group
+    is not cut in the last step in which `staleness` permits it. A complete group that no step
     needed in time ages out as a whole: a replay buffer may keep it, and its prompt can be chosen again.
 
     An engine that generates in the trainer's process cannot overlap rollouts and updates, but can cut.
