@@ -48,6 +48,21 @@ def mark_stop_received(trainer: Trainer) -> None:
     trainer._signal_connector.received_sigterm = True
 
 
+def after_signal_handlers(trainer: Trainer, then: Callable[[], None]) -> None:
+    """Call `then` as soon as Lightning has installed its signal handlers, before any other hook of the run.
+
+    The first hook that follows is `on_train_start`, in which engines start, which may take minutes.
+    """
+    connector = trainer._signal_connector
+    install = connector.register_signal_handlers
+
+    def install_both() -> None:
+        install()
+        then()
+
+    setattr(connector, "register_signal_handlers", install_both)  # noqa: B010  # a method to mypy
+
+
 def is_subprocess_launcher(launcher: object) -> TypeGuard[_SubprocessScriptLauncher]:
     """Return whether the launcher started the run's other processes, and can therefore kill them.
 

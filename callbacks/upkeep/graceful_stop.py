@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.module import GRPOModule
 from app.ranks import LostRankError, Ranks
-from app.runs.lightning_internals import is_subprocess_launcher, mark_stop_received
+from app.runs.lightning_internals import after_signal_handlers, is_subprocess_launcher, mark_stop_received
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import validation_follows
 from datamodules.types import TrainBatch
@@ -37,9 +37,11 @@ class GracefulStop(StepCallback):
         self._received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
-        # Lightning has installed its own handlers by now.
-        if threading.current_thread() is threading.main_thread():
+    def on_fit_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        after_signal_handlers(trainer, self._take_over)
+
+    def _take_over(self) -> None:
+        if threading.current_thread() is threading.main_thread() and not self._before:
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
 

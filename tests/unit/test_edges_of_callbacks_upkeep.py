@@ -28,18 +28,21 @@ from callbacks import (
     ClockBudget,
     GracefulStop,
     RandomState,
+    Rollouts,
     RunCheckpoint,
     RunChecks,
     RunFolder,
     RunLedger,
     ShardedPolicy,
 )
+from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.checkpoint import can_validate, check_places, is_over, validation_follows
 from callbacks.upkeep.failed_step import FailedStep
 from callbacks.watching.validation import EndValidation, StartValidation
 from datamodules.errors import UserError
 from datamodules.types import TrainBatch
 from tests.support.builders import group, prompt
+from tests.support.scripted_run import HALF, scripted_run
 from tests.support.selector_builders import saved_and_loaded
 from tests.support.trainers import MODULE, trainer_with
 
@@ -80,10 +83,10 @@ def test_all_global_generators_continue_bit_by_bit(generators: None, normals: in
     one.load_state_dict(state)
     seed_all(4)
     assert draws() == untouched  # what is drawn between loading and training is the start's own
-    one.on_train_start(trainer_with(), MODULE)
+    one._take_over()
     assert draws() + draws() == expected
     seed_all(4)
-    one.on_train_start(trainer_with(), MODULE)  # another call of fit goes on
+    one._take_over()  # another call of fit goes on
     assert draws() == untouched
 
 
@@ -96,7 +99,7 @@ def test_generators_of_gpus_are_restored_where_there_are_as_many(
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
     one, states = RandomState(), [torch.tensor([number]) for number in range(saved)]
     one.load_state_dict(RandomState().state_dict() | {"cuda": states})
-    one.on_train_start(trainer_with(), MODULE)
+    one._take_over()
     assert given == ([states] if restored else [])
 
 
@@ -237,7 +240,7 @@ class Ranks:
 def stop() -> Iterator[GracefulStop]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     one = GracefulStop()
-    one.on_train_start(trainer_with(), MODULE)
+    one._take_over()
     yield one
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -285,7 +288,7 @@ def test_a_signal_is_noted_and_obeyed_once_the_step_is_over(
 def test_handlers_are_those_of_before_once_the_run_is_over() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     one = GracefulStop()
-    one.on_train_start(trainer_with(), MODULE)
+    one._take_over()
     assert all(signal.getsignal(number) != handler for number, handler in before.items())
     one.teardown(trainer_with(), MODULE, "fit")
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
@@ -293,6 +296,26 @@ def test_handlers_are_those_of_before_once_the_run_is_over() -> None:
     one.teardown(trainer_with(), MODULE, "fit")  # which has nothing left to put back
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
+class Signalled(StepCallback):
+    """Gets SIGTERM while the engine starts."""
+
+    stage = Stage.PUSH_WEIGHTS
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_comes_while_an_engine_starts_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning's own handler would broadcast, and hang where the other ranks wait for something else."""
+    with pytest.raises(SystemExit) as raised:
+        scripted_run(tmp_path, monkeypatch, [HALF] * 4, [Rollouts(), GracefulStop(), Signalled()], steps=3)
+    said = capfd.readouterr().err
+    assert said.index("dots: stopping after the step in progress") < said.index("stopped by SIGTERM after 1 of 3")
+    assert raised.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
