@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import torch
 import yaml
 from huggingface_hub.utils import enable_progress_bars
 from lightning.pytorch import Callback, Trainer
@@ -354,8 +357,8 @@ def quiet() -> None:
     enable_progress_bars()
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command; `args` default to the process's own."""
+def main(args: list[str] | None = None) -> Path | None:
+    """Run the command and return the folder that it has written, if it has one; `args` default to the process's own."""
     given = sys.argv[1:] if args is None else args
     if DEBUG_FLAG not in given and not debugging():
         quiet()
@@ -366,7 +369,25 @@ def main(args: list[str] | None = None) -> None:
             "a config names it.",
             file=sys.stderr,
         )
+    done: list[DotsCLI] = []
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
     else:
-        run_or_exit(lambda: DotsCLI(given))
+        run_or_exit(lambda: done.append(DotsCLI(given)))
+    trainer = done[0].trainer if done else None
+    return trainer.run if isinstance(trainer, DotsTrainer) else None
+
+
+def measure_each(commands: Sequence[list[str]]) -> None:
+    """Run `dots validate`, `test` or `predict` once for each of several policies, and say where the results are."""
+    say = rank_zero_only(print)
+    folders = []
+    for number, command in enumerate(commands, start=1):
+        say(f"dots: {command[0]} {number} of {len(commands)}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+        folders.append(main(command))
+        gc.collect()  # the policy is held by cycles, and the next one needs its memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    say(f"results of each: {' '.join(map(str, folders))}")
+    if commands[0][0] == "predict":
+        say(f"as records of {len(folders)} policies: dots difficulty fit --outcomes {' '.join(map(str, folders))} ...")
