@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
 from app.cli.dry_run import DryRun
-from app.cli.entry import OF_BENCHMARKS
+from app.cli.entry import OF_BENCHMARKS, WHOLE_ANSWERS
 from app.cli.failures import stage
 from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
@@ -63,6 +63,8 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 """The classes of a run whose config names none."""
+_LONGEST_ANSWER, _ROOM_FOR_PROMPTS = 4096, 1024
+"""Tokens of a completion where no run and no option says how many, and those of the context that prompts have."""
 _GPU = ("gpu", "cuda")
 _OWN_SUBCOMMANDS = ("show_data", "describe", "doctor", "export", "select", "serve")
 
@@ -76,6 +78,9 @@ class DotsCLI(LightningCLI):
         self._is_dry = self._given[:1] == ["fit"] and "--dry_run" in self._given
         if self._is_dry:
             self._given = args = [one for one in self._given if one != "--dry_run"]
+        self._fits_completions = WHOLE_ANSWERS in self._given
+        if self._fits_completions:
+            self._given = args = [one for one in self._given if one != WHOLE_ANSWERS]
         self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
         if self._asks_for_help:
             self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
@@ -236,6 +241,13 @@ class DotsCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self._fits_completions and isinstance(self.model, GRPOModule):
+            most = self.model.fit_completions(_LONGEST_ANSWER, _ROOM_FOR_PROMPTS)
+            rank_zero_only(print)(
+                f"dots: completions end after {most:,} tokens ({_LONGEST_ANSWER:,}, or what the policy's context "
+                "leaves beside a prompt). Set --model.val_sampling.max_completion_length for another limit.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         # The parsed configuration is what is saved and compared, the instantiated one is what the subcommand is given.
         if config.get("ckpt_path") == "last":
             found = self._find_last(config)

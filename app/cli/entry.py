@@ -20,6 +20,8 @@ _MEASURING = ("validate", "test", "predict")
 """Subcommands that may be given several runs, checkpoints or policies, which are measured one after the other."""
 OF_BENCHMARKS = ("test", "predict")
 """Subcommands that take `--benchmarks`, and a policy in the place of a run."""
+WHOLE_ANSWERS = "--whole_answers"
+"""Told to `DotsCLI` of a policy without a run: the length of its completions was not chosen by anyone."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -129,7 +131,10 @@ def _measured(name: str, rest: list[str]) -> list[str]:
     added = ["--model.rewards=math"] if asked or not configs else []
     if is_policy:
         added.append(f"--model.policy.path={run.pop()}")
-        if not configs:  # what benchmarks are asked as; it is not read
+        if not configs:
+            if not any("sampling" in token and "max_completion_length" in token for token in others):
+                added.append(WHOLE_ANSWERS)
+            # What benchmarks are asked as; it is not read.
             added.append(f"--data.train={json.dumps(_benchmark('gsm8k'))}")
     if asked:
         added.append(f"--data.test={json.dumps({one: _benchmark(one) for one in asked})}")

@@ -92,6 +92,21 @@ def test_a_run_and_its_checkpoint_without_the_training_prompts(place: Place) -> 
     assert seen[0] == seen[1]
 
 
+def test_completions_of_a_policy_without_a_run_have_room(place: Place) -> None:
+    """A context of 512 tokens leaves 384 beside a prompt of a quarter; a stated limit is kept, for one set too."""
+    common = ("--benchmarks=gsm8k", *paths("gsm8k"), "--data.test.gsm8k.limit=1", *SHORT[:2],
+              "--model.val_sampling.num_generations=1", "--model.pass_at_k=1")  # fmt: skip
+    for options, length in (((), 384), (("--model.val_sampling.max_completion_length=5",), 5),
+                            (("--data.test.gsm8k.sampling.max_completion_length=6",), 6)):  # fmt: skip
+        code, _, said = place.run_with_output("evaluate", str(TINY), *common, *options)
+        assert code == 0, said[-2000:]
+        assert ("dots: completions end after 384 tokens (4,096, or" in said) == (length == 384)
+        found, folder = results(place)
+        assert found["sets"]["test/gsm8k"]["sampling"]["max_completion_length"] == length
+        rows = pq.read_table(folder / "completions" / "gsm8k" / "test.parquet").to_pylist()
+        assert all(row["tokens"] <= length for row in rows)
+
+
 def test_several_checkpoints_are_predicted_and_read_as_groups(place: Place) -> None:
     """Each as by itself, in a folder of its own; `dots difficulty fit` reads a visit of each."""
     (place.path / "my_rewards.py").write_text(
