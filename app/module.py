@@ -162,6 +162,16 @@ class GRPOModule(LightningModule):
         """Return the sampling of a validation or test set."""
         return replace(self.val_sampling, **measured.sampling.given())  # type: ignore[arg-type]  # fields of Sampling
 
+    def fit_completions(self, most: int, for_prompts: int) -> int:
+        """Limit the completions of validation to `most` tokens, or to what the context leaves beside a prompt.
+
+        A prompt has `for_prompts` tokens, or a quarter of a shorter context. Returns the limit.
+        """
+        context = self.engine.context_length(self.policy.positions())
+        limit = most if context is None else min(most, context - min(for_prompts, context // 4))
+        self.val_sampling = replace(self.val_sampling, max_completion_length=limit)
+        return limit
+
     def prompt_limit(self, measured: ValidationSet | None, where: str) -> int | None:
         """Return the most tokens of a prompt that leave room for a completion, or None.
 

@@ -8,7 +8,8 @@ r"""The one reader of reference answers: from what a data file holds to the answ
 | `"2 * 9 = 18\n#### 1,018"` | `1018` (thousands separators only: `#### 3,5` stays `3,5`) |
 | `"so $x = \\boxed{4}$"`, `\fbox{4}`, `\boxed 4` | `4` |
 | `"$\\boxed{2}$ and $\\boxed{3}$"` | `\boxed{2}, \boxed{3}`: both, in any order |
-| `["6", "7"]` | `6` or `7` |
+| `["6", "7"]` | `6` or `7`; with the format "set" `\{6, 7\}`: both, in any order |
+| `["$(1,2)$,$(2,1)$"]` with the format "set" (OlympiadBench) | `\{(1,2), (2,1)\}`: both, in any order |
 | `{"a": 1}`, `true` | `{"a": 1}`, `true`: JSON text |
 """
 
@@ -22,13 +23,14 @@ from typing import Literal
 
 import numpy as np
 
-AnswerFormat = Literal["verbatim", "gsm8k", "boxed"]
+AnswerFormat = Literal["verbatim", "gsm8k", "boxed", "set"]
 
 _BOX = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*\{")
 _BARE_BOX = re.compile(r"\\f?boxed\s+([^\s{}$.,]+)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HASHES = re.compile(r"^#### *(.*?)\s*\Z", re.MULTILINE)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_DOLLARS = re.compile(r"(?<!\\)\$")
 _SPACE = r"(?:[\s$&]|\\[()\[\],;:! ]|\\q?quad)*"
 _JOIN = re.compile(
     rf"{_SPACE}(?:(?:[,;]|\b(?:and|or)\b|\\text\{{\s*(?:and|or)\s*\}}|\\\\){_SPACE})*"
@@ -45,6 +47,8 @@ def extract(value: object, answer_format: AnswerFormat) -> object:
     Text is cut to the answer in it. Text that is not in the given format is returned as it is, so that a mixed column
     loses nothing.
     """
+    if answer_format == "set":
+        value = _all_of(accepted(value))
     if not isinstance(value, str):
         return None if value is None or (isinstance(value, list) and not accepted(value)) else value
     found: str | None = None
@@ -73,6 +77,19 @@ def accepted(value: object) -> list[str]:
     text = _without_separators(tail) if hashes else tail
     text = (boxed_answer(text) or text).strip()
     return [text] if text else []
+
+
+def _all_of(answers: list[str]) -> str:
+    """Return a set of all answers, and of all parts of an answer that commas outside of brackets separate."""
+    parts, depth = [""], 0
+    for char in _DOLLARS.sub("", ",".join(answers)):
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    parts = [part.strip() for part in parts if part.strip()]
+    return parts[0] if len(parts) == 1 else rf"\{{{', '.join(parts)}\}}" if parts else ""
 
 
 def gsm8k_answer(text: str) -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import torch
 import yaml
 from huggingface_hub.utils import enable_progress_bars
 from lightning.pytorch import Callback, Trainer
@@ -25,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from app.cli.commands import COMMANDS, LIGHTNING_COMMANDS
 from app.cli.dry_run import DryRun
-from app.cli.entry import OF_BENCHMARKS
+from app.cli.entry import OF_BENCHMARKS, WHOLE_ANSWERS
 from app.cli.failures import stage
 from app.cli.parsing import DEBUG_FLAG, DotsArgumentParser, debugging, run_or_exit
 from app.cli.trainer import DotsTrainer
@@ -60,6 +63,8 @@ DEFAULTS: dict[str, Any] = {
     },
 }
 """The classes of a run whose config names none."""
+_LONGEST_ANSWER, _ROOM_FOR_PROMPTS = 4096, 1024
+"""Tokens of a completion where no run and no option says how many, and those of the context that prompts have."""
 _GPU = ("gpu", "cuda")
 _OWN_SUBCOMMANDS = ("show_data", "describe", "doctor", "export", "select", "serve")
 
@@ -73,6 +78,9 @@ class DotsCLI(LightningCLI):
         self._is_dry = self._given[:1] == ["fit"] and "--dry_run" in self._given
         if self._is_dry:
             self._given = args = [one for one in self._given if one != "--dry_run"]
+        self._fits_completions = WHOLE_ANSWERS in self._given
+        if self._fits_completions:
+            self._given = args = [one for one in self._given if one != WHOLE_ANSWERS]
         self._asks_for_help = any(one in ("-h", "--help") for one in self._given)
         if self._asks_for_help:
             self._given = args = [*self._given[:1], "--help"]  # whatever else is given: the defaults are shown
@@ -233,6 +241,13 @@ class DotsCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self._fits_completions and isinstance(self.model, GRPOModule):
+            most = self.model.fit_completions(_LONGEST_ANSWER, _ROOM_FOR_PROMPTS)
+            rank_zero_only(print)(
+                f"dots: completions end after {most:,} tokens ({_LONGEST_ANSWER:,}, or what the policy's context "
+                "leaves beside a prompt). Set --model.val_sampling.max_completion_length for another limit.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
         # The parsed configuration is what is saved and compared, the instantiated one is what the subcommand is given.
         if config.get("ckpt_path") == "last":
             found = self._find_last(config)
@@ -354,8 +369,8 @@ def quiet() -> None:
     enable_progress_bars()
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command; `args` default to the process's own."""
+def main(args: list[str] | None = None) -> Path | None:
+    """Run the command and return the folder that it has written, if it has one; `args` default to the process's own."""
     given = sys.argv[1:] if args is None else args
     if DEBUG_FLAG not in given and not debugging():
         quiet()
@@ -366,7 +381,25 @@ def main(args: list[str] | None = None) -> None:
             "a config names it.",
             file=sys.stderr,
         )
+    done: list[DotsCLI] = []
     if given and given[0] in COMMANDS:
         run_or_exit(lambda: COMMANDS[given[0]].run(given[1:]))
     else:
-        run_or_exit(lambda: DotsCLI(given))
+        run_or_exit(lambda: done.append(DotsCLI(given)))
+    trainer = done[0].trainer if done else None
+    return trainer.run if isinstance(trainer, DotsTrainer) else None
+
+
+def measure_each(commands: Sequence[list[str]]) -> None:
+    """Run `dots validate`, `test` or `predict` once for each of several policies, and say where the results are."""
+    say = rank_zero_only(print)
+    folders = []
+    for number, command in enumerate(commands, start=1):
+        say(f"dots: {command[0]} {number} of {len(commands)}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+        folders.append(main(command))
+        gc.collect()  # the policy is held by cycles, and the next one needs its memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    say(f"results of each: {' '.join(map(str, folders))}")
+    if commands[0][0] == "predict":
+        say(f"as records of {len(folders)} policies: dots difficulty fit --outcomes {' '.join(map(str, folders))} ...")

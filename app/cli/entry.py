@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,8 +16,12 @@ from datamodules.errors import nearest
 
 _OF_A_CHECKPOINT = ("validate", "test", "predict", "export", "select")
 """Subcommands that a run folder gives its checkpoint to, besides its config."""
+_MEASURING = ("validate", "test", "predict")
+"""Subcommands that may be given several runs, checkpoints or policies, which are measured one after the other."""
 OF_BENCHMARKS = ("test", "predict")
 """Subcommands that take `--benchmarks`, and a policy in the place of a run."""
+WHOLE_ANSWERS = "--whole_answers"
+"""Told to `DotsCLI` of a policy without a run: the length of its completions was not chosen by anyone."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -29,10 +33,14 @@ def main(args: list[str] | None = None) -> None:
     elif given[:1] == ["--version"]:
         print(f"dots {version('dots-grpo')}")
     else:
-        expanded = expand(given)
+        commands = [expand(one) for one in _each(given)]
         from app.cli.dots import main as run
+        from app.cli.dots import measure_each
 
-        run(expanded)
+        if len(commands) == 1:
+            run(commands[0])
+        else:
+            measure_each(commands)
 
 
 def expand(given: list[str]) -> list[str]:
@@ -60,6 +68,21 @@ def expand(given: list[str]) -> list[str]:
         if named and named[0] != "last":
             return [name, *_of_run(named[0], None), *rest]
     return [name, *rest]
+
+
+def _each(given: list[str]) -> list[list[str]]:
+    """Return one command for each of the runs, checkpoints or policies that `dots predict A B ...` names.
+
+    Links to the same checkpoint, such as `last.ckpt` in `checkpoints/*.ckpt`, count once.
+    """
+    if not given or ALIASES.get(given[0], given[0]) not in _MEASURING:
+        return [given]
+    named = list(takewhile(lambda one: not one.startswith("-"), given[1:]))
+    distinct: dict[str, str] = {}
+    for one in sorted(named, key=os.path.islink):
+        distinct.setdefault(os.path.realpath(one), one)
+    kept = [one for one in named if one in distinct.values()]
+    return [[given[0], one, *given[1 + len(named) :]] for one in kept] if len(kept) > 1 else [given]
 
 
 def _resumed(rest: list[str]) -> list[str]:
@@ -108,7 +131,10 @@ def _measured(name: str, rest: list[str]) -> list[str]:
     added = ["--model.rewards=math"] if asked or not configs else []
     if is_policy:
         added.append(f"--model.policy.path={run.pop()}")
-        if not configs:  # what benchmarks are asked as; it is not read
+        if not configs:
+            if not any("sampling" in token and "max_completion_length" in token for token in others):
+                added.append(WHOLE_ANSWERS)
+            # What benchmarks are asked as; it is not read.
             added.append(f"--data.train={json.dumps(_benchmark('gsm8k'))}")
     if asked:
         added.append(f"--data.test={json.dumps({one: _benchmark(one) for one in asked})}")

@@ -18,6 +18,8 @@ from datamodules.jsonl import read_objects
 from datamodules.seeding import derive_seed
 
 _COLUMNS = ("question", "birth_step", "correctness")
+_MEASURED = ("predict", "test", "validate")
+"""Names of the files that these commands write, in a folder for each named set."""
 _Cell = tuple[str, int, float]
 """(question, visit, success rate)."""
 
@@ -57,7 +59,8 @@ def read_outcomes(*paths: Path, smallest_visit: int = 64) -> RecordedOutcomes:
     """Read the outcomes of run folders (`completions/*.parquet`), parquet and JSONL files, of one or several models.
 
     Rows are completions as `callbacks.CompletionsLog` writes them, or one of the layouts of `records.read_row`. A group
-    of a run counts once, at the step that generated it, even if it was replayed.
+    of a run counts once, at the step that generated it, even if it was replayed. The folder of `dots predict`, `test`
+    or `validate` is one visit, with the questions of all its sets.
 
     Args:
         paths: files or folders. Each has its own visits, for references and queries must come from one policy.
@@ -95,10 +98,12 @@ def _read(path: Path) -> Iterator[_Cell]:
     if path.is_dir():
         inside = path / "completions" if (path / "completions").is_dir() else path
         files = sorted(inside.glob("step_*.parquet"))
+        files = files or sorted(one for name in _MEASURED for one in inside.rglob(f"{name}.parquet"))
         if not files:
             raise UserError(
                 f"{str(path)!r} holds no completions/step_*.parquet, expected the folder of a run "
-                "(runs/NAME/version_N) with callbacks.CompletionsLog. Name such a folder or a JSONL of traces."
+                "(runs/NAME/version_N) with callbacks.CompletionsLog, or that of dots predict. Name such a folder or a "
+                "JSONL of traces."
             )
         return _from_parquet(files)
     if path.suffix == ".parquet":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datamodules.errors import UserError, nearest
 from datamodules.prompts.file import PromptFile, PromptSource
@@ -21,19 +21,21 @@ class Known:
         name: its configuration; None if it has one only.
         split: its split.
         answer: the column with the reference answer.
+        answer_format: how it is written, as an option of `PromptFile`.
     """
 
     path: str
     name: str | None = None
     split: str = "test"
     answer: str = "answer"
+    answer_format: Literal["auto", "set"] = "auto"
 
 
 BENCHMARKS: dict[str, Known] = {
     "gsm8k": Known("openai/gsm8k", "main"),
     "math500": Known("HuggingFaceH4/MATH-500"),
     "minerva_math": Known("math-ai/minervamath"),
-    "olympiadbench": Known("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "final_answer"),
+    "olympiadbench": Known("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "final_answer", "set"),
     "aime24": Known("HuggingFaceH4/aime_2024", split="train"),
     "aime25": Known("math-ai/aime25"),
     "amc23": Known("math-ai/amc23"),
@@ -80,6 +82,7 @@ class Benchmark(PromptFile):
             known.split if split is None else split,
             known.name if path is None else None,
             answer_column=known.answer,
+            answer_format=known.answer_format,
             system_prompt=system_prompt if system_prompt is not None else "" if template else INSTRUCTION,
             template=template,
             chat_template_kwargs=chat_template_kwargs,

@@ -72,7 +72,7 @@ class SchemaOverrides:
 
     prompt_column: str | None = None
     answer_column: str | None = "auto"
-    answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto"
+    answer_format: Literal["auto", "verbatim", "gsm8k", "boxed", "set"] = "auto"
     id_column: str | None = None
 
     @property

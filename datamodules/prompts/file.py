@@ -107,8 +107,9 @@ class PromptFile(PromptSource):
             (`extra_info.question`).
         answer_column: column with the reference answer, e.g. `reward_model.ground_truth`; "auto" looks for one. Rows
             without an answer are dropped; null says that rows need none (the reward uses other columns).
-        answer_format: where the answer is: after `####` (gsm8k), in the last `\\boxed{}` (boxed), or the whole value
-            (verbatim).
+        answer_format: where the answer is: after `####` (gsm8k), in the last `\\boxed{}` (boxed), the whole value
+            (verbatim), or all entries of a list and all parts of a text between commas, in any order (set, as in
+            OlympiadBench; with the other formats one entry of a list suffices).
         id_column: column that names the rows; by default `extra_info.index`, a unique `id`, or a hash of the prompt.
         system_prompt: goes before every prompt that has no system message.
         template: plain template such as `Question: {question}\\nAnswer:`, which may name any column; by default the
@@ -132,7 +133,7 @@ class PromptFile(PromptSource):
         name: str | None = None,
         prompt_column: str | None = None,
         answer_column: str | None = "auto",
-        answer_format: Literal["auto", "verbatim", "gsm8k", "boxed"] = "auto",
+        answer_format: Literal["auto", "verbatim", "gsm8k", "boxed", "set"] = "auto",
         id_column: str | None = None,
         system_prompt: str = "",
         template: str = "",

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from datamodules.difficulty.outcomes import read_outcomes
 from tests.support.refusal import TINY, Place, files, source
 
 GSM8K = [{"question": f"{i} + 1 =", "answer": f"One more.\n#### {i + 1}"} for i in range(4)]
@@ -91,11 +92,77 @@ def test_a_run_and_its_checkpoint_without_the_training_prompts(place: Place) -> 
     assert seen[0] == seen[1]
 
 
+def test_completions_of_a_policy_without_a_run_have_room(place: Place) -> None:
+    """A context of 512 tokens leaves 384 beside a prompt of a quarter; a stated limit is kept, for one set too."""
+    common = ("--benchmarks=gsm8k", *paths("gsm8k"), "--data.test.gsm8k.limit=1", *SHORT[:2],
+              "--model.val_sampling.num_generations=1", "--model.pass_at_k=1")  # fmt: skip
+    for options, length in (((), 384), (("--model.val_sampling.max_completion_length=5",), 5),
+                            (("--data.test.gsm8k.sampling.max_completion_length=6",), 6)):  # fmt: skip
+        code, _, said = place.run_with_output("evaluate", str(TINY), *common, *options)
+        assert code == 0, said[-2000:]
+        assert ("dots: completions end after 384 tokens (4,096, or" in said) == (length == 384)
+        found, folder = results(place)
+        assert found["sets"]["test/gsm8k"]["sampling"]["max_completion_length"] == length
+        rows = pq.read_table(folder / "completions" / "gsm8k" / "test.parquet").to_pylist()
+        assert all(row["tokens"] <= length for row in rows)
+
+
+def test_several_checkpoints_are_predicted_and_read_as_groups(place: Place) -> None:
+    """Each as by itself, in a folder of its own; `dots difficulty fit` reads a visit of each."""
+    (place.path / "my_rewards.py").write_text(
+        "def graded(completions, **_):\n    return [sum(map(ord, one)) % 7 / 6 for one in completions]\n"
+    )
+    rows = [{"question": f"{i} + {i % 7} =", "answer": "1"} for i in range(40)]
+    (place.path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def change(config: dict[str, Any]) -> None:
+        config["model"]["init_args"] |= {"rewards": "my_rewards.graded", "optimization": {"learning_rate": 0.05}}
+        config["model"]["init_args"]["sampling"]["num_generations"] = 4
+        config["trainer"]["max_steps"] = 2
+
+    place.config(change)
+    code, said = place.run("fit", "--config", "run.yaml")
+    assert code == 0, said[-2000:]
+    saved = place.path / "runs/small/version_0/checkpoints"
+    checkpoints = [str(one) for one in sorted(saved.glob("*.ckpt"))]
+    assert [Path(one).name for one in checkpoints] == ["last.ckpt", "step_00000001.ckpt", "step_00000002.ckpt"]
+    prompts = ("--data.test.mine.path=mine.jsonl", *SHORT)
+    code, out, said = place.run_with_output("predict", *checkpoints, *prompts)
+    assert code == 0, said[-2000:]
+    assert "dots: predict 1 of 2" in said  # last.ckpt is a link to the second
+    folders = ["runs/small/version_1", "runs/small/version_2"]
+    assert f"dots difficulty fit --outcomes {' '.join(folders)} ..." in out
+    code, said = place.run("predict", checkpoints[2], *prompts)
+    assert code == 0, said[-2000:]
+    found = [
+        [(row["prompt_id"], row["completion"], row["correctness"]) for row in
+         pq.read_table(place.path / folder / "completions/mine/predict.parquet").to_pylist()]
+        for folder in (*folders, "runs/small/version_3")
+    ]  # fmt: skip
+    assert found[1] == found[2] and found[0] != found[1]
+    assert [
+        json.loads((place.path / one / "results.json").read_text())["checkpoint"] for one in folders
+    ] == checkpoints[1:]
+
+    code, said = place.run(
+        "difficulty", "fit", "--outcomes", *folders, "--encoder=statistics", "--out=predictor", "--cache_dir=cache"
+    )
+    assert code == 0, said[-2000:]
+    settings = json.loads((place.path / "predictor/results.json").read_text())["settings"]
+    assert (settings["questions"], settings["visits"]) == (40, 2)
+    outcomes = read_outcomes(*(place.path / one for one in folders))
+    for visit, completions in enumerate(found[:2]):
+        rates = [sum(completions[row + one][2] for one in range(2)) / 2 for row in range(0, 80, 2)]
+        assert outcomes.rates[:, visit].tolist() == pytest.approx(rates)
+    assert outcomes.questions[3] == rows[3]["question"]
+
+
 def test_what_cannot_be_measured_is_refused(place: Place) -> None:
     said = place.refused("evaluate", str(TINY), "--benchmarks", "gsm8k,math50", *paths("gsm8k"))
     assert "There is no benchmark 'math50': did you mean 'math500'?" in said
     assert "no prompts are given" in place.refused("evaluate", str(TINY))
     assert "is not a run folder" in place.refused("evaluate", "runs/none")
+    assert "runs/a/b is not a run folder" in place.refused("predict", str(TINY), "runs/a/b", "--benchmarks=gsm8k")
     said = place.refused(
         "evaluate", str(TINY), "--benchmarks=olympiadbench", "--data.test.olympiadbench.path=gsm8k/test.jsonl"
     )

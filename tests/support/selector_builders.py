@@ -20,7 +20,9 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "Dots, one draw": lambda: Dots(tau=0.05, draw="once"),
     "Greso": lambda: Greso(step_size=0.05),
     "Mopps": lambda: Mopps(decay=0.9, candidates=3),
+    "Mopps, threshold": lambda: Mopps(strategy="threshold", candidates=3),
     "Dps": Dps,
+    "Dps, local": lambda: Dps(prior="local", start="wrong", entropy_weight=0.1),
     "Pools": Pools,
 }
 """The published selectors without filters or exploration."""

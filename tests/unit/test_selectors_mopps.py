@@ -1,5 +1,6 @@
 """MoPPS: the posterior by hand, the distribution of the Thompson draw and the window over the shuffled pool."""
 
+import json
 import math
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.seeding import generator
-from datamodules.selectors import Mopps
+from datamodules.selectors import Mopps, SelectionContext
 from datamodules.types import Outcomes
-from tests.support.selector_builders import chosen, outcomes, ready
+from tests.support.selector_builders import chosen, outcomes, pool_of, ready, saved_and_loaded
 
 
 def test_the_posterior_by_hand():
@@ -62,6 +63,77 @@ def test_it_takes_the_nearest_to_the_target_when_the_posterior_is_sharp():
     assert set(chosen(mopps, 6)) <= set(nearest[:8])
 
 
+def test_the_threshold_strategy_draws_in_its_band_then_next_to_it():
+    """With posteriors as sharp as points the sampled rates are 0, 0.1, ... 0.9."""
+    rates = np.arange(10) / 10
+
+    def sharp(strategy, size=10, **options):
+        mopps = ready(Mopps(strategy=strategy, candidates=0, **options), size)
+        mopps._counts = np.stack([rates, 1 - rates]) * 1e12 + 1e-3
+        return mopps
+
+    mopps = sharp("threshold", lower=0.25, upper=0.65)
+    np.testing.assert_allclose(  # by hand: 0 within, else the distance to the nearer end
+        -mopps.priorities(4, np.random.default_rng(0)),
+        [0.25, 0.15, 0.05, 0, 0, 0, 0, 0.05, 0.15, 0.25],
+        atol=1e-5,
+    )
+    # Four prompts lie in the band: each two of them are as likely as any two others, where "topk" takes 0.4 and 0.5.
+    pairs = {tuple(sorted(chosen(mopps, 2))) for _ in range(200)}
+    assert pairs == {(3, 4), (3, 5), (3, 6), (4, 5), (4, 6), (5, 6)}
+    assert {3, 4, 5, 6} <= set(chosen(mopps, 5)) <= {2, 3, 4, 5, 6, 7}
+    assert set(chosen(sharp("topk", target=0.44), 2)) == {4, 5}
+    assert set(chosen(sharp("threshold", lower=0.2, upper=0.2), 1)) == {2}
+
+
+def test_rates_measured_before_start_the_posterior(tmp_path, caplog):
+    """Of five questions the record knows three, the JSON of scores by id two, as the authors write them."""
+    record, scores = tmp_path / "rates.jsonl", tmp_path / "index_score.json"
+    rows = [
+        {"question": "a  b", "pass_rate": 0.25},
+        {"question": "c", "pass_rate": 1.0},
+        {"question": "d", "pass_rate": 0},
+    ]
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores.write_text('{"p1": [1, 0, 0, 1], "p4": 0.25, "other": [0]}')
+    pool = pool_of(["a b", "x", "c", "d", "y"])
+    mopps = Mopps(decay=0.5, offline=str(record), offline_weight=8)
+    mopps.setup(pool, SelectionContext(0))
+    # (1 + 2) / 10, (1 + 8) / 10, 1 / 10, and the prior's mean where nothing is known.
+    np.testing.assert_allclose(mopps.forecast(), [0.3, 0.5, 0.9, 0.1, 0.5])
+    assert "rates of 3 of 5 prompts" in caplog.text
+    mopps.observe(outcomes([0], [1.0]))
+    # a = 0.5 * 3 + 0.5 * 1 + 8 = 10, b = 0.5 * 7 + 0.5 * 1 = 4: forgetting returns to the prior, not to the record.
+    assert mopps.forecast()[0] == pytest.approx(10 / 14)
+    again = Mopps(decay=0.5, offline=str(record), offline_weight=8)
+    again.setup(pool, SelectionContext(0))
+    again.load_state_dict(saved_and_loaded(mopps.state_dict()))
+    np.testing.assert_array_equal(again.forecast(), mopps.forecast())
+    by_id = Mopps(offline=str(scores))  # 24 completions
+    by_id.setup(pool, SelectionContext(0))
+    np.testing.assert_allclose(by_id.forecast(), [0.5, 13 / 26, 0.5, 0.5, 7 / 26])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "does not exist"),
+        ("none.json", None, "cannot be read"),
+        ("list.json", "[1]", "is not an object"),
+        ("text.json", '{"p0": "often"}', "expected a rate or a list of scores"),
+        ("counts.json", '{"p0": [3, 1]}', "expected a rate or a list of scores"),
+        ("empty.json", '{"p0": []}', "expected a rate or a list of scores"),
+        ("others.json", '{"q0": [1]}', "of none of the 2 training prompts"),
+        ("others.jsonl", '{"question": "z", "pass_rate": 1}', "of none of the 2 training prompts"),
+    ],
+)
+def test_an_unusable_record_is_a_one_line_error(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        ready(Mopps(offline=str(tmp_path / name)), 2)
+
+
 def test_candidates_are_the_next_of_the_shuffled_passes():
     size, n, multiple = 30, 3, 4
     mopps = ready(Mopps(candidates=multiple), size, seed=11)
@@ -92,6 +164,9 @@ def test_wrong_arguments_are_one_line_errors():
         ({"decay": 1.5}, r"decay is 1\.5"),
         ({"prior_failures": 0.0}, r"prior_failures=0\.0"),
         ({"candidates": -1}, "candidates is -1"),
+        ({"strategy": "treshold"}, "did you mean 'threshold'"),
+        ({"lower": 0.8}, r"lower=0\.8 and upper=0\.7"),
+        ({"offline_weight": -1.0}, r"offline_weight is -1\.0"),
     ):
         with pytest.raises(UserError, match=message):
             Mopps(**arguments)

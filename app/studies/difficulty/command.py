@@ -37,8 +37,8 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 _METHOD = "which one is saved: DOTS' trained adapters, or a kernel ridge score in their place; both are measured"
 _OUTCOMES = (
-    "one or several records, each of its own model or checkpoints: folder of a run (its completions/*.parquet), a "
-    "parquet of completions (of dots predict), or a JSONL or parquet of "
+    "one or several records, each of its own model or checkpoints: folder of a run or of dots predict (its "
+    "completions/*.parquet), a parquet of completions, or a JSONL or parquet of "
     '{"question", "pass_rate_by_epoch": [rate or null, ...]}, of one pass_rate, Big-Math\'s or Skywork\'s columns, '
     "or samples of lm-eval-harness"
 )

@@ -62,6 +62,8 @@ def draw_reliability(path: Path, results: Results) -> None:
         if len(forecast):
             measured = np.concatenate([scored.measured for scored in folds])
             drawn.append(pixels(reliability_figure(forecast, measured, method)))
+    if not drawn:  # no visit has measured enough of the tested questions
+        return
     blank = np.full_like(drawn[0], 255)
     columns = min(_PICTURES_PER_ROW, len(drawn))
     drawn += [blank] * (-len(drawn) % columns)
