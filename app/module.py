@@ -308,13 +308,18 @@ class GRPOModule(LightningModule):
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
-            sums = learner.sketch_sums(len(batch.groups)) if batch.wants_sketches else None
+            selector = OnlinePromptDataModule.of(self.trainer).selector
+            sketched = batch.wants_sketches or selector.uses_sketches
+            sums = learner.sketch_sums(len(batch.groups)) if sketched else None
             updates = self._updates.take(
                 learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, sketches=sums,
             )  # fmt: skip
             if sums is not None:
                 batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
+        if selector.uses_sketches:
+            with batch.ledger.phase("select"):
+                selector.observe_gradients(batch.sketches)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout

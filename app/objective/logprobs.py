@@ -242,9 +242,10 @@ def _backward(
     grad_hidden = torch.zeros_like(tokens, dtype=dtype) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
-    sketched = (
-        None if sketch is None else tokens.new_zeros(len(tokens), sketch.projection.vocabulary.shape[1]).to(dtype)
-    )
+    sketched = None
+    if sketch is not None:
+        width = sketch.projection.vocabulary.shape[1]
+        sketched = torch.zeros(len(tokens), width, dtype=dtype, device=tokens.device)
     token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, ctx.tile_bytes)
     for columns in _slices(len(weight), vocab_tile):
         head = weight[columns].to(read)

@@ -5,10 +5,10 @@ The gradient of a group's objective with respect to the head `W [V, H]` is the s
     M = sum_t d_t h_t^T,      d_t = -dL / d(W h_t)  (on policy w_t A_t (onehot(y_t) - p_t)),
 
 and both factors are at hand in the backward pass of `logprobs`. With random signs `P_v [V, a]` and `P_h [H, b]` a group
-costs the sum of `a x b` products `P_v^T M P_h`, which are then hashed with random signs to `SKETCH_SIZE` numbers
-(Charikar, Chen & Farach-Colton, 2002). All three maps preserve inner products on average, so that `E <S, S'> = <M, M'>`;
-by the variance of each (Achlioptas, 2003) the standard deviation is at most `ERROR |M| |M'|`, reached by matrices of
-rank 1 that are parallel, and less than 0.71 of it by those that are orthogonal.
+costs the `a x b` numbers of `P_v^T M P_h`, which are then hashed with random signs to `SKETCH_SIZE`
+(Charikar, Chen & Farach-Colton, 2002). All three maps preserve inner products on average, so that `E <S, S'>` is
+`<M, M'>`; by the variance of each (Achlioptas, 2003) its standard deviation is at most `ERROR |M| |M'|`, which parallel
+matrices of rank 1 reach.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -83,7 +85,8 @@ class SketchSums:
 
     def of(self, tokens: Iterable[tuple[int, int]]) -> TokenSketch:
         """Return the sketch of one micro-batch, given group and number of completion tokens of each sequence."""
-        return TokenSketch(self, tuple(tokens))
+        spans = [(group, sum(length for _, length in run)) for group, run in groupby(tokens, key=itemgetter(0))]
+        return TokenSketch(self, spans)
 
     def folded(self) -> Tensor:
         """Return the groups' sketches, float32 `[groups, SKETCH_SIZE]`; 0 where a gradient was not finite."""
@@ -97,7 +100,7 @@ class TokenSketch:
 
     Attributes:
         total: the sums.
-        spans: group and number of tokens of each sequence, in the order of the tokens.
+        spans: group and number of tokens of its sequences that follow one another, in the order of the tokens.
     """
 
     total: SketchSums
