@@ -34,11 +34,12 @@ class Aligned(Posterior):
     of the draw's weights `w`. A group of a kind that alignment favours counts less in the mean gradient.
 
     Args:
-        predictor: see `Posterior`.
-        encoder: see `Posterior`.
-        use_embeddings: see `Posterior`.
-        learn_constants: see `Posterior`.
-        temperature: of the draw, above 0; see `Posterior`.
+        predictor: folder of a trained attention predictor, whose query vectors replace the embeddings; null for the
+            embeddings.
+        encoder: folder or hub name of the text encoder, or several joined by `+`, chosen as by `Posterior`.
+        use_embeddings: whether to use the texts; false tells prompts apart by their history only.
+        learn_constants: whether the constants of `Posterior`'s model are fitted to the run.
+        temperature: of the draw, above 0; smaller values keep closer to the best prompts.
         variety: the smallest spread of a draw, relative to one without alignment, in (0, 1]; 1 is `Posterior`.
         memory: number of the latest groups with a gradient that make up the mean gradient, at least 8.
     """
