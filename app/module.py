@@ -319,7 +319,8 @@ class GRPOModule(LightningModule):
                 batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
         if selector.uses_sketches:
             with batch.ledger.phase("select"):
-                selector.observe_gradients(batch.sketches)
+                # A group without advantages has a gradient of the KL term at most.
+                selector.observe_gradients([one for one in batch.sketches if batch.advantages[one.group].any()])
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout

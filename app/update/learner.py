@@ -150,7 +150,8 @@ class Learner:
     def sketch_sums(self, groups: int) -> SketchSums:
         """Return the sums that the sketches of a batch's groups are added to (see `objective.sketches`)."""
         weight: torch.Tensor = causal_lm(self.policy).get_output_embeddings().weight  # type: ignore[assignment]
-        return SketchSums(head_projection(*weight.shape, run_seed(), self.device), groups)
+        vocabulary, width = weight.shape
+        return SketchSums(head_projection(vocabulary, width, run_seed(), self.device), groups)
 
     def loss_of(self, packed: PackedBatch, sketch: TokenSketch | None = None) -> PolicyLoss:
         """Compute the loss of one micro-batch, with gradient; the losses of a mini-batch's micro-batches add up.

@@ -144,7 +144,7 @@ class Selector(ABC):
         self.learn(self.pool.positions(outcomes.prompt_ids), outcomes)
 
     def observe_gradients(self, sketches: Sequence[GroupSketch]) -> None:
-        """Learn from the gradients of the groups that an update trained on; called only if `uses_sketches`."""
+        """Learn from the gradients of the groups with advantages that an update trained on, if `uses_sketches`."""
 
     def forecast(self) -> np.ndarray | None:
         """Return the expected success rate of every prompt under the current policy, float64 `[Q]`, if there is one."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from app.cli.entry import main
 from callbacks import RolloutReplay
 from callbacks.stages import Stage, StepCallback
 from datamodules.selectors import Aligned, Selector, Uniform
 from datamodules.types import GroupSketch, RolloutGroup
+from tests.support.command import ROOT
 from tests.support.scripted_run import HALF, QUARTER, WRONG, scripted_run
 
 
@@ -25,8 +28,10 @@ class Gradients(StepCallback):
     """
 
     stage = Stage.WATCH
+    latest: ClassVar[Gradients]
 
     def __init__(self, wants: bool = True) -> None:
+        type(self).latest = self
         self.wants = wants
         self.whole: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.sketches: list[list[GroupSketch]] = []
@@ -118,3 +123,29 @@ def test_aligned_learns_from_the_updates_of_a_run(tmp_path: Path, monkeypatch: p
     assert [run.data.pools["train"].ids[position] for position in state["positions"]] == taught
     assert state["units"].norm(dim=1) == pytest.approx(np.ones(len(taught)), abs=1e-5)
     assert all("selection/pool_share" in step.metrics for step in run.steps)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_rank_agreement_on_the_quickstarts_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner products, and mean cosines with all others, against those of whole gradients. Limits below what was found."""
+    monkeypatch.setattr("sys.argv", ["dots"])
+    main(
+        [
+            "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.selector=Uniform",
+            "--trainer.callbacks", "[{class_path: tests.integration.test_sketches_fit.Gradients}]",
+            "--trainer.max_steps=1", "--model.mini_batches=1", "--data.prompts_per_step=96",
+            "--trainer.limit_val_batches=0", f"--trainer.logger.init_args.save_dir={tmp_path}",
+        ]
+    )  # fmt: skip
+    [(whole, _)], [sketches] = Gradients.latest.whole, Gradients.latest.sketches
+    vectors = torch.from_numpy(np.stack([one.vector for one in sketches]))
+    taught = vectors.norm(dim=1) > 0
+    upper = torch.triu_indices(int(taught.sum()), int(taught.sum()), 1)
+    products = [(one[taught] @ one[taught].T)[upper[0], upper[1]] for one in (vectors, whole)]
+    units = [one[taught] / one[taught].norm(dim=1, keepdim=True) for one in (vectors, whole)]
+    aligned = [(one @ one.sum(0)) for one in units]
+    found = spearman(*products), spearman(*aligned)
+    print(f"{int(taught.sum())} groups: rank agreement of inner products {found[0]:.2f}, of alignment {found[1]:.2f}")
+    assert found[0] > 0.75
+    assert found[1] > 0.6
