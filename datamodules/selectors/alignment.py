@@ -62,13 +62,13 @@ class GradientMemory:
 
     def joined(self, later: GradientMemory, limit: int) -> GradientMemory:
         """Return the memory with later groups, without the oldest beyond `limit`."""
-        if not len(self):
-            return later
-        both = (
-            (self.positions, later.positions), (self.units, later.units),
-            (self.weights, later.weights), (self.expected, later.expected),
-        )  # fmt: skip
-        return GradientMemory(*(np.concatenate(pair)[-limit:] for pair in both))
+        parts = (self, later) if len(self) else (later,)
+        return GradientMemory(
+            np.concatenate([one.positions for one in parts])[-limit:],
+            np.concatenate([one.units for one in parts])[-limit:],
+            np.concatenate([one.weights for one in parts])[-limit:],
+            np.concatenate([one.expected for one in parts])[-limit:],
+        )
 
     def agreement(self) -> tuple[np.ndarray, float]:
         """Return each group's weighted mean cosine with the groups of other prompts, float64 `[N]`, and its noise.

@@ -128,7 +128,7 @@ def test_aligned_learns_from_the_updates_of_a_run(tmp_path: Path, monkeypatch: p
 @pytest.mark.long
 @pytest.mark.timeout(400)
 def test_rank_agreement_on_the_quickstarts_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inner products, and mean cosines with all others, against those of whole gradients. Limits below what was found."""
+    """Inner products, and sums of cosines with all groups, against those of whole gradients. Found: 0.87 and 0.83."""
     monkeypatch.setattr("sys.argv", ["dots"])
     main(
         [

@@ -61,6 +61,18 @@ def test_agreement_is_the_weighted_mean_cosine_with_groups_of_other_prompts() ->
     assert noise == pytest.approx(np.mean(squares))
 
 
+def test_the_memory_holds_the_latest_groups_however_many_come_at_once() -> None:
+    def groups(first: int, count: int) -> GradientMemory:
+        rows = np.arange(first, first + count)
+        return GradientMemory(rows, np.ones((count, 2), dtype=np.float32), np.ones(count), np.ones(count))
+
+    memory = GradientMemory.empty().joined(groups(0, 12), 8)
+    assert memory.positions.tolist() == list(range(4, 12))
+    memory = memory.joined(groups(12, 3), 8)
+    assert memory.positions.tolist() == list(range(7, 15))
+    assert memory.units.shape == (8, 2)
+
+
 def test_the_positive_part_is_that_of_a_gaussian() -> None:
     draws = np.random.default_rng(0).normal(size=400_000)
     mean, deviation = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 1.5])
