@@ -73,13 +73,13 @@ class GradientMemory:
     def agreement(self) -> tuple[np.ndarray, float]:
         """Return each group's weighted mean cosine with the groups of other prompts, float64 `[N]`, and its noise.
 
-        The noise is the variance that a mean of so many cosines has if their own means are 0.
+        The noise is the mean squared standard error of these means, if the others were drawn at random.
         """
         cosines = (self.units @ self.units.T).astype(np.float64)
         weights = np.where(self.positions[:, None] == self.positions, 0.0, self.weights)
-        total = np.maximum(weights.sum(1), 1e-12)
-        square = (weights**2 * cosines**2).sum(1) / total**2
-        return (weights * cosines).sum(1) / total, float(square.mean())
+        weights /= np.maximum(weights.sum(1, keepdims=True), 1e-12)
+        agreement = (weights * cosines).sum(1)
+        return agreement, float((weights**2 * (cosines - agreement[:, None]) ** 2).sum(1).mean())
 
     def forecast(self, features: np.ndarray) -> Forecast | None:
         """Forecast the agreement of every prompt; None where the memory does not tell prompts apart.

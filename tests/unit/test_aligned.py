@@ -57,8 +57,8 @@ def test_agreement_is_the_weighted_mean_cosine_with_groups_of_other_prompts() ->
     found, noise = memory.agreement()
     # The first with (0.6, 0.8) twice and (0, 1) once; the second with (1, 0) four times and (0, 1) once.
     assert found == pytest.approx([2 * 0.6 / 3, (4 * 0.6 + 0.8) / 5, 2 * 0.8 / 6, 2 * 0.6 / 3])
-    squares = [4 * 0.36 / 9, (1 * 0.36 + 9 * 0.36 + 0.64) / 25, 4 * 0.64 / 36, 4 * 0.36 / 9]
-    assert noise == pytest.approx(np.mean(squares))
+    first, third = (4 * 0.2**2 + 0.4**2) / 9, (4 * (1.6 / 3) ** 2 + 10 * (0.8 / 3) ** 2) / 36
+    assert noise == pytest.approx(np.mean([first, (10 * 0.04**2 + 0.16**2) / 25, third, first]))
 
 
 def test_the_memory_holds_the_latest_groups_however_many_come_at_once() -> None:

@@ -79,7 +79,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             selector.setup(pool_of([str(i) for i in range(24)]), SelectionContext(7, "encoder"))
             selector.observe(outcomes(range(8), [0.0, 0.25, 0.5, 1.0] * 2, "reference"))
             selector.choose(6)
-            for step in range(3):  # gradients of two kinds
+            for step in range(5):  # gradients of two kinds
                 vectors = np.eye(2, dtype=np.float32)[[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]]
                 selector.observe_gradients(
                     [GroupSketch(i, f"p{i}", "fresh", step, one) for i, one in enumerate(vectors)]
