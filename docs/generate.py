@@ -60,7 +60,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(
             f"datamodules.selectors.{name}"
             for name in (
-                "Uniform", "Dots", "Greso", "Mopps", "Dps", "Pools", "Posterior", "Composed", "ZeroVarianceSkip",
+                "Uniform", "Dots", "Greso", "Mopps", "Dps", "Pools", "Posterior", "Aligned", "Composed",
+                "ZeroVarianceSkip",
             )
         ),
     ),

@@ -1,5 +1,6 @@
 """Prompt selection methods, one per file."""
 
+from datamodules.selectors.aligned import Aligned
 from datamodules.selectors.base import Ranker, SelectionContext, Selector
 from datamodules.selectors.composed import Composed, Filter
 from datamodules.selectors.dots import Dots
@@ -11,6 +12,7 @@ from datamodules.selectors.posterior import Posterior
 from datamodules.selectors.uniform import Uniform
 
 __all__ = [
+    "Aligned",
     "Composed",
     "Dots",
     "Dps",

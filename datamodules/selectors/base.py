@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from datamodules.mixture import Mixture
 from datamodules.pool import PromptPool
 from datamodules.seeding import generator
 from datamodules.selectors.sampling import top_k
-from datamodules.types import Outcomes
+from datamodules.types import GroupSketch, Outcomes
 
 NO_PROMPTS = np.empty(0, dtype=np.int64)
 """An empty array of pool positions."""
@@ -47,9 +47,11 @@ class Selector(ABC):
 
     Attributes:
         uses_references: whether the method needs reference rollouts. Any method may learn from them.
+        uses_sketches: whether every update makes sketches of its groups' gradients for `observe_gradients`.
     """
 
     uses_references: bool = False
+    uses_sketches: bool = False
 
     def __init__(self) -> None:
         self._pool: PromptPool | None = None
@@ -140,6 +142,9 @@ class Selector(ABC):
     def observe(self, outcomes: Outcomes) -> None:
         """Learn from the measured success rates of selected or reference prompts (see `outcomes.source`)."""
         self.learn(self.pool.positions(outcomes.prompt_ids), outcomes)
+
+    def observe_gradients(self, sketches: Sequence[GroupSketch]) -> None:
+        """Learn from the gradients of the groups with advantages that an update trained on, if `uses_sketches`."""
 
     def forecast(self) -> np.ndarray | None:
         """Return the expected success rate of every prompt under the current policy, float64 `[Q]`, if there is one."""

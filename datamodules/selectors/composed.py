@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext, Selector
 from datamodules.selectors.sampling import top_k
-from datamodules.types import Outcomes
+from datamodules.types import GroupSketch, Outcomes
 
 _NEVER = -(2**62)
 
@@ -82,7 +83,7 @@ class Composed(Selector):
         self.ranker = ranker
         self.filters = filters or []
         self.cool_down, self.explore = cool_down, explore
-        self.uses_references = ranker.uses_references
+        self.uses_references, self.uses_sketches = ranker.uses_references, ranker.uses_sketches
         self._last_chosen = NO_PROMPTS
         """int64 `[Q]`: step in which each prompt was last chosen."""
         self._owed = 0.0
@@ -167,6 +168,9 @@ class Composed(Selector):
         self.ranker.learn(positions, outcomes)
         for each in self.filters:
             each.learn(positions, outcomes)
+
+    def observe_gradients(self, sketches: Sequence[GroupSketch]) -> None:
+        self.ranker.observe_gradients(sketches)
 
     def forecast(self) -> np.ndarray | None:
         return self.ranker.forecast()

@@ -21,6 +21,7 @@ OWN_METRICS = {
     "Dps": "selection/belief_partly",
     "Pools": "selection/normal_fraction",
     "Posterior": "selection/posterior_mean",
+    "Aligned": "selection/pool_share",
 }
 SHORT = [
     "--trainer.limit_val_batches=0",

@@ -422,3 +422,37 @@ def test_sizes_and_strategies_are_checked_first(tmp_path: Path):
     for done in dots_on_ranks(2, *arguments(tmp_path, 2, "--model.mini_batches=8")):
         assert done.returncode == 2
         assert "2 processes (trainer.devices x trainer.num_nodes) share data.prompts_per_step=8" in done.stderr
+
+
+SKETCHES = """
+import numpy as np
+from callbacks.stages import Stage, StepCallback
+
+class Sketches(StepCallback):
+    stage = Stage.WATCH
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch.wants_sketches = True
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        vectors = np.stack([one.vector for one in batch.sketches])
+        np.save(f"{self.folder}/{batch.step}_of_{trainer.world_size}_{trainer.global_rank}.npy", vectors)
+"""
+
+
+@pytest.mark.long
+@BOTH
+def test_sketches_are_added_up_over_processes(tmp_path: Path, strategy: str):
+    """A group's completions may be on several ranks, whose weights may be sharded."""
+    (tmp_path / "sketching.py").write_text(SKETCHES)
+    init_args = {"class_path": "sketching.Sketches", "init_args": {"folder": str(tmp_path)}}
+    more = (f"--trainer.callbacks+={json.dumps(init_args)}", "--trainer.max_steps=2", "--model.mini_batches=2")
+    succeeded([dots(*arguments(tmp_path / "one", 1, *more, strategy=None), path=tmp_path)])
+    succeeded(dots_on_ranks(2, *arguments(tmp_path / "two", 2, *more, strategy=strategy), path=tmp_path))
+    alone, first, second = (np.load(tmp_path / f"0_of_{name}.npy") for name in ("1_0", "2_0", "2_1"))
+    assert (first == second).all()
+    assert (np.linalg.norm(alone, axis=1) > 0).sum() >= 2
+    assert np.linalg.norm(first - alone, axis=1) == pytest.approx(np.zeros(len(alone)), abs=1e-3 * np.abs(alone).max())

@@ -122,6 +122,7 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(tmp_path: Path, se
 
 SELECTORS: dict[str, dict[str, object]] = {
     "Uniform": {}, "Dots": {}, "Greso": {}, "Mopps": {}, "Dps": {}, "Pools": {}, "Posterior": {"temperature": 1.0},
+    "Aligned": {},
     "Composed": {
         "ranker": {"class_path": "datamodules.selectors.Mopps"},
         "filters": [{"class_path": "datamodules.selectors.ZeroVarianceSkip"}],

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from datamodules.pool import PromptPool
 from datamodules.selectors import (
+    Aligned,
     Composed,
     Dots,
     Greso,
@@ -22,6 +23,7 @@ from datamodules.selectors import (
     Selector,
     ZeroVarianceSkip,
 )
+from datamodules.types import GroupSketch
 from tests.support.fuzzing import examples
 from tests.support.selector_builders import PLAIN, outcomes, random_embeddings, saved_and_loaded
 
@@ -31,8 +33,9 @@ SELECTORS: dict[str, Any] = {
     "Composed": lambda: Composed(Mopps(), [ZeroVarianceSkip()], cool_down=1, explore=0.3),
     "Greso around Dots": lambda: Greso(ranker=Dots(), cool_down=1, explore=0.1),
     "Posterior": lambda: Posterior(temperature=0.3),
+    "Aligned": lambda: Aligned(memory=16),
 }
-RUNS = {"Posterior": (6, 15)}
+RUNS = {"Posterior": (6, 15), "Aligned": (6, 20)}
 """Number of runs and steps per run where they differ from (12, 20): Posterior refits its constants often."""
 POSITIONS = st.lists(st.integers(0, SIZE - 1), unique=True, max_size=10)
 
@@ -81,6 +84,18 @@ class Runs(RuleBasedStateMachine):
         rates = [(right + position) % 9 / 8 for position in positions]
         for each in (self.straight, self.stopped):
             each.observe(outcomes(positions, rates, source, self.step))
+
+    @rule(positions=POSITIONS, seed=st.integers(0, 3), source=st.sampled_from(["fresh", "replay"]))
+    def update(self, positions: list[int], seed: int, source: Any) -> None:
+        # Prompts of even positions have a direction in common; every fifth group has no gradient.
+        noise = np.random.default_rng(seed).normal(size=(len(positions), 8)).astype(np.float32)
+        for each in (self.straight, self.stopped):
+            each.observe_gradients(
+                [
+                    GroupSketch(row, f"p{one}", source, self.step, (vector + 3 * (one % 2 == 0)) * (one % 5 != 0))
+                    for row, (one, vector) in enumerate(zip(positions, noise, strict=True))
+                ]
+            )
 
     @rule(n=st.integers(1, SIZE + 3))
     def references(self, n: int) -> None:

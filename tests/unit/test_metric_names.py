@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback
 
@@ -20,7 +21,8 @@ from callbacks import (
 )
 from callbacks.watching.cockpit import CHARTS
 from datamodules.metric_names import METRIC_NAMES, markdown_table, metric_name
-from datamodules.selectors import Composed, Posterior, SelectionContext
+from datamodules.selectors import Aligned, Composed, Posterior, SelectionContext
+from datamodules.types import GroupSketch
 from tests.support.scripted_run import HALF, WRONG, scripted_run
 from tests.support.selector_builders import PLAIN, outcomes, pool_of, random_embeddings
 
@@ -72,10 +74,16 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         random_embeddings(patch, 24, 4)
         tags: set[str] = set()
-        for selector in (*(make() for make in PLAIN.values()), Posterior(), Composed(PLAIN["Dots"](), explore=0.5)):
+        others = (Posterior(), Aligned(), Composed(PLAIN["Dots"](), explore=0.5))
+        for selector in (*(make() for make in PLAIN.values()), *others):
             selector.setup(pool_of([str(i) for i in range(24)]), SelectionContext(7, "encoder"))
             selector.observe(outcomes(range(8), [0.0, 0.25, 0.5, 1.0] * 2, "reference"))
             selector.choose(6)
+            for step in range(5):  # gradients of two kinds
+                vectors = np.eye(2, dtype=np.float32)[[0, 0, 0, 0, 0, 0, 0, 0, 0, 1]]
+                selector.observe_gradients(
+                    [GroupSketch(i, f"p{i}", "fresh", step, one) for i, one in enumerate(vectors)]
+                )
             tags |= selector.metrics().keys()
         validated = Validated()
         sampling = (WeightSync(), ReferenceRollouts(size=8, every=1), Rollouts(), DynamicSampling())
