@@ -98,6 +98,11 @@ METRIC_NAMES = tuple(
         ("selection/posterior_std", "fraction", "posterior standard deviation, mean over the pool (Mopps)"),
         ("selection/posterior_std_mean", "fraction", "the same (Posterior)"),
         ("selection/exploration_fraction", "fraction", "chosen prompts that a greedy choice leaves out (Posterior)"),
+        (
+            "selection/informative_calibration_error",
+            "probability",
+            "expected calibration error of P(informative) over all chosen prompts so far (Posterior)",
+        ),
         ("selection/p_easy", "probability", "probability of keeping a prompt after one all-correct group (Greso)"),
         ("selection/p_hard", "probability", "probability of keeping a prompt after one all-wrong group (Greso)"),
         ("selection/skip_fraction", "fraction", "expected fraction of the pool that is skipped (Greso)"),

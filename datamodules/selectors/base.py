@@ -141,6 +141,9 @@ class Selector(ABC):
         """Learn from the measured success rates of selected or reference prompts (see `outcomes.source`)."""
         self.learn(self.pool.positions(outcomes.prompt_ids), outcomes)
 
+    def updated(self, size: float) -> None:
+        """Learn the size of an update of the policy, its learning rate times its gradient norm, when it is done."""
+
     def forecast(self) -> np.ndarray | None:
         """Return the expected success rate of every prompt under the current policy, float64 `[Q]`, if there is one."""
         return None

@@ -168,6 +168,9 @@ class Composed(Selector):
         for each in self.filters:
             each.learn(positions, outcomes)
 
+    def updated(self, size: float) -> None:
+        self.ranker.updated(size)
+
     def forecast(self) -> np.ndarray | None:
         return self.ranker.forecast()
 
