@@ -41,7 +41,10 @@ class Posterior(Ranker):
     of an improving policy, the prediction from its embedding, and its own course, about which old outcomes say less and
     less (see `datamodules.posterior` for the model and its approximations). The forecast is the mean success rate under
     that belief; the choice maximises `datamodules.posterior.Acquisition`. The five constants of the model are refitted
-    whenever the number of outcomes has doubled. Reference rollouts are not needed, but used if there are any.
+    whenever the number of outcomes has doubled. Time passes with the size of the updates, their learning rate times
+    their gradient norm relative to its mean so far (KGPS, arXiv 2607.27610), or by steps where none is reported.
+    `informative_chance` is calibrated on the outcomes of the chosen prompts, which leaves their order as it is.
+    Reference rollouts are not needed, but used if there are any.
 
     For training, set `temperature` above 0: the greedy choice maximises the share of informative prompts and therefore
     keeps to prompts that it knows.

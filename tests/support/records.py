@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,17 @@ SIZE, VISITS, GROUP = 400, 40, 8
 _KINDS = ("apples", "trains", "squares", "coins", "clocks", "ladders", "prisms", "marbles")
 
 
-def record(name: str, seed: int = 0) -> tuple[Traces, np.ndarray]:
-    """Return a recorded run of groups of 8 and the success rates of another model on its questions, float64 `[Q]`."""
+def record(name: str, seed: int = 0, rates_of_learning: Sequence[float] = ()) -> tuple[Traces, np.ndarray]:
+    """Return a recorded run of groups of 8 and the success rates of another model on its questions, float64 `[Q]`.
+
+    `rates_of_learning` are the network's, by visit; 2 if not given.
+    """
     rng = np.random.default_rng([RECORDS.index(name), seed])
     kind, length = rng.integers(len(_KINDS), size=SIZE), rng.integers(1, 9, size=SIZE)
-    log_odds = _network(kind, length, rng) if name == "network" else _made(name, kind, length, rng)
+    if name == "network":
+        log_odds = _network(kind, length, rng, rates_of_learning or [2.0] * VISITS)
+    else:
+        log_odds = _made(name, kind, length, rng)
     rates = rng.binomial(GROUP, sigmoid(log_odds)) / GROUP
     middle = log_odds[:, VISITS // 2]
     other = rng.binomial(16, sigmoid(middle + 1.5 * rng.normal(size=SIZE))) / 16
@@ -71,7 +78,9 @@ def _made(name: str, kind: np.ndarray, length: np.ndarray, rng: np.random.Genera
     return np.stack(found, axis=1)
 
 
-def _network(kind: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _network(
+    kind: np.ndarray, length: np.ndarray, rng: np.random.Generator, rates_of_learning: Sequence[float]
+) -> np.ndarray:
     """Return log-odds `[Q, V]` of a network of one hidden layer, trained by GRPO to answer a prompt's steps in turn.
 
     A step has four answers, one of them right by a random teacher, and a prompt is solved when all its steps are.
@@ -90,7 +99,7 @@ def _network(kind: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> 
         return active, weights / weights.sum(-1, keepdims=True)
 
     found = []
-    for _ in range(VISITS):
+    for rate in rates_of_learning:
         chance = np.take_along_axis(chances(np.arange(SIZE))[1], right[..., None], 2)[..., 0]
         solved = np.clip(np.where(used, chance, 1.0).prod(1), 1e-6, 1 - 1e-6)
         found.append(np.log(solved / (1 - solved)))
@@ -103,8 +112,8 @@ def _network(kind: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> 
             push = (np.eye(answers)[drawn] - chance) * (advantage[:, :, None] * used[rows])[..., None]
             push = push.mean(0) / len(rows)
             back = (push @ second.T) * (1 - active**2)
-            second = second + 2.0 * np.einsum("qsh,qsa->ha", active, push)
-            first = first + 2.0 * np.einsum("qsw,qsh->wh", base[rows], back)
+            second = second + rate * np.einsum("qsh,qsa->ha", active, push)
+            first = first + rate * np.einsum("qsw,qsh->wh", base[rows], back)
     return np.stack(found, axis=1)
 
 
