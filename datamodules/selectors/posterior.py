@@ -294,6 +294,12 @@ class Posterior(Ranker):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        saved, now = len(state["model"]["arrays"]["shift"]) - 1, self._features.shape[1]
+        if saved != now:
+            raise UserError(
+                f"Cannot resume: the checkpoint's selectors.Posterior knows {saved} features of each prompt, this run "
+                f"has {now}. Resume with the same encoder, predictor, use_embeddings and prior, or start a new run."
+            )
         self._model = PosteriorModel.restored(self._features, state["model"])
         self._log = Log(*(tensor.numpy().copy() for tensor in state["log"]))
         self._fitted_at, self._group = state["fitted_at"], state["group"]

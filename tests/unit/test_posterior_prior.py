@@ -118,3 +118,7 @@ def test_first_choices_follow_the_prior_and_a_resume_continues_them(tmp_path):
     two.load_state_dict(saved_and_loaded(one.state_dict()))
     assert one.choose(40) == two.choose(40)
     np.testing.assert_array_equal(one.forecast(), two.forecast())
+    without = Posterior(use_embeddings=False)
+    without.setup(prompts, context)
+    with pytest.raises(UserError, match=r"knows 1 features of each prompt, this run has 0\. Resume with the same"):
+        without.load_state_dict(saved_and_loaded(one.state_dict()))
