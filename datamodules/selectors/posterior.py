@@ -122,9 +122,10 @@ class Posterior(Ranker):
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
+        rates = None if self.prior is None else read_prior(self.prior, pool)
         self._features = self._embed(pool, context)
-        if self.prior is not None:
-            self._features = with_prior(self._features, read_prior(self.prior, pool))
+        if rates is not None:
+            self._features = with_prior(self._features, rates)
         self._model = PosteriorModel(self._features, Constants(), self._slope)
 
     def _embed(self, pool: PromptPool, context: SelectionContext) -> np.ndarray:

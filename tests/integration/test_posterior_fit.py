@@ -40,7 +40,7 @@ def test_a_run_with_a_prior_is_told_its_updates_and_resumes_bitwise(place: Place
     one, two = selector_state(straight), selector_state(resumed)
     assert one["updates"][0] == 3
     assert one["updates"] == two["updates"]
-    assert one["calibration"]["bins"][:, 0].sum() == 6  # two prompts in each of three steps
+    assert one["calibration"]["bins"][:, 0].sum() == 4  # two prompts, then one beside a replayed group, twice
     assert one["model"]["step"] == two["model"]["step"]
     for part in ("model", "calibration"):
         arrays = one[part].get("arrays", one[part])
