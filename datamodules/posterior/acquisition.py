@@ -35,7 +35,7 @@ class Acquisition:
             step; 0 explores only what pays for itself.
     """
 
-    forecast_value: float = 0.38
+    forecast_value: float = 0.39
 
     def priorities(
         self, table: BeliefTable, cells: Cells, prior_variance: float, memory: float, n: int, step: int

@@ -17,6 +17,7 @@ _EXPECTED = np.array([0.0, 1.0])
 _PRECISION = np.diag([2.0, 2.0])
 """Prior precision of bias and slope around `_EXPECTED`, the forecast as it is; a dozen outcomes outweigh it."""
 _BINS = 10
+_ITERATIONS, _LARGEST_STEP = 40, 0.5
 
 
 class Calibration:
@@ -50,11 +51,13 @@ class Calibration:
             self.bins[:, column] += np.bincount(places, values, _BINS)
         design, before = _design(chance), self.weights
         kept = KEPT * self.precision + (1 - KEPT) * _PRECISION
-        for _ in range(8):  # Newton's steps
+        for _ in range(_ITERATIONS):
             expected = sigmoid(design @ self.weights)
             gradient = design.T @ (informative - expected) - kept @ (self.weights - before)
             self.precision = (design.T * (expected * (1 - expected))) @ design + kept
-            self.weights = self.weights + np.linalg.solve(self.precision, gradient)
+            step = np.linalg.solve(self.precision, gradient)
+            # Far from the optimum the curvature vanishes and a whole step of Newton's would leap across it.
+            self.weights = self.weights + step / max(1.0, float(np.abs(step).max()) / _LARGEST_STEP)
 
     @property
     def error(self) -> float:

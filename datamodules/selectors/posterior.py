@@ -77,7 +77,7 @@ class Posterior(Ranker):
         predictor: str | None = None,
         encoder: str | None = None,
         use_embeddings: bool = True,
-        forecast_value: float = 0.38,
+        forecast_value: float = 0.39,
         learn_constants: bool = True,
         temperature: float = 0.0,
         prior: str | None = None,

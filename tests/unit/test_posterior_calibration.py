@@ -49,3 +49,15 @@ def test_what_changes_is_followed_and_a_restored_one_continues():
     for _ in range(300):
         degenerate.learn(np.array([0.0, 1.0]), np.array([0.0, 0.0]))
     assert np.isfinite(degenerate.apply(np.array([0.0, 0.5, 1.0]))).all()
+
+
+def test_very_sure_promises_that_fail_at_first_do_not_upset_what_follows():
+    """Two batches promised at 0.9999 are silent; soon after, promises from 0.6 to 0.95 are kept as they were made."""
+    rng, calibration = np.random.default_rng(2), Calibration()
+    for _ in range(2):
+        calibration.learn(np.full(40, 0.9999), np.zeros(40))
+    for _ in range(30):
+        chance = rng.uniform(0.6, 0.95, 40)
+        calibration.learn(chance, (rng.random(40) < chance).astype(float))
+    np.testing.assert_allclose(calibration.apply(np.array([0.65, 0.8, 0.9])), [0.65, 0.8, 0.9], atol=0.15)
+    assert calibration.error < 0.2
