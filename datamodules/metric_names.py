@@ -103,6 +103,11 @@ METRIC_NAMES = tuple(
         ("selection/alignment_mean", "", "mean cosine expected of a prompt's gradient with the others' (Aligned)"),
         ("selection/alignment_std", "", "standard deviation of these expectations over the pool (Aligned)"),
         ("selection/alignment_pearson", "", "correlation of these expectations with the cosines measured (Aligned)"),
+        (
+            "selection/informative_calibration_error",
+            "probability",
+            "expected calibration error of P(informative) over all chosen prompts so far (Posterior)",
+        ),
         ("selection/p_easy", "probability", "probability of keeping a prompt after one all-correct group (Greso)"),
         ("selection/p_hard", "probability", "probability of keeping a prompt after one all-wrong group (Greso)"),
         ("selection/skip_fraction", "fraction", "expected fraction of the pool that is skipped (Greso)"),

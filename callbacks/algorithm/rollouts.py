@@ -42,6 +42,13 @@ class Rollouts(StepCallback):
         if prompts:
             roll_fresh(OnlinePromptDataModule.of(trainer).selector, pl_module, batch, prompts)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        norm = batch.metrics["grad_norm"]
+        applied = min(norm, pl_module.optimization.clip_norm or norm)
+        OnlinePromptDataModule.of(trainer).selector.updated(batch.metrics["learning_rate"] * applied)
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

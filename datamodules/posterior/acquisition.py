@@ -8,31 +8,34 @@ import numpy as np
 
 from datamodules.posterior.table import BeliefTable, Cells
 
+HORIZON = 300.0
+"""Steps for which knowledge is used at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Acquisition:
-    """Priority = P(informative) + `lookahead` x improvement + weight x removed forecast variance.
+    """Priority = P(informative) + improvement + weight x removed forecast variance.
 
     - P(informative), integrated over the belief, is the probability that the group teaches the policy anything. A
       greedy choice maximises it alone.
     - The improvement is the knowledge gradient (Frazier, Powell & Dayanik 2008, "A knowledge-gradient policy for
       sequential information collection"): the expected increase of the prompt's P(informative) above that of the last
-      prompt of a greedy choice, times the steps for which such a find is used. It vanishes once enough good prompts are
-      known, so exploration pays for itself at any pool size.
-    - The removed variance is the share of the pool's prior variance of success rates that one group removes. Knowing
-      the pool is worth `knowledge / step` batches; this decay is that of epsilon-greedy exploration with logarithmic
-      regret (Auer, Cesa-Bianchi & Fischer 2002, "Finite-time analysis of the multiarmed bandit problem", theorem 3).
+      prompt of a greedy choice, in the next step. It vanishes once enough good prompts are known.
+    - The removed variance is the share of the pool's prior variance of success rates that one group removes. To know
+      the whole pool is worth `forecast_value` batches for every step in which the knowledge lasts. It is divided by the
+      steps so far, the decay of epsilon-greedy exploration with logarithmic regret (Auer, Cesa-Bianchi & Fischer 2002,
+      "Finite-time analysis of the multiarmed bandit problem", theorem 3), so that it ends by itself.
 
-    Two approximations: every prompt is valued as if it were chosen alone, and its information about other prompts is
-    not counted. As knowledge is forgotten after `memory` steps, a factor h becomes 1 / (1 / h + 1 / memory).
+    Knowledge lasts 1 / (1 / HORIZON + 1 / memory) steps, so what will soon be forgotten is not worth exploring. Two
+    approximations: every prompt is valued as if it were chosen alone, and its information about other prompts is not
+    counted.
 
     Attributes:
-        lookahead: steps for which a prompt found to be informative is expected to be used.
-        knowledge: value of lasting knowledge of the whole pool at the first step, in batches of informative prompts.
+        forecast_value: worth of a forecast that knows the whole pool, as a share of a batch of informative groups per
+            step; 0 explores only what pays for itself.
     """
 
-    lookahead: float = 16.0
-    knowledge: float = 110.0
+    forecast_value: float = 0.39
 
     def priorities(
         self, table: BeliefTable, cells: Cells, prior_variance: float, memory: float, n: int, step: int
@@ -50,7 +53,7 @@ class Acquisition:
         informative = cells.read(table.informative)
         size = len(informative)
         threshold = float(np.partition(informative, size - n)[size - n]) if 0 < n <= size else 1.0
-        lookahead, knowledge = (steps * memory / (steps + memory) for steps in (self.lookahead, self.knowledge))
-        weight = knowledge / step * n / size / max(prior_variance, 1e-12)
-        bonus = lookahead * table.improvement(threshold) + weight * table.removed
+        lifetime = HORIZON * memory / (HORIZON + memory)
+        weight = self.forecast_value * lifetime / step * n / size / max(prior_variance, 1e-12)
+        bonus = table.improvement(threshold) + weight * table.removed
         return informative + cells.read(bonus)

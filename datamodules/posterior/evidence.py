@@ -27,7 +27,7 @@ class Log:
     """Outcomes in order of arrival; arrays `[N]`.
 
     Attributes:
-        steps: int64 step of each outcome.
+        steps: float64 time of each outcome in steps of usual size.
         positions: int64 pool position of its prompt.
         successes: float64 summed rewards.
         samples: float64 completions.
@@ -41,7 +41,7 @@ class Log:
     @classmethod
     def empty(cls) -> Log:
         """Return a log without outcomes."""
-        return cls(*(np.empty(0, dtype=kind) for kind in (np.int64, np.int64, np.float64, np.float64)))
+        return cls(*(np.empty(0, dtype=kind) for kind in (np.float64, np.int64, np.float64, np.float64)))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -49,14 +49,14 @@ class Log:
     def __getitem__(self, rows: np.ndarray | slice) -> Log:
         return Log(self.steps[rows], self.positions[rows], self.successes[rows], self.samples[rows])
 
-    def extended(self, step: int, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> Log:
+    def extended(self, step: float, positions: np.ndarray, successes: np.ndarray, samples: np.ndarray) -> Log:
         """Return the log with one more batch."""
-        new = (np.full(len(positions), step), positions, successes, samples)
+        new = (np.full(len(positions), float(step)), positions, successes, samples)
         old = (self.steps, self.positions, self.successes, self.samples)
         return Log(*(np.concatenate(pair) for pair in zip(old, new, strict=True)))
 
     def batches(self) -> Iterator[Log]:
-        """Yield consecutive outcomes of one step without repeated prompts."""
+        """Yield consecutive outcomes of one time without repeated prompts."""
         start, seen = 0, set[int]()
         for row in range(len(self)):
             position = int(self.positions[row])
@@ -68,16 +68,18 @@ class Log:
             yield self[start:]
 
 
-def replay(features: np.ndarray, constants: Constants, batches: Sequence[Log]) -> tuple[PosteriorModel, float]:
+def replay(
+    features: np.ndarray, constants: Constants, batches: Sequence[Log], slope: float = 0.0
+) -> tuple[PosteriorModel, float]:
     """Return the model after the batches of a log and the log-probability it gave them."""
-    model, total = PosteriorModel(features, constants), 0.0
+    model, total = PosteriorModel(features, constants, slope), 0.0
     for batch in batches:
-        model.advance(int(batch.steps[0]) - model.step)
+        model.advance(float(batch.steps[0]) - model.step)
         total += model.observe(batch.positions, batch.successes, batch.samples)
     return model, total
 
 
-def fit_constants(features: np.ndarray, start: Constants, log: Log) -> Constants:
+def fit_constants(features: np.ndarray, start: Constants, log: Log, slope: float = 0.0) -> Constants:
     """Return constants of higher evidence than `start`, by one round of pattern search over their logarithms.
 
     Each constant is multiplied or divided by a factor as long as that helps, at most three times. Later rounds start
@@ -91,7 +93,7 @@ def fit_constants(features: np.ndarray, start: Constants, log: Log) -> Constants
 
     def evidence(constants: Constants) -> float:
         distance = (constants.logarithms() - centre) / _PRIOR_SPREAD
-        return replay(rows, constants, batches)[1] + float(-0.5 * distance @ distance)
+        return replay(rows, constants, batches, slope)[1] + float(-0.5 * distance @ distance)
 
     best, best_value = start, evidence(start)
     for factor in FACTORS:

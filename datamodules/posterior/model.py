@@ -102,10 +102,10 @@ class History:
         self.level = np.zeros(size)
         self.pull = np.ones(size)
         self.spread = np.full(size, constants.own)
-        self.last = np.full(size, -1, dtype=np.int64)
-        """int64 `[Q]`: step of the latest outcome, -1 for none."""
+        self.last = np.full(size, -1.0)
+        """float64 `[Q]`: time of the latest outcome in steps, -1 for none."""
 
-    def now(self, step: int, positions: np.ndarray | slice = slice(None)) -> Conditional:
+    def now(self, step: float, positions: np.ndarray | slice = slice(None)) -> Conditional:
         """Return the courses at `step` given all outcomes so far."""
         gap = np.where(self.last[positions] < 0, 0, step - self.last[positions])
         kept = np.exp(-gap / self.constants.memory)
@@ -115,7 +115,7 @@ class History:
             kept**2 * self.spread[positions] + (1 - kept**2) * self.constants.own,
         )
 
-    def update(self, step: int, positions: np.ndarray, measured: np.ndarray, variance: np.ndarray) -> Message:
+    def update(self, step: float, positions: np.ndarray, measured: np.ndarray, variance: np.ndarray) -> Message:
         """Condition on measurements of the courses at distinct `positions`, with error variances `variance`."""
         now = self.now(step, positions)
         total = now.spread + variance
@@ -137,13 +137,17 @@ class Shared:
     Args:
         features: float32 `[Q, r]`, may be memory-mapped; `r` may be 0.
         variance: prior variance of every weight except the intercept, the last one.
+        slope: prior mean of the weight of the last feature; that of the others is 0.
     """
 
-    def __init__(self, features: np.ndarray, variance: float) -> None:
+    def __init__(self, features: np.ndarray, variance: float, slope: float = 0.0) -> None:
         self.features = features
         width = features.shape[1]
         precision = np.diag(np.append(np.full(width, 1 / variance), 1 / INTERCEPT_VARIANCE))
-        self.restore(precision, np.zeros(width + 1))
+        shift = np.zeros(width + 1)
+        if slope:
+            shift[width - 1] = slope / variance
+        self.restore(precision, shift)
 
     def restore(self, precision: np.ndarray, shift: np.ndarray) -> None:
         """Set the posterior from its natural parameters, float64 `[r + 1, r + 1]` and `[r + 1]`."""
@@ -196,17 +200,18 @@ class PosteriorModel:
     Args:
         features: float32 `[Q, r]` embeddings, centred and of about unit length.
         constants: constants of the model.
+        slope: prior mean of the weight of the last feature (see `prior`), 0 for features about which nothing is known.
     """
 
-    def __init__(self, features: np.ndarray, constants: Constants) -> None:
+    def __init__(self, features: np.ndarray, constants: Constants, slope: float = 0.0) -> None:
         self.constants = constants
-        self.step = 0
+        self.step = 0.0
         self.drift = Drift()
         self.history = History(len(features), constants)
-        self.shared = Shared(features, constants.shared)
+        self.shared = Shared(features, constants.shared, slope)
 
-    def advance(self, steps: int = 1) -> None:
-        """Move on by a number of steps."""
+    def advance(self, steps: float = 1.0) -> None:
+        """Move on by a number of steps, or by a fraction of one where the policy moved less than in a usual step."""
         self.step += steps
         self.drift.variance += steps * self.constants.drift
 

@@ -146,6 +146,9 @@ class Selector(ABC):
     def observe_gradients(self, sketches: Sequence[GroupSketch]) -> None:
         """Learn from the gradients of the groups with advantages that an update trained on, if `uses_sketches`."""
 
+    def updated(self, size: float) -> None:
+        """Learn the size of an update of the policy, its learning rate times its gradient norm, when it is done."""
+
     def forecast(self) -> np.ndarray | None:
         """Return the expected success rate of every prompt under the current policy, float64 `[Q]`, if there is one."""
         return None

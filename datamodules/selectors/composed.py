@@ -172,6 +172,9 @@ class Composed(Selector):
     def observe_gradients(self, sketches: Sequence[GroupSketch]) -> None:
         self.ranker.observe_gradients(sketches)
 
+    def updated(self, size: float) -> None:
+        self.ranker.updated(size)
+
     def forecast(self) -> np.ndarray | None:
         return self.ranker.forecast()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.posterior.acquisition import Acquisition
+from datamodules.posterior.calibration import Calibration
 from datamodules.posterior.evidence import Log, fit_constants, replay
 from datamodules.posterior.model import Beliefs, Constants, PosteriorModel
+from datamodules.posterior.prior import SLOPE, read_prior, with_prior
 from datamodules.posterior.table import BeliefTable, Cells
 from datamodules.selectors.base import NO_PROMPTS, Ranker, SelectionContext
-from datamodules.selectors.sampling import gumbel
+from datamodules.selectors.sampling import gumbel, top_k
 from datamodules.types import Outcomes
 
 MAX_LOG = 16384
@@ -27,6 +30,8 @@ DEFAULT_GROUP = 8
 """Completions per group assumed before the first outcome."""
 MIN_CHANCE = 1e-6
 """Lower bound of P(informative) in a draw: its logarithm stays finite."""
+_REVIEWED = 1e9
+"""Priority of a retired prompt whose review is due, above every other."""
 
 
 class Posterior(Ranker):
@@ -36,7 +41,10 @@ class Posterior(Ranker):
     of an improving policy, the prediction from its embedding, and its own course, about which old outcomes say less and
     less (see `datamodules.posterior` for the model and its approximations). The forecast is the mean success rate under
     that belief; the choice maximises `datamodules.posterior.Acquisition`. The five constants of the model are refitted
-    whenever the number of outcomes has doubled. Reference rollouts are not needed, but used if there are any.
+    whenever the number of outcomes has doubled. Time passes with the size of the updates, their learning rate times
+    their gradient norm relative to its mean so far (KGPS, arXiv 2607.27610), or by steps where none is reported.
+    `informative_chance` is calibrated on the outcomes of the chosen prompts, which leaves their order as it is.
+    Reference rollouts are not needed, but used if there are any.
 
     For training, set `temperature` above 0: the greedy choice maximises the share of informative prompts and therefore
     keeps to prompts that it knows.
@@ -48,13 +56,20 @@ class Posterior(Ranker):
             else the policy's initial weights. Without a predictor, text statistics are added; they are used alone if
             there is no encoder.
         use_embeddings: whether to use the texts; false tells prompts apart by their history only.
-        lookahead: steps for which a prompt found to be informative is expected to be used, >= 0.
-        knowledge: value of knowing the whole pool, in batches of informative prompts at the first step, >= 0. Larger
-            values improve the forecasts and choose slightly worse; 0 explores only what pays for itself.
+        forecast_value: worth of a forecast that knows the whole pool, as a share of a batch of informative groups per
+            step, >= 0. Larger values improve the forecasts and choose slightly worse; 0 explores only what pays for
+            itself.
         learn_constants: whether the model's constants are fitted to the run.
         temperature: 0 takes the prompts of highest priority. Above 0, prompts are drawn without replacement with
-            probabilities ~ P(informative)^(1 / temperature), and `lookahead` and `knowledge` are ignored. At 1 and with
-            sharp beliefs the batch is what dynamic sampling would keep: a uniform draw among informative prompts.
+            probabilities ~ P(informative)^(1 / temperature), and `forecast_value` is ignored. At 1 and with sharp
+            beliefs the batch is what dynamic sampling would keep: a uniform draw among informative prompts.
+        prior: success rates of another model: the column of the training data that holds them, such as `pass_rate`, or
+            a JSONL file of {"question": text, "pass_rate": rate}; prompts without one are told by their texts. Null for
+            none.
+        retire_at: expected success rate from which a measured prompt is no longer chosen, such as 0.9 (ScaleRL, arXiv
+            2510.13786); null retires none.
+        reviews: share of the choices that goes to retired prompts, those not measured for longest first. One that is
+            expected to fail again returns.
     """
 
     def __init__(
@@ -62,22 +77,31 @@ class Posterior(Ranker):
         predictor: str | None = None,
         encoder: str | None = None,
         use_embeddings: bool = True,
-        lookahead: float = 16.0,
-        knowledge: float = 110.0,
+        forecast_value: float = 0.39,
         learn_constants: bool = True,
         temperature: float = 0.0,
+        prior: str | None = None,
+        retire_at: float | None = None,
+        reviews: float = 0.02,
     ) -> None:
         super().__init__()
         for name, value, zero in (
-            ("lookahead", lookahead, "switch that term off"),
-            ("knowledge", knowledge, "switch that term off"),
+            ("forecast_value", forecast_value, "explore only what pays for itself"),
             ("temperature", temperature, "take the best instead of drawing"),
         ):
             if not 0 <= value < float("inf"):
                 raise UserError(f"{name} is {value}, expected a finite number >= 0. Use 0 to {zero}.")
         self.predictor, self.encoder, self.use_embeddings = predictor, encoder, use_embeddings
-        self.acquisition = Acquisition(lookahead, knowledge)
+        self.acquisition = Acquisition(forecast_value)
         self.learn_constants, self.temperature = learn_constants, temperature
+        if retire_at is not None and not 0 < retire_at <= 1:
+            raise UserError(
+                f"retire_at is {retire_at}, expected a success rate in (0, 1]. Use null to retire no prompt."
+            )
+        if not 0 <= reviews <= 1:
+            raise UserError(f"reviews is {reviews}, expected a share of the choices in [0, 1]. Use 0 for no reviews.")
+        self.retire_at, self.reviews = retire_at, reviews
+        self.prior, self._slope = prior, 0.0 if prior is None else SLOPE
         self._features = np.zeros((0, 0), dtype=np.float32)
         """float32 `[Q, r]` centred unit vectors; `r` is 0 without embeddings."""
         self._model = PosteriorModel(self._features, Constants())
@@ -86,13 +110,23 @@ class Posterior(Ranker):
         self._group = DEFAULT_GROUP
         self._table: BeliefTable | None = None
         self._cells: Cells | None = None
+        self._calibration = Calibration()
+        self._updates = (0, 0.0)
+        """Number and summed sizes of the updates reported so far."""
+        self._moved = 1.0
+        """How far the policy moved since the latest choice, in updates of mean size; 1 where no update is reported."""
+        self._reviews_owed = 0.0
+        """Reviews of retired prompts still due, as a fraction of one."""
         self._explored = (0, 0)
         """Prompts chosen in this step that the greedy choice would have left out, and all prompts chosen."""
 
     def setup(self, pool: PromptPool, context: SelectionContext) -> None:
         super().setup(pool, context)
+        rates = None if self.prior is None else read_prior(self.prior, pool)
         self._features = self._embed(pool, context)
-        self._model = PosteriorModel(self._features, Constants())
+        if rates is not None:
+            self._features = with_prior(self._features, rates)
+        self._model = PosteriorModel(self._features, Constants(), self._slope)
 
     def _embed(self, pool: PromptPool, context: SelectionContext) -> np.ndarray:
         trained = AttentionPredictor.load(Path(self.predictor).expanduser()) if self.predictor else None
@@ -117,28 +151,62 @@ class Posterior(Ranker):
 
     def begin_step(self) -> None:
         super().begin_step()
-        self._model.advance()
+        self._model.advance(self._moved)
+        self._moved = 0.0 if self._updates[0] else 1.0
         self._explored = (0, 0)
         self._cells = None
 
+    def updated(self, size: float) -> None:
+        if not math.isfinite(size):
+            return  # a skipped update: the policy did not move
+        count, total = self._updates
+        self._updates = count + 1, total + size
+        if count == 0:
+            self._moved = 0.0
+        if self._updates[1]:
+            self._moved += size * (count + 1) / self._updates[1]
+
     def priorities(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        table, cells, constants = self._tabulated(), self._placed(), self._model.constants
+        table, cells = self._tabulated(), self._placed()
         if self.temperature > 0:
-            informative = cells.read(table.informative)
-            return gumbel(np.log(np.maximum(informative, MIN_CHANCE)) / self.temperature, rng)
-        # A prompt without outcomes, about which only the run's constants are known.
+            chance = np.maximum(cells.read(table.informative), MIN_CHANCE)
+            found = gumbel(np.log(chance) / self.temperature, rng)
+        else:
+            found = self.acquisition.priorities(
+                table, cells, self._untried_variance(), self._model.constants.memory, n, max(1, self._steps)
+            )
+        if self.retire_at is not None:
+            retired = self._retired()
+            found[retired] = -np.inf
+            due = min(int(self._reviews_owed + self.reviews * n + 1e-9), len(retired))
+            unseen = -self._model.history.last[retired].astype(np.float64)
+            found[retired[top_k(unseen, due, rng)]] = _REVIEWED
+        return found
+
+    def _untried_variance(self) -> float:
+        """Return the variance of the success rate of a prompt of which only the run's constants are known."""
+        constants = self._model.constants
         mean = self._model.drift.mean + float(self._model.shared.weights[-1])
         variance = constants.own + (constants.shared if self._features.shape[1] else 0)
         untried = Cells.of(Beliefs(np.array([mean]), np.array([variance])))
-        prior_variance = float(untried.read(table.rate_deviation)[0] ** 2)
-        return self.acquisition.priorities(table, cells, prior_variance, constants.memory, n, max(1, self._steps))
+        return float(untried.read(self._tabulated().rate_deviation)[0] ** 2)
+
+    def _retired(self) -> np.ndarray:
+        """Return the int64 positions of measured prompts whose success rate is expected to be at least `retire_at`."""
+        if self.retire_at is None:
+            return NO_PROMPTS
+        return np.flatnonzero((self._model.history.last >= 0) & (self.forecast() >= self.retire_at))
 
     def settle(self, chosen: np.ndarray, passed_over: np.ndarray = NO_PROMPTS) -> None:
-        informative = self._placed().read(self._tabulated().informative)
-        if len(chosen):
-            threshold = np.partition(informative, len(informative) - len(chosen))[len(informative) - len(chosen)]
-            explored, total = self._explored
-            self._explored = (explored + int((informative[chosen] < threshold).sum()), total + len(chosen))
+        if not len(chosen):
+            return
+        informative = self._informative()
+        threshold = np.partition(informative, len(informative) - len(chosen))[len(informative) - len(chosen)]
+        explored, total = self._explored
+        self._explored = (explored + int((informative[chosen] < threshold).sum()), total + len(chosen))
+        if self.retire_at is not None:
+            reviewed = int(np.isin(chosen, self._retired()).sum())
+            self._reviews_owed = max(0.0, self._reviews_owed + self.reviews * len(chosen) - reviewed)
 
     def learn(self, positions: np.ndarray, outcomes: Outcomes) -> None:
         if len(positions) == 0:
@@ -152,19 +220,22 @@ class Posterior(Ranker):
         group = int(np.median(outcomes.samples))
         if group != self._group:
             self._group, self._table = group, None
+        if outcomes.source == "fresh":
+            mixed = (outcomes.success_rate > 0) & (outcomes.success_rate < 1)
+            self._calibration.learn(self._informative()[positions], mixed.astype(np.float64))
         self._model.observe(unique, successes, samples)
         self._cells = None
         if self.learn_constants and len(self._log) < MAX_LOG:
-            self._log = self._log.extended(self._steps, unique, successes, samples)
+            self._log = self._log.extended(self._model.step, unique, successes, samples)
             if len(self._log) >= 2 * self._fitted_at:
                 self._fit_constants()
 
     def _fit_constants(self) -> None:
         """Fit the constants to the log and, if they changed, filter the run again."""
         self._fitted_at = len(self._log)
-        constants = fit_constants(self._features, self._model.constants, self._log)
+        constants = fit_constants(self._features, self._model.constants, self._log, self._slope)
         if constants != self._model.constants:
-            self._model = replay(self._features, constants, list(self._log.batches()))[0]
+            self._model = replay(self._features, constants, list(self._log.batches()), self._slope)[0]
             self._table = self._cells = None
 
     def forecast(self) -> np.ndarray:
@@ -172,6 +243,14 @@ class Posterior(Ranker):
 
     def forecast_deviation(self) -> np.ndarray:
         return self._placed().read(self._tabulated().rate_deviation)
+
+    def informative_chance(self) -> np.ndarray:
+        """Return the calibrated probability that a group of each prompt is informative now, float64 `[Q]`."""
+        return self._calibration.apply(self._informative())
+
+    def _informative(self) -> np.ndarray:
+        """Return P(informative) as the model has it, float64 `[Q]`."""
+        return self._placed().read(self._tabulated().informative)
 
     def _tabulated(self) -> BeliefTable:
         if self._table is None:
@@ -191,6 +270,7 @@ class Posterior(Ranker):
             "selection/posterior_mean": float(self.forecast().mean()),
             "selection/posterior_std_mean": float(self.forecast_deviation().mean()),
             "selection/exploration_fraction": explored / max(1, total),
+            "selection/informative_calibration_error": self._calibration.error,
             "difficulty/drift": drift.mean,
             "difficulty/own_variance": constants.own,
             "difficulty/shared_variance": constants.shared,
@@ -207,12 +287,25 @@ class Posterior(Ranker):
             "fitted_at": self._fitted_at,
             "group": self._group,
             "explored": list(self._explored),
+            "calibration": self._calibration.state_dict(),
+            "reviews_owed": self._reviews_owed,
+            "updates": list(self._updates),
+            "moved": self._moved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        saved, now = len(state["model"]["arrays"]["shift"]) - 1, self._features.shape[1]
+        if saved != now:
+            raise UserError(
+                f"Cannot resume: the checkpoint's selectors.Posterior knows {saved} features of each prompt, this run "
+                f"has {now}. Resume with the same encoder, predictor, use_embeddings and prior, or start a new run."
+            )
         self._model = PosteriorModel.restored(self._features, state["model"])
         self._log = Log(*(tensor.numpy().copy() for tensor in state["log"]))
         self._fitted_at, self._group = state["fitted_at"], state["group"]
         self._explored = (state["explored"][0], state["explored"][1])
+        self._calibration.load_state_dict(state["calibration"])
+        self._reviews_owed, self._moved = state["reviews_owed"], state["moved"]
+        self._updates = (state["updates"][0], state["updates"][1])
         self._table = self._cells = None

@@ -53,6 +53,35 @@ def test_figures_files_and_table(traces, tmp_path, capsys):
     assert f"{uniform['informative']['mean']:.3f} +- {uniform['informative']['sem']:.3f}" in printed
 
 
+def test_a_prior_is_a_column_of_the_traces_or_a_file_by_question(traces, tmp_path, capsys):
+    """With the right rates known beforehand, the first forecast orders all prompts, whether shuffled or not."""
+    rows = [json.loads(line) for line in traces.read_text().splitlines()]
+    rated = [row | {"pass_rate": row["pass_rate_by_epoch"][0]} for row in rows]
+    column, file = tmp_path / "rated.jsonl", tmp_path / "other.jsonl"
+    column.write_text("".join(json.dumps(row) + "\n" for row in rated))
+    file.write_text("".join(json.dumps({key: row[key] for key in ("question", "pass_rate")}) + "\n" for row in rated))
+    posterior = ("--selector", "Posterior", "--selector.use_embeddings", "false", "--visits", "2", "--seeds", "1")
+    first = {}
+    for name, path, more in (
+        ("column", column, ("--selector.prior", "pass_rate", "--shuffle", "true")),
+        ("file", traces, ("--selector.prior", str(file))),
+        ("none", traces, ()),
+    ):
+        study(path, tmp_path / name, *posterior, *more)
+        with (tmp_path / name / "forecast.csv").open() as table:
+            first[name] = next(row["pearson"] for row in csv.DictReader(table) if row["selector"] == "Posterior")
+    assert float(first["column"]) == pytest.approx(float(first["file"]), abs=1e-6)
+    assert float(first["file"]) > 0.9
+    assert first["none"] == ""
+    with pytest.raises(SystemExit) as stopped:
+        study(column, tmp_path / "wrong", *posterior, "--selector.prior", "pass_rates")
+    assert stopped.value.code == 2
+    assert (
+        "neither a JSONL file nor a column of the training prompts: did you mean 'pass_rate'" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_the_written_config_repeats_the_study(traces, tmp_path):
     options = ["--selectors.first", "Uniform", "--selector", "Uniform", "--visits", "5"]
     once = study(traces, tmp_path / "once", *options)

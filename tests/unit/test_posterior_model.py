@@ -266,15 +266,13 @@ def test_priorities_are_the_three_terms():
     cells = Cells.of(Beliefs(np.array([0.0, -3.0, 1.0, -0.5]), np.array([0.1, 0.2, 8.0, 9.0])))
     informative = cells.read(table.informative)
     second = np.sort(informative)[-2]
-    found = Acquisition(lookahead=6, knowledge=10).priorities(table, cells, 0.1, memory=12.0, n=2, step=5)
-    expected = (
-        informative
-        + 4 * cells.read(table.improvement(second))  # 1 / (1/6 + 1/12)
-        + (10 * 12 / 22) / 5 * 2 / 4 / 0.1 * cells.read(table.removed)
-    )
+    found = Acquisition(forecast_value=0.3).priorities(table, cells, 0.1, memory=150.0, n=2, step=5)
+    greedy = informative + cells.read(table.improvement(second))
+    # Knowledge lasts 1 / (1/300 + 1/150) = 100 steps.
+    expected = greedy + 0.3 * 100 / 5 * 2 / 4 / 0.1 * cells.read(table.removed)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    plain = Acquisition(0.0, 0.0).priorities(table, cells, 0.1, memory=12.0, n=2, step=5)
-    np.testing.assert_array_equal(plain, informative)
+    plain = Acquisition(0.0).priorities(table, cells, 0.1, memory=12.0, n=2, step=5)
+    np.testing.assert_array_equal(plain, greedy)
 
 
 def test_steps_without_outcomes_pass_too():

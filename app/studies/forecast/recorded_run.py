@@ -6,6 +6,7 @@ A recorded run holds the pass rate that every prompt of a pool had at every visi
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,12 +33,14 @@ class Traces:
         questions: `Q` raw texts.
         rates: float64 `[Q, V]` success rate of every question at visit 0, 1, ... `V - 1`.
         first: visit of the run in column 0.
+        columns: what else the file says of each question; empty where it says nothing.
     """
 
     ids: tuple[str, ...]
     questions: tuple[str, ...]
     rates: np.ndarray
     first: int = 0
+    columns: tuple[Mapping[str, object], ...] = ()
 
     def cut(self, first: int, visits: int | None) -> Traces:
         """Return the traces from visit `first`, `visits` of them (None: all the rest). Raise UserError for too few."""
@@ -55,23 +58,25 @@ class Traces:
         """Return the questions in a random order, always the same one (so that their embeddings are cached once)."""
         order = generator("forecast", "question order").permutation(len(self.ids))
         ids, questions = (tuple(texts[row] for row in order) for texts in (self.ids, self.questions))
-        return replace(self, ids=ids, questions=questions, rates=self.rates[order])
+        columns = tuple(self.columns[row] for row in order) if self.columns else ()
+        return replace(self, ids=ids, questions=questions, rates=self.rates[order], columns=columns)
 
     def pool(self) -> PromptPool:
         """Return the pool that selectors choose from; nothing is generated, so its prompts carry no tokens."""
-        rows = enumerate(zip(self.ids, self.questions, strict=True))
-        return PromptPool.of([Prompt(name, index, text, text, (), {}) for index, (name, text) in rows])
+        columns = self.columns or ({},) * len(self.ids)
+        rows = enumerate(zip(self.ids, self.questions, columns, strict=True))
+        return PromptPool.of([Prompt(name, index, text, text, (), others) for index, (name, text, others) in rows])
 
 
 def read_traces(path: Path) -> Traces:
-    """Read a JSONL file of `{"question": text, "pass_rate_by_epoch": [rate, ...]}`; other keys are ignored.
+    """Read a JSONL file of `{"question": text, "pass_rate_by_epoch": [rate, ...]}`; other keys are columns of the pool.
 
     Traces may differ in length; all are cut to the shortest one, since a choice beyond its end would have no outcome.
     Raise UserError that names the line for content that cannot be used.
     """
     if not path.is_file():
         raise UserError(f"--traces is {str(path)!r}, not a file. Give a JSONL file with {QUESTION} and {RATES}.")
-    questions, traces = [], []
+    questions, traces, columns = [], [], []
     for where, row in read_objects(path, (QUESTION, RATES)):
         question, rates = row[QUESTION], row[RATES]
         if not isinstance(question, str) or not question.strip():
@@ -88,11 +93,12 @@ def read_traces(path: Path) -> Traces:
                 )
         questions.append(question)
         traces.append(rates)
+        columns.append({key: value for key, value in row.items() if key not in (QUESTION, RATES)})
     if not questions:
         raise UserError(f"{str(path)!r} is empty, expected {QUESTION} and {RATES} per line. Give another file.")
     shortest = min(map(len, traces))
     table = np.array([rates[:shortest] for rates in traces], dtype=np.float64)
-    return Traces(tuple(map(str, range(len(questions)))), tuple(questions), table)
+    return Traces(tuple(map(str, range(len(questions)))), tuple(questions), table, columns=tuple(columns))
 
 
 @dataclass(frozen=True, slots=True)
