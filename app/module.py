@@ -43,7 +43,7 @@ from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
-from datamodules.types import TrainBatch
+from datamodules.types import GroupSketch, TrainBatch
 from datamodules.validation import ValidationSet
 
 
@@ -308,10 +308,13 @@ class GRPOModule(LightningModule):
             learner = self.learner
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
+            sums = learner.sketch_sums(len(batch.groups)) if batch.wants_sketches else None
             updates = self._updates.take(
                 learner, parts, batch.step,
-                optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward,
+                optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, sketches=sums,
             )  # fmt: skip
+            if sums is not None:
+                batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout

@@ -119,6 +119,37 @@ class RolloutGroup:
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupSketch:
+    """A sketch of the gradient of a group's objective with respect to the output head, as its update has applied it.
+
+    Inner products of sketches of one run estimate those of the gradients (`app.objective.sketches`). The gradient is
+    the group's share in the mean over its mini-batch: advantages, token weights, importance weights, clipping, KL and
+    entropy terms are those of the loss.
+
+    Attributes:
+        group: position of the group in `TrainBatch.groups`.
+        prompt_id: id of its prompt.
+        source: "fresh", "reference" or "replay".
+        birth_step: step in which it was generated.
+        vector: float32 `[1024]`, the direction of ascent; 0 for a group without a gradient.
+    """
+
+    group: int
+    prompt_id: str
+    source: Source
+    birth_step: int
+    vector: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[RolloutGroup], vectors: np.ndarray) -> list[GroupSketch]:
+        """Return the sketches of a batch's groups, in order, with their vectors, float32 `[len(groups), 1024]`."""
+        return [
+            cls(index, group.prompt.id, group.source, group.birth_step, vector)
+            for index, (group, vector) in enumerate(zip(groups, vectors, strict=True))
+        ]
+
+
 class TrainBatch:
     """The data of one step. The loader sets `prompts`, callbacks add groups, and the module trains on `groups`.
 
@@ -138,6 +169,8 @@ class TrainBatch:
         reference_forecast: float64 `[K, 2]`: expected and measured success rate of the reference prompts rolled out
             since the previous step; None without reference prompts or without a forecast.
         advantages: float32 `[G]` per group, set by the training step.
+        wants_sketches: whether the training step makes `sketches`; set it before, at the latest when the batch starts.
+        sketches: one per group of `groups`, in order, the same on all ranks; set by the training step if wanted.
         metrics: scalars to log with this step, by full name.
         ledger: seconds, counts and reward metrics of this step.
     """
@@ -152,7 +185,9 @@ class TrainBatch:
         "prompts",
         "reference_forecast",
         "rollouts",
+        "sketches",
         "step",
+        "wants_sketches",
     )
 
     def __init__(self, step: int, prompts: Sequence[Prompt], forecast: np.ndarray | None = None) -> None:
@@ -164,6 +199,8 @@ class TrainBatch:
         self.pool_forecast: np.ndarray | None = None
         self.reference_forecast: np.ndarray | None = None
         self.advantages: list[np.ndarray] = []
+        self.wants_sketches = False
+        self.sketches: list[GroupSketch] = []
         self.metrics: dict[str, float] = {}
         self.ledger = Ledger()
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from app.objective.sketches import TokenSketch
+
 CPU_TILE_BYTES = 4 * 2**20
 DEVICE_TILE_BYTES = 64 * 2**20
 """Size of one buffer of logits; up to three are alive at once. A CPU's fits its cache, a device's keeps it busy."""
@@ -48,6 +50,7 @@ def token_logprobs(
     with_entropy: bool = True,
     precision: HeadPrecision = "float32",
     tile_bytes: int | None = None,
+    sketch: TokenSketch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability of each target, and the entropy of its distribution.
 
@@ -63,6 +66,8 @@ def token_logprobs(
         scale: multiplies the logits, first (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         precision: of the matrix products, forward and backward.
         tile_bytes: size of one buffer of logits; by default 4 MiB on a CPU and 64 MiB on other devices.
+        sketch: to which the backward pass adds the tokens' gradients with respect to `weight`, also where these are not
+            asked for.
 
     Returns:
         `logprobs [T]` and `entropy [T]` (None without `with_entropy`), in nats, float32 (float64 for float64 inputs).
@@ -83,7 +88,9 @@ def token_logprobs(
     if tile_bytes is None:
         tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
     logits = _Logits(scale=scale, softcap=softcap, temperature=temperature)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, bias, targets, logits, with_entropy, precision, tile_bytes)
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden, weight, bias, targets, logits, with_entropy, precision, tile_bytes, sketch
+    )
     return logprobs, entropy
 
 
@@ -125,6 +132,7 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
         precision: HeadPrecision,
         tile_bytes: int,
+        sketch: TokenSketch | None,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(torch.promote_types(torch.float32, hidden.dtype), weight.dtype)
         target, lse = (torch.full(targets.shape, torch.nan, dtype=dtype, device=hidden.device) for _ in range(2))
@@ -145,7 +153,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if mean is not None:
                     mean[rows] = mean_logit
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean)
-        ctx.logits, ctx.precision, ctx.tile_bytes = logits, precision, tile_bytes
+        ctx.logits, ctx.precision, ctx.tile_bytes, ctx.sketch = logits, precision, tile_bytes, sketch
         ctx.set_materialize_grads(False)
         return target - lse, None if mean is None else lse - mean
 
@@ -153,10 +161,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         with _products(ctx.saved_tensors[0].device, ctx.precision):
             grads = _backward(ctx, grad_logprobs, grad_entropy)
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 @contextmanager
@@ -228,15 +236,19 @@ def _backward(
     The vocabulary is the outer loop, so that only one tile's weight gradient is held in the wide type.
     """
     hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
-    logits, needed, dtype = ctx.logits, ctx.needs_input_grad, lse.dtype
+    logits, needed, dtype, sketch = ctx.logits, ctx.needs_input_grad, lse.dtype, ctx.sketch
     read = _read_as(dtype, ctx.precision)
     tokens = hidden.to(read)
     grad_hidden = torch.zeros_like(tokens, dtype=dtype) if needed[0] else None
     grad_weight = torch.empty_like(weight) if needed[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
+    sketched = (
+        None if sketch is None else tokens.new_zeros(len(tokens), sketch.projection.vocabulary.shape[1]).to(dtype)
+    )
     token_tile, vocab_tile = _tile_shape(len(hidden), len(weight), dtype.itemsize, ctx.tile_bytes)
     for columns in _slices(len(weight), vocab_tile):
         head = weight[columns].to(read)
+        signs = None if sketch is None else sketch.projection.vocabulary[columns].to(read)
         head_bias = None if bias is None else bias[columns].to(dtype)
         weight_sum = torch.zeros_like(head, dtype=dtype) if needed[1] else None
         bias_sum = torch.zeros_like(head[:, 0], dtype=dtype) if needed[2] else None
@@ -252,10 +264,14 @@ def _backward(
                 _add_product_(weight_sum, rounded.T, tokens[rows])
             if bias_sum is not None:
                 bias_sum.add_(grad.sum(0))
+            if sketched is not None and signs is not None:
+                _add_product_(sketched[rows], rounded, signs)
         if grad_weight is not None and weight_sum is not None:
             grad_weight[columns] = weight_sum
         if grad_bias is not None and bias_sum is not None:
             grad_bias[columns] = bias_sum
+    if sketch is not None and sketched is not None:
+        sketch.add(sketched, _product(tokens, sketch.projection.hidden.to(read)))
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 

@@ -30,6 +30,7 @@ class ScoredSequence:
         weight: the weight of each of its tokens in the loss (`ratios.token_weights`).
         old_logprobs: float `[T]`: log pi_old; None if the policy before the update is the behaviour policy.
         replayed: the completion was generated at an earlier step.
+        group: position of its group in the batch.
     """
 
     prompt_ids: Sequence[int] | np.ndarray
@@ -39,6 +40,7 @@ class ScoredSequence:
     weight: float
     old_logprobs: Sequence[float] | np.ndarray | None = None
     replayed: bool = False
+    group: int = 0
 
     def __len__(self) -> int:
         """Tokens of prompt and completion."""

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from app.objective.logprobs import HeadPrecision, token_logprobs
 from app.objective.packing import PackedBatch
 from app.objective.shared_prompt import shared_prompt_attention
+from app.objective.sketches import TokenSketch
 from app.policy.adapters import adapted_weight, causal_lm
 from app.policy.model import HEAD_PRECISION, decoder_layers, full_attention_only, plain_attention, uses_sdpa
 from app.policy.modes import attending, recomputes_alike
@@ -24,16 +25,22 @@ AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
 
 
 def completion_logprobs(
-    model: torch.nn.Module, packed: PackedBatch, temperature: float, *, with_entropy: bool
+    model: torch.nn.Module,
+    packed: PackedBatch,
+    temperature: float,
+    *,
+    with_entropy: bool,
+    sketch: TokenSketch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability and the entropy of every completion token, float32 `[T]` each, differentiable.
 
     The head is applied to the predicting positions only, tile by tile; a tokens x vocabulary tensor never exists.
-    `temperature` must be the sampling temperature of the completions. Entropy is None without `with_entropy`.
+    `temperature` must be the sampling temperature of the completions. Entropy is None without `with_entropy`. The
+    backward pass adds the tokens' gradients with respect to the head to `sketch`.
     """
     lm = causal_lm(model)
     forward = getattr(lm, _FORWARD_METHOD, None) or partial(_completion_logprobs, lm)
-    return forward(packed, temperature, with_entropy)
+    return forward(packed, temperature, with_entropy, sketch)
 
 
 def register_logprobs_forward(lm: PreTrainedModel) -> None:
@@ -43,7 +50,7 @@ def register_logprobs_forward(lm: PreTrainedModel) -> None:
 
 
 def _completion_logprobs(
-    lm: PreTrainedModel, packed: PackedBatch, temperature: float, with_entropy: bool
+    lm: PreTrainedModel, packed: PackedBatch, temperature: float, with_entropy: bool, sketch: TokenSketch | None = None
 ) -> tuple[Tensor, Tensor | None]:
     if packed.layout is None:
         # Causal attention never sees padding on the right; models that mix positions differently need the mask.
@@ -70,6 +77,7 @@ def _completion_logprobs(
         scale=logit_scale(lm),
         with_entropy=with_entropy,
         precision=head_precision(lm, hidden),
+        sketch=sketch,
     )
 
 

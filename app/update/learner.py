@@ -14,7 +14,9 @@ from app.objective.advantages import BATCH_IN_GROUPS, Baseline, Scale
 from app.objective.options import SurrogateOptions
 from app.objective.packing import PackedBatch
 from app.objective.ratios import Aggregation
+from app.objective.sketches import SketchSums, TokenSketch, head_projection
 from app.objective.surrogate import PolicyLoss, policy_loss
+from app.policy.adapters import causal_lm
 from app.policy.modes import evaluating
 from app.policy.reference import ReferencePolicy
 from app.policy.scoring import completion_logprobs
@@ -145,10 +147,18 @@ class Learner:
             completion_logprobs(self.policy, packed, temperature, with_entropy=False)
         return dataclasses.replace(part, sequences=sequences)
 
-    def loss_of(self, packed: PackedBatch) -> PolicyLoss:
-        """Compute the loss of one micro-batch, with gradient; the losses of a mini-batch's micro-batches add up."""
+    def sketch_sums(self, groups: int) -> SketchSums:
+        """Return the sums that the sketches of a batch's groups are added to (see `objective.sketches`)."""
+        vocabulary, width = causal_lm(self.policy).get_output_embeddings().weight.shape
+        return SketchSums(head_projection(vocabulary, width, run_seed(), self.device), groups)
+
+    def loss_of(self, packed: PackedBatch, sketch: TokenSketch | None = None) -> PolicyLoss:
+        """Compute the loss of one micro-batch, with gradient; the losses of a mini-batch's micro-batches add up.
+
+        The backward pass adds the gradients of its tokens to `sketch`.
+        """
         options, temperature = self.options, self.options.temperature
-        logprobs, entropy = completion_logprobs(self.policy, packed, temperature, with_entropy=True)
+        logprobs, entropy = completion_logprobs(self.policy, packed, temperature, with_entropy=True, sketch=sketch)
         reference = None if self.reference is None else self.reference.logprobs(self.policy, packed, temperature)
         return policy_loss(
             logprobs,

@@ -108,7 +108,7 @@ def minibatches(
     found = []
     for chosen in np.array_split(order, parts):
         rows = [
-            (groups[index], sample, completion, float(advantage))
+            (int(index), sample, completion, float(advantage))
             for index in chosen
             for sample, (completion, advantage) in enumerate(
                 zip(groups[index].completions, advantages[index], strict=True)
@@ -118,12 +118,15 @@ def minibatches(
         lengths = torch.tensor([len(completion.token_ids) for _, _, completion, _ in rows], dtype=torch.int64)
         weights = token_weights(lengths, aggregation, max_completion_length=max_completion_length).tolist()
         part = MiniBatch([], [], int(lengths.sum()), int(lengths.sum()))
-        for (group, sample, completion, advantage), weight in zip(rows, weights, strict=True):
+        for (index, sample, completion, advantage), weight in zip(rows, weights, strict=True):
             if advantage == 0 and not keep_zero_advantage:
                 continue
+            group = groups[index]
             replayed = group.source == "replay" or (step is not None and group.birth_step < step)
             prompt, ids, logprobs = group.prompt, completion.token_ids, completion.logprobs
-            part.sequences.append(ScoredSequence(prompt.token_ids, ids, logprobs, advantage, weight, None, replayed))
+            part.sequences.append(
+                ScoredSequence(prompt.token_ids, ids, logprobs, advantage, weight, None, replayed, index)
+            )
             part.ids.append(CompletionId(prompt.id, sample))
         trained = sum(len(sequence.completion_ids) for sequence in part.sequences)
         found.append(dataclasses.replace(part, skipped_tokens=part.tokens - trained))

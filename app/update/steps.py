@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from app.objective.sketches import SketchSums
 from app.ranks import collective
 from app.update.gradient_sum import sum_gradients
 from app.update.learner import Learner
@@ -40,6 +41,7 @@ class Updates:
         optimizer: Optimizer,
         scheduler: LRScheduler,
         backward: Callable[[Tensor], None],
+        sketches: SketchSums | None = None,
     ) -> list[Update]:
         """Take one optimizer step for each mini-batch of a batch. Collective.
 
@@ -52,6 +54,7 @@ class Updates:
             optimizer: over the trained parameters.
             scheduler: advanced with each optimizer step.
             backward: backward pass of a loss, in the trainer's precision.
+            sketches: to which this rank's part of the groups' gradients is added.
         """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
@@ -67,7 +70,7 @@ class Updates:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
             with collective("update"):
-                seen = _accumulate(learner, share, backward)
+                seen = _accumulate(learner, share, backward, sketches)
             seen = seen.over(ranks)
             if not learner.sharded:
                 sum_gradients(learner.trained, ranks)
@@ -90,14 +93,18 @@ class Updates:
         return updates
 
 
-def _accumulate(learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None]) -> Seen:
+def _accumulate(
+    learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None], sketches: SketchSums | None
+) -> Seen:
     """Add up the gradients of a share's micro-batches."""
     seen, micro = Seen.nothing(learner.device), learner.microbatches
     plan = micro.plan(share.sequences)
     idle = micro.idle(len(plan))
     for rows in plan:
-        packed = micro.one([share.sequences[row] for row in rows])
-        found = learner.loss_of(packed)
+        sequences = [share.sequences[row] for row in rows]
+        packed = micro.one(sequences)
+        tokens = ((one.group, len(one.completion_ids)) for one in sequences)
+        found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens))
         backward(found.loss)
         seen = seen.plus(packed, found)
     for packed in idle:
