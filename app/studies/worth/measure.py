@@ -19,6 +19,21 @@ from app.update.minibatch import MiniBatch
 from datamodules.types import RolloutGroup
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupGradient:
+    """The gradient of one group.
+
+    Attributes:
+        flat: float32 `[P]`, scaled as `Gradients` says.
+        sketch: of the output head's part, scaled alike.
+        seen: statistics of its tokens.
+    """
+
+    flat: Tensor
+    sketch: Tensor
+    seen: Statistics
+
+
 class Gradients:
     """Gradients of single groups at a policy, flat and scaled so that those of a batch's groups add up.
 
@@ -51,15 +66,17 @@ class Gradients:
             parts.append(1 / (second.sqrt() + group["eps"]).reshape(-1))
         return torch.cat(parts)
 
-    def of(self, group: RolloutGroup, step: int) -> tuple[Tensor, Statistics]:
-        """Return the gradient of a group `[P]`, and statistics of its tokens."""
+    def of(self, group: RolloutGroup, step: int) -> GroupGradient:
+        """Return the gradient of a group in a batch of this step."""
         learner, [part] = self._learner, self._parts(group, step)
         learner.policy.zero_grad(set_to_none=True)
-        seen = Statistics.empty(learner.device)
+        seen, sums, micro = Statistics.empty(learner.device), learner.sketch_sums(1), learner.microbatches
         with torch.enable_grad():
-            for packed in learner.microbatches.of(part.sequences):
+            for rows in micro.plan(part.sequences):
+                sequences = [part.sequences[row] for row in rows]
                 with self._walker.precision():
-                    found = learner.loss_of(packed)
+                    tokens = [(0, len(one.completion_ids)) for one in sequences]
+                    found = learner.loss_of(micro.one(sequences), sums.of(tokens))
                 found.loss.backward()  # type: ignore[no-untyped-call]
                 seen = seen.merge(found.statistics)
         flat = [
@@ -67,7 +84,8 @@ class Gradients:
             for one in self._walker.parameters
         ]
         learner.policy.zero_grad(set_to_none=True)
-        return torch.cat(flat) * self.size(group), seen
+        size = self.size(group)
+        return GroupGradient(torch.cat(flat) * size, sums.folded()[0] * size, seen)
 
     def size(self, group: RolloutGroup) -> float:
         """Return the share of a group in a batch, in the unit of `Gradients`."""
@@ -80,31 +98,26 @@ class Gradients:
         return self._learner.minibatches_of([group], self._learner.advantages_of([group]), step)
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Mean inner products of gradients: of replayed with fresh groups, and of fresh groups with one another."""
-
-    replayed: float
-    fresh: float
+def sum_of(gradients: Sequence[GroupGradient]) -> Tensor:
+    """Return the sum of flat gradients, `[P]`."""
+    return torch.stack([one.flat for one in gradients]).sum(0)
 
 
-def agreement(replayed: Sequence[Tensor], fresh: Sequence[Tensor], scale: Tensor | float = 1.0) -> Agreement:
-    """Return the mean inner products, each over all pairs of different groups.
+def agreement(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the mean inner products of replayed with fresh groups, and of fresh groups with one another.
 
-    Leaving out a group's product with itself makes `fresh` free of the bias by noise that the squared norm of a mean
-    has: `<S, S> - sum <x, x>` over `n (n - 1)`. `replayed / fresh` is the worth of a replayed group to first order.
+    Both are over all pairs of different groups. Leaving out a group's product with itself makes the second free of the
+    bias by noise that the squared norm of a mean has: `(<S, S> - sum <x, x>) / (n (n - 1))`. The first over the second
+    is the worth of a replayed group to first order.
 
     Args:
-        replayed: gradients, each `[P]`.
+        replayed: gradients or sketches, each `[P]`.
         fresh: the same of at least two fresh groups.
-        scale: weights of the components, `[P]`: AdamW's for the change of the objective by its step.
     """
-    total = torch.stack(list(fresh)).sum(0)
-    own = sum(float((one * scale * one).sum()) for one in fresh)
-    across = float((total * scale * total).sum()) - own
-    count = len(fresh)
-    mean = torch.stack(list(replayed)).mean(0)
-    return Agreement(float((mean * scale * total).sum()) / count, across / (count * (count - 1)))
+    total = torch.stack(list(fresh)).double().sum(0)
+    own = sum(float(one.double().square().sum()) for one in fresh)
+    count, mean = len(fresh), torch.stack(list(replayed)).double().mean(0)
+    return float(mean @ total) / count, (float(total @ total) - own) / (count * (count - 1))
 
 
 class HeldOut:

@@ -17,7 +17,7 @@ from app.studies.worth.study import Cell
 
 COLUMNS = (
     "learning_rate", "uses", "age", "seeds", "groups", "worth", "worth_error", "gradients", "gradients_error",
-    "plain", "plain_error", "drift", "effective", "gain_fresh", "gain_more_fresh", "threshold",
+    "sketches", "sketches_error", "drift", "effective", "gain_fresh", "gain_more_fresh", "threshold",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def table_of(cells: Sequence[Cell], seconds_per_token: float) -> pd.DataFrame:
         pairs = {
             "worth": [_added(row["gains"]) for _, row in measured],
             "gradients": [row["adam"] for _, row in measured],
-            "plain": [row["plain"] for _, row in measured],
+            "sketches": [row["sketch"] for _, row in measured],
         }
         row = {"learning_rate": rate, "uses": uses, "age": age, "seeds": len(measured)}
         for name, its in pairs.items():
@@ -107,7 +107,6 @@ def check_of(cells: Sequence[Cell]) -> str | None:
         return None
     estimated, sampled = np.array(steps).T
     error = sampled.std(ddof=1) / math.sqrt(len(steps))
-    error = sampled.std(ddof=1) / math.sqrt(len(steps))
     return (
         f"Check: over {len(steps)} steps the mean gain is {estimated.mean():.4f} by importance weighting and "
         f"{sampled.mean():.4f} +- {error:.4f} by new completions of the same seeds."
@@ -134,7 +133,7 @@ def write(out: Path, cells: Sequence[Cell], seconds_per_token: float) -> str:
             "age": table["age"],
             "worth": with_error("worth"),
             "by gradients": with_error("gradients"),
-            "unscaled": with_error("plain"),
+            "by sketches": with_error("sketches"),
             "drift": [f"{one:.3f}" for one in table["drift"]],
             "pays above": [_number(one) for one in table["threshold"]],
         }

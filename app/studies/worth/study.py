@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from app.objective.statistics import Statistics
-from app.studies.worth.measure import Gradients, HeldOut, agreement, stepped
+from app.studies.worth.measure import Gradients, HeldOut, agreement, stepped, sum_of
 from app.studies.worth.walk import Walk, Walker
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger
@@ -79,46 +78,41 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
             "--prompts or lower --groups."
         )
     gradients = Gradients(walker)
-    of_fresh = [gradients.of(one, steps)[0] for one in fresh]
+    of_fresh = [gradients.of(one, steps) for one in fresh]
     questions = _held_out(walker, plan.held_out)
     held_out = HeldOut(walker, walker.roll(questions, 0, Ledger(), "validate"))
-    steps_of = _Steps(walker, here, gradients, rate, held_out, questions)
-    measured = []
-    for (use, age), groups in sets.items():
-        if not groups:
-            continue
-        found = [gradients.of(one, steps) for one in groups]
+    take = _Steps(walker, here, gradients, rate, held_out, questions if plan.sampled else [])
+    measured: list[dict[str, Any]] = []
+    found = {key: [gradients.of(one, steps) for one in groups] for key, groups in sets.items() if groups}
+    for (use, age), its in found.items():
         seen = Statistics.empty(walker.module.device)
-        for _, statistics in found:
-            seen = seen.merge(statistics)
-        of_replayed = [gradient for gradient, _ in found]
-        gains = []
-        for draw in range(plan.draws):
-            order = generator(seed, "worth", "draw", draw).permutation(len(fresh))
-            base, more = order[: plan.groups], order[plan.groups : plan.groups + len(groups)]
-            size = sum(gradients.size(fresh[one]) for one in base)
-            first = torch.stack([of_fresh[one] for one in base]).sum(0) / size
-            sampled = plan.sampled and draw == 0
-            gains.append(
-                {
-                    "fresh": steps_of.gain(first, first, sampled),
-                    "with_replayed": steps_of.gain(first + torch.stack(of_replayed).sum(0) / size, first, sampled),
-                    "with_fresh": steps_of.gain(
-                        first + torch.stack([of_fresh[one] for one in more]).sum(0) / size, first, sampled
-                    ),
-                }
-            )
+        for one in its:
+            seen = seen.merge(one.seen)
         told = seen.metrics()
-        adam = agreement(of_replayed, of_fresh, gradients.scale)
-        plain = agreement(of_replayed, of_fresh)
-        measured.append(
-            {
-                "uses": use, "age": age, "groups": len(groups), "gains": gains,
-                "adam": [adam.replayed, adam.fresh], "plain": [plain.replayed, plain.fresh],
-                "drift": told.get("sampling/sampling_logp_difference/mean", 0.0),
-                "effective": told.get("sampling/effective_sample_fraction", 1.0),
-            }
-        )  # fmt: skip
+        row = {"uses": use, "age": age, "groups": len(its), "gains": []}
+        row["drift"] = told.get("sampling/sampling_logp_difference/mean", 0.0)
+        row["effective"] = told.get("sampling/effective_sample_fraction", 1.0)
+        adam = (
+            [one.flat * gradients.scale.sqrt() for one in its],
+            [one.flat * gradients.scale.sqrt() for one in of_fresh],
+        )
+        row["adam"] = agreement(*adam)
+        row["sketch"] = agreement([one.sketch for one in its], [one.sketch for one in of_fresh])
+        measured.append(row)
+    for draw in range(plan.draws):
+        order = generator(seed, "worth", "draw", draw).permutation(len(fresh))
+        base = order[: plan.groups]
+        size = sum(gradients.size(fresh[one]) for one in base)
+        first = sum_of([of_fresh[one] for one in base]) / size
+        alone = take.gain(first, first)
+        more: dict[int, list[float]] = {}  # by the number of groups that are added
+        for row, its in zip(measured, found.values(), strict=True):
+            if (count := len(its)) not in more:
+                added = sum_of([of_fresh[one] for one in order[plan.groups : plan.groups + count]]) / size
+                more[count] = take.gain(first + added, first)
+            replayed = take.gain(first + sum_of(its) / size, first)
+            row["gains"].append({"fresh": alone, "with_replayed": replayed, "with_fresh": more[count]})
+        take.questions = []  # new completions are for the first draw alone
     return {
         "learning_rate": rate, "uses": uses, "seed": seed, "success": held_out.success, "rows": measured,
         "cost": _cost(walk),
@@ -139,16 +133,16 @@ class _Steps:
         questions: Sequence[Prompt],
     ) -> None:  # fmt: skip
         self._walker, self._start, self._gradients, self._rate = walker, start, gradients, rate
-        self._held_out, self._questions = held_out, questions
+        self._held_out, self.questions = held_out, questions
 
-    def gain(self, gradient: Tensor, first: Tensor, sampled: bool) -> list[float]:
-        """Return the estimated gain in held-out success and, if `sampled`, that of new completions."""
+    def gain(self, gradient: Tensor, first: Tensor) -> list[float]:
+        """Return the estimated gain in held-out success and, with `questions`, that of new completions of these."""
         limit, norm = self._walker.module.optimization.clip_norm, float(first.norm())
         clip = min(1.0, limit / norm) if limit and norm else 1.0
         stepped(self._walker, self._start, self._rate * clip * self._gradients.scale * gradient)
         found = [self._held_out.gain()]
-        if sampled:
-            groups = self._walker.roll(self._questions, 0, Ledger(), "validate")
+        if self.questions:
+            groups = self._walker.roll(self.questions, 0, Ledger(), "validate")
             success = np.mean([one.success_rate for one in groups if len(one.completions) > 1])
             found.append(float(success) - self._held_out.success)
         self._walker.load(self._start)
