@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -309,12 +311,18 @@ class GRPOModule(LightningModule):
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
             sums = learner.sketch_sums(len(batch.groups)) if batch.wants_sketches else None
+            replays = any(group.source == "replay" for group in batch.groups)
+            drift = torch.zeros(len(batch.groups), 2, device=learner.device) if replays else None
             updates = self._updates.take(
                 learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, sketches=sums,
+                drift=drift,
             )  # fmt: skip
             if sums is not None:
                 batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
+            if drift is not None:
+                moved, tokens = self.ranks.sum(drift).cpu().numpy().T
+                batch.drift = np.divide(moved, tokens, out=np.full_like(moved, np.nan), where=tokens > 0)
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout

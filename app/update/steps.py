@@ -42,6 +42,7 @@ class Updates:
         scheduler: LRScheduler,
         backward: Callable[[Tensor], None],
         sketches: SketchSums | None = None,
+        drift: Tensor | None = None,
     ) -> list[Update]:
         """Take one optimizer step for each mini-batch of a batch. Collective.
 
@@ -55,6 +56,8 @@ class Updates:
             scheduler: advanced with each optimizer step.
             backward: backward pass of a loss, in the trainer's precision.
             sketches: to which this rank's part of the groups' gradients is added.
+            drift: `[groups, 2]`, to which the sum of each group's `|log pi_old - log mu|` and its number of tokens are
+                added, of this rank's part.
         """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
@@ -70,7 +73,7 @@ class Updates:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
             with collective("update"):
-                seen = _accumulate(learner, share, backward, sketches)
+                seen = _accumulate(learner, share, backward, sketches, drift)
             seen = seen.over(ranks)
             if not learner.sharded:
                 sum_gradients(learner.trained, ranks)
@@ -94,7 +97,11 @@ class Updates:
 
 
 def _accumulate(
-    learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None], sketches: SketchSums | None
+    learner: Learner,
+    share: MiniBatch,
+    backward: Callable[[Tensor], None],
+    sketches: SketchSums | None,
+    drift: Tensor | None,
 ) -> Seen:
     """Add up the gradients of a share's micro-batches."""
     seen, micro = Seen.nothing(learner.device), learner.microbatches
@@ -107,6 +114,10 @@ def _accumulate(
         found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens))
         backward(found.loss)
         seen = seen.plus(packed, found)
+        if drift is not None:
+            groups = torch.tensor([one.group for one in sequences], device=drift.device)[packed.sequences]
+            moved = found.terms.logp_difference.float()
+            drift.index_add_(0, groups, torch.stack([moved, torch.ones_like(moved)], 1))
     for packed in idle:
         backward(learner.loss_of(packed).loss)
     return seen

@@ -49,22 +49,29 @@ class Gradients:
         learner = walker.module.learner
         # The loss at the policy itself: of the first optimizer step, relative to the behaviour policy as in training.
         self._learner = dataclasses.replace(learner, options=dataclasses.replace(learner.options, mini_batches=1))
-        self.scale = self._inverse_moments()
-        """Float32 `[P]`: what AdamW multiplies a gradient by, `1 / (sqrt(v) + eps)`."""
+        optimizer = walker.optimizer
+        moments = [optimizer.state.get(one, {}) for one in walker.parameters]  # empty before the first gradient
+        group = optimizer.param_groups[0]
+        self._decay, self._eps, steps = group["betas"][1], group["eps"], float(moments[0].get("step", 0))
+        self._second = torch.cat(
+            [
+                state.get("exp_avg_sq", torch.zeros_like(one)).float().reshape(-1)
+                for state, one in zip(moments, walker.parameters, strict=True)
+            ]
+        )
+        self._correction = 1 - self._decay ** (steps + 1)
 
-    def _inverse_moments(self) -> Tensor:
-        parts = []
-        known = {
-            id(one): (self._walker.optimizer.state.get(one), group)
-            for group in self._walker.optimizer.param_groups
-            for one in group["params"]
-        }
-        for parameter in self._walker.parameters:
-            state, group = known[id(parameter)]
-            assert state is not None, "a walk takes at least one step"
-            second = state["exp_avg_sq"].float() / (1 - group["betas"][1] ** float(state["step"]))
-            parts.append(1 / (second.sqrt() + group["eps"]).reshape(-1))
-        return torch.cat(parts)
+    def scale(self, squared: Tensor) -> Tensor:
+        """Return what AdamW multiplies a gradient by, `1 / (sqrt(v) + eps)`, float32 `[P]`.
+
+        Its second moments `v` take in the gradient itself, as in its step: one that they have not seen before, such as
+        that of a rare token, would be multiplied by `1 / eps`.
+
+        Args:
+            squared: the square of the gradient, float32 `[P]`.
+        """
+        second = (self._decay * self._second + (1 - self._decay) * squared) / self._correction
+        return 1 / (second.sqrt() + self._eps)
 
     def of(self, group: RolloutGroup, step: int) -> GroupGradient:
         """Return the gradient of a group in a batch of this step."""
@@ -101,23 +108,6 @@ class Gradients:
 def sum_of(gradients: Sequence[GroupGradient]) -> Tensor:
     """Return the sum of flat gradients, `[P]`."""
     return torch.stack([one.flat for one in gradients]).sum(0)
-
-
-def agreement(replayed: Sequence[Tensor], fresh: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the mean inner products of replayed with fresh groups, and of fresh groups with one another.
-
-    Both are over all pairs of different groups. Leaving out a group's product with itself makes the second free of the
-    bias by noise that the squared norm of a mean has: `(<S, S> - sum <x, x>) / (n (n - 1))`. The first over the second
-    is the worth of a replayed group to first order.
-
-    Args:
-        replayed: gradients or sketches, each `[P]`.
-        fresh: the same of at least two fresh groups.
-    """
-    total = torch.stack(list(fresh)).double().sum(0)
-    own = sum(float(one.double().square().sum()) for one in fresh)
-    count, mean = len(fresh), torch.stack(list(replayed)).double().mean(0)
-    return float(mean @ total) / count, (float(total @ total) - own) / (count * (count - 1))
 
 
 class HeldOut:

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from app.studies.worth.study import Cell
+from callbacks.algorithm.replay_worth import Cost, ratio
 
 COLUMNS = (
     "learning_rate", "uses", "age", "seeds", "groups", "worth", "worth_error", "gradients", "gradients_error",
@@ -22,21 +23,14 @@ COLUMNS = (
 
 
 def threshold(cost: dict[str, float], seconds_per_token: float = 0.0) -> float:
-    """Return the worth above which a replayed group saves time, `1 / (1 + c_g / (y c_u))`; NaN if not measured.
-
-    `c_g` are the seconds to generate and score a group, `c_u` those to update on an informative one (silent groups are
-    left out of updates), `y` is the informative share of fresh groups.
+    """Return the worth above which a replayed group saves time; see `Cost.threshold`.
 
     Args:
         cost: sums over steps; see `study.measure`.
         seconds_per_token: added to the rollouts for every token, where generation is dearer than on this machine.
     """
-    if not cost["fresh"] or not cost["updated"] or not cost["update_seconds"]:
-        return math.nan
-    generated = (cost["rollout_seconds"] + seconds_per_token * cost["tokens"]) / cost["fresh"]
-    updated = cost["update_seconds"] / cost["updated"]
-    share = cost["informative"] / cost["fresh"]
-    return share * updated / (share * updated + generated) if share else 0.0
+    generating = cost["rollout_seconds"] + seconds_per_token * cost["tokens"]
+    return Cost(generating, cost["fresh"], cost["informative"], cost["update_seconds"], cost["updated"]).threshold()
 
 
 def table_of(cells: Sequence[Cell], seconds_per_token: float) -> pd.DataFrame:
@@ -74,21 +68,6 @@ def table_of(cells: Sequence[Cell], seconds_per_token: float) -> pd.DataFrame:
         }
         rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def ratio(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the ratio of the sums of pairs, and its jackknife standard error; NaN for one pair."""
-    numbers = np.asarray(pairs, dtype=np.float64)
-
-    def of(some: np.ndarray) -> float:
-        above, below = some.sum(0)
-        return float(above / below) if below else math.nan
-
-    if len(numbers) < 2:
-        return of(numbers), math.nan
-    without = np.array([of(np.delete(numbers, one, axis=0)) for one in range(len(numbers))])
-    error = math.sqrt((len(numbers) - 1) / len(numbers) * float(np.square(without - without.mean()).sum()))
-    return of(numbers), error
 
 
 def _added(gains: Sequence[dict[str, list[float]]]) -> list[float]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from app.objective.statistics import Statistics
-from app.studies.worth.measure import Gradients, HeldOut, agreement, stepped, sum_of
+from app.studies.worth.measure import Gradients, GroupGradient, HeldOut, stepped, sum_of
 from app.studies.worth.walk import Walk, Walker
+from callbacks.algorithm.replay_worth import agreement
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger
 from datamodules.seeding import generator
@@ -82,8 +84,16 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
     questions = _held_out(walker, plan.held_out)
     held_out = HeldOut(walker, walker.roll(questions, 0, Ledger(), "validate"))
     take = _Steps(walker, here, gradients, rate, held_out, questions if plan.sampled else [])
-    measured: list[dict[str, Any]] = []
     found = {key: [gradients.of(one, steps) for one in groups] for key, groups in sets.items() if groups}
+    everyone = [*of_fresh, *(one for its in found.values() for one in its)]
+    size = float(np.mean([gradients.size(one) for one in (*fresh, *(one for its in sets.values() for one in its))]))
+    root = gradients.scale(torch.stack([one.flat.square() for one in everyone]).mean(0) / size**2).sqrt()
+
+    def numbers(one: GroupGradient) -> np.ndarray:
+        """Return a gradient whose inner products are those that AdamW's step sees."""
+        return np.asarray((one.flat * root).cpu().numpy())
+
+    measured: list[dict[str, Any]] = []
     for (use, age), its in found.items():
         seen = Statistics.empty(walker.module.device)
         for one in its:
@@ -92,12 +102,8 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
         row = {"uses": use, "age": age, "groups": len(its), "gains": []}
         row["drift"] = told.get("sampling/sampling_logp_difference/mean", 0.0)
         row["effective"] = told.get("sampling/effective_sample_fraction", 1.0)
-        adam = (
-            [one.flat * gradients.scale.sqrt() for one in its],
-            [one.flat * gradients.scale.sqrt() for one in of_fresh],
-        )
-        row["adam"] = agreement(*adam)
-        row["sketch"] = agreement([one.sketch for one in its], [one.sketch for one in of_fresh])
+        row["adam"] = agreement(*(np.stack([numbers(one) for one in some]) for some in (its, of_fresh)))
+        row["sketch"] = agreement(*(np.stack([one.sketch.cpu().numpy() for one in some]) for some in (its, of_fresh)))
         measured.append(row)
     for draw in range(plan.draws):
         order = generator(seed, "worth", "draw", draw).permutation(len(fresh))
@@ -139,7 +145,9 @@ class _Steps:
         """Return the estimated gain in held-out success and, with `questions`, that of new completions of these."""
         limit, norm = self._walker.module.optimization.clip_norm, float(first.norm())
         clip = min(1.0, limit / norm) if limit and norm else 1.0
-        stepped(self._walker, self._start, self._rate * clip * self._gradients.scale * gradient)
+        stepped(
+            self._walker, self._start, self._rate * clip * gradient * self._gradients.scale((clip * gradient).square())
+        )
         found = [self._held_out.gain()]
         if self.questions:
             groups = self._walker.roll(self.questions, 0, Ledger(), "validate")
