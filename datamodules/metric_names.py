@@ -43,6 +43,8 @@ METRIC_NAMES = tuple(
         ("learning_rate", "", "learning rate of the last optimizer step"),
         ("entropy", "nats", "mean entropy of the policy's next-token distribution"),
         ("kl", "nats", "mean estimate of the KL divergence to the reference policy"),
+        ("updates/reused", "updates", "further updates on the batch (`model.reuse`)"),
+        ("updates/reuse_z_score", "", "z-score of the head's gradient norm in the last further update, taken or not"),
         ("updates/skipped", "updates", "optimizer steps left out because loss or gradient was not finite"),
         ("updates/empty", "updates", "optimizer steps without any completion that has an advantage"),
         ("updates/dropout", "", "dropout of the adapters' inputs, which rollouts do not have (`policy.lora.dropout`)"),
