@@ -70,7 +70,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
             f"callbacks.{name}"
             for name in (
                 "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "RolloutAhead", "ShardedPolicy",
-                "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
+                "ClockBudget", "GenerationCost", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
             )
         ),
     ),

@@ -116,7 +116,8 @@ def test_silent_groups_give_up_their_places():
     for step, silent, taken in ((1, 2, 2), (2, 5, 3), (3, 0, 0)):
         rewards = [[1, 1]] * silent + [[0, 1]] * (PER_STEP - silent)
         batch = batch_of(step, [group(prompt(6 + PER_STEP * step + row), one) for row, one in enumerate(rewards[::-1])])
-        assert len(begin(replay, batch)) == taken and len(batch.groups) == PER_STEP
+        begin(replay, batch)
+        assert [one.source for one in batch.groups].count("replay") == taken and len(batch.groups) == PER_STEP
         assert [one.informative for one in batch.of("dropped")] == [False] * taken
         assert sum(one.informative for one in batch.groups) == PER_STEP - silent + taken
 
