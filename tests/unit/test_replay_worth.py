@@ -143,7 +143,7 @@ def test_a_run_follows_its_own_seconds_and_says_so(
     replay, cost = RolloutReplay(share="auto", capacity=64, admit="informative"), GenerationCost(1000.0)
     callbacks = [WeightSync(), Rollouts(), replay, cost, RunLedger()]
     with caplog.at_level("INFO"):
-        run = scripted_run(tmp_path, monkeypatch, [HALF] * 60 + [WRONG] * 4, callbacks, steps=14)
+        run = scripted_run(tmp_path, monkeypatch, [HALF] * 60 + [WRONG] * 4, callbacks, steps=24)
     last = run.steps[-1]
     assert "replay/worth" not in {name for name, value in run.steps[0].metrics.items() if not math.isnan(value)}
     assert all(one.metrics["replay/drift"] >= 0 for one in run.steps[1:] if one.metrics["replay/fraction"])
@@ -151,9 +151,9 @@ def test_a_run_follows_its_own_seconds_and_says_so(
     tokens = sum(one.counts["train/tokens"] for one in run.steps)
     assert last.metrics["time/rollout"] == pytest.approx(1000 * last.counts["train/tokens"], rel=0.01)
     assert last.metrics["time/training"] == pytest.approx(1000 * tokens, rel=0.01)
-    # One group to measure with, then more as long as the worth is above the threshold, or none.
+    # One group to measure with; some groups have equal completions and no gradient, and measure nothing.
     assert [round(4 * one.metrics["replay/fraction"]) for one in run.steps[: ENOUGH + 1]] == [0, *[1] * ENOUGH]
     told = [one.getMessage() for one in caplog.records if "RolloutReplay, step" in one.getMessage()]
-    assert len(told) >= 1 and f"step {ENOUGH}: a replayed group is worth " in told[0]
+    assert len(told) >= 1 and "a replayed group is worth " in told[0] and replay.worth is not None
     pays = last.metrics["replay/share"] > 0
     assert ("so groups are replayed" in told[-1]) == pays
