@@ -82,10 +82,10 @@ class Updates:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
             gate = sketches if self.reuse.passes == 1 or sketches is not None else learner.sketch_sums(_groups(parts))
-            before = None if gate is None else gate.sums.clone()
+            before = None if gate is None or self.reuse.passes == 1 else gate.sums.clone()
             with collective("update"):
                 seen = _accumulate(learner, share, backward, gate, drift)
-            if self.reuse.passes > 1 and part.sequences and gate is not None and before is not None:
+            if part.sequences and gate is not None and before is not None:
                 self.head_norms.add(_head_norm(gate, before, ranks))
             seen = seen.over(ranks)
             if not learner.sharded:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 
 from app.cli.commands import command_parser
 from app.cli.dots import DotsCLI
@@ -52,7 +53,7 @@ def main(args: list[str]) -> None:
     (out / "cells").mkdir(exist_ok=True)
     todo = [one for one in plan.cells() if not _file(out, one).is_file()]
     if todo:
-        _measure(built, plan, checkpoint, out, todo)
+        _measure(built.trainer, module, data, plan, checkpoint, out, todo)
     cells: list[Cell] = [json.loads(_file(out, one).read_text(encoding="utf-8")) for one in plan.cells()]
     print(write(out, cells, options.seconds_per_token))
     if (check := check_of(cells)) is not None:
@@ -60,9 +61,16 @@ def main(args: list[str]) -> None:
     print(f"report: {out / 'worth.png'}")
 
 
-def _measure(built: _Built, plan: Plan, checkpoint: Path | None, out: Path, todo: list[tuple[float, int, int]]) -> None:
+def _measure(
+    trainer: Trainer,
+    module: GRPOModule,
+    data: OnlinePromptDataModule,
+    plan: Plan,
+    checkpoint: Path | None,
+    out: Path,
+    todo: list[tuple[float, int, int]],
+) -> None:
     """Measure the cells that have no file yet."""
-    module, data, trainer = built.model, built.datamodule, built.trainer
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     data.selector = Uniform()

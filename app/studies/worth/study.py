@@ -99,7 +99,7 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
         for one in its:
             seen = seen.merge(one.seen)
         told = seen.metrics()
-        row = {"uses": use, "age": age, "groups": len(its), "gains": []}
+        row: dict[str, Any] = {"uses": use, "age": age, "groups": len(its), "gains": []}
         row["drift"] = told.get("sampling/sampling_logp_difference/mean", 0.0)
         row["effective"] = told.get("sampling/effective_sample_fraction", 1.0)
         row["adam"] = agreement(*(np.stack([numbers(one) for one in some]) for some in (its, of_fresh)))
