@@ -82,10 +82,13 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
     gradients = Gradients(walker)
     of_fresh = [gradients.of(one, steps) for one in fresh]
     questions = _held_out(walker, plan.held_out)
-    held_out = HeldOut(walker, walker.roll(questions, 0, Ledger(), "validate"))
+    on_held_out = walker.roll(questions, 0, Ledger(), "validate")
+    held_out = HeldOut(walker, on_held_out)
+    # Groups of the same policy: with them, the agreement of gradients is over more pairs.
+    on_policy = [*of_fresh, *(gradients.of(one, steps) for one in on_held_out if one.informative)]
     take = _Steps(walker, here, gradients, rate, held_out, questions if plan.sampled else [])
     found = {key: [gradients.of(one, steps) for one in groups] for key, groups in sets.items() if groups}
-    everyone = [*of_fresh, *(one for its in found.values() for one in its)]
+    everyone = [*on_policy, *(one for its in found.values() for one in its)]
     size = float(np.mean([gradients.size(one) for one in (*fresh, *(one for its in sets.values() for one in its))]))
     root = gradients.scale(torch.stack([one.flat.square() for one in everyone]).mean(0) / size**2).sqrt()
 
@@ -102,8 +105,8 @@ def measure(walker: Walker, plan: Plan, rate: float, uses: int, seed: int) -> Ce
         row: dict[str, Any] = {"uses": use, "age": age, "groups": len(its), "gains": []}
         row["drift"] = told.get("sampling/sampling_logp_difference/mean", 0.0)
         row["effective"] = told.get("sampling/effective_sample_fraction", 1.0)
-        row["adam"] = agreement(*(np.stack([numbers(one) for one in some]) for some in (its, of_fresh)))
-        row["sketch"] = agreement(*(np.stack([one.sketch.cpu().numpy() for one in some]) for some in (its, of_fresh)))
+        row["adam"] = agreement(*(np.stack([numbers(one) for one in some]) for some in (its, on_policy)))
+        row["sketch"] = agreement(*(np.stack([one.sketch.cpu().numpy() for one in some]) for some in (its, on_policy)))
         measured.append(row)
     for draw in range(plan.draws):
         order = generator(seed, "worth", "draw", draw).permutation(len(fresh))
