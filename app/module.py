@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -38,6 +40,7 @@ from app.runs.python_options import options_of
 from app.update.learner import Learner, LearnerOptions
 from app.update.metrics import batch_metrics, update_metrics
 from app.update.optimization import Optimization
+from app.update.reuse import Reuse
 from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
@@ -77,6 +80,7 @@ class GRPOModule(LightningModule):
             sequences ("sequence_sum"), or add up all ("token_sum").
         mini_batches: optimizer steps per batch. `trainer.max_steps` counts optimizer steps, and the last batch is
             trained to its end.
+        reuse: further updates on the informative groups of a batch.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
             allows it (full attention by torch's SDPA); else bucket sequences by length.
@@ -102,6 +106,7 @@ class GRPOModule(LightningModule):
         mask_truncated_completions: bool = False,
         aggregation: Aggregation = "token",
         mini_batches: int = 1,
+        reuse: Reuse = Reuse(),  # noqa: B008
         max_tokens_per_microbatch: int = 16384,
         share_prompts: bool = True,
         compile: bool = False,
@@ -113,6 +118,7 @@ class GRPOModule(LightningModule):
         engine = None if engine is None else options_of(RolloutEngine, "engine", engine)  # type: ignore[type-abstract]
         val_sampling = None if val_sampling is None else options_of(Sampling, "val_sampling", val_sampling)
         optimization = options_of(Optimization, "optimization", optimization)
+        reuse = options_of(Reuse, "reuse", reuse)
         surrogate = options_of(SurrogateOptions, "surrogate", surrogate)
         reward_workers = options_of(WorkerOptions, "reward_workers", reward_workers)
         self.automatic_optimization = False
@@ -144,7 +150,7 @@ class GRPOModule(LightningModule):
         """Metrics of each validation or test set, by the prefix of their names (`OnlinePromptDataModule.sets`)."""
         self.last_measured: dict[str, float] = {}
         """What the last validation or test has measured, by name."""
-        self._updates = Updates(optimization)
+        self._updates = Updates(optimization, reuse)
         self.resumed: Mapping[str, Any] | None = None  # `RunIdentity` of the checkpoint that training resumes from
         self.sharding: Sharding | None = None
         self._checked_pools: Mapping[str, PromptPool] | None = None
@@ -278,10 +284,14 @@ class GRPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run_identity"] = self._identity.as_dict()
+        if self._updates.reuse.passes > 1:
+            checkpoint["head_norms"] = list(self._updates.head_norms.norms)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             checkpoint["callbacks"] = {}  # the state of training, which refers to the prompts of its pool
+        self._updates.head_norms.norms.clear()
+        self._updates.head_norms.norms.extend(checkpoint.get("head_norms", []))
 
     def configure_model(self) -> None:
         if "policy_model" in self._modules:  # Lightning calls this again for each stage
@@ -321,19 +331,35 @@ class GRPOModule(LightningModule):
             selector = OnlinePromptDataModule.of(self.trainer).selector
             sketched = batch.wants_sketches or selector.uses_sketches
             sums = learner.sketch_sums(len(batch.groups)) if sketched else None
+            replays = any(group.source == "replay" for group in batch.groups)
+            drift = torch.zeros(len(batch.groups), 2, device=learner.device) if replays else None
             updates = self._updates.take(
                 learner, parts, batch.step,
                 optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, sketches=sums,
+                drift=drift, step_again=None if self._updates.reuse.passes == 1 else self._step_again,
             )  # fmt: skip
             if sums is not None:
                 batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
+            if drift is not None:
+                moved, tokens = self.ranks.sum(drift).cpu().numpy().T
+                batch.drift = np.divide(moved, tokens, out=np.full_like(moved, np.nan), where=tokens > 0)
         if selector.uses_sketches:
             with batch.ledger.phase("select"):
                 # A group without advantages has a gradient of the KL term at most.
                 selector.observe_gradients([one for one in batch.sketches if batch.advantages[one.group].any()])
         batch.metrics |= batch_metrics(batch.groups) | update_metrics(updates, parts)
+        if self._updates.reuse.passes > 1:
+            reused = self._updates.reused
+            batch.ledger.count("reused_groups", reused.groups)
+            batch.metrics |= {"updates/reused": float(reused.updates), "updates/reuse_z_score": reused.z_score}
         if self.policy.lora is not None and self.policy.lora.dropout:
             batch.metrics["updates/dropout"] = self.policy.lora.dropout
+
+    def _step_again(self) -> None:
+        """Step the optimizer without counting it as a step of the run, as `LightningOptimizer.step` would."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        self.trainer.strategy.optimizer_step(optimizer, lambda: None)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
         """End the run if updates are no longer finite. The callbacks' hooks have saved the checkpoint before."""

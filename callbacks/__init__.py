@@ -14,6 +14,7 @@ from callbacks.upkeep.random_state import RandomState
 from callbacks.upkeep.run_folder import RunFolder
 from callbacks.upkeep.sharded_policy import ShardedPolicy
 from callbacks.watching.completions import CompletionsLog
+from callbacks.watching.generation_cost import GenerationCost
 from callbacks.watching.progress import RunProgress
 from callbacks.watching.results import Results
 from callbacks.watching.run_ledger import RunLedger
@@ -28,6 +29,7 @@ __all__ = [
     "CompletionsLog",
     "DynamicSampling",
     "EndValidation",
+    "GenerationCost",
     "GracefulStop",
     "RandomState",
     "ReferenceRollouts",

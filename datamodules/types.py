@@ -171,12 +171,16 @@ class TrainBatch:
         advantages: float32 `[G]` per group, set by the training step.
         wants_sketches: whether the training step makes `sketches`; set it before, at the latest when the batch starts.
         sketches: one per group of `groups`, in order, the same on all ranks; set by the training step if wanted.
+        drift: float32 `[len(groups)]`: mean `|log pi_old - log mu|` over the tokens that each group was trained on, how
+            far the policy is from the one that generated it; NaN without such tokens. Set by the training step of a
+            batch with replayed groups.
         metrics: scalars to log with this step, by full name.
         ledger: seconds, counts and reward metrics of this step.
     """
 
     __slots__ = (
         "advantages",
+        "drift",
         "explored",
         "forecast",
         "ledger",
@@ -199,6 +203,7 @@ class TrainBatch:
         self.pool_forecast: np.ndarray | None = None
         self.reference_forecast: np.ndarray | None = None
         self.advantages: list[np.ndarray] = []
+        self.drift: np.ndarray | None = None
         self.wants_sketches = False
         self.sketches: list[GroupSketch] = []
         self.metrics: dict[str, float] = {}

@@ -71,7 +71,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
             f"callbacks.{name}"
             for name in (
                 "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "RolloutAhead", "ShardedPolicy",
-                "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
+                "GenerationCost", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor",
+                "StartValidation",
             )
         ),
     ),

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("measure what methods need to match plain GRPO", "app.studies.compare.command:main"),
     "report": Command("write the page of a run that has ended", "app.cli.report:main"),
     "forecast": Command("compare selectors on a recorded run", "app.studies.forecast.command:main"),
+    "worth": Command("measure what replayed groups are worth", "app.studies.worth.command:main"),
     "completion": Command("print a script that completes this command in bash or zsh", "app.cli.completion:main"),
 }
 LIGHTNING_COMMANDS: dict[str, str] = {
@@ -58,7 +59,7 @@ _ORDER = (
     ("Start", ("init", "data", "describe", "doctor")),
     ("Train", ("fit", "select", "serve")),
     ("Use", ("validate", "test", "predict", "export", "report", "completion")),
-    ("Study", ("compare", "forecast", "difficulty")),
+    ("Study", ("compare", "forecast", "worth", "difficulty")),
 )
 
 

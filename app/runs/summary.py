@@ -62,6 +62,7 @@ class RunSummary:
         unscored_completions: number of completions that were left out because no correctness reward applies to them;
             0 in a file of an earlier version, which did not count them.
         continued_tokens: tokens generated for completions that an earlier step had cut (`RolloutAhead`).
+        reused_groups: groups in further updates on their batch (`model.reuse`), each counted in each of them.
         aged_out_groups: groups that no step trained on before they were too old (`RolloutAhead`).
     """
 
@@ -89,6 +90,7 @@ class RunSummary:
     unscored_completions: int = 0
     continued_tokens: int = 0
     aged_out_groups: int = 0
+    reused_groups: int = 0
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:

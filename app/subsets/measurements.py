@@ -17,11 +17,11 @@ from datamodules.errors import UserError
 _SETTINGS, _PROGRESS = "settings.json", "progress.json"
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Create the folder of a selection, which belongs to the settings that its measurements depend on.
+def claim_folder(folder: Path, settings: Mapping[str, Any], command: str = "dots select") -> None:
+    """Create the folder of a command, which belongs to the settings that its measurements depend on.
 
     Raises:
-        UserError: the folder holds a selection with other settings, or something else.
+        UserError: the folder holds measurements with other settings, or something else.
     """
     plain = json.loads(json.dumps(settings))
     path = folder / _SETTINGS
@@ -33,7 +33,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                 "command, choose another --out, or delete the folder."
             )
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and was not written by `dots select`. Choose another --out.")
+        raise UserError(f"{folder} exists and was not written by `{command}`. Choose another --out.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plain, indent=2) + "\n")

@@ -153,10 +153,11 @@ class Learner:
         vocabulary, width = weight.shape
         return SketchSums(head_projection(vocabulary, width, run_seed(), self.device), groups)
 
-    def loss_of(self, packed: PackedBatch, sketch: TokenSketch | None = None) -> PolicyLoss:
+    def loss_of(self, packed: PackedBatch, sketch: TokenSketch | None = None, *, updated: bool = False) -> PolicyLoss:
         """Compute the loss of one micro-batch, with gradient; the losses of a mini-batch's micro-batches add up.
 
-        The backward pass adds the gradients of its tokens to `sketch`.
+        The backward pass adds the gradients of its tokens to `sketch`. `updated`: the policy has been updated on the
+        batch, so that it is no longer the one before the update.
         """
         options, temperature = self.options, self.options.temperature
         logprobs, entropy = completion_logprobs(self.policy, packed, temperature, with_entropy=True, sketch=sketch)
@@ -167,7 +168,7 @@ class Learner:
             packed.advantages,
             packed.weights,
             options.surrogate,
-            old_logprobs=packed.old_logprobs if options.mini_batches > 1 else None,
+            old_logprobs=packed.old_logprobs if options.mini_batches > 1 or updated else None,
             sequences=packed.sequences,
             entropy=entropy,
             reference_logprobs=reference,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,13 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from app.objective.sketches import SketchSums
-from app.ranks import collective
+from app.ranks import Ranks, collective
 from app.update.gradient_sum import sum_gradients
 from app.update.learner import Learner
 from app.update.minibatch import MiniBatch, shares, token_imbalance
 from app.update.nonfinite import NonFiniteGuard, nonfinite_completions
 from app.update.optimization import Optimization
 from app.update.records import Seen, Update
+from app.update.reuse import HeadNorms, Reuse, Reused
 
 _NOTHING_TO_LEARN = (
     "No completion of a batch had an advantage, because rewards were equal within every group, so the weights did not "
@@ -28,8 +31,11 @@ _NOTHING_TO_LEARN = (
 class Updates:
     """Takes optimizer steps, and stops the run after several that were not finite."""
 
-    def __init__(self, optimization: Optimization) -> None:
-        self.optimization = optimization
+    def __init__(self, optimization: Optimization, reuse: Reuse = Reuse()) -> None:  # noqa: B008  # frozen
+        self.optimization, self.reuse = optimization, reuse
+        self.head_norms = HeadNorms()
+        self.reused = Reused()
+        """The further updates on the last batch."""
         self.guard = NonFiniteGuard()
 
     def take(
@@ -42,6 +48,8 @@ class Updates:
         scheduler: LRScheduler,
         backward: Callable[[Tensor], None],
         sketches: SketchSums | None = None,
+        drift: Tensor | None = None,
+        step_again: Callable[[], object] | None = None,
     ) -> list[Update]:
         """Take one optimizer step for each mini-batch of a batch. Collective.
 
@@ -55,13 +63,17 @@ class Updates:
             scheduler: advanced with each optimizer step.
             backward: backward pass of a loss, in the trainer's precision.
             sketches: to which this rank's part of the groups' gradients is added.
+            drift: `[groups, 2]`, to which the sum of each group's `|log pi_old - log mu|` and its number of tokens are
+                added, of this rank's part.
+            step_again: steps the optimizer for a further update on a mini-batch, which is not counted as a step of the
+                run; needed for `Reuse`.
         """
         if not any(part.sequences for part in parts):
             rank_zero_warn(_NOTHING_TO_LEARN)
         ranks = learner.ranks
         dealt = [shares(part, ranks.size) for part in parts]
         mine = [share[ranks.rank] for share in dealt]
-        if len(parts) > 1:
+        if len(parts) > 1 or self.reuse.passes > 1:
             mine = [learner.with_old_logprobs(share) for share in mine]
         updates = []
         for part, all_shares, share in zip(parts, dealt, mine, strict=True):
@@ -69,8 +81,12 @@ class Updates:
             if learner.sharded:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
+            gate = sketches if self.reuse.passes == 1 or sketches is not None else learner.sketch_sums(_groups(parts))
+            before = None if gate is None or self.reuse.passes == 1 else gate.sums.clone()
             with collective("update"):
-                seen = _accumulate(learner, share, backward, sketches)
+                seen = _accumulate(learner, share, backward, gate, drift)
+            if part.sequences and gate is not None and before is not None:
+                self.head_norms.add(_head_norm(gate, before, ranks))
             seen = seen.over(ranks)
             if not learner.sharded:
                 sum_gradients(learner.trained, ranks)
@@ -90,11 +106,75 @@ class Updates:
             scheduler.step()
             imbalance = token_imbalance(all_shares) if ranks.size > 1 else None
             updates.append(Update(seen, norm, rate, not finite, imbalance))
+        self.reused = Reused()
+        if step_again is not None and not any(update.skipped for update in updates):
+            self._take_again(learner, parts, mine, step, optimizer, backward, step_again)
         return updates
+
+    def _take_again(
+        self,
+        learner: Learner,
+        parts: Sequence[MiniBatch],
+        mine: Sequence[MiniBatch],
+        step: int,
+        optimizer: Optimizer,
+        backward: Callable[[Tensor], None],
+        step_again: Callable[[], object],
+    ) -> None:
+        """Take the further updates that `Reuse` asks for, until its gate closes. Collective."""
+        ranks, threshold = learner.ranks, self.reuse.threshold
+        if threshold is not None and not self.head_norms.known:
+            return
+        for _ in range(self.reuse.passes - 1):
+            for part, share in zip(parts, mine, strict=True):
+                groups = {one.group for one in part.sequences if one.advantage}
+                if not groups:
+                    continue
+                optimizer.zero_grad(set_to_none=True)
+                rows = [row for row, one in enumerate(share.sequences) if one.advantage]
+                again = dataclasses.replace(
+                    share, sequences=[share.sequences[row] for row in rows], ids=[share.ids[row] for row in rows]
+                )
+                sums = learner.sketch_sums(_groups(parts))
+                if learner.sharded:
+                    ranks.barrier("update")
+                with collective("update"):
+                    seen = _accumulate(learner, again, backward, sums, None, updated=True)
+                loss = seen.over(ranks).loss
+                head = _head_norm(sums, None, ranks)
+                z_score = self.head_norms.z_score(head) if self.head_norms.known else math.nan
+                self.reused = dataclasses.replace(self.reused, z_score=z_score)
+                if not learner.sharded:
+                    sum_gradients(learner.trained, ranks)
+                norm = self.optimization.clip(learner.policy)
+                finite = bool(torch.isfinite(loss) & torch.isfinite(norm)) and math.isfinite(head)
+                if not finite or (threshold is not None and z_score > threshold):
+                    learner.policy.zero_grad(set_to_none=True)
+                    return
+                step_again()
+                self.optimization.check_weights(learner.policy, ranks, step)
+                self.reused = Reused(self.reused.updates + 1, self.reused.groups + len(groups), z_score)
+
+
+def _groups(parts: Sequence[MiniBatch]) -> int:
+    """Return a number of groups that has room for the index of each."""
+    return 1 + max((one.group for part in parts for one in part.sequences), default=0)
+
+
+def _head_norm(sums: SketchSums, before: Tensor | None, ranks: Ranks) -> float:
+    """Return the norm of the output head's gradient, estimated by what sketches have gained. Collective."""
+    gained = sums.sums if before is None else sums.sums - before
+    return float(ranks.sum(sums.projection.fold(gained.sum(0, keepdim=True))).norm())
 
 
 def _accumulate(
-    learner: Learner, share: MiniBatch, backward: Callable[[Tensor], None], sketches: SketchSums | None
+    learner: Learner,
+    share: MiniBatch,
+    backward: Callable[[Tensor], None],
+    sketches: SketchSums | None,
+    drift: Tensor | None,
+    *,
+    updated: bool = False,
 ) -> Seen:
     """Add up the gradients of a share's micro-batches."""
     seen, micro = Seen.nothing(learner.device), learner.microbatches
@@ -104,9 +184,13 @@ def _accumulate(
         sequences = [share.sequences[row] for row in rows]
         packed = micro.one(sequences)
         tokens = ((one.group, len(one.completion_ids)) for one in sequences)
-        found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens))
+        found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens), updated=updated)
         backward(found.loss)
         seen = seen.plus(packed, found)
+        if drift is not None:
+            groups = torch.tensor([one.group for one in sequences], device=drift.device)[packed.sequences]
+            moved = found.terms.logp_difference.float()
+            drift.index_add_(0, groups, torch.stack([moved, torch.ones_like(moved)], 1))
     for packed in idle:
         backward(learner.loss_of(packed).loss)
     return seen

@@ -34,13 +34,16 @@ def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.long
-def test_arms_change_what_selects_rolls_out_and_replays_and_nothing_else() -> None:
+def test_arms_change_what_selects_rolls_out_and_repeats_and_nothing_else() -> None:
     asked = request()
     found = {name: resolve(asked, arm(name), 0) for name in ARMS}
     allowed = ("ReferenceRollouts", "DynamicSampling", "RolloutReplay")
     for name, settings in found.items():
         for line in differences(settings, found["grpo"]):
-            assert line.startswith(("data.selector", *(f"callbacks.{one}" for one in allowed))), (name, line)
+            assert line.startswith(("data.selector", "model.reuse", *(f"callbacks.{one}" for one in allowed))), (
+                name,
+                line,
+            )
     # The quickstart itself is DOTS + RR, with the sizes that suit its larger steps.
     from_base = differences(found["dots_rr"], resolve(asked, Arm("base", ()), 0))
     assert [line.split(":")[0] for line in from_base] == [

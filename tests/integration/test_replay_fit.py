@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.support.command import assert_same_run, dots, kill_when, last_checkpoint, run_of, scalars
+from tests.support.command import (
+    assert_same_run,
+    dots,
+    dots_on_ranks,
+    kill_when,
+    last_checkpoint,
+    run_of,
+    scalars,
+)
 
 STEPS, PER_STEP, MAX_AGE, MAX_BYTES = 10, 6, 2, 11000
 OVERLAY = f"""
@@ -156,3 +164,34 @@ def test_a_killed_run_goes_on_as_if_never_stopped(finished: Path, tmp_path: Path
     done = dots(*arguments(tmp_path, "--ckpt_path", "last"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(tmp_path, finished)
+
+
+def by_drift(folder: Path, *more: str) -> list[str]:
+    """Return the arguments of a run in which drift, uses, silent places and further updates all decide something."""
+    given = arguments(folder, "--model.reuse.passes=3", "--model.reuse.threshold=0.0", *more)
+    text = (folder / "overlay.yaml").read_text().replace("draw: advantage", "draw: drift")
+    text = text.replace(f"max_age: {MAX_AGE}", "max_uses: 1\n        places: silent\n        drift_scale: 0.02")
+    (folder / "overlay.yaml").write_text(text)
+    return [*given, "--trainer.max_steps=14"]
+
+
+@pytest.mark.long
+def test_drift_uses_and_further_updates_go_on_after_a_resume_and_on_two_ranks(tmp_path: Path):
+    whole, stopped, ranks = (tmp_path / name for name in ("whole", "stopped", "ranks"))
+    for folder in (whole, stopped, ranks):
+        folder.mkdir()
+    done = dots(*by_drift(whole))
+    assert done.returncode == 0, done.stderr[-2000:]
+    curves = scalars(whole)
+    assert any(curves["updates/reused"].values()) and not all(curves["updates/reused"].values())
+    assert sum(curves["replay/dropped_used"].values()) > 2 and max(curves["replay/drift"].values()) > 0
+    for more in (["--trainer.max_steps=11"], ["--ckpt_path", "last"]):
+        done = dots(*by_drift(stopped), *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(stopped, whole)
+    for one in dots_on_ranks(2, *by_drift(ranks, "--config", "configs/strategy/ddp.yaml")):
+        assert one.returncode == 0, one.stderr[-2000:]
+    shared = scalars(ranks)
+    for name in ("updates/reused", "replay/dropped_used"):
+        assert shared[name] == curves[name], name
+    assert list(shared["replay/drift"].values()) == pytest.approx(list(curves["replay/drift"].values()), rel=1e-3)

@@ -46,6 +46,8 @@ ELSEWHERE = {
     "train/*/reward",
     "train/loss",
     "updates/dropout",
+    "updates/reuse_z_score",
+    "updates/reused",
     "val/*/*",
     "val/*=*/accuracy",
     "val/*=*/prompts",
@@ -54,8 +56,8 @@ ELSEWHERE = {
     "val/maj@*_prompts",
     "val/informative_fraction",
 }
-"""Entries of runs whose completions end before the limit, with ranks, rollouts ahead, a test, adapters, several sources
-or sets, or pretraining."""
+"""Entries of runs whose completions end before the limit, with ranks, rollouts ahead, a test, adapters, reuse, several
+sources or sets, or pretraining."""
 
 
 class Validated(Callback):
@@ -87,7 +89,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             tags |= selector.metrics().keys()
         validated = Validated()
         sampling = (WeightSync(), ReferenceRollouts(size=8, every=1), Rollouts(), DynamicSampling())
-        watching = (RolloutReplay(), SelectionMonitor(), RunLedger(), validated)
+        watching = (RolloutReplay(max_uses=9, share="auto"), SelectionMonitor(), RunLedger(), validated)
         run = scripted_run(
             tmp_path_factory.mktemp("logged"), patch, [HALF, WRONG] * 13, [*sampling, *watching],
             selector=PLAIN["Dots"](), steps=3, function="noted", val_size=2,
