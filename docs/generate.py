@@ -69,7 +69,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(
             f"callbacks.{name}"
             for name in (
-                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "RolloutAhead", "ShardedPolicy",
+                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead", "ShardedPolicy",
                 "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
             )
         ),

@@ -63,6 +63,7 @@ class RunSummary:
             0 in a file of an earlier version, which did not count them.
         continued_tokens: tokens generated for completions that an earlier step had cut (`RolloutAhead`).
         aged_out_groups: groups that no step trained on before they were too old (`RolloutAhead`).
+        saved_completions: completions of groups that were dropped after their pilots (`Pilots`).
     """
 
     steps: int
@@ -89,6 +90,7 @@ class RunSummary:
     unscored_completions: int = 0
     continued_tokens: int = 0
     aged_out_groups: int = 0
+    saved_completions: int = 0
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:

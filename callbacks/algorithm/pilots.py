@@ -30,12 +30,14 @@ class Pilots(Rollouts):
     Without a forecast it is that of recent pilots. The first step completes every group.
 
     A completed group is, token for token, the group without pilots. Others are dropped with `n_init` completions: the
-    selector learns from them, the table of completions shows them, and they are counted as discarded. The step trains on
-    the groups that are left and on replayed ones. `DynamicSampling` refills the batch up to `max_refills` times, with
-    pilots as well. Reference rollouts, which measure the pool, and validation are whole.
+    selector learns from them, the table of completions shows them, and they are counted as discarded. The step trains
+    on the groups that are left and on replayed ones. `DynamicSampling` refills the batch up to `max_refills` times,
+    with pilots as well. Reference rollouts, which measure the pool, and validation are whole.
 
-    `engines.Transformers` decodes the rest of a group beside the pilots of others; other engines generate it in a second
-    call, after all pilots. Reward functions see pilot and rest in separate calls.
+    `engines.Transformers` decodes the rest of a group beside the pilots of others; other engines generate it in a
+    second call, after all pilots. A completed prompt waits for two completions in turn, so that pilots save tokens
+    always, but time only where a step has more completions than the engine decodes at the price of a few. Reward
+    functions see pilot and rest in separate calls.
 
     Args:
         n_init: completions of a pilot, at least 2 and fewer than `model.sampling.num_generations`.
@@ -112,7 +114,7 @@ class Pilots(Rollouts):
             batch.metrics |= {
                 "pilot/completed_fraction": 1 - counts["pilot/dropped"] / prompts,
                 "pilot/saved_completions": counts["pilot/saved_completions"],
-                "pilot/dropped_seconds": counts["pilot/dropped_seconds"],
+                "time/pilots_dropped": counts["pilot/dropped_seconds"],
             }
 
     def state_dict(self) -> dict[str, Any]:

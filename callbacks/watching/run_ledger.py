@@ -254,6 +254,7 @@ class RunLedger(StepCallback):
             unscored_completions=int(counts["rewards/unscored"]),
             continued_tokens=int(counts["continued_tokens"]),
             aged_out_groups=int(counts["aged_out_groups"]),
+            saved_completions=int(counts["pilot/saved_completions"]),
         )
 
     def state_dict(self) -> dict[str, Any]:
