@@ -1,6 +1,7 @@
 """Callbacks around a step. Those that a config lists are the algorithm; the trainer supplies the standard ones."""
 
 from callbacks.algorithm.dynamic_sampling import Balanced, DynamicSampling
+from callbacks.algorithm.pilots import Pilots
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollout_ahead import RolloutAhead
@@ -31,6 +32,7 @@ __all__ = [
     "EndValidation",
     "GenerationCost",
     "GracefulStop",
+    "Pilots",
     "RandomState",
     "ReferenceRollouts",
     "Results",

@@ -9,7 +9,7 @@ correctness reward, its difficulty `d = 1 - p`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -117,6 +117,27 @@ class RolloutGroup:
     def completion_tokens(self) -> int:
         """Number of completion tokens of the group."""
         return sum(len(completion.token_ids) for completion in self.completions)
+
+    def joined(self, later: RolloutGroup) -> RolloutGroup:
+        """Return this group with the completions of another one of the same prompt, rewards and step after its own."""
+        sizes = len(self.completions), len(later.completions)
+        return replace(
+            self,
+            completions=self.completions + later.completions,
+            rewards=np.concatenate([self.rewards, later.rewards]),
+            correctness=np.concatenate([self.correctness, later.correctness]),
+            components={
+                name: np.concatenate([values, later.components[name]]) for name, values in self.components.items()
+            },
+            extras={
+                column: [
+                    value
+                    for group, size in zip((self, later), sizes, strict=True)
+                    for value in group.extras.get(column, [None] * size)
+                ]
+                for column in {**self.extras, **later.extras}
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,6 +249,12 @@ class TrainBatch:
         ids = {id(group) for group in moved}
         self.rollouts = [entry for entry in self.rollouts if id(entry[0]) not in ids]
         self.add(moved, fate)
+
+    def forecast_of(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Return the expected success rate of some prompts of the batch, float64 `[N]`; NaN without a forecast."""
+        asked = () if self.forecast is None else zip(self.prompts, self.forecast.tolist(), strict=True)
+        expected = {prompt.id: one for prompt, one in asked}
+        return np.array([expected.get(prompt.id, np.nan) for prompt in prompts], dtype=np.float64)
 
     def add_prompts(self, prompts: Sequence[Prompt], forecast: np.ndarray | None) -> None:
         """Append prompts and their expected success rates (float64 `[len(prompts)]`, or None without a forecast)."""

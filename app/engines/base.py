@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from app.engines.ahead import Ahead, Groups
 from app.ranks import Ranks
 from datamodules.errors import UserError
-from datamodules.types import Prompt
+from datamodules.types import Completion, Prompt
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Returns the policy's current tensors by name."""
+
+Completed = Callable[[Mapping[int, tuple[Completion, ...]]], list[int]]
+"""Given pilots by the positions of their prompts, returns the positions of the groups that are to be completed."""
 
 
 def check_options(where: str, *checks: tuple[str, float | None, bool, str]) -> None:
@@ -137,6 +140,31 @@ class RolloutEngine(ABC):
             FloatingPointError: the policy's logits are NaN or infinite.
             EngineError: vLLM has ended, or did not load the last push.
         """
+
+    def generate_with_pilots(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, pilot: int, completed: Completed
+    ) -> Groups:
+        """Return the first `pilot` completions of each prompt, and all `G` of those prompts that are to be completed.
+
+        Args:
+            prompts: as for `generate`.
+            sampling: as for `generate`.
+            seeds: as for `generate`.
+            pilot: completions of every prompt that are generated first, fewer than `G`.
+            completed: called while the engine generates, with every prompt once.
+
+        Raises:
+            UserError, FloatingPointError, EngineError: as `generate`.
+        """
+        groups = self.generate(prompts, replace(sampling, num_generations=pilot), seeds[:, :pilot])
+        chosen = completed(dict(enumerate(groups)))
+        # Ranks without any take part: they may share the engine.
+        rest = replace(sampling, num_generations=sampling.num_generations - pilot)
+        for place, more in zip(
+            chosen, self.generate([prompts[one] for one in chosen], rest, seeds[chosen, pilot:]), strict=True
+        ):
+            groups[place] += more
+        return groups
 
     def start(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -158,6 +158,61 @@ class RolloutPipeline:
         if requests[0].purpose != "validate":  # whose batches may be as small as one prompt
             self.stop_if_a_reward_fails(ledger, f"Step {step}")
         return [groups[end - len(request.prompts) : end] for request, end in zip(requests, ends, strict=True)]
+
+    def roll_with_pilots(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        ledger: Ledger,
+        *,
+        step: int,
+        pilot: int,
+        completed: Callable[[RolloutGroup], bool],
+    ) -> list[RolloutGroup]:
+        """Roll out training prompts, the rest of each group only if its pilot says so, and return the groups, in order.
+
+        A completed group is the one that `roll` returns, others are its first completions.
+
+        Args:
+            prompts: `B` prompts.
+            sampling: as for `roll`.
+            ledger: as for `roll`.
+            step: as for `roll`.
+            pilot: completions of every prompt that are generated and scored first.
+            completed: whether a group is to be completed, given these completions. Called on one rank for each prompt,
+                in any order.
+        """
+        shares = self._shares(prompts, sampling)
+        mine = [prompts[position] for position in shares[self.ranks.rank]]
+        rolled, groups = Rolled(), dict[int, RolloutGroup]()
+
+        def judge(pilots: Mapping[int, tuple[Completion, ...]]) -> list[int]:
+            nonlocal rolled
+            if not pilots:
+                return []
+            asked = [mine[place] for place in pilots]
+            scored = self._scored(asked, list(pilots.values()), ledger, "train", step, "fresh")
+            rolled = rolled.joined(scored)
+            groups.update(zip(pilots, scored.groups, strict=True))
+            return [place for place in pilots if completed(groups[place])]
+
+        seeds = self._seeds(mine, sampling, "train", step)
+        with ledger.phase("rollout"), self._gathered(), self.precision(), _finite(step):
+            completions = self.engine.generate_with_pilots(mine, sampling, seeds, pilot, judge)
+        rest = {place: its[pilot:] for place, its in enumerate(completions) if len(its) > pilot}
+        if rest:
+            asked = [mine[place] for place in rest]
+            scored = self._scored(asked, list(rest.values()), ledger, "train", step, "fresh")
+            rolled = rolled.joined(replace(scored, counts={**scored.counts, "train/prompts": 0}))
+            for place, group in zip(rest, scored.groups, strict=True):
+                groups[place] = groups[place].joined(group)
+        rolled = replace(rolled, groups=[groups[place] for place in range(len(mine))])
+        if self.ranks.size > 1:
+            with ledger.phase("rollout"):
+                rolled = exchange(self.ranks, prompts, shares, rolled)
+        found = rolled.account(ledger)
+        self.stop_if_a_reward_fails(ledger, f"Step {step}")
+        return found
 
     def start(self, flights: Sequence[InFlight], sampling: Sampling, limits: Sequence[int], *, step: int) -> Segments:
         """Start to generate the next segment of every unfinished completion with the current policy, for `collect`.

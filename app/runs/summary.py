@@ -64,6 +64,7 @@ class RunSummary:
         continued_tokens: tokens generated for completions that an earlier step had cut (`RolloutAhead`).
         reused_groups: groups in further updates on their batch (`model.reuse`), each counted in each of them.
         aged_out_groups: groups that no step trained on before they were too old (`RolloutAhead`).
+        saved_completions: completions of groups that were dropped after their pilots (`Pilots`).
     """
 
     steps: int
@@ -91,6 +92,7 @@ class RunSummary:
     continued_tokens: int = 0
     aged_out_groups: int = 0
     reused_groups: int = 0
+    saved_completions: int = 0
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:

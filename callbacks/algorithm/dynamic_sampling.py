@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from app.module import GRPOModule
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
-from callbacks.algorithm.rollouts import roll_fresh
+from callbacks.algorithm.rollouts import Rollouts
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
@@ -55,6 +55,7 @@ class DynamicSampling(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
+        self._rollouts = next(iter(Rollouts.all_of(trainer)))
         self._replay = next(iter(RolloutReplay.all_of(trainer)), None)
         self._reuses_references = any(one.reuse == "train" for one in ReferenceRollouts.all_of(trainer))
 
@@ -70,7 +71,7 @@ class DynamicSampling(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         needed = len(batch.prompts)
         refills = 0
-        while refills < self.max_refills and (size := self._refill_size(batch.groups, needed)):
+        while refills < self.max_refills and (size := self._refill_size(_measured(batch), needed)):
             prompts = self._data.add_prompts(batch, size)
             if not prompts:
                 break
@@ -79,9 +80,9 @@ class DynamicSampling(StepCallback):
             offered = [group for group in batch.of("surplus") if self._reuses_references and group.prompt.id in added]
             batch.move(offered, "trained")
             known = {group.prompt.id for group in offered}
-            roll_fresh(self._data.selector, pl_module, batch, [one for one in prompts if one.id not in known])
+            self._rollouts.roll_out(pl_module, batch, [one for one in prompts if one.id not in known])
             refills += 1
-        measured = batch.groups
+        measured = _measured(batch)
         passed = [group for group in measured if self.passes(group)]
         surplus, dropped = passed[needed:], [group for group in measured if not self.passes(group)]
         batch.move(surplus, "surplus")
@@ -134,6 +135,11 @@ class Balanced(DynamicSampling):
 
     def __init__(self, low: float = 0.3, high: float = 0.7, max_refills: int = 10) -> None:
         super().__init__(low=low, high=high, max_refills=max_refills)
+
+
+def _measured(batch: TrainBatch) -> list[RolloutGroup]:
+    """Return the groups of a step that pass or not: `Pilots` has dropped some after a part of their completions."""
+    return batch.of("trained", "dropped")
 
 
 def count_rollouts(batch: TrainBatch, name: str, groups: Sequence[RolloutGroup]) -> None:

@@ -255,6 +255,7 @@ class RunLedger(StepCallback):
             continued_tokens=int(counts["continued_tokens"]),
             aged_out_groups=int(counts["aged_out_groups"]),
             reused_groups=int(counts["reused_groups"]),
+            saved_completions=int(counts["pilot/saved_completions"]),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class Posterior(Ranker):
         unique, place = np.unique(positions, return_inverse=True)
         successes = np.bincount(place, successes).astype(np.float64)
         samples = np.bincount(place, samples).astype(np.float64)
-        group = int(np.median(outcomes.samples))
+        group = int(outcomes.samples.max())  # a pilot has fewer completions than the groups that are chosen for
         if group != self._group:
             self._group, self._table = group, None
         if outcomes.source == "fresh":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from app.engines.ahead import Groups
 from app.engines.base import (
+    Completed,
     RolloutEngine,
     Sampling,
     check_counts,
@@ -91,12 +93,28 @@ class Transformers(RolloutEngine):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
     ) -> Groups:
+        return self._run(prompts, sampling, seeds, limits, None)
+
+    def generate_with_pilots(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, pilot: int, completed: Completed
+    ) -> Groups:
+        """See `RolloutEngine.generate_with_pilots`. The rest of a group is decoded beside the pilots of others."""
+        return self._run(prompts, sampling, seeds, None, (pilot, completed))
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: np.ndarray,
+        limits: np.ndarray | None,
+        pilots: tuple[int, Completed] | None,
+    ) -> Groups:
         if len(prompts) == 0:
             return []
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions", limits)
         with _generating(self.model):
-            return _Generation(self, prompts, sampling, seeds, limits_of(sampling, seeds, limits)).run()
+            return _Generation(self, prompts, sampling, seeds, limits_of(sampling, seeds, limits), pilots).run()
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **cached: object) -> torch.Tensor:
         """Return the logits `[n, V]` at the last position of `[n, T]` tokens, whose context is `cached`."""
@@ -116,13 +134,17 @@ class _Generation:
         sampling: Sampling,
         seeds: np.ndarray,
         limits: np.ndarray,
+        pilots: tuple[int, Completed] | None,
     ) -> None:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
+        self.prompts, self.group = prompts, sampling.num_generations
+        # Without pilots, every group begins as a whole.
+        self.begun, self.completed = pilots or (self.group, None)
         self.lm = causal_lm(engine.model)
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
         tokens = engine.max_cache_tokens or tokens_that_fit(self.lm)
         self.max_rows = min(engine.max_rows, seeds.size, max(1, tokens // columns))
-        self.waiting = prefill_queue([prompt.token_ids for prompt in prompts], sampling.num_generations, self.max_rows)
+        self.waiting = prefill_queue([one.token_ids for one in prompts], self.group, self.max_rows, range(self.begun))
         self.cache: RowCache = GrowingCache()
         self.graphs: StepGraphs | None = None
         if engine.share_prompts and plain_attention(self.lm):
@@ -130,10 +152,12 @@ class _Generation:
             if capture is not None:
                 self.graphs = StepGraphs(self._static_step, capture, self.device, self.max_rows)
             layers = len(DynamicCache(config=self.lm.config).layers)
-            max_prompts = min(len(self.waiting), self.max_rows)
+            # The rest of a group takes the place of its pilot.
+            rest = min(self.group - self.begun, self.max_rows)
+            max_prompts = min(len(self.waiting) if rest == 0 else len(prompts) * self.group, self.max_rows)
             self.cache = SharedPromptCache(
                 layers, self.max_rows, max_prompts, sampling.max_completion_length,
-                rows_per_prompt=max(len(one.samples) for one in self.waiting),
+                rows_per_prompt=max(rest, *(len(one.samples) for one in self.waiting)),
                 layer=WrittenLayer if self.graphs is None else StaticLayer,
             )  # fmt: skip
         self.rows = DecodingRows()
@@ -146,15 +170,37 @@ class _Generation:
         self.logprobs = np.zeros((seeds.size, sampling.max_completion_length), dtype=np.float32)
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
         self.stopped = np.zeros(seeds.size, dtype=bool)
+        self.open = np.full(len(prompts), self.begun)
+        """int64 `[B]`: completions of each prompt's pilot that have not ended; -1 where it has been judged."""
 
     def run(self) -> Groups:
-        while self.waiting or len(self.rows):
+        while self.waiting or len(self.rows) or (self.completed is not None and (self.open == 0).any()):
+            self._judge()
             self._admit()
             if len(self.rows):
                 self._sample(self._step(), first=0)
         if self.graphs is not None and self.graphs.failed:
             self.engine.cuda_graphs = False
-        return self._completions()
+        return self._groups()
+
+    def _judge(self) -> None:
+        """Queue the rest of those groups that are to be completed, of the pilots that have ended since the last time.
+
+        An eighth of them at a time, because scoring interrupts decoding.
+        """
+        ended = np.flatnonzero(self.open == 0)
+        if self.completed is None or not len(ended) or (len(self.rows) and 8 * len(ended) < len(self.prompts)):
+            return
+        self.open[ended] = -1
+        chosen = self.completed({int(b): self._completions(b * self.group + np.arange(self.begun)) for b in ended})
+        rest = [
+            PromptRows(
+                self.prompts[b].token_ids, b * self.group + np.arange(first, min(first + self.max_rows, self.group))
+            )
+            for b in chosen
+            for first in range(self.begun, self.group, self.max_rows)
+        ]
+        self.waiting = deque(sorted((*rest, *self.waiting), key=lambda one: len(one.token_ids), reverse=True))
 
     def _step(self) -> torch.Tensor:
         """Return the logits `[rows, V]` of the next token of all rows."""
@@ -220,6 +266,7 @@ class _Generation:
         alive = np.ones(len(self.rows), dtype=bool)
         alive[first:] = ~stopped & (age + 1 < self.limits[sample])
         if not alive.all():
+            np.subtract.at(self.open, self.rows.sample[~alive] // self.group, 1)
             order = fill_holes(alive)
             self.cache.keep(order)
             self.rows.keep(order)
@@ -227,21 +274,27 @@ class _Generation:
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _completions(self) -> Groups:
-        tokens = [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
+    def _groups(self) -> Groups:
+        of_group = np.arange(self.group)
+        return [
+            self._completions(b * self.group + of_group[self.lengths[b * self.group + of_group] > 0])
+            for b in range(len(self.prompts))
+        ]
+
+    def _completions(self, samples: np.ndarray) -> tuple[Completion, ...]:
+        """Return the completions of some samples, int64 `[n]`."""
+        tokens = [self.tokens[one, : self.lengths[one]] for one in samples]
         texts = self.engine.tokenizer.batch_decode([row.tolist() for row in tokens], skip_special_tokens=True)
-        completions = [
+        return tuple(
             Completion(
                 token_ids=row.copy(),
-                logprobs=self.logprobs[i, : len(row)].copy(),
-                finish_reason="stop" if self.stopped[i] else "length",
+                logprobs=self.logprobs[one, : len(row)].copy(),
+                finish_reason="stop" if self.stopped[one] else "length",
                 policy_version=self.engine.version,
-                text=texts[i],
+                text=text,
             )
-            for i, row in enumerate(tokens)
-        ]
-        group = self.sampling.num_generations
-        return [tuple(completions[b : b + group]) for b in range(0, len(completions), group)]
+            for one, row, text in zip(samples, tokens, texts, strict=True)
+        )
 
 
 def tokens_that_fit(lm: PreTrainedModel) -> int:

@@ -17,14 +17,22 @@ class PromptRows:
     samples: np.ndarray
 
 
-def prefill_queue(prompts: Sequence[tuple[int, ...]], num_generations: int, max_rows: int) -> deque[PromptRows]:
+def prefill_queue(
+    prompts: Sequence[tuple[int, ...]], num_generations: int, max_rows: int, begun: range | None = None
+) -> deque[PromptRows]:
     """Queue all prompts, longest first: a prompt that joins later always fits, because it is never longer.
 
     Equal prompts are read as one.
+
+    Args:
+        prompts: `B` prompts.
+        num_generations: `G`.
+        max_rows: most samples of one entry of the queue.
+        begun: those of each prompt's samples that are queued; None for all `G`.
     """
     samples: dict[tuple[int, ...], list[int]] = {}
     for b, prompt in enumerate(prompts):
-        samples.setdefault(prompt, []).extend(range(b * num_generations, (b + 1) * num_generations))
+        samples.setdefault(prompt, []).extend(b * num_generations + g for g in begun or range(num_generations))
     queue: deque[PromptRows] = deque()
     for prompt in sorted(samples, key=len, reverse=True):
         its = np.array(samples[prompt])
