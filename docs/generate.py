@@ -70,8 +70,9 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(
             f"callbacks.{name}"
             for name in (
-                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead", "ShardedPolicy",
-                "GenerationCost", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
+                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead",
+                "ShardedPolicy", "GenerationCost", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor",
+                "StartValidation",
             )
         ),
     ),
