@@ -104,7 +104,7 @@ def test_completions_of_a_policy_without_a_run_have_room(place: Place) -> None:
         found, folder = results(place)
         assert found["sets"]["test/gsm8k"]["sampling"]["max_completion_length"] == length
         rows = pq.read_table(folder / "completions" / "gsm8k" / "test.parquet").to_pylist()
-        assert all(row["tokens"] <= length for row in rows)
+        assert all(row["completion_tokens"] <= length for row in rows)
 
 
 def test_several_checkpoints_are_predicted_and_read_as_groups(place: Place) -> None:
