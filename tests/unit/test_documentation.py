@@ -172,7 +172,8 @@ def parse(words: list[str], parser: DotsArgumentParser) -> None:
         known = set(re.findall(r"--\w+", study_help(words[0])))
         assert {one for one in words if one.startswith("--")} <= known
         return
-    words = [one for one in words if one not in ("...", "--dry_run", WHOLE_ANSWERS)]  # which the command takes out before it parses
+    # These the command takes out before it parses.
+    words = [one for one in words if one not in ("...", "--dry_run", WHOLE_ANSWERS)]
     if "--config" not in words:
         words += ["--config", "run.yaml"]
     parser.parse_args(words)
