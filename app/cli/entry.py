@@ -81,7 +81,7 @@ def _each(given: list[str]) -> list[list[str]]:
     distinct: dict[str, str] = {}
     for one in sorted(named, key=os.path.islink):
         distinct.setdefault(os.path.realpath(one), one)
-    kept = [one for one in named if one in distinct.values()]
+    kept = [one for one in dict.fromkeys(named) if one in distinct.values()]
     return [[given[0], one, *given[1 + len(named) :]] for one in kept] if len(kept) > 1 else [given]
 
 
@@ -132,7 +132,8 @@ def _measured(name: str, rest: list[str]) -> list[str]:
     if is_policy:
         added.append(f"--model.policy.path={run.pop()}")
         if not configs:
-            if not any("sampling" in token and "max_completion_length" in token for token in others):
+            # Of a set in `data.test` it is said beside this one.
+            if not any("max_completion_length" in token and not token.startswith("--data") for token in others):
                 added.append(WHOLE_ANSWERS)
             # What benchmarks are asked as; it is not read.
             added.append(f"--data.train={json.dumps(_benchmark('gsm8k'))}")

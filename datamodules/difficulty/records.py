@@ -11,7 +11,7 @@ TRACE = "pass_rate_by_epoch"
 RATES = ("pass_rate", "solve_rate", "success_rate", "llama8b_solve_rate")
 """Columns of one rate; the last one is Big-Math's."""
 DIFFICULTY = "model_difficulty"
-"""Skywork-OR1's column: how many of 16 answers of each model were wrong."""
+"""Skywork-OR1's column: how many of 16 answers of each model were wrong (its issue 40; its scripts keep 1 to 15)."""
 ATTEMPTS = 16
 METRICS = ("exact_match", "acc_norm", "acc", "pass@1")
 """Metrics of lm-eval-harness's samples, of which the first counts where the row does not name its own."""

@@ -145,7 +145,8 @@ class Greso(Composed):
     """GRESO as published: shuffled passes over the pool in which each prompt may be skipped.
 
     A skipped prompt has had its turn in the pass. Use it with `callbacks.DynamicSampling`, which drops the remaining
-    zero-variance groups and asks `refill_size` for the number of prompts to roll out instead.
+    zero-variance groups and asks `refill_size` for the number of prompts to roll out instead. The authors' scripts
+    first choose one and a half batches of prompts, here a step first chooses as many as it needs.
 
     Args:
         ranker: orders the prompts; null for shuffled passes over the pool, as published.

@@ -100,11 +100,11 @@ def test_completions_of_a_policy_without_a_run_have_room(place: Place) -> None:
                             (("--data.test.gsm8k.sampling.max_completion_length=6",), 6)):  # fmt: skip
         code, _, said = place.run_with_output("evaluate", str(TINY), *common, *options)
         assert code == 0, said[-2000:]
-        assert ("dots: completions end after 384 tokens (4,096, or" in said) == (length == 384)
+        assert ("dots: completions end after 384 tokens (4,096, or" in said) == (length != 5)
         found, folder = results(place)
         assert found["sets"]["test/gsm8k"]["sampling"]["max_completion_length"] == length
         rows = pq.read_table(folder / "completions" / "gsm8k" / "test.parquet").to_pylist()
-        assert all(row["tokens"] <= length for row in rows)
+        assert all(row["completion_tokens"] <= length for row in rows)
 
 
 def test_several_checkpoints_are_predicted_and_read_as_groups(place: Place) -> None:

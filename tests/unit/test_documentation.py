@@ -23,7 +23,7 @@ import app.rewards
 import callbacks
 import datamodules.selectors
 from app.cli.commands import COMMANDS
-from app.cli.entry import expand
+from app.cli.entry import WHOLE_ANSWERS, expand
 from app.cli.parsing import DotsArgumentParser
 from datamodules.metric_names import METRIC_NAMES, metric_name
 from docs.generate import CLASSES, DOCS, command_parser, study_help, subcommands
@@ -172,7 +172,8 @@ def parse(words: list[str], parser: DotsArgumentParser) -> None:
         known = set(re.findall(r"--\w+", study_help(words[0])))
         assert {one for one in words if one.startswith("--")} <= known
         return
-    words = [one for one in words if one not in ("...", "--dry_run")]  # which the command takes out before it parses
+    # These the command takes out before it parses.
+    words = [one for one in words if one not in ("...", "--dry_run", WHOLE_ANSWERS)]
     if "--config" not in words:
         words += ["--config", "run.yaml"]
     parser.parse_args(words)
