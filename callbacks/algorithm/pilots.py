@@ -41,7 +41,7 @@ class Pilots(Rollouts):
 
     Args:
         n_init: completions of a pilot, at least 2 and fewer than `model.sampling.num_generations`.
-        rule: which pilots are completed, as above.
+        rule: which pilots are completed: "worth" as above, or "informative", those whose rewards differ.
     """
 
     def __init__(self, n_init: int = 4, rule: Rule = "worth") -> None:
