@@ -69,8 +69,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(
             f"callbacks.{name}"
             for name in (
-                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead", "ShardedPolicy",
-                "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
+                "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead",
+                "ShardedPolicy", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
             )
         ),
     ),
