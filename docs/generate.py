@@ -70,7 +70,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
             f"callbacks.{name}"
             for name in (
                 "ReferenceRollouts", "RolloutReplay", "DynamicSampling", "Balanced", "Pilots", "RolloutAhead",
-                "ShardedPolicy", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor", "StartValidation",
+                "ShardedPolicy", "ClockBudget", "RunCheckpoint", "CompletionsLog", "SelectionMonitor",
+                "StartValidation",
             )
         ),
     ),
