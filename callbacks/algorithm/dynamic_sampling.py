@@ -55,7 +55,7 @@ class DynamicSampling(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
-        self._rollouts = next(iter(Rollouts.all_of(trainer)))
+        self._rollouts = next(iter(Rollouts.all_of(trainer)), Rollouts())
         self._replay = next(iter(RolloutReplay.all_of(trainer)), None)
         self._reuses_references = any(one.reuse == "train" for one in ReferenceRollouts.all_of(trainer))
 
@@ -80,7 +80,8 @@ class DynamicSampling(StepCallback):
             offered = [group for group in batch.of("surplus") if self._reuses_references and group.prompt.id in added]
             batch.move(offered, "trained")
             known = {group.prompt.id for group in offered}
-            self._rollouts.roll_out(pl_module, batch, [one for one in prompts if one.id not in known])
+            missing = [one for one in prompts if one.id not in known]
+            self._rollouts.roll_out(self._data.selector, pl_module, batch, missing)
             refills += 1
         measured = _measured(batch)
         passed = [group for group in measured if self.passes(group)]

@@ -15,7 +15,8 @@ from callbacks.algorithm.rollout_ahead import RolloutAhead
 from callbacks.algorithm.rollouts import Rollouts
 from datamodules.errors import UserError, nearest
 from datamodules.online import OnlinePromptDataModule
-from datamodules.types import Prompt, RolloutGroup, TrainBatch
+from datamodules.selectors import Selector
+from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
 
 Rule = Literal["worth", "informative"]
 
@@ -41,7 +42,7 @@ class Pilots(Rollouts):
 
     Args:
         n_init: completions of a pilot, at least 2 and fewer than `model.sampling.num_generations`.
-        rule: which pilots are completed, as above.
+        rule: which pilots are completed: "worth" as above, or "informative", those whose rewards differ.
     """
 
     def __init__(self, n_init: int = 4, rule: Rule = "worth") -> None:
@@ -73,24 +74,24 @@ class Pilots(Rollouts):
         self._worth.begin_step()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def roll_out(self, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]) -> None:
+    def roll_out(self, selector: Selector, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]) -> None:
         ledger, rest = batch.ledger, pl_module.sampling.num_generations - self.n_init
         forecast, threshold = batch.forecast_of(prompts), self._worth.threshold(rest)
         expected = {prompt.id: one for prompt, one in zip(prompts, forecast.tolist(), strict=True)}
 
-        def promise(pilot: RolloutGroup) -> float:
-            return self._worth.informative(pilot, expected[pilot.prompt.id], rest)
-
         def completed(pilot: RolloutGroup) -> bool:
-            return pilot.informative or (self.rule == "worth" and promise(pilot) >= threshold)
+            if self.rule == "informative":
+                return pilot.informative
+            return self._worth.informative(pilot, expected[pilot.prompt.id], rest) >= threshold
 
         before = ledger.seconds["rollout"]
         groups = pl_module.pipeline.roll_with_pilots(
             prompts, pl_module.sampling, ledger, step=batch.step, pilot=self.n_init, completed=completed
         )
         seconds = (ledger.seconds["rollout"] - before) / max(1, sum(group.completion_tokens for group in groups))
-        self._worth.learn(groups, forecast, self.n_init)
-        self.show(pl_module, batch, groups)
+        with ledger.phase("select"):
+            self._worth.learn(groups, forecast, self.n_init)
+            selector.observe(Outcomes.of(groups, batch.step, "fresh"))
         # An informative pilot is completed, and only one that lost completions to failed scores is no longer than one.
         dropped = [one for one in groups if not one.informative and len(one.completions) <= self.n_init]
         batch.add(groups)

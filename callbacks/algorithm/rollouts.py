@@ -10,7 +10,8 @@ from app.module import GRPOModule
 from callbacks.stages import Stage, StepCallback
 from datamodules.ledger import Ledger
 from datamodules.online import OnlinePromptDataModule
-from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
+from datamodules.selectors import Selector
+from datamodules.types import Outcomes, Prompt, TrainBatch
 
 
 class Rollouts(StepCallback):
@@ -22,7 +23,7 @@ class Rollouts(StepCallback):
 
     stage = Stage.ROLL_OUT
 
-    def roll_out(self, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]) -> None:
+    def roll_out(self, selector: Selector, pl_module: GRPOModule, batch: TrainBatch, prompts: Sequence[Prompt]) -> None:
         """Roll out prompts of a batch, add their groups to it and show the selector their outcomes.
 
         A prompt may be rolled out only once in a step: the seeds of its samples are derived from the step and the
@@ -31,20 +32,15 @@ class Rollouts(StepCallback):
         groups = pl_module.pipeline.roll(
             prompts, pl_module.sampling, batch.ledger, purpose="train", step=batch.step, source="fresh"
         )
-        self.show(pl_module, batch, groups)
-        batch.add(groups)
-
-    def show(self, pl_module: GRPOModule, batch: TrainBatch, groups: Sequence[RolloutGroup]) -> None:
-        """Show the selector the outcomes of fresh groups."""
         with batch.ledger.phase("select"):
-            selector = OnlinePromptDataModule.of(pl_module.trainer).selector
             selector.observe(Outcomes.of(groups, batch.step, "fresh"))
+        batch.add(groups)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: GRPOModule, batch: TrainBatch, batch_idx: int) -> None:
         offered = {group.prompt.id for group in batch.groups}
         prompts = [prompt for prompt in batch.prompts if prompt.id not in offered]
         if prompts:
-            self.roll_out(pl_module, batch, prompts)
+            self.roll_out(OnlinePromptDataModule.of(trainer).selector, pl_module, batch, prompts)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: GRPOModule, outputs: object, batch: TrainBatch, batch_idx: int

@@ -88,7 +88,7 @@ def test_a_completed_group_is_the_whole_one_and_others_are_dropped_and_counted(
     selector, options = Noting(), {"steps": 1, "prompts_per_step": 12}
     pilots = Pilots(n_init=2, rule="informative")
     (step,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [pilots], selector=selector, **options).steps
-    (whole,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [], selector=Mopps(), **options).steps
+    (whole,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [], selector=Noting(), **options).steps
     assert step.prompts == whole.prompts
     of = {one.prompt.id: one for one in whole.groups}
     half = [name for name in step.prompts if int(name[1:]) % 3 == 0]
@@ -108,7 +108,9 @@ def test_a_completed_group_is_the_whole_one_and_others_are_dropped_and_counted(
     assert step.metrics["pilot/completed_fraction"] == pytest.approx(len(half) / 12)
     assert step.metrics["pilot/threshold"] == 1
     tokens = [sum(one.completion_tokens for one in its) for its in (step.dropped, step.groups + step.dropped)]
-    assert step.metrics["time/pilots_dropped"] == pytest.approx(step.metrics["time/rollout"] * tokens[0] / tokens[1])
+    assert step.metrics["time/pilots_dropped"] == pytest.approx(
+        step.metrics["time/rollout"] * tokens[0] / tokens[1], rel=0.05
+    )
     # The selector sees every prompt once, with the completions that it had.
     (seen,) = selector.seen
     assert dict(zip(seen.prompt_ids, seen.samples.tolist(), strict=True)) == {
@@ -166,10 +168,10 @@ def test_dynamic_sampling_refills_by_pilots_and_replay_fills_the_rest(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"max_rows": 5}, {"max_rows": 1}, {"max_rows": 9, "share_prompts": False}, {"prefill_tokens": 20}]
+    "options", [{}, {"max_rows": 5}, {"max_rows": 2}, {"max_rows": 9, "share_prompts": False}, {"prefill_tokens": 20}]
 )
 def test_the_engine_completes_groups_while_it_decodes_others(options: dict[str, int]) -> None:
-    model, batch, sampling = build("qwen2"), prompts([*LENGTHS, 3]), Sampling(G, 40)
+    model, batch, sampling = build("qwen2"), prompts([*LENGTHS, 3]), Sampling(G, 16)
     batch[-1] = batch[0]  # an equal prompt is read with it
     seeds = np.concatenate([SEEDS, SEEDS[-1:] + 100])
     whole = engine(model).generate(batch, sampling, seeds)

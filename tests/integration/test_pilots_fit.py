@@ -1,0 +1,89 @@
+"""Runs with pilots: stopped and resumed, with all that may stand beside them, and of two processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.command import dots, dots_on_ranks, fit_arguments, logged, run_of, scalars
+from tests.support.refusal import Place, data, model
+
+pytestmark = pytest.mark.slow
+
+REWARDS = """
+def parity(completion_ids, **rest):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+"""
+
+
+def with_pilots(config: dict[str, Any]) -> None:
+    config["trainer"]["callbacks"] = [
+        {"class_path": "callbacks.Pilots", "init_args": {"n_init": 2}},
+        {"class_path": "callbacks.ReferenceRollouts", "init_args": {"size": 3, "every": 2}},
+        {"class_path": "callbacks.DynamicSampling", "init_args": {"max_refills": 2}},
+        {"class_path": "callbacks.RolloutReplay", "init_args": {"capacity": 4}},
+        {"class_path": "callbacks.RunCheckpoint", "init_args": {"every": 1}},
+    ]
+    model(config)["rewards"] = "my_rewards.parity"
+    model(config)["sampling"] = {"num_generations": 4, "max_completion_length": 3}
+    options = {"use_embeddings": False, "temperature": 0.3}
+    data(config)["selector"] = {"class_path": "datamodules.selectors.Posterior", "init_args": options}
+    data(config)["prompts_per_step"] = 3
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
+    found = Place.at(tmp_path, monkeypatch, capsys)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    found.config(with_pilots)
+    return found
+
+
+def fit(place: Place, folder: str, steps: int, *more: str) -> tuple[Path, dict[str, Any]]:
+    where = f"--trainer.logger.init_args.save_dir={folder}"
+    code, said = place.run("fit", "--config", "run.yaml", where, f"--trainer.max_steps={steps}", *more)
+    assert code == 0, said[-2000:]
+    run = place.path / folder / "small" / "version_0"
+    return run, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: Place) -> None:
+    whole, expected = fit(place, "whole", 5)
+    fit(place, "cut", 3)
+    cut, found = fit(place, "cut", 5, "--ckpt_path", "last")
+    assert logged(cut) == logged(whole)
+    assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
+    (key,) = (name for name in expected["callbacks"] if "Pilots" in name)
+    assert found["callbacks"][key] == expected["callbacks"][key]
+    summary = json.loads((whole / "summary.json").read_text())
+    thresholds = logged(whole)["pilot/threshold"]
+    assert thresholds[0] == 0 < min(thresholds[step] for step in (1, 2, 3, 4))
+    # Some groups were spared, some completed, and every completion was counted.
+    saved = logged(whole)["pilot/saved_completions"]
+    assert summary["saved_completions"] == sum(saved.values()) > 0
+    assert summary["completions"] == 4 * summary["prompts_rolled_out"] - summary["saved_completions"]
+    assert summary["informative_fraction"] > 0.5
+
+
+@pytest.mark.long
+@pytest.mark.ranks
+def test_two_processes_complete_the_same_groups_as_one(tmp_path: Path) -> None:
+    pilots = json.dumps({"class_path": "callbacks.Pilots", "init_args": {"n_init": 3}})
+    more = (f"--trainer.callbacks+={pilots}", "--trainer.max_steps=4", "--trainer.limit_val_batches=0")
+    done = [dots(*fit_arguments(tmp_path / "one", *more))]
+    done += dots_on_ranks(
+        2, *fit_arguments(tmp_path / "two", "--config", "configs/strategy/ddp.yaml", "--trainer.devices=2", *more)
+    )
+    for one in done:
+        assert one.returncode == 0, one.stderr[-2000:]
+    ours, others = scalars(tmp_path / "two"), scalars(tmp_path / "one")
+    for tag in others:
+        if tag.startswith(("pilot/", "selection/", "reward", "num_")):
+            assert ours[tag] == pytest.approx(others[tag]), tag
+    assert sum(others["pilot/saved_completions"].values()) > 0
+    assert json.loads((run_of(tmp_path / "two") / "summary.json").read_text())["saved_completions"] > 0
