@@ -79,12 +79,12 @@ class RolloutReplay(StepCallback):
         admit: Admit = "informative",
         max_bytes: int | None = None,
         max_age: int | None = None,
-        max_uses: int | None = None,
         draw: Draw = "uniform",
+        logprob_dtype: LogprobDtype = "float32",
+        max_uses: int | None = None,
         drift_scale: float = 0.1,
         places: Places = "reserved",
         share: Share = "fixed",
-        logprob_dtype: LogprobDtype = "float32",
     ) -> None:
         if not 0 < fresh_fraction <= 1:
             raise UserError(

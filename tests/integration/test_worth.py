@@ -99,13 +99,15 @@ def test_the_command_measures_writes_and_continues(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["dots"])
     (tmp_path / "small.yaml").write_text(
-        "model: {init_args: {sampling: {max_completion_length: 24, num_generations: 4}, mini_batches: 1}}\n"
-        "data: {init_args: {prompts_per_step: 10}}\n"
+        "model: {init_args: {sampling: {max_completion_length: 48}, mini_batches: 1}}\n"
+        "data: {init_args: {prompts_per_step: 8, val_size: 12, train: {class_path: datamodules.procedural.Procedural, "
+        'init_args: {template: "{question}\\n", tasks: [{name: chain_sum, size: 90, '
+        "params: {min_terms: 3, max_terms: 6, min_digits: 1, max_digits: 1}}]}}}}\n"
     )
     out = tmp_path / "out"
     given = ["worth", "--base", "configs/quickstart.yaml", str(tmp_path / "small.yaml"), "--out", str(out)]
     given += ["--ages", "1", "--uses", "0", "1", "--learning_rates", "1e-3", "--groups", "2", "--draws", "2"]
-    given += ["--prompts", "40", "--held_out", "12"]
+    given += ["--prompts", "24", "--held_out", "12"]
     main([*given, "--seeds", "0"])
     first = json.loads((out / "worth.json").read_text())
     assert [(row["uses"], row["age"]) for row in first["rows"]] == [(0, 1), (1, 1)]
