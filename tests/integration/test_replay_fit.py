@@ -189,7 +189,7 @@ def test_drift_uses_and_further_updates_go_on_after_a_resume_and_on_two_ranks(tm
         done = dots(*by_drift(stopped), *more)
         assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(stopped, whole)
-    for one in dots_on_ranks(2, *by_drift(ranks, "--config", "configs/strategy/ddp.yaml")):
+    for one in dots_on_ranks(2, *by_drift(ranks, "--config", "configs/strategy/ddp.yaml", "--trainer.devices=2")):
         assert one.returncode == 0, one.stderr[-2000:]
     shared = scalars(ranks)
     for name in ("updates/reused", "replay/dropped_used"):
