@@ -149,7 +149,7 @@ class Learner:
 
     def sketch_sums(self, groups: int) -> SketchSums:
         """Return the sums that the sketches of a batch's groups are added to (see `objective.sketches`)."""
-        weight: torch.Tensor = causal_lm(self.policy).get_output_embeddings().weight  # type: ignore[assignment]
+        weight = causal_lm(self.policy).get_output_embeddings().weight
         vocabulary, width = weight.shape
         return SketchSums(head_projection(vocabulary, width, run_seed(), self.device), groups)
 

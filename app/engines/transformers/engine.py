@@ -139,7 +139,8 @@ class _Generation:
         self.engine, self.sampling, self.device = engine, sampling, engine.model.device
         self.prompts, self.group = prompts, sampling.num_generations
         # Without pilots, every group begins as a whole.
-        self.begun, self.completed = pilots or (self.group, None)
+        self.begun = self.group if pilots is None else pilots[0]
+        self.completed = None if pilots is None else pilots[1]
         self.lm = causal_lm(engine.model)
         columns = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
         tokens = engine.max_cache_tokens or tokens_that_fit(self.lm)

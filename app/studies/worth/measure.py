@@ -84,7 +84,7 @@ class Gradients:
                 with self._walker.precision():
                     tokens = [(0, len(one.completion_ids)) for one in sequences]
                     found = learner.loss_of(micro.one(sequences), sums.of(tokens))
-                found.loss.backward()  # type: ignore[no-untyped-call]
+                found.loss.backward()
                 seen = seen.merge(found.statistics)
         flat = [
             torch.zeros(one.numel(), device=one.device) if one.grad is None else one.grad.float().reshape(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +135,18 @@ def draw(path: Path, table: pd.DataFrame) -> None:
             axes.set_title(f"learning rate {rate:g}", loc="left", fontweight="bold")
             for place, (uses, rows) in enumerate(its.groupby("uses")):
                 label = {0: "never used", 1: "used once"}.get(int(uses), f"used {uses} times")
-                error: Callable[[str], Any] = lambda name, rows=rows: rows[f"{name}_error"].fillna(0.0)  # noqa: E731
+                errors = {name: rows[f"{name}_error"].fillna(0.0) for name in ("worth", "gradients")}
                 axes.errorbar(
-                    rows["age"], rows["worth"], error("worth"), color=f"C{place}", marker="o", capsize=2, label=label
+                    rows["age"], rows["worth"], errors["worth"], color=f"C{place}", marker="o", capsize=2, label=label
                 )
                 axes.errorbar(
-                    rows["age"], rows["gradients"], error("gradients"), color=f"C{place}", ls="--", capsize=2, alpha=0.6
+                    rows["age"],
+                    rows["gradients"],
+                    errors["gradients"],
+                    color=f"C{place}",
+                    ls="--",
+                    capsize=2,
+                    alpha=0.6,
                 )
             axes.axhline(float(its["threshold"].iloc[0]), color="0.4", lw=0.9, ls=":", label="pays above")
             axes.axhline(0, color="0.8", lw=0.8, zorder=0)

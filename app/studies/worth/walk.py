@@ -148,7 +148,7 @@ class Walker:
         learner = self.module.learner
 
         def backward(loss: Tensor) -> None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
         with ledger.phase("update"), self._computing():
             parts = learner.minibatches_of(groups, learner.advantages_of(groups), step)
