@@ -301,7 +301,14 @@ class OnlinePromptDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "train" in self.pools and self.selector.is_ready:
-            self.selector.load_state_dict(state_dict["selector"])
+            saved = state_dict["selector"]
+            try:
+                self.selector.load_state_dict(saved)
+            except KeyError as missing:
+                raise UserError(
+                    f"Cannot resume: another version of Dots saved the checkpoint, and its selectors.{saved['selector']} "
+                    f"did not save {missing}. Resume with that version, or start a new run."
+                ) from missing
             self._measured_at = dict(state_dict.get("measured_at", {}))
 
     def _fixed(self, stage: Literal["val", "test"]) -> list[FixedLoader]:
