@@ -306,7 +306,7 @@ class OnlinePromptDataModule(LightningDataModule):
                 self.selector.load_state_dict(saved)
             except KeyError as missing:
                 raise UserError(
-                    f"Cannot resume: another version of Dots saved the checkpoint, and its selectors.{saved['selector']} "
+                    f"Cannot resume: another version of Dots saved the checkpoint, whose selectors.{saved['selector']} "
                     f"did not save {missing}. Resume with that version, or start a new run."
                 ) from missing
             self._measured_at = dict(state_dict.get("measured_at", {}))
