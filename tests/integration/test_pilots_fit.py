@@ -75,7 +75,7 @@ def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: P
 @pytest.mark.long
 @pytest.mark.ranks
 def test_two_processes_complete_the_same_groups_as_one(tmp_path: Path) -> None:
-    pilots = json.dumps({"class_path": "callbacks.Pilots", "init_args": {"n_init": 3}})
+    pilots = json.dumps({"class_path": "callbacks.Pilots", "init_args": {"n_init": 2, "rule": "informative"}})
     more = (f"--trainer.callbacks+={pilots}", "--trainer.max_steps=4", "--trainer.limit_val_batches=0")
     done = [dots(*fit_arguments(tmp_path / "one", *more))]
     done += dots_on_ranks(
