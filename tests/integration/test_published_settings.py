@@ -239,16 +239,9 @@ TWINS = [
     for setting in SETTINGS
     for overlays in ([(), ("grpo",), ("authors_code",)] if setting == "dots/qwen2.5_3b_deepmath" else [()])
 ]
-FIRST = {
-    "dots/qwen2.5_3b_deepmath", "dps/qwen2.5_3b_countdown", "greso/r1_distill_qwen_1.5b",
-    "learnalign/qwen2.5_1.5b_gsm8k", "mopps/r1_distill_qwen_1.5b_math", "speed_rl/qwen2.5_math_7b_deepscaler",
-}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("setting", "overlays"),
-    [pytest.param(*twin, marks=() if twin[0] in FIRST and not twin[1] else pytest.mark.long) for twin in TWINS],
-)
+@pytest.mark.parametrize(("setting", "overlays"), TWINS)
 def test_its_small_twin_trains(place: Place, setting: str, overlays: tuple[str, ...]) -> None:
     replays = setting.startswith("dots/") and overlays != ("grpo",)
     more = [UNTRAINED] if replays else []
