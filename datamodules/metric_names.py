@@ -68,7 +68,7 @@ METRIC_NAMES = tuple(
         ("sampling/missing", "groups", "groups that dynamic sampling could not fill"),
         ("pilot/completed_fraction", "fraction", "prompts whose group was completed after its pilot (Pilots)"),
         ("pilot/saved_completions", "completions", "completions that other groups were spared"),
-        ("pilot/threshold", "probability", "P(informative) from which the rest of a group was worth it"),
+        ("pilot/threshold", "probability", "P(informative) from which the rest of a group was worth it, last"),
         ("replay/size", "groups", "groups in the buffer that the step draws from"),
         ("replay/bytes", "bytes", "memory of these groups"),
         ("replay/fraction", "fraction", "groups of the batch that are replayed"),

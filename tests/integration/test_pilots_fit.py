@@ -65,7 +65,7 @@ def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: P
     assert found["callbacks"][key] == expected["callbacks"][key]
     summary = json.loads((whole / "summary.json").read_text())
     thresholds = logged(whole)["pilot/threshold"]
-    assert thresholds[0] == 0 < min(thresholds[step] for step in (1, 2, 3, 4))
+    assert all(0 < one < 1 for one in thresholds.values())  # of the last refill, even in the first step
     saved = logged(whole)["pilot/saved_completions"]
     assert summary["saved_completions"] == sum(saved.values())
     assert summary["completions"] == 4 * summary["prompts_rolled_out"] - summary["saved_completions"]

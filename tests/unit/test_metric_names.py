@@ -31,6 +31,10 @@ ELSEWHERE = {
     "difficulty/predictor_used",  # with a trained predictor only
     "epoch",
     "ranks/update_token_imbalance",
+    "pilot/completed_fraction",  # with Pilots only
+    "pilot/saved_completions",
+    "pilot/threshold",
+    "time/pilots_dropped",
     "rollout_ahead/age_max",
     "rollout_ahead/age_mean",
     "rollout_ahead/aged_out",

@@ -92,7 +92,7 @@ def test_a_completed_group_is_the_whole_one_and_others_are_dropped_and_counted(
     assert step.prompts == whole.prompts
     of = {one.prompt.id: one for one in whole.groups}
     half = [name for name in step.prompts if int(name[1:]) % 3 == 0]
-    assert 2 < len(half) < 10
+    assert 1 < len(half) < 11
     assert names(step.groups) == half and sorted(names(step.groups + step.dropped)) == sorted(step.prompts)
     for one in (*step.groups, *step.dropped):
         kept = len(one.completions)
