@@ -170,7 +170,7 @@ def parse(words: list[str], parser: DotsArgumentParser) -> None:
     words = expand(words)
     if words[0] in COMMANDS:
         known = set(re.findall(r"--\w+", study_help(words[0])))
-        assert {one for one in words if one.startswith("--")} <= known
+        assert {one.partition(".")[0] for one in words if one.startswith("--")} <= known
         return
     # These the command takes out before it parses.
     words = [one for one in words if one not in ("...", "--dry_run", WHOLE_ANSWERS)]

@@ -83,10 +83,10 @@ def test_all_global_generators_continue_bit_by_bit(generators: None, normals: in
     one.load_state_dict(state)
     seed_all(4)
     assert draws() == untouched  # what is drawn between loading and training is the start's own
-    one._take_over()
+    one.on_train_start(trainer_with(), MODULE)
     assert draws() + draws() == expected
     seed_all(4)
-    one._take_over()  # another call of fit goes on
+    one.on_train_start(trainer_with(), MODULE)  # another call of fit goes on
     assert draws() == untouched
 
 
@@ -99,7 +99,7 @@ def test_generators_of_gpus_are_restored_where_there_are_as_many(
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
     one, states = RandomState(), [torch.tensor([number]) for number in range(saved)]
     one.load_state_dict(RandomState().state_dict() | {"cuda": states})
-    one._take_over()
+    one.on_train_start(trainer_with(), MODULE)
     assert given == ([states] if restored else [])
 
 
