@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -37,6 +35,7 @@ from app.runs.folder import RunTrainer, run_folder
 from app.runs.identity import RunIdentity
 from app.runs.lightning_internals import configure_model_early
 from app.runs.python_options import options_of
+from app.update.group_measures import GroupMeasures
 from app.update.learner import Learner, LearnerOptions
 from app.update.metrics import batch_metrics, update_metrics
 from app.update.optimization import Optimization
@@ -46,7 +45,7 @@ from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.pool import PromptPool
 from datamodules.seeding import run_seed
-from datamodules.types import GroupSketch, TrainBatch
+from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
 
 
@@ -329,20 +328,13 @@ class GRPOModule(LightningModule):
             batch.advantages = learner.advantages_of(batch.groups)
             parts = learner.minibatches_of(batch.groups, batch.advantages, batch.step)
             selector = OnlinePromptDataModule.of(self.trainer).selector
-            sketched = batch.wants_sketches or selector.uses_sketches
-            sums = learner.sketch_sums(len(batch.groups)) if sketched else None
-            replays = any(group.source == "replay" for group in batch.groups)
-            drift = torch.zeros(len(batch.groups), 2, device=learner.device) if replays else None
+            measures = GroupMeasures(learner, batch.groups, sketched=batch.wants_sketches or selector.uses_sketches)
             updates = self._updates.take(
                 learner, parts, batch.step,
-                optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, sketches=sums,
-                drift=drift, step_again=None if self._updates.reuse.passes == 1 else self._step_again,
+                optimizer=optimizer, scheduler=scheduler, backward=self.manual_backward, measures=measures,
+                step_again=None if self._updates.reuse.passes == 1 else self._step_again,
             )  # fmt: skip
-            if sums is not None:
-                batch.sketches = GroupSketch.of(batch.groups, self.ranks.sum(sums.folded()).numpy())
-            if drift is not None:
-                moved, tokens = self.ranks.sum(drift).cpu().numpy().T
-                batch.drift = np.divide(moved, tokens, out=np.full_like(moved, np.nan), where=tokens > 0)
+            batch.sketches, batch.drift = measures.sketches(self.ranks), measures.drift(self.ranks)
         if selector.uses_sketches:
             with batch.ledger.phase("select"):
                 # A group without advantages has a gradient of the KL term at most.

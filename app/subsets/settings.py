@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,16 @@ def settings_of(
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Return the plain settings among an object's attributes, nested objects included."""
-    simple = {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
-    nested = {
-        name: _plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else vars(value))
-        for name, value in values.items()
-        if hasattr(value, "__dict__") and not isinstance(value, type) and not inspect.isroutine(value)
-    }
-    return simple | nested
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, str | int | float | bool | None):
+            plain[name] = value
+        elif is_dataclass(value) and not isinstance(value, type):
+            plain[name] = _plain(asdict(value))
+        elif not isinstance(value, type) and not inspect.isroutine(value):
+            with suppress(TypeError):  # without attributes of its own
+                plain[name] = _plain(vars(value))
+    return plain
 
 
 def _token_hash(pool: PromptPool) -> str:

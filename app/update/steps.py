@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from app.objective.sketches import SketchSums
 from app.ranks import Ranks, collective
 from app.update.gradient_sum import sum_gradients
+from app.update.group_measures import GroupMeasures
 from app.update.learner import Learner
 from app.update.minibatch import MiniBatch, shares, token_imbalance
 from app.update.nonfinite import NonFiniteGuard, nonfinite_completions
@@ -47,8 +48,7 @@ class Updates:
         optimizer: Optimizer,
         scheduler: LRScheduler,
         backward: Callable[[Tensor], None],
-        sketches: SketchSums | None = None,
-        drift: Tensor | None = None,
+        measures: GroupMeasures | None = None,
         step_again: Callable[[], object] | None = None,
     ) -> list[Update]:
         """Take one optimizer step for each mini-batch of a batch. Collective.
@@ -62,9 +62,7 @@ class Updates:
             optimizer: over the trained parameters.
             scheduler: advanced with each optimizer step.
             backward: backward pass of a loss, in the trainer's precision.
-            sketches: to which this rank's part of the groups' gradients is added.
-            drift: `[groups, 2]`, to which the sum of each group's `|log pi_old - log mu|` and its number of tokens are
-                added, of this rank's part.
+            measures: to which what this rank's part shows of the groups is added.
             step_again: steps the optimizer for a further update on a mini-batch, which is not counted as a step of the
                 run; needed for `Reuse`.
         """
@@ -81,12 +79,14 @@ class Updates:
             if learner.sharded:
                 # Passes are collectives: a barrier before them names a lost rank.
                 ranks.barrier("update")
-            gate = sketches if self.reuse.passes == 1 or sketches is not None else learner.sketch_sums(_groups(parts))
-            before = None if gate is None or self.reuse.passes == 1 else gate.sums.clone()
+            sketches = None if measures is None else measures.sums
+            if sketches is None and self.reuse.passes > 1:
+                sketches = learner.sketch_sums(_groups(parts))
+            before = None if sketches is None or self.reuse.passes == 1 else sketches.sums.clone()
             with collective("update"):
-                seen = _accumulate(learner, share, backward, gate, drift)
-            if part.sequences and gate is not None and before is not None:
-                self.head_norms.add(_head_norm(gate, before, ranks))
+                seen = _accumulate(learner, share, backward, sketches, measures)
+            if part.sequences and sketches is not None and before is not None:
+                self.head_norms.add(_head_norm(sketches, before, ranks))
             seen = seen.over(ranks)
             if not learner.sharded:
                 sum_gradients(learner.trained, ranks)
@@ -139,7 +139,7 @@ class Updates:
                 if learner.sharded:
                     ranks.barrier("update")
                 with collective("update"):
-                    seen = _accumulate(learner, again, backward, sums, None, updated=True)
+                    seen = _accumulate(learner, again, backward, sums, updated=True)
                 loss = seen.over(ranks).loss
                 head = _head_norm(sums, None, ranks)
                 z_score = self.head_norms.z_score(head) if self.head_norms.known else math.nan
@@ -172,7 +172,7 @@ def _accumulate(
     share: MiniBatch,
     backward: Callable[[Tensor], None],
     sketches: SketchSums | None,
-    drift: Tensor | None,
+    measures: GroupMeasures | None = None,
     *,
     updated: bool = False,
 ) -> Seen:
@@ -187,10 +187,8 @@ def _accumulate(
         found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens), updated=updated)
         backward(found.loss)
         seen = seen.plus(packed, found)
-        if drift is not None:
-            groups = torch.tensor([one.group for one in sequences], device=drift.device)[packed.sequences]
-            moved = found.terms.logp_difference.float()
-            drift.index_add_(0, groups, torch.stack([moved, torch.ones_like(moved)], 1))
+        if measures is not None:
+            measures.add(sequences, packed, found)
     for packed in idle:
         backward(learner.loss_of(packed).loss)
     return seen
