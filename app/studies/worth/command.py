@@ -43,7 +43,7 @@ def main(args: list[str]) -> None:
     options = worth_parser().parse_args(args)
     plan, out = read_plan(options), Path(options.out).expanduser()
     checkpoint = None if options.ckpt_path is None else checkpoint_of(Path(options.ckpt_path))
-    built = _Built(options.base)
+    built = BuiltRun(options.base)
     module, data = built.model, built.datamodule
     if not isinstance(module, GRPOModule) or not isinstance(data, OnlinePromptDataModule):
         raise UserError("--base is not the config of a GRPO run. Give one that dots fit trains with.")
@@ -98,7 +98,7 @@ def _file(out: Path, cell: tuple[float, int, int]) -> Path:
     return out / "cells" / f"rate_{rate:g}_uses_{uses}_seed_{seed}.json"
 
 
-def _settings(built: _Built, plan: Plan, checkpoint: Path | None) -> dict[str, Any]:
+def _settings(built: BuiltRun, plan: Plan, checkpoint: Path | None) -> dict[str, Any]:
     """Return the settings that the measurements depend on, as plain values."""
     config = built.parser.dump(built.config, skip_none=False)
     found = dataclasses.asdict(plan) | {"config": hashlib.sha256(config.encode()).hexdigest()[:16], "checkpoint": None}
@@ -109,7 +109,7 @@ def _settings(built: _Built, plan: Plan, checkpoint: Path | None) -> dict[str, A
     return {name: value for name, value in found.items() if name not in ("seeds", "learning_rates")}
 
 
-class _Built(DotsCLI):
+class BuiltRun(DotsCLI):
     """The module, the data and the trainer of configs, none of which runs."""
 
     def __init__(self, configs: list[str]) -> None:

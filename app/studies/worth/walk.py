@@ -73,7 +73,7 @@ class Walker:
         )  # fmt: skip
         self._version = 0
         self._options = module.optimization
-        self._updates = Updates(self._options)
+        self.updates = Updates(self._options)
         self.optimizer = self._options.optimizer(module.policy_model)
 
     def weights(self) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Walker:
         self._options = dataclasses.replace(
             self.module.optimization, learning_rate=learning_rate, schedule="constant", warmup_steps=0
         )
-        self._updates = Updates(self._options)
+        self.updates = Updates(self._options)
         self.optimizer = self._options.optimizer(self.module.policy_model)
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
         if self._moments is not None:
@@ -152,7 +152,7 @@ class Walker:
 
         with ledger.phase("update"), self._computing():
             parts = learner.minibatches_of(groups, learner.advantages_of(groups), step)
-            self._updates.take(
+            self.updates.take(
                 learner, parts, step, optimizer=self.optimizer, scheduler=self.scheduler, backward=backward
             )
         self._version += 1
