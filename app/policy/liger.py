@@ -47,8 +47,8 @@ def add_liger(lm: PreTrainedModel) -> None:
         from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
     except ImportError as error:
         raise UserError(
-            f"policy.kernels is liger, but liger-kernel 0.8.5 or newer cannot be imported ({error}). Run: pip install "
-            "liger-kernel"
+            f"policy.kernels is liger, but its kernels cannot be imported ({error}). They are in version 0.8.5 of a "
+            "package for GPUs. Run: pip install liger-kernel"
         ) from error
     family = sys.modules[type(lm).__module__]
     own = dict(vars(family))
@@ -76,9 +76,7 @@ def refuse_liger(device: str, precision: str, *, compiles: bool) -> None:
             f"{given} trainer.precision is 64-true, and its kernels compute in float32. Leave one of them out."
         )
     if compiles:
-        raise UserError(
-            f"{given} model.compile is true, which fuses the same operators itself. Leave one of them out."
-        )
+        raise UserError(f"{given} model.compile is true, which fuses the same operators itself. Leave one of them out.")
 
 
 def _check(lm: PreTrainedModel) -> None:

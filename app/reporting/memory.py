@@ -180,8 +180,8 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     keeps them, under autocast a cast for each matrix. With LoRA a matrix keeps `rank` elements and a float32 cast of
     its input. Shared prompts with a mask: attention reads `g` prompts and then `n` completions with the keys and values
     of their prompts, all heads: `4 q` per prompt token, `n (2 q t + 2 q (P + t))` for `t` read tokens, and the mask.
-    Liger's MLP keeps `2 I` (gate, up). Fused layers: the norms' kernels keep their inputs and a number per row, matrices that read the same keep it once,
-    and of norms of heads their float32 input is kept.
+    Liger's MLP keeps `2 I` (gate, up). Fused layers: the norms' kernels keep their inputs and a number per row,
+    matrices that read the same keep it once, and of norms of heads their float32 input is kept.
     """
     c, H, q, I = precision.compute, shape.hidden, shape.queries, shape.intermediate  # noqa: E741
     norms = 2 * H * _FLOAT + (0 if shape.adapters else 2 * H * precision.stream)

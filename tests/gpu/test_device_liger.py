@@ -118,7 +118,9 @@ def loaded(policy: Policy) -> Any:
 def batch(model: Any, *, shared: bool) -> PackedBatch:
     rng = np.random.default_rng(0)
     prompt = rng.integers(1, 29, 3)
-    sequences = [ScoredSequence(prompt, rng.integers(1, 29, length), -rng.random(length), 1.0, 0.1) for length in (4, 2)]
+    sequences = [
+        ScoredSequence(prompt, rng.integers(1, 29, length), -rng.random(length), 1.0, 0.1) for length in (4, 2)
+    ]
     assert can_share_prompts(model) is full_attention_only(causal_lm(model).config)
     return (pack if shared else collate)(sequences, device=torch.device(DEVICE))
 
@@ -167,9 +169,7 @@ def test_values_and_gradients_are_those_without(policies: dict[str, Policy], mon
     family, fuses = plain.config.model_type, on_gpu() and isinstance(with_liger.model.layers[0], FusedLayer)
     gated = "GELUMul" if family.startswith("gemma") else "FusedGateUpSiLUMul" if fuses else "SiLUMul"
     rotations = 0 if fuses else 1 if family == "smollm3" else 2
-    assert functions(logprobs) == +Counter(
-        {"RMSNorm": 1 if fuses else NORMS[family], gated: 2, "Rope": rotations}
-    )
+    assert functions(logprobs) == +Counter({"RMSNorm": 1 if fuses else NORMS[family], gated: 2, "Rope": rotations})
     assert_alike((logprobs.detach(), backward(logprobs, with_liger)), update(plain, packed))
     # The rest of the process has transformers' own modules.
     other = completion_logprobs(loaded(policies["torch"]), packed, 0.9, with_entropy=False)[0]
