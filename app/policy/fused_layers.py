@@ -53,7 +53,7 @@ class FusedLayer(torch.nn.Module):
     mlp: Any
     held: LayerWeights | None = None
     gated: Any = None
-    """Liger's function of the joined gate and up: one kernel, which keeps them alone (`app.policy.liger`)."""
+    """Liger's function of joined rows of gate and up: one kernel, which keeps them alone (`app.policy.liger`)."""
 
     @property
     def products(self) -> tuple[tuple[Any, ...], ...]:
@@ -130,7 +130,7 @@ class FusedLayer(torch.nn.Module):
             gate, up = states.chunk(2, dim=2)
             states = self.mlp.act_fn(gate) * up
         else:
-            states = self.gated.apply(states)
+            states = self.gated.apply(states.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         return hidden + _product(states, down, None if weights is None else weights.down)
 
 

@@ -30,7 +30,7 @@ from app.policy.model import Policy, full_attention_only
 from app.policy.modes import switch_off_dropout
 from app.policy.scoring import can_share_prompts, completion_logprobs
 from datamodules.types import Prompt
-from tests.gpu.shapes import DEVICE, mixed, on_gpu
+from tests.gpu.shapes import DEVICE, on_gpu
 
 pytestmark = [
     pytest.mark.skipif(
@@ -56,10 +56,10 @@ OWN: dict[str, dict[str, Any]] = {
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
 NORMS = {
-    "gemma2": 9, "gemma3_text": 13, "olmo2": 9, "olmo3": 9, **dict.fromkeys(FUSED, 5), "qwen3": 9,
-    **dict.fromkeys(("gemma", "granite", "phi3", "smollm3"), 5),
+    "gemma2": 9, "gemma3_text": 13, **dict.fromkeys(FUSED, 5), "qwen3": 9,
+    **dict.fromkeys(("gemma", "granite", "olmo2", "olmo3", "phi3", "smollm3"), 5),
 }  # fmt: skip
-"""Norms of two layers and the last one, worked out from transformers' layers."""
+"""Norms of two layers and the last one, without those of OLMo's heads, which Liger leaves alone."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,6 +103,11 @@ def policies(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Policy
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     return {kernels: Policy(str(tmp_path), kernels=kernels) for kernels in ("torch", "liger")}
+
+
+def half() -> torch.autocast:
+    """Compute in half precision, as Lightning sets it; Triton's interpreter has no arithmetic in bfloat16."""
+    return torch.autocast(DEVICE, torch.bfloat16 if on_gpu() else torch.float16, cache_enabled=False)
 
 
 def of(*families: str) -> Any:
@@ -160,7 +165,7 @@ def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
 
 
 @of(*FAMILIES)
-def test_values_and_gradients_are_those_without(policies: dict[str, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients_are_those_without(policies: dict[str, Policy]) -> None:
     """On a CPU in float32, the layers' own forward: fused layers don't fuse."""
     plain, with_liger = loaded(policies["torch"]), loaded(policies["liger"])
     assert list(with_liger.state_dict()) == list(plain.state_dict())
@@ -177,13 +182,12 @@ def test_values_and_gradients_are_those_without(policies: dict[str, Policy], mon
 
 
 @of("qwen2", "granite")
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradient_checkpointing(policies: dict[str, Policy], shared: bool) -> None:
+def test_gradient_checkpointing(policies: dict[str, Policy]) -> None:
     models = []
     for policy in policies.values():
         policy.gradient_checkpointing = True
         models.append(loaded(policy))
-    packed = batch(models[0], shared=shared)
+    packed = batch(models[0], shared=True)
     expected, found = (update(model, packed) for model in models)
     assert not torch.equal(found[0], expected[0])
     assert_alike(found, expected)
@@ -191,20 +195,20 @@ def test_gradient_checkpointing(policies: dict[str, Policy], shared: bool) -> No
 
 @of(*FUSED)
 def test_fused_layers_multiply_joined_matrices_by_one_kernel(policies: dict[str, Policy]) -> None:
-    """In bf16-mixed, as near to float32 as fused layers are without it."""
+    """In half precision, as near to float32 as fused layers are without it."""
     plain, with_liger = loaded(policies["torch"]), loaded(policies["liger"])
     packed = batch(plain, shared=True)
     exact, exact_gradients = update(plain, packed)
 
     def errors(model: Any) -> tuple[float, float]:
-        with mixed(torch.device(DEVICE)):
+        with half():
             found, gradients = update(model, packed)
         apart = sum(float((gradients[name] - one).square().sum()) for name, one in exact_gradients.items())
         return float((found - exact).square().mean().sqrt()), apart**0.5
 
     own, fused = errors(plain), errors(with_liger)
     assert 0 < fused[0] < 1.25 * own[0] and 0 < fused[1] < 1.25 * own[1]
-    with mixed(torch.device(DEVICE)):
+    with half():
         logprobs, _ = completion_logprobs(with_liger, packed, 0.9, with_entropy=False)
     assert functions(logprobs) == {"RMSNorm": 1, "FusedGateUpSiLUMul": 2}
 
@@ -218,7 +222,7 @@ def test_adapters(policies: dict[str, Policy]) -> None:
         torch.manual_seed(1)
         for name, parameter in models[-1].named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, std=0.05)
     packed = batch(models[0], shared=True)
     expected, found = (update(model, packed) for model in models)
     assert expected[1] and all("lora_" in name for name in expected[1])
@@ -226,7 +230,7 @@ def test_adapters(policies: dict[str, Policy]) -> None:
 
 
 @of("qwen2", "granite")
-@pytest.mark.parametrize("precision", ["float32", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["float32", "half"])
 def test_rollouts_with_the_shared_cache(policies: dict[str, Policy], precision: str) -> None:
     """Log-probabilities of the engine are those of the update, within the rounding of the precision."""
     model = loaded(policies["liger"])
@@ -236,7 +240,7 @@ def test_rollouts_with_the_shared_cache(policies: dict[str, Policy], precision: 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="0")), eos_token="29")
     engine.setup(model, tokenizer)
     prompts = [Prompt("0", 0, "", "", (3, 7, 1), {})]
-    casting = mixed(torch.device(DEVICE)) if precision == "bf16-mixed" else nullcontext()
+    casting = half() if precision == "half" else nullcontext()
     with casting:
         [group] = engine.generate(prompts, Sampling(2, 3), np.arange(2).reshape(1, 2))
         rows = [ScoredSequence(prompts[0].token_ids, one.token_ids, one.logprobs, 1.0, 0.1) for one in group]
