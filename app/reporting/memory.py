@@ -190,8 +190,6 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
         norms = 2 * (H * precision.stream + _FLOAT)
     if shape.fused and shape.qk_norm:
         head_norms = (q + shape.keys) * _FLOAT * (1 if shape.norm_kernel else 2)
-    elif shape.liger and shape.qk_norm:
-        head_norms = (q + shape.keys) * c + (q + shape.keys) // shape.head_dim * _FLOAT
     inputs = 7 * shape.lora_rank * (c if precision.autocast else _FLOAT)
     if shape.adapters and c < _FLOAT and not precision.autocast:
         inputs += _FLOAT * (5 * H + q + I)

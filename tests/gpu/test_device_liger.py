@@ -24,13 +24,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from app.engines import Sampling, Transformers
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.adapters import Lora, causal_lm
-from app.policy.fused_layers import FusedLayer
-from app.policy.liger import FAMILIES
+from app.policy.fused_layers import FusedLayer, fuse_layers
+from app.policy.liger import FAMILIES, add_liger
 from app.policy.model import Policy, full_attention_only
 from app.policy.modes import switch_off_dropout
 from app.policy.scoring import can_share_prompts, completion_logprobs
+from app.reporting import memory
+from app.reporting.memory import DecoderShape, MicroBatch
 from datamodules.types import Prompt
+from tests.benchmarks.kernels import launches_as_operators
 from tests.gpu.shapes import DEVICE, on_gpu
+from tests.unit.test_memory import PRECISIONS, layout
 
 pytestmark = [
     pytest.mark.skipif(
@@ -248,3 +252,32 @@ def test_rollouts_with_the_shared_cache(policies: dict[str, Policy], precision: 
     rolled_out = torch.from_numpy(np.concatenate([one.logprobs for one in group])).to(DEVICE)
     assert len(rolled_out) == 6
     assert float((logprobs.detach() - rolled_out).abs().max()) < (1e-5 if precision == "float32" else 0.1)
+
+
+@pytest.mark.skipif(on_gpu(), reason="launches are counted in Triton's interpreter")
+@pytest.mark.parametrize("precision", ["32", "mixed"])
+@pytest.mark.parametrize("family", ["qwen2", "granite", "smollm3"])
+def test_what_is_kept_for_the_backward_pass_is_as_estimated(family: str, precision: str) -> None:
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    fuse_layers(model)
+    add_liger(model)
+    switch_off_dropout(model)
+    numbers, planned = PRECISIONS[precision], MicroBatch(3, 12, 30, 25, True)
+    shape = DecoderShape.of(model).on("cpu", numbers)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    casting = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if precision == "mixed" else nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with launches_as_operators(), hooks, casting:
+        kept = completion_logprobs(model, layout(planned, shape.vocabulary), 1.0, with_entropy=True)
+    estimated = sum(memory.kept_activations(shape, numbers, planned)) + memory.autocast_copies(shape, numbers)
+    held_by_the_batch = 24 * planned.positions + 40 * planned.targets + (planned.mask if precision == "32" else 0)
+    assert estimated - held_by_the_batch == pytest.approx(sum(saved.values()), rel=0.02)
+    assert kept[0].requires_grad
