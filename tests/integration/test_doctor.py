@@ -58,7 +58,7 @@ def test_a_run_that_fits_is_ok(place: Place) -> None:
         "prompts", "rewards",
     ]  # fmt: skip
     assert all(line.startswith("ok    ") for line in lines.values())
-    assert lines["kernels"].endswith(": 0 of 2 layers fused, torch's kernels")
+    assert lines["kernels"].endswith(": 0 of 4 layers fused, torch's kernels")
     assert f"torch {torch.__version__}" in lines["versions"]
     assert lines["prompts"].endswith("train 8") and lines["loggers"].endswith("TensorBoardLogger")
     assert not (place.path / "runs").exists()
