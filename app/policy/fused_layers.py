@@ -52,6 +52,8 @@ class FusedLayer(torch.nn.Module):
     self_attn: Any
     mlp: Any
     held: LayerWeights | None = None
+    gated: Any = None
+    """Liger's function of joined rows of gate and up: one kernel, which keeps them alone (`app.policy.liger`)."""
 
     @property
     def products(self) -> tuple[tuple[Any, ...], ...]:
@@ -123,8 +125,13 @@ class FusedLayer(torch.nn.Module):
         states = states.reshape(*hidden.shape[:2], -1)
         hidden = hidden + _product(states, out, None if weights is None else weights.out)
         states = _norm(hidden, self.post_attention_layernorm, dtype)
-        gate, up = _product(states, gate_up, None if weights is None else weights.gate_up).chunk(2, dim=2)
-        return hidden + _product(self.mlp.act_fn(gate) * up, down, None if weights is None else weights.down)
+        states = _product(states, gate_up, None if weights is None else weights.gate_up)
+        if self.gated is None:
+            gate, up = states.chunk(2, dim=2)
+            states = self.mlp.act_fn(gate) * up
+        else:
+            states = self.gated.apply(states.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        return hidden + _product(states, down, None if weights is None else weights.down)
 
 
 def pays(hidden: Tensor) -> bool:

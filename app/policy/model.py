@@ -30,6 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from app.policy.adapters import Lora, add_lora, causal_lm
 from app.policy.fused_layers import fuse_layers
+from app.policy.liger import add_liger
 from app.policy.modes import Recompute
 from datamodules.errors import UserError
 
@@ -51,6 +52,8 @@ class Policy:
         attn_implementation: "sdpa", "flash_attention_2", "eager"; None lets transformers choose.
         head_precision: of the output head's matrix products in updates: "float32", "bfloat16" or, on GPUs that have it,
             "tf32", each with sums in float32; "auto" is bfloat16 on GPUs where the layers compute in it, else float32.
+        kernels: "liger" takes Liger's Triton kernels for norms, gated MLPs and rotations (package liger-kernel, GPUs
+            alone); "torch" keeps torch's.
         lora: train low-rank adapters instead of all weights.
         trust_remote_code: run code that comes with the model. Set it only if you trust the author.
     """
@@ -60,6 +63,7 @@ class Policy:
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     head_precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    kernels: Literal["torch", "liger"] = "torch"
     lora: Lora | None = None
     trust_remote_code: bool = False
 
@@ -69,6 +73,11 @@ class Policy:
                 f"policy.dtype is {self.dtype}, but without policy.lora all weights are trained, and most updates are "
                 "too small to change a 16-bit weight. Leave it out (float32), and set trainer.precision to bf16-mixed "
                 "to compute in bfloat16."
+            )
+        if self.dtype == "float64" and self.kernels == "liger":
+            raise UserError(
+                "policy.kernels is liger, whose kernels compute in float32, but policy.dtype is float64. Leave one of "
+                "them out."
             )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -216,6 +225,8 @@ class Policy:
         setattr(model, HEAD_PRECISION, self.head_precision)
         if full_attention_only(model.config):
             fuse_layers(model)
+        if self.kernels == "liger":
+            add_liger(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in model.modules():

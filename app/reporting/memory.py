@@ -17,6 +17,7 @@ from app.objective.packing import plan_microbatches
 from app.objective.shared_prompt import plan_shared
 from app.policy.adapters import causal_lm
 from app.policy.fused_layers import FusedLayer
+from app.policy.liger import HAS_LIGER
 from app.policy.model import decoder_layers
 from app.policy.weights import count_parameters
 
@@ -45,7 +46,8 @@ class DecoderShape:
     adapters: int = 0  # LoRA parameters
     lora_rank: int = 0
     fused: bool = False  # layers run as app.policy.fused_layers
-    norm_kernel: bool = False  # their norms are one kernel, which keeps its input alone
+    liger: bool = False  # Liger's kernels: gated MLPs keep gate and up alone, norms outside fused layers their input
+    norm_kernel: bool = False  # the layers' norms are one kernel, which keeps its input alone
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> DecoderShape:
@@ -66,6 +68,7 @@ class DecoderShape:
             parameters=total, layer_parameters=max(base), root_parameters=total - sum(base), adapters=adapted,
             lora_rank=max((p.shape[0] for name, p in adapters.items() if "lora_A" in name), default=0),
             fused=all(isinstance(one, FusedLayer) and one.can_fuse for one in decoder_layers(model)),
+            liger=getattr(causal_lm(model), HAS_LIGER, False),
         )  # fmt: skip
         if abs(shape.layer_matrices / shape.layer_parameters - 1) > 0.02:  # the share of biases and norms
             raise ValueError(f"{type(model).__name__} is not a dense decoder with a gated MLP")
@@ -74,7 +77,7 @@ class DecoderShape:
     def on(self, device: str, precision: Precision) -> DecoderShape:
         """Return the shape as its layers run on a type of device: fused on GPUs and where autocast casts."""
         fused = self.fused and (device != "cpu" or precision.autocast)
-        return replace(self, fused=fused, norm_kernel=fused and device != "cpu")
+        return replace(self, fused=fused, norm_kernel=device != "cpu" if fused else self.liger)
 
     @property
     def layer_matrices(self) -> int:
@@ -177,8 +180,8 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     keeps them, under autocast a cast for each matrix. With LoRA a matrix keeps `rank` elements and a float32 cast of
     its input. Shared prompts with a mask: attention reads `g` prompts and then `n` completions with the keys and values
     of their prompts, all heads: `4 q` per prompt token, `n (2 q t + 2 q (P + t))` for `t` read tokens, and the mask.
-    Fused layers: the norms' kernels keep their inputs and a number per row, matrices that read the same keep it once,
-    and of norms of heads their float32 input is kept.
+    Liger's MLP keeps `2 I` (gate, up). Fused layers: the norms' kernels keep their inputs and a number per row,
+    matrices that read the same keep it once, and of norms of heads their float32 input is kept.
     """
     c, H, q, I = precision.compute, shape.hidden, shape.queries, shape.intermediate  # noqa: E741
     norms = 2 * H * _FLOAT + (0 if shape.adapters else 2 * H * precision.stream)
@@ -198,7 +201,7 @@ def layer_activations(shape: DecoderShape, precision: Precision, batch: MicroBat
     if batch.masked(precision):
         seen = batch.completions * (4 * batch.written + 2 * batch.prompt_length) * q
         attention = batch.prompts * batch.prompt_length * 4 * q + seen + batch.mask
-    per_position = norms + head_norms + shape.heads * _FLOAT + 3 * I * c + inputs
+    per_position = norms + head_norms + shape.heads * _FLOAT + (2 if shape.liger else 3) * I * c + inputs
     return batch.positions * per_position + attention * c
 
 
@@ -212,7 +215,7 @@ def kept_activations(shape: DecoderShape, precision: Precision, batch: MicroBatc
     layer = n * shape.hidden * s if batch.checkpointing else layer_activations(shape, precision, batch)
     mask = batch.mask if batch.masked(precision) else 0
     inputs = n * 2 * shape.head_dim * s + 24 * n + 40 * batch.targets + mask
-    norm = shape.hidden * (_FLOAT + (0 if shape.adapters else s))
+    norm = shape.hidden * s + _FLOAT if shape.liger else shape.hidden * (_FLOAT + (0 if shape.adapters else s))
     return shape.layers * layer + inputs, n * norm + batch.targets * (shape.hidden * s + 2 * _FLOAT)
 
 

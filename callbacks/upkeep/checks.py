@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from app.engines import VllmServer
 from app.engines.server.placement import server_gpus
 from app.module import GRPOModule
+from app.policy.liger import refuse_liger
 from app.runs.sharded_strategy import ShardedStrategy
 from callbacks.stages import Stage, StepCallback
 from callbacks.upkeep.sharded_policy import ShardedPolicy
@@ -44,6 +45,8 @@ class RunChecks(StepCallback):
                 "supported. Use --config configs/strategy/ddp.yaml or fsdp2.yaml."
             )
         check_settings(str(trainer.precision), module, datamodule, ranks)
+        if module.policy.kernels == "liger":
+            refuse_liger(strategy.root_device.type, str(trainer.precision), compiles=module.compiles)
         engine = module.engine
         if isinstance(engine, VllmServer) and not engine.urls:
             server_gpus(engine.server.devices, engine.server.tensor_parallel_size, gpus_of_trainer(trainer))

@@ -1,10 +1,11 @@
 """Count the kernels of a decoder layer, per decoded token and per micro-batch of an update.
 
     python -m tests.benchmarks.kernels
+    TRITON_INTERPRET=1 python -m tests.benchmarks.kernels --liger   # besides those with Liger's kernels, if installed
 
 On a GPU, small kernels cost their launch more than their work, so that their number says how far an eager model is from
 its hardware. Here they are counted on a CPU: dispatched operators that are neither views nor allocations, of a layer of
-Qwen2's kind (the difference between a model of three layers and one of two).
+Qwen2's kind (the difference between a model of three layers and one of two), and of Granite's, which is not fused.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from app.engines import Sampling, Transformers
 from app.objective.packing import ScoredSequence, collate, pack
 from app.policy.fused_layers import fuse_layers
+from app.policy.liger import add_liger
 from app.policy.modes import switch_off_dropout
 from app.policy.scoring import completion_logprobs
 from datamodules.types import Prompt
@@ -86,6 +88,29 @@ def one_kernel_norms() -> AbstractContextManager[object]:
     return mock.patch("torch.nn.functional.rms_norm", lambda states, shape, weight, eps: NORM(states, weight, eps))
 
 
+def _launch(states: Tensor) -> Tensor:
+    return states.new_zeros(())
+
+
+LAUNCH = one_operator("liger", _launch)
+
+
+@contextmanager
+def launches_as_operators() -> Iterator[None]:
+    """Let every launch of a Triton kernel be one operator, which fills what it is given with zeros."""
+    from triton.runtime.interpreter import GridExecutor
+
+    def launch(_: GridExecutor, *arguments: Any, **__: Any) -> None:
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
+        LAUNCH(tensors[0])
+        with _disable_current_modes():
+            for one in tensors:
+                one.data.zero_()
+
+    with mock.patch.object(GridExecutor, "__call__", launch):
+        yield
+
+
 @contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
     """Let `rms_norm` and attention of variable length be one operator forward and one backward, as they are on CUDA.
@@ -101,18 +126,20 @@ def kernels_of_a_gpu() -> Iterator[None]:
         yield
 
 
-def policy(layers: int) -> Qwen2ForCausalLM:
+def policy(layers: int, family: str, with_liger: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     fuse_layers(model)
+    if with_liger:
+        add_liger(model)
     return model
 
 
-def decode(model: Qwen2ForCausalLM, share_prompts: bool) -> Counter[str]:
+def decode(model: PreTrainedModel, share_prompts: bool) -> Counter[str]:
     """Return the operators of one more token of all rows."""
     words = {str(number): number for number in range(65)}
     engine = Transformers(share_prompts=share_prompts)
@@ -132,7 +159,7 @@ def decode(model: Qwen2ForCausalLM, share_prompts: bool) -> Counter[str]:
     return longer
 
 
-def update(model: Qwen2ForCausalLM, shared: bool) -> Counter[str]:
+def update(model: PreTrainedModel, shared: bool) -> Counter[str]:
     """Return the operators of the second micro-batch of an update, whose gradients are added to those of the first."""
     if not shared:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -146,33 +173,41 @@ def update(model: Qwen2ForCausalLM, shared: bool) -> Counter[str]:
     return counted.found
 
 
-def per_layer(run: Callable[[Qwen2ForCausalLM], Counter[str]], mixed: bool) -> Counter[str]:
+def per_layer(
+    run: Callable[[PreTrainedModel], Counter[str]], mixed: bool, family: str, with_liger: bool
+) -> Counter[str]:
     """Return the operators that a layer adds, in float32 or under autocast to bfloat16 as Lightning sets it."""
     counts = []
     for layers in (3, 2):
-        model = policy(layers)
+        model = policy(layers, family, with_liger)
         precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if mixed else nullcontext()
-        with precision, kernels_of_a_gpu():
+        with precision, kernels_of_a_gpu(), launches_as_operators() if with_liger else nullcontext():
             counts.append(run(model))
     counts[0].subtract(counts[1])
     return +counts[0]
 
 
-def kernels(mixed: bool) -> dict[str, Counter[str]]:
+def kernels(mixed: bool, family: str = "qwen2", *, with_liger: bool = False) -> dict[str, Counter[str]]:
     """Return the operators of a layer in each of `PHASES`."""
-    runs: list[Callable[[Qwen2ForCausalLM], Counter[str]]] = [
+    runs: list[Callable[[PreTrainedModel], Counter[str]]] = [
         lambda model: decode(model, share_prompts=True), lambda model: decode(model, share_prompts=False),
         lambda model: update(model, shared=False), lambda model: update(model, shared=True),
     ]  # fmt: skip
-    return {phase: per_layer(run, mixed) for phase, run in zip(PHASES, runs, strict=True)}
+    return {phase: per_layer(run, mixed, family, with_liger) for phase, run in zip(PHASES, runs, strict=True)}
 
 
 def main() -> None:
-    counted = {"float32": kernels(mixed=False), "bf16-mixed": kernels(mixed=True)}
-    print(f"{'kernels per layer':28}" + "".join(f"{name:>22}" for name in counted))
-    for phase in PHASES:
-        cells = (f"{found[phase].total()} ({found[phase]['_to_copy']} casts)" for found in counted.values())
-        print(f"{phase:28}" + "".join(f"{cell:>22}" for cell in cells))
+    ways = [False, True] if "--liger" in sys.argv else [False]
+    counted = {
+        f"{family}, {'bf16-mixed' if mixed else 'float32'}{', Liger' if with_liger else ''}": kernels(
+            mixed, family, with_liger=with_liger
+        )
+        for family in ("qwen2", "granite") for mixed in (False, True) for with_liger in ways
+    }  # fmt: skip
+    print(f"{'kernels per layer':32}" + "".join(f"{phase:>25}" for phase in PHASES))
+    for name, found in counted.items():
+        cells = (f"{found[phase].total()} ({found[phase]['_to_copy']} casts)" for phase in PHASES)
+        print(f"{name:32}" + "".join(f"{cell:>25}" for cell in cells))
     if "-v" in sys.argv:
         for name, found in counted.items():
             for phase in PHASES:

@@ -54,10 +54,11 @@ def test_a_run_that_fits_is_ok(place: Place) -> None:
     code, lines, out = examined(place)
     assert code == 0, out
     assert list(lines) == [
-        "versions", "GPUs", "settings", "memory", "checkpoints", "attention", "reward workers", "loggers", "prompts",
-        "rewards",
+        "versions", "GPUs", "settings", "memory", "checkpoints", "attention", "kernels", "reward workers", "loggers",
+        "prompts", "rewards",
     ]  # fmt: skip
     assert all(line.startswith("ok    ") for line in lines.values())
+    assert lines["kernels"].endswith(": 0 of 4 layers fused, torch's kernels")
     assert f"torch {torch.__version__}" in lines["versions"]
     assert lines["prompts"].endswith("train 8") and lines["loggers"].endswith("TensorBoardLogger")
     assert not (place.path / "runs").exists()
@@ -83,7 +84,7 @@ def test_a_disk_that_is_too_small(place: Place, monkeypatch: pytest.MonkeyPatch)
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", usage)
     code, lines, out = examined(place)
-    assert code == 1 and out.splitlines()[-1] == "1 of 10 checks need a look"
+    assert code == 1 and out.splitlines()[-1] == "1 of 11 checks need a look"
     assert lines["checkpoints"].startswith("check checkpoints: 3 of ")
     assert "Free disk space, lower checkpoint.keep" in lines["checkpoints"]
     code, said = place.run(*FIT)

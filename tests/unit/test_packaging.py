@@ -37,7 +37,8 @@ def test_every_requirement_has_a_pin_inside_its_range(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [*PROJECT["dependencies"], *(one for extra in ("vllm", "lora", "encoder") for one in EXTRAS[extra])]
+    "text",
+    [*PROJECT["dependencies"], *(one for extra in ("vllm", "lora", "encoder", "liger") for one in EXTRAS[extra])],
 )
 def test_every_requirement_of_the_gpu_extra_has_a_pin_inside_its_range(text: str) -> None:
     requirement = Requirement(text)
@@ -46,7 +47,7 @@ def test_every_requirement_of_the_gpu_extra_has_a_pin_inside_its_range(text: str
 
 def test_pins_for_gpus_are_the_tested_ones_where_vllm_allows_it() -> None:
     [of_gpus] = [Requirement(one) for one in EXTRAS["gpu"]]
-    assert (of_gpus.name, of_gpus.extras) == (PROJECT["name"], {"vllm", "lora", "encoder"})
+    assert (of_gpus.name, of_gpus.extras) == (PROJECT["name"], {"vllm", "lora", "encoder", "liger"})
     differ = {name for name in PINS.keys() & GPU_PINS.keys() if PINS[name] != GPU_PINS[name]}
     assert differ == {"numpy"}  # vLLM's numba and mistral-common want an older one
     assert "setuptools" not in GPU_PINS and GPU_PINS["torch"] == PINS["torch"]
