@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from app.engines import Vllm, VllmServer
-from app.engines.server.endpoints import TOKENS, choose_endpoint
+from app.engines.server.endpoints import TOKENS, choose_endpoints
 from app.engines.server.fleet import ask_running
 from app.engines.server.placement import server_gpus, visible_gpus
 from app.engines.wire.shared_file import FOLDER as SHARED_MEMORY
@@ -252,7 +252,8 @@ class Place:
             offered = ask_running(engine, lambda client: client.offers(TOKENS))
             lacking = [url for url, offers in zip(engine.urls, offered, strict=True) if not offers]
         without = f", as {lacking[0]} lacks {TOKENS.path} (--enable-scale-out)" if lacking else ""
-        yield Finding("endpoint", f"completions come from {choose_endpoint(engine.endpoint, lacking).path}{without}")
+        chosen = choose_endpoints(engine.endpoint, lacking).without_stop
+        yield Finding("endpoint", f"completions come from {chosen.path}{without}")
 
     def _prompts(self) -> Iterator[Finding]:
         engine = self.module.engine

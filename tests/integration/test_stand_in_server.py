@@ -280,11 +280,12 @@ def generated(server: StandIn, endpoint: EndpointChoice, *stop: str) -> list[lis
 
 def test_both_endpoints_get_the_same_requests_and_give_the_same_completions(server: StandIn) -> None:
     ended = ["\n\n"]
-    found = [generated(server, "tokens"), generated(server, "completions"), generated(server, "tokens", *ended)]
-    assert found[0] == found[1] == found[2] and len({str(one) for one in found[0]}) == 4
-    assert [one for one in server.seen if one in (TOKENS, COMPLETIONS)] == [TOKENS] * 4 + [COMPLETIONS] * 4 + [
-        TOKENS
-    ] * 4
+    cases = [("auto", ()), ("completions", ()), ("tokens", ended), ("auto", ended), ("tokens", ())]
+    found = [generated(server, endpoint, *stop) for endpoint, stop in cases]
+    assert all(one == found[0] for one in found) and len({str(one) for one in found[0]}) == 4
+    paths = [one for one in server.seen if one in (TOKENS, COMPLETIONS)]
+    assert paths[::4] == [TOKENS, COMPLETIONS, TOKENS, COMPLETIONS, TOKENS]
+    assert paths == [path for path in paths[::4] for _ in range(4)]
     requests = [server.asked[start : start + 4] for start in (0, 4, 8)]
     for tokens, completions, stopped in zip(*(sorted(one, key=by_prompt_and_seed) for one in requests), strict=True):
         assert tokens.token_ids == completions.token_ids == stopped.token_ids

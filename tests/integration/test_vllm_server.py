@@ -290,7 +290,8 @@ def test_both_endpoints_give_the_same_tokens_and_log_probabilities(
         engine = engine_on(model, url=url_of(owner), endpoint=endpoint)
         try:
             engine.push(model.state_dict().items(), 1)
-            assert engine.fleet.clients[0].endpoint.path == path
+
+            assert engine.fleet.clients[0].endpoints.with_stop.path == path
             groups = engine.generate(asked, sampling, drawn, limits)
             found.append(
                 [(list(one.token_ids), list(one.logprobs), one.finish_reason) for its in groups for one in its]
@@ -438,7 +439,7 @@ def test_prompts_are_spread_over_two_servers(
     owner: VllmServer, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """One of them lacks the endpoint for token ids, so that neither is asked there."""
-    assert owner.fleet.clients[0].endpoint.path == "/inference/v1/generate"
+    assert owner.fleet.clients[0].endpoints.without_stop.path == "/inference/v1/generate"
     other = engine_on(model, tmp_path, server=ServerOptions(arguments=["--no-enable-scale-out"]))
     other.push(other.weights(), 0)
     urls = [url_of(owner), url_of(other)]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from app.engines.requests import Answer, EngineError
-from app.engines.server.endpoints import COMPLETIONS, TOKENS, Endpoint
+from app.engines.server.endpoints import COMPLETIONS, TOKENS, Endpoint, Endpoints
 from app.engines.server.process import ServerProcess
 from datamodules.errors import UserError
 
@@ -66,10 +66,10 @@ class ServerClient:
         timeout: seconds to wait for an answer.
 
     Attributes:
-        endpoint: where completions are requested; set by the owner, who has asked the server what it `offers`.
+        endpoints: where completions are requested; set by the owner, who knows what the server `offers`.
     """
 
-    endpoint: Endpoint = COMPLETIONS
+    endpoints = Endpoints(COMPLETIONS, COMPLETIONS)
 
     def __init__(self, url: str, key: str, key_variable: str, concurrency: int, timeout: float) -> None:
         self.url = url.rstrip("/")
@@ -134,7 +134,7 @@ class ServerClient:
 
     async def complete(self, token_ids: Sequence[int], settings: Mapping[str, object]) -> Answer:
         """Return one sample of a prompt; `settings` are those of `request_fields`."""
-        endpoint = self.endpoint
+        endpoint = self.endpoints.with_stop if settings["stop"] else self.endpoints.without_stop
         try:
             answer = await self._request("POST", endpoint.path, json=endpoint.body(token_ids, {**settings, **_NEUTRAL}))
         except _NonFiniteAnswerError:

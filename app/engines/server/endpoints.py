@@ -56,18 +56,30 @@ COMPLETIONS = Endpoint(
 
 TOKENS = Endpoint(
     "/inference/v1/generate",
-    # Text is only needed to find stop strings.
     lambda token_ids, settings: {
         "token_ids": list(token_ids),
         "sampling_params": {**settings, "detokenize": bool(settings["stop"])},
     },
     lambda choice: [one["logprob"] for one in choice["logprobs"]["content"]],
 )
-"""Servers have it with `--enable-scale-out`. It turns nothing into text."""
+"""Servers have it with `--enable-scale-out`. Text is made only to find stop strings."""
 
 
-def choose_endpoint(asked: EndpointChoice, lacking: Sequence[str]) -> Endpoint:
-    """Return where completions are requested.
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where completions are requested.
+
+    Attributes:
+        without_stop: those without stop strings.
+        with_stop: those with stop strings, for which a server makes text at either endpoint.
+    """
+
+    without_stop: Endpoint
+    with_stop: Endpoint
+
+
+def choose_endpoints(asked: EndpointChoice, lacking: Sequence[str]) -> Endpoints:
+    """Return the cheapest endpoints that servers have, or those that the user asks for.
 
     Args:
         asked: the user's choice.
@@ -76,9 +88,13 @@ def choose_endpoint(asked: EndpointChoice, lacking: Sequence[str]) -> Endpoint:
     Raises:
         UserError: a server does not offer what was asked for.
     """
-    if asked == "tokens" and lacking:
-        raise UserError(
-            f"engine.endpoint is tokens, but {lacking[0]} does not list {TOKENS.path} in its /openapi.json. "
-            "Start it with --enable-scale-out, as dots serve does, or set engine.endpoint to auto."
-        )
-    return COMPLETIONS if lacking or asked == "completions" else TOKENS
+    if asked == "completions":
+        return Endpoints(COMPLETIONS, COMPLETIONS)
+    if asked == "tokens":
+        if lacking:
+            raise UserError(
+                f"engine.endpoint is tokens, but {lacking[0]} does not list {TOKENS.path} in its /openapi.json. "
+                "Start it with --enable-scale-out, as dots serve does, or set engine.endpoint to auto."
+            )
+        return Endpoints(TOKENS, TOKENS)
+    return Endpoints(COMPLETIONS if lacking else TOKENS, COMPLETIONS)

@@ -18,7 +18,7 @@ import torch
 from app.engines.base import Weights
 from app.engines.requests import EngineError
 from app.engines.server.client import LostServerError, ServerClient, until_healthy
-from app.engines.server.endpoints import COMPLETIONS, TOKENS, Endpoint, choose_endpoint
+from app.engines.server.endpoints import TOKENS, choose_endpoints
 from app.engines.server.loop_thread import LoopThread
 from app.engines.server.options import FleetOptions, full_environment
 from app.engines.server.placement import server_gpus, visible_gpus
@@ -168,16 +168,16 @@ class ServerFleet:
     def _connect(self, lost: LostServerError | None = None) -> None:
         """Start or join the servers on all ranks, for the first time or after a loss."""
         found = on_rank_zero(self._ranks, lambda: self._bring_up(lost), "vLLM servers")
-        urls, self._key, self.limit, has_tokens = found
+        urls, self._key, self.limit, lacking = found
         if self._ranks.rank:
             self.loop.run(self._disconnect())
             first = self._ranks.rank % len(urls)  # ranks start with different servers
             self.clients = [self._client(url) for url in (*urls[first:], *urls[:first])]
         for client in self.clients:
-            client.endpoint = TOKENS if has_tokens else COMPLETIONS
+            client.endpoints = choose_endpoints(self.options.endpoint, lacking)
 
-    def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int, bool]:
-        """Start or join the servers on rank 0. Return their urls, key and limit, and whether TOKENS is the endpoint."""
+    def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int, list[str]]:
+        """Start or join the servers on rank 0. Return their urls, key, limit, and the urls of those without TOKENS."""
         options = self.options
         if not options.urls:
             if lost is not None:
@@ -198,22 +198,25 @@ class ServerFleet:
             self.loop, self.clients, options.transport, options.trainer_address, options.chunk_mib * 2**20
         )
         max_model_len = min(self.loop.run(client.max_model_len()) for client in self.clients)
-        has_tokens = self._choose_endpoint() is TOKENS
-        return [client.url for client in self.clients], self._key, max_model_len, has_tokens
+        return [client.url for client in self.clients], self._key, max_model_len, self._lacking_tokens()
 
-    def _choose_endpoint(self) -> Endpoint:
-        """Ask the servers and return where completions are requested; see `choose_endpoint`."""
-        asked, lacking = self.options.endpoint, []
-        if asked != "completions":
-            lacking = [client.url for client in self.clients if not self.loop.run(client.offers(TOKENS))]
-        chosen = choose_endpoint(asked, lacking)
+    def _lacking_tokens(self) -> list[str]:
+        """Ask the servers for the endpoint for token ids, if it may be used, and return the urls of those without it.
+
+        Raises:
+            UserError: see `choose_endpoints`.
+        """
+        if self.options.endpoint == "completions":
+            return []
+        lacking = [client.url for client in self.clients if not self.loop.run(client.offers(TOKENS))]
+        chosen = choose_endpoints(self.options.endpoint, lacking)
         if lacking and not self._told:
             self._told = True
             self._report(
                 f"{lacking[0]} does not list {TOKENS.path} in its /openapi.json (--enable-scale-out): completions come "
-                f"from {chosen.path}, which costs more time per token"
+                f"from {chosen.without_stop.path}, which costs more time per token"
             )
-        return chosen
+        return lacking
 
     def _start_own(self) -> None:
         server = self.options.server

@@ -113,9 +113,10 @@ class FleetOptions:
         url: URL of the server, or of several; null starts them.
         server: options of the run's own servers.
         api_key_variable: environment variable that holds the key; without one, the run's own servers get a random key.
-        endpoint: where completions are requested: "tokens" at vLLM's endpoint for token ids (/inference/v1/generate),
-            which servers have with --enable-scale-out; "completions" at /v1/completions, which gives the same and costs
-            more time per token; "auto" at the first where all servers have it.
+        endpoint: where completions are requested; they are the same everywhere. "tokens" is vLLM's endpoint for token
+            ids (/inference/v1/generate), which servers have with --enable-scale-out, and "completions" is
+            /v1/completions; "auto" is the first where all servers have it and there are no stop strings, as a token
+            costs least there.
         max_concurrency: maximum number of requests in flight per server, over all trainer processes; null is the number
             of completions that a server decodes together (`server.max_num_seqs`).
         request_timeout_s: maximum seconds per completion.
