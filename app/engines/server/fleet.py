@@ -76,7 +76,7 @@ class ServerFleet:
         self._ranks = ranks
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
-        self._told = False
+        self._lack_reported = False
         try:
             self._training = [] if options.urls else self._gpus_of_ranks(device)
             self._connect()
@@ -210,8 +210,8 @@ class ServerFleet:
             return []
         lacking = [client.url for client in self.clients if not self.loop.run(client.offers(TOKENS))]
         chosen = choose_endpoints(self.options.endpoint, lacking)
-        if lacking and not self._told:
-            self._told = True
+        if lacking and not self._lack_reported:
+            self._lack_reported = True
             self._report(
                 f"{lacking[0]} does not list {TOKENS.path} in its /openapi.json (--enable-scale-out): completions come "
                 f"from {chosen.without_stop.path}, which costs more time per token"
