@@ -19,6 +19,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from app.engines import Vllm, VllmServer
+from app.engines.server.endpoints import TOKENS, choose_endpoints
+from app.engines.server.fleet import ask_running
 from app.engines.server.placement import server_gpus, visible_gpus
 from app.engines.wire.shared_file import FOLDER as SHARED_MEMORY
 from app.module import GRPOModule
@@ -90,7 +92,7 @@ class Place:
         for check in (self._versions, self._gpus, self._settings):
             yield from _findings(check)
         yield from self.checks()
-        for check in (self._reward_workers, self._loggers, self._prompts):
+        for check in (self._reward_workers, self._loggers, self._endpoint, self._prompts):
             yield from _findings(check)
 
     def _versions(self) -> Iterator[Finding]:
@@ -254,6 +256,18 @@ class Place:
     def _loggers(self) -> Iterator[Finding]:
         names = [type(one).__name__ for one in self.trainer.loggers]
         yield Finding("loggers", ", ".join(names) or "none")
+
+    def _endpoint(self) -> Iterator[Finding]:
+        engine = self.module.engine
+        if not isinstance(engine, VllmServer) or not engine.urls or not all(map(_answers, engine.urls)):
+            return
+        lacking: list[str] = []
+        if engine.endpoint != "completions":
+            offered = ask_running(engine, lambda client: client.offers(TOKENS))
+            lacking = [url for url, offers in zip(engine.urls, offered, strict=True) if not offers]
+        without = f", as {lacking[0]} lacks {TOKENS.path} (--enable-scale-out)" if lacking else ""
+        chosen = choose_endpoints(engine.endpoint, lacking).without_stop
+        yield Finding("endpoint", f"completions come from {chosen.path}{without}")
 
     def _prompts(self) -> Iterator[Finding]:
         engine = self.module.engine

@@ -18,6 +18,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from app.cli import doctor
 from app.runs import gpus
 from tests.support.refusal import ROOT, Place, callback, model, source
+from tests.support.stand_in_server import COMPLETIONS, TOKENS, stand_in
 from tests.support.tables import few
 
 DOCTOR = ("doctor", "--config=run.yaml")
@@ -109,6 +110,24 @@ def test_a_port_that_is_taken_and_an_engine_that_is_not_installed(
         code, lines, _ = examined(place, f"--model.engine={url % closed.getsockname()[1]}")
     assert code == 1 and "does not answer. Start it with dots serve" in lines["server"]
     assert lines["prompts"].startswith("ok    prompts: not read")
+
+
+def test_the_endpoint_of_a_running_server(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with stand_in() as server:
+        engine = {"class_path": "app.engines.VllmServer", "init_args": {"url": server.url}}
+        place.config(lambda config: model(config).update(engine=engine))
+        code, lines, out = examined(place)
+        assert code == 0, out
+        assert lines["endpoint"] == f"ok    endpoint: completions come from {TOKENS}"
+        server.offers_tokens = False
+        _, lines, _ = examined(place)
+        assert lines["endpoint"] == (
+            f"ok    endpoint: completions come from {COMPLETIONS}, as {server.url} lacks {TOKENS} (--enable-scale-out)"
+        )
+        code, lines, _ = examined(place, "--model.engine.endpoint=tokens")
+        assert code == 1
+        assert lines["endpoint"].startswith("check endpoint: refused. engine.endpoint is tokens, but http")
 
 
 def test_a_gpu_that_is_demanded(place: Place) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +27,7 @@ from datamodules.types import Prompt
 from tests.support import stand_in_server
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place
-from tests.support.stand_in_server import StandIn, stand_in
+from tests.support.stand_in_server import Asked, StandIn, Written, fives, stand_in
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY)
 
@@ -169,18 +168,18 @@ def test_prompts_go_to_the_server_with_the_fewest_requests(pair: tuple[StandIn, 
     slow, fast = pair
     others = threading.Event()
 
-    def answer(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> object:
-        if fast.seen.count("/v1/completions") == 6:
+    def last(asked: Asked) -> Written:
+        if fast.completions == 6:
             others.set()
         others.wait(20)
-        return slow.answer("/v1/completions", body)
+        return fives(asked)
 
-    def notice(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> object:
-        if fast.seen.count("/v1/completions") == 6:
+    def notice(asked: Asked) -> Written:
+        if fast.completions == 6:
             others.set()
-        return fast.answer("/v1/completions", body)
+        return fives(asked)
 
-    slow.spoiled["/v1/completions"], fast.spoiled["/v1/completions"] = answer, notice
+    slow.write, fast.write = last, notice
     engine = VllmServer(url=[slow.url, fast.url], max_concurrency=2)
     engine.setup(tiny_model(12, seed=0), TOKENIZER)
     try:
@@ -189,7 +188,7 @@ def test_prompts_go_to_the_server_with_the_fewest_requests(pair: tuple[StandIn, 
     finally:
         engine.close()
     assert others.is_set() and len(groups) == 8
-    assert [one.seen.count("/v1/completions") for one in pair] == [2, 6]
+    assert [one.completions for one in pair] == [2, 6]
 
 
 @pytest.mark.parametrize(("gpus", "dtype", "sequences"), [(0, torch.float32, 256), (1, torch.bfloat16, 512)])

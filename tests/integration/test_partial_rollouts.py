@@ -27,7 +27,7 @@ from tests.support.command import EVERY_STEP, Done, dots, dots_on_ranks, fit_arg
 from tests.support.policies import TINY
 from tests.support.refusal import Change, Place, model, write_pool
 from tests.support.scripted_run import HALF, QUARTER, names, scripted_run
-from tests.support.stand_in_server import stand_in
+from tests.support.stand_in_server import COMPLETION, Asked, Written, stand_in
 from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
@@ -257,17 +257,12 @@ def test_without_staleness_a_run_is_the_run_without_the_callback(place: Place) -
     same(place.path / "runs/small/version_1", place.path / "runs/small/version_0")
 
 
-def written(handler: object, body: dict[str, Any]) -> object:
-    """A completion that depends on prompt and seed alone, and ends after any token with the same probability."""
-    draw = np.random.default_rng([body["seed"] % 2**32, *body["prompt"]])
-    length, limit = int(draw.geometric(0.15)), body["max_tokens"]
+def written(asked: Asked) -> Written:
+    """Return a completion that depends on prompt and seed alone, and ends after any token with the same probability."""
+    draw = np.random.default_rng([asked.settings["seed"] % 2**32, *asked.token_ids])
+    length, limit = int(draw.geometric(0.15)), asked.settings["max_tokens"]
     tokens = draw.integers(5, 200, min(length, limit)).tolist()
-    reason = "stop" if length <= limit else "length"
-    return {
-        "choices": [
-            {"token_ids": tokens, "logprobs": {"token_logprobs": [-5.0] * len(tokens)}, "finish_reason": reason}
-        ]
-    }
+    return Written(tokens, [-5.0] * len(tokens), "stop" if length <= limit else "length")
 
 
 def by_server(url: str) -> Change:
@@ -282,11 +277,11 @@ def test_a_killed_run_and_a_lost_server_lose_and_double_nothing(place: Place, mo
     monkeypatch.setattr("app.engines.server.fleet._SETTLE_S", 0.0)
     runs = place.path / "runs" / "small"
     with stand_in() as server:
-        server.spoiled["/v1/completions"] = written
+        server.write = written
         place.config(by_server(server.url))
         code, said = place.run(*FIT)
         assert code == 0, said[-2000:]
-        asked = server.seen.count("/v1/completions")
+        asked = server.completions
         expected = completions(runs / "version_0")
         assert {row["policy_version"] for row in expected["step_00000003.parquet"]} <= {1, 2, 3}
         kill_when(runs / "version_1" / "checkpoints" / "step_00000003.ckpt", *FIT, cwd=place.path)
@@ -294,21 +289,21 @@ def test_a_killed_run_and_a_lost_server_lose_and_double_nothing(place: Place, mo
         assert code == 0, said[-2000:]
         same(runs / "version_1", runs / "version_0")
         # A server that fails once: only what it did not answer is generated again.
-        before = server.seen.count("/v1/completions")
+        before = server.completions
 
         def failing(handler: Any, body: dict[str, Any]) -> object:
-            if server.seen.count("/v1/completions") != before + 30:
-                return written(handler, body)
+            if server.completions != before + 30:
+                return server.answer(handler.path, body)
             handler.send_response(500)
             handler.send_header("Content-Length", "4")
             handler.end_headers()
             handler.wfile.write(b"oops")
             return None
 
-        server.spoiled["/v1/completions"] = failing
+        server.spoiled[COMPLETION] = failing
         code, said = place.run(*FIT)
         assert code == 0, said[-2000:]
-        assert server.seen.count("/v1/completions") - before == asked + 1
+        assert server.completions - before == asked + 1
     found = completions(runs / "version_2")
     for name, rows in expected.items():
         assert [(row["prompt_id"], row["completion"]) for row in found[name]] == [
@@ -359,9 +354,9 @@ class Killer(Callback):
 KILLS = int(os.environ.get("DOTS_TEST_KILLS", "10"))
 
 
-def slowly(handler: object, body: dict[str, Any]) -> object:
+def slowly(asked: Asked) -> Written:
     time.sleep(0.02)  # so that kills hit requests too
-    return written(handler, body)
+    return written(asked)
 
 
 @pytest.mark.slow
@@ -373,7 +368,7 @@ def test_two_processes_killed_at_random_moments_end_as_one_that_was_not(tmp_path
     draw, log = random.Random(0), []
     options = {"staleness": 2, "partial_rollout_tokens": 8}
     with stand_in() as server:
-        server.spoiled["/v1/completions"] = slowly
+        server.write = slowly
         engine = {"class_path": "app.engines.VllmServer", "init_args": {"url": server.url}}
 
         def arguments(folder: Path, *more: str) -> list[str]:

@@ -26,7 +26,7 @@ from tests.support.command import (
     run_of,
     scalars,
 )
-from tests.support.stand_in_server import stand_in
+from tests.support.stand_in_server import Asked, Written, stand_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
@@ -257,19 +257,16 @@ def test_shards_written_in_the_background_are_those_a_step_waits_for(pairs: Call
     assert max(scalars(tmp_path)["grad_norm"]) == 6
 
 
-def written_by_prompt_and_seed(handler: object, body: dict) -> object:
-    """A completion of three tokens that tells prompts and samples apart."""
-    draw = np.random.default_rng([body["seed"] % 2**32, *body["prompt"]])
-    logprobs = {"token_logprobs": [-5.0] * 3}
-    return {
-        "choices": [{"token_ids": draw.integers(5, 200, 3).tolist(), "logprobs": logprobs, "finish_reason": "length"}]
-    }
+def written_by_prompt_and_seed(asked: Asked) -> Written:
+    """Return a completion of three tokens that tells prompts and samples apart."""
+    draw = np.random.default_rng([asked.settings["seed"] % 2**32, *asked.token_ids])
+    return Written(draw.integers(5, 200, 3).tolist(), [-5.0] * 3, "length")
 
 
 @pytest.mark.long
 def test_two_processes_roll_out_a_step_ahead_as_one(tmp_path: Path):
     with stand_in() as server:
-        server.spoiled["/v1/completions"] = written_by_prompt_and_seed
+        server.write = written_by_prompt_and_seed
         ahead = (
             f"--model.engine={json.dumps({'class_path': 'app.engines.VllmServer', 'init_args': {'url': server.url}})}",
             "--trainer.callbacks+=callbacks.RolloutAhead", EVERY_STEP,

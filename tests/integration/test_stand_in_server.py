@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.engines import Sampling, VllmServer
 from app.engines.requests import EngineError
 from app.engines.server import client, fleet
+from app.engines.server.endpoints import EndpointChoice
 from app.engines.server.options import ServerOptions
 from app.engines.server.process import is_local
 from app.engines.wire import shared_file
@@ -33,7 +34,7 @@ from datamodules.types import Prompt
 from tests.support.command import logged
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model, write_pool
-from tests.support.stand_in_server import Spoiled, StandIn, stand_in
+from tests.support.stand_in_server import COMPLETION, COMPLETIONS, TOKENS, Asked, Spoiled, StandIn, Written, stand_in
 from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
@@ -62,7 +63,7 @@ def place(
 def test_a_right_server_is_trained_with(place: Place, server: StandIn) -> None:
     code, said = place.run(*FIT)
     assert code == 0, said[-2000:]
-    assert server.weights > 0 and server.seen.count("/v1/completions") == 4
+    assert server.weights > 0 and server.seen.count(TOKENS) == server.completions == 4
     assert (place.path / "runs/small/version_0/checkpoints/last.ckpt").exists()
 
 
@@ -136,12 +137,11 @@ def test_a_resume_with_another_number_of_prompts_changes_the_batch_made_ahead(
 
 def choice(**changes: Any) -> Spoiled:
     """A completion of 3 tokens, changed."""
-    right = {"token_ids": [5] * 3, "logprobs": {"token_logprobs": [-0.5] * 3}, "finish_reason": "length"}
-    return lambda handler, body: {"choices": [right | changes]}
+    return lambda handler, body: {"choices": [Written([5] * 3, [-0.5] * 3, "length").sent(handler.path) | changes]}
 
 
 def logprobs(*values: object) -> Spoiled:
-    return choice(logprobs={"token_logprobs": list(values)})
+    return lambda handler, body: {"choices": [Written([5] * 3, values, "length").sent(handler.path)]}
 
 
 def status(code: int, **headers: str) -> Spoiled:
@@ -180,40 +180,43 @@ def _endless(delay: float) -> Spoiled:
 HTML = b"<html><body>It works!</body></html>"
 NOT_VLLM = "the answer is not that of a vLLM server"
 WRONG: dict[str, tuple[str, Spoiled, str]] = {
-    "HTML": ("/v1/completions", lambda handler, body: HTML, NOT_VLLM),
+    "HTML": (COMPLETION, lambda handler, body: HTML, NOT_VLLM),
     "HTML for the models": ("/v1/models", lambda handler, body: HTML, NOT_VLLM),
     "models of another form": ("/v1/models", lambda handler, body: {"data": []}, NOT_VLLM),
     "HTML for a push": ("/collective_rpc", lambda handler, body: HTML, NOT_VLLM),
     "results of another form": ("/collective_rpc", lambda handler, body: {"results": 5}, NOT_VLLM),
+    "HTML for the paths": ("/openapi.json", lambda handler, body: HTML, NOT_VLLM),
+    "paths of another form": ("/openapi.json", lambda handler, body: {"paths": 5}, NOT_VLLM),
     "no success": ("/reset_prefix_cache", lambda handler, body: [], NOT_VLLM),
-    "no choices": ("/v1/completions", lambda handler, body: {"choices": []}, NOT_VLLM),
-    "two choices": ("/v1/completions", lambda handler, body: {"choices": [{}, {}]}, NOT_VLLM),
-    "choices of another type": ("/v1/completions", lambda handler, body: {"choices": "abc"}, NOT_VLLM),
-    "a list": ("/v1/completions", lambda handler, body: [], NOT_VLLM),
-    "nothing": ("/v1/completions", lambda handler, body: b"", NOT_VLLM),
-    "cut JSON": ("/v1/completions", lambda handler, body: b'{"choices": [', NOT_VLLM),
-    "deep JSON": ("/v1/completions", lambda handler, body: b"[" * 100_000, NOT_VLLM),
-    "token beyond the vocabulary": ("/v1/completions", choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
-    "token just beyond": ("/v1/completions", choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
-    "token of 30 digits": ("/v1/completions", choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
-    "negative token": ("/v1/completions", choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
-    "tokens that are text": ("/v1/completions", choice(token_ids=["a", "b", "c"]), NOT_VLLM),
-    "tokens with a fraction": ("/v1/completions", choice(token_ids=[1.5, 2.0, 3]), NOT_VLLM),
-    "no tokens": ("/v1/completions", choice(token_ids=None), NOT_VLLM),
-    "fewer tokens": ("/v1/completions", choice(token_ids=[5]), "1 tokens and 3 log-probabilities"),
-    "log-probability of +50": ("/v1/completions", logprobs(-1, 50, -1), "a log-probability of 50, but none is above 0"),
-    "infinite log-probability": ("/v1/completions", logprobs(-1, 1e999, -1), "a log-probability of inf"),
-    "log-probability that is none": ("/v1/completions", logprobs(-1, None, -1), "NaN or infinite"),
-    "log-probability of text": ("/v1/completions", logprobs(-1, "x", -1), NOT_VLLM),
-    "no log-probabilities": ("/v1/completions", choice(logprobs=None), NOT_VLLM),
-    "another end": ("/v1/completions", choice(finish_reason={"a": 1}), "finished a completion with reason"),
-    "internal errors": ("/v1/completions", status(500), "were lost 2 times in a row"),
+    "no choices": (COMPLETION, lambda handler, body: {"choices": []}, NOT_VLLM),
+    "two choices": (COMPLETION, lambda handler, body: {"choices": [{}, {}]}, NOT_VLLM),
+    "choices of another type": (COMPLETION, lambda handler, body: {"choices": "abc"}, NOT_VLLM),
+    "a list": (COMPLETION, lambda handler, body: [], NOT_VLLM),
+    "nothing": (COMPLETION, lambda handler, body: b"", NOT_VLLM),
+    "cut JSON": (COMPLETION, lambda handler, body: b'{"choices": [', NOT_VLLM),
+    "deep JSON": (COMPLETION, lambda handler, body: b"[" * 100_000, NOT_VLLM),
+    "token beyond the vocabulary": (COMPLETION, choice(token_ids=[5, 5, 10**9]), "tokens from 5 to 1000000000"),
+    "token just beyond": (COMPLETION, choice(token_ids=[5, 5, 4096]), "but the policy has the tokens 0 to "),
+    "token of 30 digits": (COMPLETION, choice(token_ids=[5, 5, 10**30]), "returned tokens from 5 to 1000000"),
+    "negative token": (COMPLETION, choice(token_ids=[-1, 5, 5]), "returned tokens from -1 to 5"),
+    "tokens that are text": (COMPLETION, choice(token_ids=["a", "b", "c"]), NOT_VLLM),
+    "tokens with a fraction": (COMPLETION, choice(token_ids=[1.5, 2.0, 3]), NOT_VLLM),
+    "no tokens": (COMPLETION, choice(token_ids=None), NOT_VLLM),
+    "fewer tokens": (COMPLETION, choice(token_ids=[5]), "1 tokens and 3 log-probabilities"),
+    "log-probability of +50": (COMPLETION, logprobs(-1, 50, -1), "a log-probability of 50, but none is above 0"),
+    "infinite log-probability": (COMPLETION, logprobs(-1, 1e999, -1), "a log-probability of inf"),
+    "log-probability that is none": (COMPLETION, logprobs(-1, None, -1), "NaN or infinite"),
+    "log-probability that stands for none": (COMPLETION, logprobs(-1, -9999.0, -1), "NaN or infinite"),
+    "log-probability of text": (COMPLETION, logprobs(-1, "x", -1), NOT_VLLM),
+    "no log-probabilities": (COMPLETION, choice(logprobs=None), NOT_VLLM),
+    "another end": (COMPLETION, choice(finish_reason={"a": 1}), "finished a completion with reason"),
+    "internal errors": (COMPLETION, status(500), "were lost 2 times in a row"),
     "internal errors in a push": ("/collective_rpc", status(500), "failed in vLLM's worker"),
-    "redirect": ("/v1/completions", status(302, Location="http://127.0.0.1:1/"), "redirects elsewhere (302)"),
-    "refusal": ("/v1/completions", status(422), "rejected the request (422): oops"),
-    "answer cut by the connection": ("/v1/completions", _cut, "were lost 2 times in a row"),
-    "answer of any size": ("/v1/completions", _endless(0), "the answer has more than 1048576 bytes"),
-    "answer without an end": ("/v1/completions", _endless(0.05), "were lost 2 times in a row"),
+    "redirect": (COMPLETION, status(302, Location="http://127.0.0.1:1/"), "redirects elsewhere (302)"),
+    "refusal": (COMPLETION, status(422), "rejected the request (422): oops"),
+    "answer cut by the connection": (COMPLETION, _cut, "were lost 2 times in a row"),
+    "answer of any size": (COMPLETION, _endless(0), "the answer has more than 1048576 bytes"),
+    "answer without an end": (COMPLETION, _endless(0.05), "were lost 2 times in a row"),
 }  # fmt: skip
 
 
@@ -234,18 +237,111 @@ def test_a_wrong_answer_is_one_line(place: Place, server: StandIn, name: str) ->
     assert len(line) < 1200
 
 
+@pytest.mark.parametrize("offers_tokens", [True, False])
 @pytest.mark.parametrize("name", [name for name in WRONG if name not in THROUGH_THE_COMMAND])
-def test_a_wrong_answer_is_refused(server: StandIn, name: str) -> None:
+def test_a_wrong_answer_is_refused(server: StandIn, name: str, offers_tokens: bool) -> None:
     path, spoiled, expected = WRONG[name]
     server.spoiled[path] = spoiled
+    server.offers_tokens = offers_tokens
     engine = VllmServer(url=server.url, max_restarts=1)
     engine.setup(tiny_model(600, seed=0), AutoTokenizer.from_pretrained(TINY))
     prompt = Prompt("a", 0, "1 + 1 =", "1 + 1 =", (3, 4), {})
     try:
-        with pytest.raises(EngineError, match=re.escape(expected)):
+        with pytest.raises((EngineError, FloatingPointError), match=re.escape(expected)):
             engine.generate([prompt], Sampling(1, 3), np.zeros((1, 1), dtype=np.int64))
     finally:
         engine.close()
+
+
+# --- Where completions are requested -----------------------------------------------------------------------------
+
+
+PROMPTS = [Prompt(name, number, "", "", (3, 4, 5 + number), {}) for number, name in enumerate("ab")]
+SEEDS = np.array([[2**62, 7], [7, 8]])
+
+
+def by_seed(asked: Asked) -> Written:
+    draw = np.random.default_rng([asked.settings["seed"], *asked.token_ids])
+    length = int(draw.integers(1, asked.settings["max_tokens"] + 1))
+    return Written(draw.integers(5, 200, length).tolist(), (-draw.random(length)).tolist(), "length")
+
+
+def generated(server: StandIn, endpoint: EndpointChoice, *stop: str) -> list[list[Any]]:
+    """Return tokens and log-probabilities of two prompts' completions."""
+    server.write = by_seed
+    engine = VllmServer(url=server.url, endpoint=endpoint, max_restarts=1)
+    engine.setup(tiny_model(600, seed=0), AutoTokenizer.from_pretrained(TINY))
+    try:
+        groups = engine.generate(PROMPTS, Sampling(2, 9, temperature=0.7, stop=list(stop)), SEEDS, np.full((2, 2), 6))
+        return [[one.token_ids.tolist(), one.logprobs.tolist()] for group in groups for one in group]
+    finally:
+        engine.close()
+
+
+def test_both_endpoints_get_the_same_requests_and_give_the_same_completions(server: StandIn) -> None:
+    ended = ["\n\n"]
+    cases = [("auto", ()), ("completions", ()), ("tokens", ended), ("auto", ended), ("tokens", ())]
+    found = [generated(server, endpoint, *stop) for endpoint, stop in cases]
+    assert all(one == found[0] for one in found) and len({str(one) for one in found[0]}) == 4
+    paths = [one for one in server.seen if one in (TOKENS, COMPLETIONS)]
+    assert paths[::4] == [TOKENS, COMPLETIONS, TOKENS, COMPLETIONS, TOKENS]
+    assert paths == [path for path in paths[::4] for _ in range(4)]
+    requests = [server.asked[start : start + 4] for start in (0, 4, 8)]
+    for tokens, completions, stopped in zip(*(sorted(one, key=by_prompt_and_seed) for one in requests), strict=True):
+        assert tokens.token_ids == completions.token_ids == stopped.token_ids
+        # Text is only made where it is searched for a stop string.
+        expected = {key: one for key, one in completions.settings.items() if key not in ("prompt", "return_token_ids")}
+        assert tokens.settings == expected | {"detokenize": False}
+        assert stopped.settings == expected | {"detokenize": True, "stop": ended}
+        assert (expected["max_tokens"], expected["logprobs"], expected["repetition_penalty"]) == (6, 0, 1.0)
+
+
+def by_prompt_and_seed(asked: Asked) -> tuple[list[int], int]:
+    return asked.token_ids, asked.settings["seed"]
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_server_without_the_endpoint_for_token_ids_is_asked_for_completions(
+    server: StandIn, capsys: pytest.CaptureFixture[str], described: bool
+) -> None:
+    server.offers_tokens = False
+    if not described:
+        server.spoiled["/openapi.json"] = status(404)
+    generated(server, "auto")
+    assert server.seen.count(COMPLETIONS) == server.completions == 4
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"dots: {server.url} does not list {TOKENS} in its /openapi.json (--enable-scale-out): completions come from "
+        f"{COMPLETIONS}, which costs more time per token"
+    )
+    generated(server, "completions")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        UserError, match=r"endpoint is tokens, but http.* does not list .* Start it with --enable-scale"
+    ):
+        generated(server, "tokens")
+    assert server.seen.count("/openapi.json") == 2
+
+
+def test_a_server_that_is_replaced_by_one_without_the_endpoint_is_asked_again(
+    server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = generated(server, "completions")
+    answered = server.completions
+
+    def replaced(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> object:
+        server.offers_tokens = server.completions < answered + 2
+        return (
+            status(403)(handler, body)
+            if not server.offers_tokens and handler.path == TOKENS
+            else server.answer(handler.path, body)
+        )
+
+    server.spoiled[COMPLETION] = replaced
+    assert generated(server, "auto") == expected
+    assert server.seen.count(TOKENS) == 4 and server.seen.count(COMPLETIONS) == answered + 3
+    lost, lacking = capsys.readouterr().err.splitlines()
+    assert f"no longer offers {TOKENS} (403)" in lost and "completions come from /v1/completions" in lacking
 
 
 # --- Who can reach a server ----------------------------------------------------------------------------------------
@@ -280,6 +376,8 @@ def test_the_host_is_not_given_behind_the_check(argument: str) -> None:
         ("http", "/collective_rpc", "", False),
         ("http", "/collective_rpc", "wrong", False),
         ("http", "/collective_rpc", "right", True),
+        ("http", TOKENS, "", False),
+        ("http", TOKENS, "wrong", False),
         ("http", "/health", "", True),
         ("websocket", "/v1/realtime", "", False),
         ("websocket", "/health", "", False),

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from app.engines import Sampling, VllmServer
 from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient
+from app.engines.server.endpoints import EndpointChoice
+from app.engines.server.options import ServerOptions
 from app.engines.wire.push import WeightPusher
 from app.policy.adapters import Lora, add_lora, causal_lm
 from app.policy.weights import plain_weights
@@ -255,13 +257,50 @@ def test_adapters_are_pushed_without_what_they_leave_alone(
     assert sent[1] == sent[2] == sent[4] == [name for name in names if "_proj." in name]
 
 
-def test_a_diverged_policy_is_named(owner: VllmServer, model: PreTrainedModel):
+@pytest.mark.parametrize("endpoint", ["tokens", "completions"])
+def test_a_diverged_policy_is_named(owner: VllmServer, model: PreTrainedModel, endpoint: EndpointChoice):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    owner.setup(model, owner.tokenizer, folder=owner.folder)
-    owner.push(model.state_dict().items(), 4)
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite \(version 4\)"):
-        owner.generate(prompts(2), SAMPLING, seeds(2))
+    engine = engine_on(model, url=url_of(owner), endpoint=endpoint)
+    try:
+        engine.push(model.state_dict().items(), 4)
+        with pytest.raises(FloatingPointError, match=r"NaN or infinite \(version 4\)"):
+            engine.generate(prompts(2), SAMPLING, seeds(2))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(num_generations=4, max_completion_length=48, temperature=0.8),
+        Sampling(num_generations=4, max_completion_length=48, temperature=1.3, top_p=0.8, top_k=9),
+        Sampling(num_generations=4, max_completion_length=48, stop=["####", "+ 1"]),
+        Sampling(num_generations=2, max_completion_length=48, temperature=0.0),
+    ],
+)
+def test_both_endpoints_give_the_same_tokens_and_log_probabilities(
+    owner: VllmServer, model: PreTrainedModel, sampling: Sampling
+):
+    asked, drawn = prompts(5, 3), seeds(5, sampling)
+    limits = np.full(drawn.shape, sampling.max_completion_length)
+    limits[2:] = 7  # as for completions that are cut and continued
+    found = []
+    for endpoint, path in (("tokens", "/inference/v1/generate"), ("completions", "/v1/completions")):
+        engine = engine_on(model, url=url_of(owner), endpoint=endpoint)
+        try:
+            engine.push(model.state_dict().items(), 1)
+
+            assert engine.fleet.clients[0].endpoints.with_stop.path == path
+            groups = engine.generate(asked, sampling, drawn, limits)
+            found.append(
+                [(list(one.token_ids), list(one.logprobs), one.finish_reason) for its in groups for one in its]
+            )
+        finally:
+            engine.close()
+    assert found[0] == found[1]
+    assert {reason for _, _, reason in found[0]} == {"stop", "length"}
+    assert max(len(tokens) for tokens, _, _ in found[0][2 * sampling.num_generations :]) == 7
 
 
 def test_weights_that_another_trainer_pushed_are_replaced(
@@ -292,10 +331,10 @@ def test_a_wrong_key_and_a_long_prompt_are_refused_in_one_line(
     with pytest.raises(UserError, match=r"refuses the key \(401\)\. Set VLLM_API_KEY"):
         stranger.push(model.state_dict().items(), 1)
     stranger.close()
-    # The paths that load weights, which vLLM's own check omits, require the key too.
-    request = urllib.request.Request(f"{url_of(owner)}/collective_rpc", data=b'{"method": "dots_begin"}')
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(request, timeout=10)
+    # The paths that load weights, which vLLM's own check omits, require the key too, and so do those that are opened.
+    for path in ("/collective_rpc", "/inference/v1/generate", "/inference/v1/abort_requests", "/openapi.json"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(url_of(owner) + path, data=b"{}"), timeout=10)
 
 
 def test_stop_strings_end_tokens_and_lengths_end_completions(owner: VllmServer, model: PreTrainedModel):
@@ -396,10 +435,20 @@ def _metric(url: str, start: str) -> float:
     return sum(values)
 
 
-def test_prompts_are_spread_over_two_servers(owner: VllmServer, model: PreTrainedModel, tmp_path: Path):
-    other = engine_on(model, tmp_path)
+def test_prompts_are_spread_over_two_servers(
+    owner: VllmServer, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One of them lacks the endpoint for token ids, so that neither is asked there."""
+    assert owner.fleet.clients[0].endpoints.without_stop.path == "/inference/v1/generate"
+    other = engine_on(model, tmp_path, server=ServerOptions(arguments=["--no-enable-scale-out"]))
     other.push(other.weights(), 0)
     urls = [url_of(owner), url_of(other)]
+    closed = f"{urls[1]} does not list /inference/v1/generate in its /openapi.json (--enable-scale-out)"
+    assert closed in capsys.readouterr().err
+    refused = engine_on(model, url=urls, endpoint="tokens")
+    with pytest.raises(UserError, match="endpoint is tokens, but"):
+        refused.push(model.state_dict().items(), 1)
+    refused.close()
     both = engine_on(model, url=urls)
     try:
         update(model, 2)

@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,14 +18,52 @@ from typing import Any
 Spoiled = Callable[[BaseHTTPRequestHandler, dict[str, Any]], object]
 """Returns what is sent in place of the right answer: an object as JSON, bytes as they are, None if it has sent all."""
 
+COMPLETIONS, TOKENS = "/v1/completions", "/inference/v1/generate"
+COMPLETION = "a completion"
+"""Either of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for a completion, from either endpoint."""
+
+    token_ids: list[int]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The completion of a request."""
+
+    token_ids: list[int]
+    logprobs: Sequence[object]
+    finish_reason: str
+
+    def sent(self, path: str) -> dict[str, Any]:
+        """Return the completion as the endpoint of a path sends it."""
+        logprobs: dict[str, Any] = {"token_logprobs": list(self.logprobs)}
+        if path == TOKENS:
+            pairs = zip(self.token_ids, self.logprobs, strict=True)
+            logprobs = {"content": [{"token_id": token, "logprob": one} for token, one in pairs]}
+        return {"token_ids": self.token_ids, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def fives(asked: Asked) -> Written:
+    """Return the token 5 until the length limit."""
+    length = asked.settings["max_tokens"]
+    return Written([5] * length, [-0.5] * length, "length")
+
 
 @dataclass
 class StandIn:
     """The state of a server.
 
     Attributes:
-        spoiled: by path, what is sent in place of the right answer.
+        spoiled: by path (or COMPLETION), what is sent in place of the right answer.
+        write: completes a prompt.
+        offers_tokens: whether it has the endpoint for token ids.
         seen: paths of the requests so far.
+        asked: the requests for completions so far.
         url: of the server.
         version: of the last push.
         weights: number of tensors that the last push has sent.
@@ -33,24 +71,35 @@ class StandIn:
     """
 
     spoiled: dict[str, Spoiled] = field(default_factory=dict)
+    write: Callable[[Asked], Written] = fives
+    offers_tokens: bool = True
     seen: list[str] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     url: str = ""
     version: str = "None"
     weights: int = 0
     reads: bool = True
 
+    @property
+    def completions(self) -> int:
+        """Number of requests for completions so far."""
+        return self.seen.count(COMPLETIONS) + self.seen.count(TOKENS)
+
     def answer(self, path: str, body: dict[str, Any]) -> object:
-        """Return the answer of a right server, whose policy always writes the token 5 until the length limit."""
+        """Return the answer of a right server."""
+        if path == "/openapi.json":
+            return {"paths": {COMPLETIONS: {}} | ({TOKENS: {}} if self.offers_tokens else {})}
         if path == "/get_world_size":
             return {"world_size": 1}
         if path == "/seen":
-            return {"completions": self.seen.count("/v1/completions")}
+            return {"completions": self.completions}
         if path == "/v1/models":
             return {"data": [{"max_model_len": 512}]}
-        if path == "/v1/completions":
-            length = body["max_tokens"]
-            logprobs = {"token_logprobs": [-0.5] * length}
-            return {"choices": [{"token_ids": [5] * length, "logprobs": logprobs, "finish_reason": "length"}]}
+        if path in (COMPLETIONS, TOKENS):
+            tokens = path == TOKENS
+            asked = Asked(body["token_ids"], body["sampling_params"]) if tokens else Asked(body["prompt"], body)
+            self.asked.append(asked)
+            return {"choices": [self.write(asked).sent(path)]}
         if path == "/collective_rpc":
             method, arguments = body["method"], body["kwargs"]
             if method == "dots_load_file" and self.reads:
@@ -81,7 +130,10 @@ def stand_in(port: int = 0, reads: bool = True) -> Iterator[StandIn]:
         def handle_request(self, body: dict[str, Any]) -> None:
             path = self.path.partition("?")[0]
             state.seen.append(path)
-            spoiled = state.spoiled.get(path)
+            spoiled = state.spoiled.get(COMPLETION if path in (COMPLETIONS, TOKENS) else path)
+            if path == TOKENS and not state.offers_tokens:
+                self.send_error(403)
+                return
             sent = spoiled(self, body) if spoiled else state.answer(path, body)
             if sent is None:
                 return

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from app.engines.requests import Answer, EngineError
+from app.engines.server.endpoints import COMPLETIONS, TOKENS, Endpoint, Endpoints
 from app.engines.server.process import ServerProcess
 from datamodules.errors import UserError
 
@@ -35,7 +36,6 @@ _NEUTRAL = {
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
-    "return_token_ids": True,
 }
 
 
@@ -45,6 +45,10 @@ class LostServerError(Exception):
 
 class _FailedRequestError(LostServerError):
     """A server reports an internal error."""
+
+
+class _NotFoundError(UserError):
+    """A server does not have a path."""
 
 
 class _NonFiniteAnswerError(Exception):
@@ -60,7 +64,12 @@ class ServerClient:
         key_variable: environment variable that the key came from, for messages.
         concurrency: maximum number of requests in flight; further ones wait here.
         timeout: seconds to wait for an answer.
+
+    Attributes:
+        endpoints: where completions are requested; set by the owner, who knows what the server `offers`.
     """
+
+    endpoints = Endpoints(COMPLETIONS, COMPLETIONS)
 
     def __init__(self, url: str, key: str, key_variable: str, concurrency: int, timeout: float) -> None:
         self.url = url.rstrip("/")
@@ -114,19 +123,24 @@ class ServerClient:
         with self._form_of("/get_world_size", answer):
             return int(answer["world_size"])
 
-    async def complete(self, fields: Mapping[str, object]) -> Answer:
-        """Return one sample of a prompt of token ids."""
-        body = {**fields, **_NEUTRAL}
+    async def offers(self, endpoint: Endpoint) -> bool:
+        """Return whether the server's description of itself (OpenAPI) has the endpoint."""
         try:
-            answer = await self._request("POST", "/v1/completions", json=body)
+            answer = await self._request("GET", "/openapi.json")
+        except _NotFoundError:
+            return False  # it does not describe itself (--disable-fastapi-docs)
+        with self._form_of("/openapi.json", answer):
+            return endpoint.path in answer["paths"]
+
+    async def complete(self, token_ids: Sequence[int], settings: Mapping[str, object]) -> Answer:
+        """Return one sample of a prompt; `settings` are those of `request_fields`."""
+        endpoint = self.endpoints.with_stop if settings["stop"] else self.endpoints.without_stop
+        try:
+            answer = await self._request("POST", endpoint.path, json=endpoint.body(token_ids, {**settings, **_NEUTRAL}))
         except _NonFiniteAnswerError:
             return Answer([0], [math.nan], "length")
-        with self._form_of("/v1/completions", answer):
-            (choice,) = answer["choices"]
-            logprobs = [math.nan if one is None else float(one) for one in choice["logprobs"]["token_logprobs"]]
-            if not all(type(one) is int for one in choice["token_ids"]):
-                raise TypeError("token_ids holds more than whole numbers")
-            return Answer(list(choice["token_ids"]), logprobs, str(choice["finish_reason"]))
+        with self._form_of(endpoint.path, answer):
+            return endpoint.read(answer)
 
     async def call(self, method: str, **arguments: object) -> list[str]:
         """Call a method of the worker extension and return every worker's result as text.
@@ -199,13 +213,16 @@ class ServerClient:
 
     def _raise_for_status(self, path: str, status: int, text: str) -> None:
         said = " ".join(text.split())[:300]
+        if path == TOKENS.path and status in (403, 404):
+            # Another server than the one that was asked at the start answers there now.
+            raise LostServerError(f"{self.url} no longer offers {path} ({status})")
         if status in (401, 403):
             raise UserError(
                 f"{self.url}{path}: the server refuses the key ({status}). "
                 f"Set {self.key_variable} to the key that the server was started with."
             )
         if status == 404:
-            raise UserError(
+            raise _NotFoundError(
                 f"{self.url}{path}: not found (404), but expected a server with VLLM_SERVER_DEV_MODE=1 and the worker "
                 "extension. Start it with `dots serve`."
             )

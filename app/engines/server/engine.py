@@ -15,7 +15,7 @@ from app.engines.ahead import Ahead, Groups, timed
 from app.engines.base import RolloutEngine, Sampling, check_request, end_token_ids, limits_of
 from app.engines.requests import Answer, completions_of, request_fields, vocabulary_of
 from app.engines.server.client import LostServerError, ServerClient, gather_while_healthy
-from app.engines.server.fleet import ServerFleet, limit_of_running
+from app.engines.server.fleet import ServerFleet, ask_running
 from app.engines.server.options import FleetOptions
 from app.engines.server.rank_zero import lost_server_of_any_rank
 from datamodules.types import Prompt
@@ -23,10 +23,17 @@ from datamodules.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The body of a request for one sample, and the index of its prompt, whose samples one server generates."""
+    """A request for one sample.
+
+    Attributes:
+        prompt: index of its prompt, whose samples one server generates.
+        token_ids: of the prompt.
+        settings: see `request_fields`.
+    """
 
     prompt: int
-    fields: dict[str, object]
+    token_ids: tuple[int, ...]
+    settings: dict[str, object]
 
 
 @dataclass(eq=False)
@@ -73,7 +80,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         if not self.urls:
             return self.server.context_length(positions)
         if self._limit is None:
-            self._limit = limit_of_running(self)
+            self._limit = min(ask_running(self, ServerClient.max_model_len))
         return min(self._limit, positions or self._limit)
 
     def generate(
@@ -183,7 +190,8 @@ class VllmServer(FleetOptions, RolloutEngine):
         requests = [
             _Request(
                 numbers.setdefault((prompt.id, prompt.token_ids), len(numbers)),
-                {"prompt": list(prompt.token_ids), **request_fields(sampling, ends, seed, limit)},
+                prompt.token_ids,
+                request_fields(sampling, ends, seed, limit),
             )
             for prompt, drawn, its in zip(prompts, seeds, allowed, strict=True)
             for seed, limit in zip(drawn, its, strict=True)
@@ -203,7 +211,7 @@ async def _request_missing(
 
     async def request_one(index: int, server: int) -> None:
         try:
-            answers[index] = await clients[server].complete(requests[index].fields)
+            answers[index] = await clients[server].complete(requests[index].token_ids, requests[index].settings)
         finally:
             loads[server] -= 1
             has_room.set()

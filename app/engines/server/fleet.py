@@ -9,14 +9,16 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from app.engines.base import Weights
 from app.engines.requests import EngineError
 from app.engines.server.client import LostServerError, ServerClient, until_healthy
+from app.engines.server.endpoints import TOKENS, choose_endpoints
 from app.engines.server.loop_thread import LoopThread
 from app.engines.server.options import FleetOptions, full_environment
 from app.engines.server.placement import server_gpus, visible_gpus
@@ -25,6 +27,8 @@ from app.engines.server.rank_zero import on_rank_zero
 from app.engines.wire.push import WeightPusher
 from app.ranks import Ranks
 from datamodules.errors import UserError
+
+T = TypeVar("T")
 
 _START_ONE = "Start one with `dots serve`, or remove engine.url to start one in the run."
 _SETTLE_S = 1.0
@@ -72,6 +76,7 @@ class ServerFleet:
         self._ranks = ranks
         self._key = os.environ.get(options.api_key_variable, "")
         self._losses = 0
+        self._lack_reported = False
         try:
             self._training = [] if options.urls else self._gpus_of_ranks(device)
             self._connect()
@@ -162,14 +167,17 @@ class ServerFleet:
 
     def _connect(self, lost: LostServerError | None = None) -> None:
         """Start or join the servers on all ranks, for the first time or after a loss."""
-        urls, self._key, self.limit = on_rank_zero(self._ranks, lambda: self._bring_up(lost), "vLLM servers")
+        found = on_rank_zero(self._ranks, lambda: self._bring_up(lost), "vLLM servers")
+        urls, self._key, self.limit, lacking = found
         if self._ranks.rank:
             self.loop.run(self._disconnect())
             first = self._ranks.rank % len(urls)  # ranks start with different servers
             self.clients = [self._client(url) for url in (*urls[first:], *urls[:first])]
+        for client in self.clients:
+            client.endpoints = choose_endpoints(self.options.endpoint, lacking)
 
-    def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int]:
-        """Start or join the servers on rank 0, and return their urls, key and limit."""
+    def _bring_up(self, lost: LostServerError | None) -> tuple[list[str], str, int, list[str]]:
+        """Start or join the servers on rank 0. Return their urls, key, limit, and the urls of those without TOKENS."""
         options = self.options
         if not options.urls:
             if lost is not None:
@@ -190,7 +198,25 @@ class ServerFleet:
             self.loop, self.clients, options.transport, options.trainer_address, options.chunk_mib * 2**20
         )
         max_model_len = min(self.loop.run(client.max_model_len()) for client in self.clients)
-        return [client.url for client in self.clients], self._key, max_model_len
+        return [client.url for client in self.clients], self._key, max_model_len, self._lacking_tokens()
+
+    def _lacking_tokens(self) -> list[str]:
+        """Ask the servers for the endpoint for token ids, if it may be used, and return the urls of those without it.
+
+        Raises:
+            UserError: see `choose_endpoints`.
+        """
+        if self.options.endpoint == "completions":
+            return []
+        lacking = [client.url for client in self.clients if not self.loop.run(client.offers(TOKENS))]
+        chosen = choose_endpoints(self.options.endpoint, lacking)
+        if lacking and not self._lack_reported:
+            self._lack_reported = True
+            self._report(
+                f"{lacking[0]} does not list {TOKENS.path} in its /openapi.json (--enable-scale-out): completions come "
+                f"from {chosen.without_stop.path}, which costs more time per token"
+            )
+        return lacking
 
     def _start_own(self) -> None:
         server = self.options.server
@@ -233,8 +259,8 @@ class ServerFleet:
             print("dots:", " ".join(line.split()), file=sys.stderr, flush=True)
 
 
-def limit_of_running(options: FleetOptions) -> int:
-    """Return the maximum number of tokens of a prompt and its completion together that all servers of `url` allow.
+def ask_running(options: FleetOptions, ask: Callable[[ServerClient], Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the answer of each of the servers of `url` to a question, e.g. `ServerClient.max_model_len`.
 
     Raises:
         UserError: a server is not healthy in time, or does not tell.
@@ -242,18 +268,18 @@ def limit_of_running(options: FleetOptions) -> int:
     key = os.environ.get(options.api_key_variable, "")
     clients = [ServerClient(url, key, options.api_key_variable, 1, options.request_timeout_s) for url in options.urls]
 
-    async def ask() -> int:
+    async def ask_all() -> list[T]:
         try:
             await until_healthy(clients, [], options.wait_s, _START_ONE)
-            return min([await client.max_model_len() for client in clients])
+            return [await ask(client) for client in clients]
         except LostServerError as error:
-            raise EngineError(f"A vLLM server was lost when it was asked for its limit ({error}).") from error
+            raise EngineError(f"A vLLM server was lost when it was asked what it offers ({error}).") from error
         finally:
             for client in clients:
                 await client.close()
 
     loop = LoopThread()  # the caller may run in a loop of its own, as in a notebook
     try:
-        return loop.run(ask())
+        return loop.run(ask_all())
     finally:
         loop.close()

@@ -13,6 +13,7 @@ import torch
 
 from app.engines.base import check_counts, check_options
 from app.engines.requests import VllmOptions, default_sequences, engine_environment
+from app.engines.server.endpoints import EndpointChoice
 from app.engines.server.placement import VISIBLE
 from app.engines.wire.push import Transport
 from app.import_path import import_path
@@ -78,6 +79,8 @@ class ServerOptions(VllmOptions):
         # vLLM imports both by name.
         settings["worker_extension_cls"] = "app.engines.worker.extension.ServedPolicyWeights"
         settings["middleware"] = "app.engines.worker.guard.KeyGuard"
+        # The endpoint for token ids, which the key guards like all others.
+        settings["enable_scale_out"] = True
         # Not the `vllm` command: in the CPU build it fails, because it looks up a package named vllm.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for name, value in settings.items():
@@ -110,6 +113,10 @@ class FleetOptions:
         url: URL of the server, or of several; null starts them.
         server: options of the run's own servers.
         api_key_variable: environment variable that holds the key; without one, the run's own servers get a random key.
+        endpoint: where completions are requested; they are the same everywhere. "tokens" is vLLM's endpoint for token
+            ids (/inference/v1/generate), which servers have with --enable-scale-out, and "completions" is
+            /v1/completions; "auto" is the first where all servers have it and there are no stop strings, as a token
+            costs least there.
         max_concurrency: maximum number of requests in flight per server, over all trainer processes; null is the number
             of completions that a server decodes together (`server.max_num_seqs`).
         request_timeout_s: maximum seconds per completion.
@@ -125,6 +132,7 @@ class FleetOptions:
     url: list[str] | str | None = None
     server: ServerOptions = field(default_factory=ServerOptions)
     api_key_variable: str = "VLLM_API_KEY"
+    endpoint: EndpointChoice = "auto"
     max_concurrency: int | None = None
     request_timeout_s: float = 3600.0
     start_timeout_s: float = 300.0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     get_layerwise_info,
@@ -100,9 +101,8 @@ def repack_heads(model: Any) -> None:
     """Repack tied output heads, which a reload on a CPU leaves unchanged.
 
     vLLM's CPU kernels multiply by a packed copy of a head's weight. A head that shares its weight with the embedding
-    receives the new values through it, but keeps the old copy.
+    receives the new values through it, but keeps the old copy. On a GPU there is no copy, and nothing to do.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+        if isinstance(module, VocabParallelEmbedding) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
             module.quant_method.process_weights_after_loading(module)
