@@ -35,10 +35,15 @@ def group_advantages(
     A group (or batch) whose rewards are equal within `REWARD_TOLERANCE`, such as a group of one, gets exactly 0:
     dividing would otherwise amplify the rounding error of its mean.
 
+    Where sizes differ, no prompt counts more for having more completions: a baseline of the group that includes the
+    completion itself takes `1 / n` of its gradient away, so that the differences of a group of `n` are multiplied by
+    `n / (n - 1)` relative to a group of the mean size, and deviations over the batch weigh groups alike. Dividing by
+    the group's own deviation is not linear: the gradient of a prompt is then that of groups of its own size.
+
     Args:
         rewards: float `[N]`.
-        groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because a
-            completion whose reward failed is left out.
+        groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because prompts
+            are given unlike numbers of completions or because a completion whose reward failed is left out.
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
             unbiased standard deviation of all `N` rewards + 1e-6; "batch_centred" by that of all `N` differences
             `r - baseline` + 1e-6 (REINFORCE++-baseline, arXiv 2501.03262, per completion and not per token as there);
@@ -68,24 +73,28 @@ def group_advantages(
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     if baseline == "optimal" and (lengths is None or lengths.shape != rewards.shape):
         raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
-    _, member = torch.unique(torch.zeros_like(groups) if baseline == "batch" else groups, return_inverse=True)
-    zeros = torch.zeros_like(rewards)
+    _, member = torch.unique(groups, return_inverse=True)
     size = _group_sum(torch.ones_like(rewards), member)
-    largest = zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
-    smallest = zeros.scatter_reduce(0, member, rewards, "amin", include_self=False)[member]
+    mean_size = len(rewards) / (int(member.max()) + 1)
+    compared = torch.zeros_like(member) if baseline == "batch" else member
+    zeros = torch.zeros_like(rewards)
+    largest = zeros.scatter_reduce(0, compared, rewards, "amax", include_self=False)[compared]
+    smallest = zeros.scatter_reduce(0, compared, rewards, "amin", include_self=False)[compared]
     if baseline == "optimal" and lengths is not None:
         lengths = lengths.to(rewards.dtype)
         centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
     else:
-        centred = rewards - _group_sum(rewards, member) / size
+        centred = rewards - _group_sum(rewards, compared) / _group_sum(torch.ones_like(rewards), compared)
     centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
     # r - mean of the others = G / (G - 1) (r - mean of all). The standard deviation stays the group's own.
-    advantages = centred * (size / (size - 1).clamp(min=1)) if baseline == "leave_one_out" else centred
+    others = (size - 1).clamp(min=1)
+    advantages = centred * (size / others) if baseline == "leave_one_out" else centred
+    if baseline in ("mean", "optimal"):
+        advantages = centred * ((size * (mean_size - 1)) / (others * mean_size))  # exactly 1 where sizes are equal
     if scale == "group":
-        _, member = torch.unique(groups, return_inverse=True)
         return advantages / (_group_std(rewards, member) + STD_EPSILON)
     if scale != "none" and len(rewards) > 1:
-        return advantages / ((rewards if scale == "batch" else advantages).std() + STD_EPSILON)
+        return advantages / (_batch_std(rewards if scale == "batch" else advantages, mean_size / size) + STD_EPSILON)
     return advantages
 
 
@@ -128,13 +137,22 @@ def decoupled_advantages(
     decoupled = torch.zeros_like(components)
     for column in range(components.shape[1]):
         applies = ~torch.isnan(components[:, column])
-        sizes = None if lengths is None else lengths[applies]
+        chosen = None if lengths is None else lengths[applies]
         decoupled[applies, column] = group_advantages(
-            components[applies, column], groups[applies], "group", baseline, sizes
+            components[applies, column], groups[applies], "group", baseline, chosen
         )
     advantages = decoupled @ reward_weights.to(components.dtype)
+    if scale == "group" or len(groups) < 2:
+        return advantages
     # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
-    return advantages / (advantages.std() + STD_EPSILON) if scale != "group" and len(groups) > 1 else advantages
+    _, member, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    return advantages / (_batch_std(advantages, sizes.to(advantages.dtype).mean() / sizes[member]) + STD_EPSILON)
+
+
+def _batch_std(values: Tensor, shares: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of `[N]` values that count by `shares`, `[N]` of mean 1; scalar."""
+    deviation = values - (shares * values).mean()
+    return torch.sqrt((shares * deviation**2).sum() / (len(values) - 1))
 
 
 def _group_std(rewards: Tensor, member: Tensor) -> Tensor:
