@@ -78,7 +78,7 @@ def test_prompts_that_are_alike_get_alike_and_rare_outcomes_get_more() -> None:
     known = np.zeros(4)
     assert sorted(allocate(marginal_values(np.full(4, 0.3), known, "equal", 2, 32), 2, 30)) == [7, 7, 8, 8]
     few, some, many, hopeless = allocate(
-        marginal_values(np.array([0.5, 0.2, 0.06, 0.001]), known, "variance", 2, 32), 2, 40
+        marginal_values(np.array([0.5, 0.2, 0.06, 0.001]), known, "equal", 2, 64), 2, 40
     )
     assert few < some < many and hopeless == 2
 
@@ -96,18 +96,23 @@ class Known(Mopps):
     def forecast_deviation(self) -> np.ndarray:
         return np.full(len(self.rates), self.deviation)
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def observe(self, outcomes: Outcomes) -> None:
         self.seen.append(outcomes)
 
 
 RATES = [(0.5, 0.1, 0.9)[i % 3] for i in range(12)]
-PATTERN = [[float((i + g) % 3 == 0) for g in range(4)] * 4 for i in range(12)]
+PATTERN = [[float((i + g) % 3 == 0) for g in range(4)] * 8 for i in range(12)]
 
 
 def run(folder: Any, monkeypatch: pytest.MonkeyPatch, callbacks: Sequence[Any], selector: Any, **options: Any) -> Any:
-    sampling = {"num_generations": 4, "max_completion_length": 5}
-    monkeypatch.setattr("tests.support.scripted_run.Sampling", lambda **given: Sampling(**sampling))
-    return scripted_run(folder, monkeypatch, PATTERN, callbacks, selector=selector, **options)
+    """A run in which 8 completions of a prompt are generated on average, and up to 32 have their score."""
+    sampling = {"num_generations": 8, "max_completion_length": 5}
+    with monkeypatch.context() as patched:
+        patched.setattr("tests.support.scripted_run.Sampling", lambda **given: Sampling(**sampling))
+        return scripted_run(folder, patched, PATTERN, callbacks, selector=selector, **options)
 
 
 def test_a_group_is_the_beginning_of_a_larger_one_and_everything_is_counted(
@@ -117,23 +122,23 @@ def test_a_group_is_the_beginning_of_a_larger_one_and_everything_is_counted(
     sized = run(tmp_path, monkeypatch, [GroupSizes(gain="equal")], selector, steps=1, prompts_per_step=6)
     (step,) = sized.steps
     sizes = {one.prompt.id: len(one.completions) for one in step.groups}
-    assert list(sizes) == step.prompts and sum(sizes.values()) == 24 == step.counts["train/completions"]
+    assert list(sizes) == step.prompts and sum(sizes.values()) == 48 == step.counts["train/completions"]
     middle = [sizes[name] for name in step.prompts if int(name[1:]) % 3 == 0]
     others = [sizes[name] for name in step.prompts if int(name[1:]) % 3]
-    assert max(middle) < 4 <= min(others) and max(others) - min(others) <= 1
+    assert max(middle) < 8 < min(others) and max(others) - min(others) <= 1
     assert (step.metrics["group_size/min"], step.metrics["group_size/max"]) == (min(middle), max(others))
     chances = {
-        name: [worth(np.array([RATES[int(name[1:])]]), n, "equal").item() for n in (size, 4)]
+        name: [worth(np.array([RATES[int(name[1:])]]), n, "equal").item() for n in (size, 8)]
         for name, size in sizes.items()
     }
     told = step.metrics["group_size/informative_forecast"], step.metrics["group_size/informative_if_equal"]
     assert told == pytest.approx(np.mean(list(chances.values()), axis=0))
     assert told[0] > told[1]
     (seen,) = selector.seen
-    assert seen.group_size == 4
+    assert seen.group_size == 8
     assert dict(zip(seen.prompt_ids, seen.samples.tolist(), strict=True)) == sizes
-    # The same prompts in groups of four, and in groups of sixteen.
-    for generations in (4, 16):
+    # The same prompts in groups of 8, and in groups of 32.
+    for generations in (8, 32):
         whole = scripted_run(
             tmp_path, monkeypatch, [one[:generations] for one in PATTERN], [], selector=Known(RATES), steps=1,
             prompts_per_step=6, max_completion_length=5,
@@ -141,7 +146,7 @@ def test_a_group_is_the_beginning_of_a_larger_one_and_everything_is_counted(
         assert whole.prompts == step.prompts
         for ours, theirs in zip(step.groups, whole.groups, strict=True):
             common = min(len(ours.completions), generations)
-            assert common == generations or generations == 16
+            assert common == generations or len(ours.completions) < generations
             assert_same(ours.completions[:common], theirs.completions[:common])
             assert ours.rewards[:common].tolist() == theirs.rewards[:common].tolist()
     # Every prompt counts once in the means.
@@ -149,10 +154,10 @@ def test_a_group_is_the_beginning_of_a_larger_one_and_everything_is_counted(
 
 
 def test_replay_and_refills_keep_the_budget(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    callbacks = [GroupSizes(smallest=2, largest=8), DynamicSampling(max_refills=2), RolloutReplay(0.5, capacity=8)]
+    callbacks = [GroupSizes(smallest=2, largest=16), DynamicSampling(max_refills=2), RolloutReplay(0.5, capacity=8)]
     steps = run(tmp_path, monkeypatch, callbacks, Known(RATES, 0.2), steps=3, prompts_per_step=4).steps
     for step in steps:
-        assert step.counts["train/completions"] == 4 * step.counts["train/prompts"]
+        assert step.counts["train/completions"] == 8 * step.counts["train/prompts"]
         assert len({len(one.completions) for one in step.groups + step.dropped}) > 1
     assert any(one.source == "replay" for step in steps for one in step.groups)
 
@@ -161,7 +166,7 @@ def test_before_the_first_forecast_all_groups_are_alike(tmp_path: Any, monkeypat
     selector = Known(RATES)
     monkeypatch.setattr(selector, "forecast", lambda: None)
     (step,) = run(tmp_path, monkeypatch, [GroupSizes()], selector, steps=1).steps
-    assert [len(one.completions) for one in step.groups] == [4] * 4
+    assert [len(one.completions) for one in step.groups] == [8] * 4
     assert "group_size/max" not in step.metrics
 
 
