@@ -28,12 +28,21 @@ class RolloutRequest:
         purpose: separates the random numbers and the counts of training, reference and validation rollouts.
         source: set on the groups.
         sizes: number of completions of each prompt; None is `num_generations` of the sampling for all.
+        begun: completions that its group already has, to which these are added.
+        step: the step that the completions are for, which seeds them; None is the one in progress.
     """
 
     prompts: Sequence[Prompt]
     purpose: str
     source: Source = "fresh"
     sizes: Sequence[int] | None = None
+    begun: int = 0
+    step: int | None = None
+
+    def seeds(self, run_seed: int, prompt: Prompt, size: int, step: int) -> np.ndarray:
+        """Return the seeds of `size` completions of a prompt, int64 `[size]`."""
+        its = step if self.step is None else self.step
+        return sample_seeds(run_seed, self.purpose, its, [prompt.id], self.begun + size)[0, self.begun :]
 
     def sizes_by(self, sampling: Sampling) -> Sequence[int]:
         """Return the number of completions of each prompt."""
@@ -144,7 +153,7 @@ class RolloutPipeline:
         ]
         mine = [[prompts[position] for position in its] for its in places]
         seeds = [
-            sample_seeds(self.seed, request.purpose, step, [prompts[position].id], sizes[position])[0]
+            request.seeds(self.seed, prompts[position], sizes[position], step)
             for request, its in zip(requests, places, strict=True)
             for position in its
         ]
@@ -158,7 +167,10 @@ class RolloutPipeline:
         for its, request in zip(mine, requests, strict=True):
             if its:
                 written = completions[first : first + len(its)]
-                rolled = rolled.joined(self._scored(its, written, ledger, request.purpose, step, request.source))
+                scored = self._scored(its, written, ledger, request.purpose, step, request.source)
+                if request.begun:  # prompts that have been counted
+                    scored = replace(scored, counts={**scored.counts, f"{request.purpose}/prompts": 0})
+                rolled = rolled.joined(scored)
                 first += len(its)
         if self.ranks.size > 1:
             spent -= ledger.seconds[phase]
