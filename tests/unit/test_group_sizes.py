@@ -17,6 +17,7 @@ from datamodules.selectors import Composed, Greso, Mopps, Posterior, Uniform
 from datamodules.selectors.posterior import _informative_part
 from datamodules.types import Outcomes
 from tests.support.scripted_run import scripted_run
+from tests.support.selector_builders import ready
 from tests.support.trainers import trainer_with
 from tests.unit.test_transformers_engine import assert_same
 
@@ -175,6 +176,19 @@ def test_posterior_asks_for_the_mean_size_and_learns_from_every_completion() -> 
     found = _informative_part(np.array([0.25, 0.125, 0.0]), np.array([8, 8, 8]), 4)
     np.testing.assert_allclose(found, [1 - 15 / 70, 1 - 35 / 70, 0.0])
     assert _informative_part(np.array([0.25, 0.5]), np.array([4, 4]), 4).tolist() == [1, 1]
+
+    def learnt(samples: int, group_size: int | None) -> tuple[int, list[float], float]:
+        selector = ready(Posterior(use_embeddings=False, learn_constants=False), 12)
+        names, counts = selector.choose(2), np.array([samples, samples])
+        selector.observe(Outcomes(0, names, np.array([0.0, 0.5]), counts, "fresh", np.array([0.0, 0.5]), group_size))
+        state = selector.state_dict()
+        forecast = selector.forecast()[selector.pool.positions(names)].max()
+        return state["group"], state["calibration"]["weights"].tolist(), float(forecast)
+
+    assert [learnt(samples, 8)[0] for samples in (2, 8, 32)] == [8, 8, 8] and learnt(32, None)[0] == 32
+    # A pair does not tell whether eight differ, a group of 32 does; the rates teach alike.
+    assert learnt(2, 8)[1] == [0.0, 1.0] != learnt(32, 8)[1]
+    assert learnt(32, 8)[2] == learnt(32, None)[2]
 
 
 def check(sizes: GroupSizes, *others: Any, selector: Any = None, generations: int = 8) -> None:
