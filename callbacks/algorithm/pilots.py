@@ -83,11 +83,11 @@ class Pilots(Rollouts):
 
     def setup(self, trainer: Trainer, pl_module: GRPOModule, stage: str) -> None:
         self._data = OnlinePromptDataModule.of(trainer)
-        needed, pool = 2 * self._data.prompts_per_step, self._data.pools["train"]
-        if self.ahead and stage == "fit" and len(pool) < needed:
+        needed = 2 * self._data.prompts_per_step
+        if self.ahead and stage == "fit" and (size := len(self._data.pools["train"])) < needed:
             raise UserError(
-                f"callbacks.Pilots has ahead=true, which chooses other prompts for the next step while one is in "
-                f"progress, but the pool has {len(pool)} prompts and two steps have {needed}. Lower "
+                "callbacks.Pilots has ahead=true, which chooses other prompts for the next step while one is in "
+                f"progress, but the pool has {size} prompts and two steps have {needed}. Lower "
                 "data.prompts_per_step, add prompts, or set ahead=false."
             )
 
