@@ -163,12 +163,16 @@ def test_replay_and_refills_keep_the_budget(tmp_path: Any, monkeypatch: pytest.M
     assert any(one.source == "replay" for step in steps for one in step.groups)
 
 
-def test_before_the_first_forecast_all_groups_are_alike(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_the_first_forecast_all_groups_are_alike(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     selector = Known(RATES)
     monkeypatch.setattr(selector, "forecast", lambda: None)
     (step,) = run(tmp_path, monkeypatch, [GroupSizes()], selector, steps=1).steps
     assert [len(one.completions) for one in step.groups] == [8] * 4
     assert "group_size/max" not in step.metrics
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "completions of a prompt" in line)
+    assert "8 on average" in row and "2 to 32" in row
 
 
 def test_posterior_asks_for_the_mean_size_and_learns_from_every_completion() -> None:
