@@ -71,30 +71,14 @@ def group_advantages(
     if not rewards.numel():
         return torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    if baseline == "optimal" and (lengths is None or lengths.shape != rewards.shape):
-        raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
     _, member = torch.unique(groups, return_inverse=True)
-    size = _group_sum(torch.ones_like(rewards), member)
-    mean_size = len(rewards) / (int(member.max()) + 1)
-    compared = torch.zeros_like(member) if baseline == "batch" else member
-    zeros = torch.zeros_like(rewards)
-    largest = zeros.scatter_reduce(0, compared, rewards, "amax", include_self=False)[compared]
-    smallest = zeros.scatter_reduce(0, compared, rewards, "amin", include_self=False)[compared]
-    if baseline == "optimal" and lengths is not None:
-        lengths = lengths.to(rewards.dtype)
-        centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
-    else:
-        centred = rewards - _group_sum(rewards, compared) / _group_sum(torch.ones_like(rewards), compared)
-    centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
-    # r - mean of the others = G / (G - 1) (r - mean of all). The standard deviation stays the group's own.
-    others = (size - 1).clamp(min=1)
-    advantages = centred * (size / others) if baseline == "leave_one_out" else centred
+    advantages = _differences(rewards, member, baseline, lengths)
     if baseline in ("mean", "optimal"):
-        advantages = centred * ((size * (mean_size - 1)) / (others * mean_size))  # exactly 1 where sizes are equal
+        advantages = advantages * _correction(member).to(advantages.dtype)
     if scale == "group":
         return advantages / (_group_std(rewards, member) + STD_EPSILON)
     if scale != "none" and len(rewards) > 1:
-        return advantages / (_batch_std(rewards if scale == "batch" else advantages, mean_size / size) + STD_EPSILON)
+        return advantages / (_batch_std(rewards if scale == "batch" else advantages, member) + STD_EPSILON)
     return advantages
 
 
@@ -134,23 +118,54 @@ def decoupled_advantages(
     if components.ndim != 2 or components.shape != (len(groups), len(reward_weights)):
         shapes = f"components {tuple(components.shape)}, reward_weights {tuple(reward_weights.shape)}"
         raise ValueError(f"{shapes}, groups {tuple(groups.shape)}: expected [N, R], [R] and [N]")
+    _, member = torch.unique(groups, return_inverse=True)
     decoupled = torch.zeros_like(components)
     for column in range(components.shape[1]):
         applies = ~torch.isnan(components[:, column])
+        if not applies.any():
+            continue
+        rewards, (_, its) = components[applies, column], torch.unique(groups[applies], return_inverse=True)
         chosen = None if lengths is None else lengths[applies]
-        decoupled[applies, column] = group_advantages(
-            components[applies, column], groups[applies], "group", baseline, chosen
-        )
+        difference = _differences(rewards, its, baseline, chosen)
+        decoupled[applies, column] = difference / (_group_std(rewards, its) + STD_EPSILON)
     advantages = decoupled @ reward_weights.to(components.dtype)
+    if baseline in ("mean", "optimal") and len(groups):  # by whole groups, not by those to whom a reward applies
+        advantages = advantages * _correction(member).to(advantages.dtype)
     if scale == "group" or len(groups) < 2:
         return advantages
     # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
-    _, member, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-    return advantages / (_batch_std(advantages, sizes.to(advantages.dtype).mean() / sizes[member]) + STD_EPSILON)
+    return advantages / (_batch_std(advantages, member) + STD_EPSILON)
 
 
-def _batch_std(values: Tensor, shares: Tensor) -> Tensor:
-    """Return the unbiased standard deviation of `[N]` values that count by `shares`, `[N]` of mean 1; scalar."""
+def _differences(rewards: Tensor, member: Tensor, baseline: Baseline, lengths: Tensor | None) -> Tensor:
+    """Return the difference of each reward to its baseline, `[N]`; 0 where those that it compares are equal."""
+    compared = torch.zeros_like(member) if baseline == "batch" else member
+    size, zeros = _group_sum(torch.ones_like(rewards), compared), torch.zeros_like(rewards)
+    largest = zeros.scatter_reduce(0, compared, rewards, "amax", include_self=False)[compared]
+    smallest = zeros.scatter_reduce(0, compared, rewards, "amin", include_self=False)[compared]
+    if baseline == "optimal":
+        if lengths is None or lengths.shape != rewards.shape:
+            raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
+        lengths = lengths.to(rewards.dtype)
+        centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
+    else:
+        centred = rewards - _group_sum(rewards, compared) / size
+    centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
+    # r - mean of the others = G / (G - 1) (r - mean of all).
+    return centred * (size / (size - 1).clamp(min=1)) if baseline == "leave_one_out" else centred
+
+
+def _correction(member: Tensor) -> Tensor:
+    """Return `n / (n - 1)` of each element's group relative to that of the mean size, `[N]`; 1 where all are equal."""
+    sizes = torch.bincount(member).double()
+    size, mean = sizes[member], sizes.mean()
+    return (size * (mean - 1)) / ((size - 1).clamp(min=1) * mean)
+
+
+def _batch_std(values: Tensor, member: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of `[N]` values, over which all groups count alike; scalar."""
+    size = _group_sum(torch.ones_like(values), member)
+    shares = len(values) / (int(member.max()) + 1) / size
     deviation = values - (shares * values).mean()
     return torch.sqrt((shares * deviation**2).sum() / (len(values) - 1))
 

@@ -215,3 +215,15 @@ def test_the_mean_weighted_by_length_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([0.25, -0.75, 1.0, -1.0]))
     with pytest.raises(ValueError, match="needs the length of every completion"):
         group_advantages(rewards, groups, "none", "optimal")
+
+
+def test_one_reward_normalised_apart_is_that_reward_also_for_unlike_sizes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rewards, groups = torch.rand(9, generator=generator), torch.tensor([4, 1, 1, 4, 4, 4, 1, 7, 7])
+    for scale in ("group", "batch_centred"):
+        found = decoupled_advantages(rewards[:, None], torch.ones(1), groups, scale)  # type: ignore[arg-type]
+        expected = group_advantages(rewards, groups, "group")
+        if scale == "batch_centred":  # whose deviation counts groups alike: 3 / n for groups of 4, 3 and 2
+            shares = torch.tensor([3 / 4, 1, 1, 3 / 4, 3 / 4, 3 / 4, 1, 3 / 2, 3 / 2])
+            expected = expected / ((shares * expected**2).sum() / 8) ** 0.5
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
