@@ -1,6 +1,7 @@
 """Callbacks around a step. Those that a config lists are the algorithm; the trainer supplies the standard ones."""
 
 from callbacks.algorithm.dynamic_sampling import Balanced, DynamicSampling
+from callbacks.algorithm.group_sizes import GroupSizes
 from callbacks.algorithm.pilots import Pilots
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
@@ -32,6 +33,7 @@ __all__ = [
     "EndValidation",
     "GenerationCost",
     "GracefulStop",
+    "GroupSizes",
     "Pilots",
     "RandomState",
     "ReferenceRollouts",

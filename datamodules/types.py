@@ -277,6 +277,8 @@ class Outcomes:
         samples: int64 `[N]`: number of completions that each rate is the mean of.
         source: "fresh" for selected prompts, "reference" for a uniform draw from the pool.
         reward_std: float64 `[N]`: standard deviation of the correctness rewards within each group.
+        group_size: completions of a group on average, where they were given to prompts by their forecasts; None where
+            all whole groups have as many as the largest of `samples`.
     """
 
     step: int
@@ -285,9 +287,10 @@ class Outcomes:
     samples: np.ndarray
     source: Source
     reward_std: np.ndarray
+    group_size: int | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[RolloutGroup], step: int, source: Source) -> Outcomes:
+    def of(cls, groups: Sequence[RolloutGroup], step: int, source: Source, group_size: int | None = None) -> Outcomes:
         """Return the outcomes of groups, without those that lost all their completions."""
         kept = [group for group in groups if len(group.completions)]
         return cls(
@@ -297,4 +300,5 @@ class Outcomes:
             samples=np.array([len(group.completions) for group in kept], dtype=np.int64),
             source=source,
             reward_std=np.array([float(np.std(group.correctness)) for group in kept], dtype=np.float64),
+            group_size=group_size,
         )

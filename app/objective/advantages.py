@@ -35,10 +35,15 @@ def group_advantages(
     A group (or batch) whose rewards are equal within `REWARD_TOLERANCE`, such as a group of one, gets exactly 0:
     dividing would otherwise amplify the rounding error of its mean.
 
+    Where sizes differ, no prompt counts more for having more completions: a baseline of the group that includes the
+    completion itself takes `1 / n` of its gradient away, so that the differences of a group of `n` are multiplied by
+    `n / (n - 1)` relative to a group of the mean size, and deviations over the batch weigh groups alike. Dividing by
+    the group's own deviation is not linear: the gradient of a prompt is then that of groups of its own size.
+
     Args:
         rewards: float `[N]`.
-        groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because a
-            completion whose reward failed is left out.
+        groups: int `[N]`, the group of each completion: any numbers in any order. Sizes may differ, because prompts
+            are given unlike numbers of completions or because a completion whose reward failed is left out.
         scale: "group" divides `r - baseline` by the group's unbiased standard deviation + 1e-6 (GRPO); "batch" by the
             unbiased standard deviation of all `N` rewards + 1e-6; "batch_centred" by that of all `N` differences
             `r - baseline` + 1e-6 (REINFORCE++-baseline, arXiv 2501.03262, per completion and not per token as there);
@@ -66,26 +71,14 @@ def group_advantages(
     if not rewards.numel():
         return torch.zeros_like(rewards, dtype=torch.promote_types(rewards.dtype, torch.float32))
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    if baseline == "optimal" and (lengths is None or lengths.shape != rewards.shape):
-        raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
-    _, member = torch.unique(torch.zeros_like(groups) if baseline == "batch" else groups, return_inverse=True)
-    zeros = torch.zeros_like(rewards)
-    size = _group_sum(torch.ones_like(rewards), member)
-    largest = zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
-    smallest = zeros.scatter_reduce(0, member, rewards, "amin", include_self=False)[member]
-    if baseline == "optimal" and lengths is not None:
-        lengths = lengths.to(rewards.dtype)
-        centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
-    else:
-        centred = rewards - _group_sum(rewards, member) / size
-    centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
-    # r - mean of the others = G / (G - 1) (r - mean of all). The standard deviation stays the group's own.
-    advantages = centred * (size / (size - 1).clamp(min=1)) if baseline == "leave_one_out" else centred
+    _, member = torch.unique(groups, return_inverse=True)
+    advantages = _differences(rewards, member, baseline, lengths)
+    if baseline in ("mean", "optimal"):
+        advantages = advantages * _correction(member).to(advantages.dtype)
     if scale == "group":
-        _, member = torch.unique(groups, return_inverse=True)
         return advantages / (_group_std(rewards, member) + STD_EPSILON)
     if scale != "none" and len(rewards) > 1:
-        return advantages / ((rewards if scale == "batch" else advantages).std() + STD_EPSILON)
+        return advantages / (_batch_std(rewards if scale == "batch" else advantages, member) + STD_EPSILON)
     return advantages
 
 
@@ -125,16 +118,56 @@ def decoupled_advantages(
     if components.ndim != 2 or components.shape != (len(groups), len(reward_weights)):
         shapes = f"components {tuple(components.shape)}, reward_weights {tuple(reward_weights.shape)}"
         raise ValueError(f"{shapes}, groups {tuple(groups.shape)}: expected [N, R], [R] and [N]")
+    _, member = torch.unique(groups, return_inverse=True)
     decoupled = torch.zeros_like(components)
     for column in range(components.shape[1]):
         applies = ~torch.isnan(components[:, column])
-        sizes = None if lengths is None else lengths[applies]
-        decoupled[applies, column] = group_advantages(
-            components[applies, column], groups[applies], "group", baseline, sizes
-        )
+        if not applies.any():
+            continue
+        rewards, (_, its) = components[applies, column], torch.unique(groups[applies], return_inverse=True)
+        chosen = None if lengths is None else lengths[applies]
+        difference = _differences(rewards, its, baseline, chosen)
+        decoupled[applies, column] = difference / (_group_std(rewards, its) + STD_EPSILON)
     advantages = decoupled @ reward_weights.to(components.dtype)
+    if baseline in ("mean", "optimal") and len(groups):  # by whole groups, not by those to whom a reward applies
+        advantages = advantages * _correction(member).to(advantages.dtype)
+    if scale == "group" or len(groups) < 2:
+        return advantages
     # Each group sums to 0: subtracting the batch's mean, as TRL does, would only add rounding errors to exact zeros.
-    return advantages / (advantages.std() + STD_EPSILON) if scale != "group" and len(groups) > 1 else advantages
+    return advantages / (_batch_std(advantages, member) + STD_EPSILON)
+
+
+def _differences(rewards: Tensor, member: Tensor, baseline: Baseline, lengths: Tensor | None) -> Tensor:
+    """Return the difference of each reward to its baseline, `[N]`; 0 where those that it compares are equal."""
+    compared = torch.zeros_like(member) if baseline == "batch" else member
+    size, zeros = _group_sum(torch.ones_like(rewards), compared), torch.zeros_like(rewards)
+    largest = zeros.scatter_reduce(0, compared, rewards, "amax", include_self=False)[compared]
+    smallest = zeros.scatter_reduce(0, compared, rewards, "amin", include_self=False)[compared]
+    if baseline == "optimal":
+        if lengths is None or lengths.shape != rewards.shape:
+            raise ValueError("the optimal baseline needs the length of every completion: pass lengths [N]")
+        lengths = lengths.to(rewards.dtype)
+        centred = rewards - _group_sum(lengths * rewards, member) / _group_sum(lengths, member).clamp(min=1)
+    else:
+        centred = rewards - _group_sum(rewards, compared) / size
+    centred = torch.where(largest - smallest > REWARD_TOLERANCE, centred, 0.0)
+    # r - mean of the others = G / (G - 1) (r - mean of all).
+    return centred * (size / (size - 1).clamp(min=1)) if baseline == "leave_one_out" else centred
+
+
+def _correction(member: Tensor) -> Tensor:
+    """Return `n / (n - 1)` of each element's group relative to that of the mean size, `[N]`; 1 where all are equal."""
+    sizes = torch.bincount(member).double()
+    size, mean = sizes[member], sizes.mean()
+    return (size * (mean - 1)) / ((size - 1).clamp(min=1) * mean)
+
+
+def _batch_std(values: Tensor, member: Tensor) -> Tensor:
+    """Return the unbiased standard deviation of `[N]` values, over which all groups count alike; scalar."""
+    size = _group_sum(torch.ones_like(values), member)
+    shares = len(values) / (int(member.max()) + 1) / size
+    deviation = values - (shares * values).mean()
+    return torch.sqrt((shares * deviation**2).sum() / (len(values) - 1))
 
 
 def _group_std(rewards: Tensor, member: Tensor) -> Tensor:

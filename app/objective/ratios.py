@@ -88,9 +88,17 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
 
 
 def token_weights(
-    lengths: Tensor, aggregation: Aggregation = "token", *, max_completion_length: int | None = None
+    lengths: Tensor,
+    aggregation: Aggregation = "token",
+    *,
+    max_completion_length: int | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Return the weight of each sequence's tokens, such that the loss is a plain sum over tokens.
+
+    Averages over sequences and tokens are those of whole groups of one size. Where sizes differ, a sequence counts by
+    the inverse of its group's size (`shares`), so that every prompt counts alike: the loss is the mean over prompts of
+    what its completions average to.
 
     Args:
         lengths: int `[N]`, completion tokens of each sequence of the global mini-batch: over all micro-batches and
@@ -102,6 +110,7 @@ def token_weights(
             tokens, then mean over sequences (verl's seq-mean-token-sum, and with a sequence ratio LUSPO,
             arXiv 2602.05261); "token_sum": sum over all tokens.
         max_completion_length: required by "constant".
+        shares: `[N]`, mean size of the batch's groups divided by the size of the sequence's own group; None for 1.
 
     Returns:
         Float32 `[N]` (float64 for float64 lengths); all tokens of a sequence have the same weight.
@@ -112,13 +121,14 @@ def token_weights(
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
-    sequences = max(float(len(lengths)), 1.0)
+    shares = torch.ones_like(lengths) if shares is None else shares.to(lengths.dtype)
+    sequences = float(shares.sum()) or 1.0
     if aggregation == "token":
-        return torch.full_like(lengths, 1 / max(float(lengths.sum()), 1.0))
+        return shares / (float((shares * lengths).sum()) or 1.0)
     if aggregation == "sequence":
-        return 1 / (lengths.clamp(min=1) * sequences)
+        return shares / (lengths.clamp(min=1) * sequences)
     if aggregation in ("sequence_sum", "token_sum"):
-        return torch.full_like(lengths, 1 / sequences if aggregation == "sequence_sum" else 1.0)
+        return shares / (sequences if aggregation == "sequence_sum" else 1.0)
     if max_completion_length is None:
         raise ValueError("aggregation 'constant' needs max_completion_length, which is None. Pass it.")
-    return torch.full_like(lengths, 1 / (max_completion_length * sequences))
+    return shares / (max_completion_length * sequences)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.engines import RolloutEngine, Sampling
-from app.engines.ahead import Ahead
+from app.engines.ahead import Ahead, Groups
 from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rollouts.exchange import Rolled, exchange
@@ -27,11 +27,26 @@ class RolloutRequest:
     Attributes:
         purpose: separates the random numbers and the counts of training, reference and validation rollouts.
         source: set on the groups.
+        sizes: number of completions of each prompt; None is `num_generations` of the sampling for all.
+        begun: completions that its group already has, to which these are added.
+        step: the step that the completions are for, which seeds them; None is the one in progress.
     """
 
     prompts: Sequence[Prompt]
     purpose: str
     source: Source = "fresh"
+    sizes: Sequence[int] | None = None
+    begun: int = 0
+    step: int | None = None
+
+    def seeds(self, run_seed: int, prompt: Prompt, size: int, step: int) -> np.ndarray:
+        """Return the seeds of `size` completions of a prompt, int64 `[size]`."""
+        its = step if self.step is None else self.step
+        return sample_seeds(run_seed, self.purpose, its, [prompt.id], self.begun + size)[0, self.begun :]
+
+    def sizes_by(self, sampling: Sampling) -> Sequence[int]:
+        """Return the number of completions of each prompt."""
+        return [sampling.num_generations] * len(self.prompts) if self.sizes is None else self.sizes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +116,11 @@ class RolloutPipeline:
         purpose: str,
         step: int,
         source: Source = "fresh",
+        sizes: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
         """Roll out prompts and return their groups, in order.
+
+        The first completions of a group are those of a smaller group of the same prompt.
 
         Args:
             prompts: `B` prompts.
@@ -112,8 +130,9 @@ class RolloutPipeline:
             purpose: separates the random numbers of training, reference and validation rollouts.
             step: the training step; part of the seed of every sample.
             source: set on the groups.
+            sizes: number of completions of each prompt; None is `G` for all.
         """
-        [groups] = self.roll_together([RolloutRequest(prompts, purpose, source)], sampling, ledger, step=step)
+        [groups] = self.roll_together([RolloutRequest(prompts, purpose, source, sizes)], sampling, ledger, step=step)
         return groups
 
     def roll_together(
@@ -126,23 +145,32 @@ class RolloutPipeline:
         """
         prompts = [prompt for request in requests for prompt in request.prompts]
         ends = np.cumsum([len(request.prompts) for request in requests]).tolist()
-        shares = self._shares(prompts, sampling)
-        mine = [
-            [prompts[position] for position in shares[self.ranks.rank] if end - len(request.prompts) <= position < end]
+        sizes = [size for request in requests for size in request.sizes_by(sampling)]
+        shares = self._shares(prompts, sampling, sizes)
+        places = [
+            [position for position in shares[self.ranks.rank] if end - len(request.prompts) <= position < end]
             for request, end in zip(requests, ends, strict=True)
         ]
-        seeds = [self._seeds(its, sampling, request.purpose, step) for its, request in zip(mine, requests, strict=True)]
+        mine = [[prompts[position] for position in its] for its in places]
+        seeds = [
+            request.seeds(self.seed, prompts[position], sizes[position], step)
+            for request, its in zip(requests, places, strict=True)
+            for position in its
+        ]
         phase = _phase(requests[0].purpose)
         spent = -ledger.seconds[phase]
         # Ranks without a share enter the contexts too: these may be collective.
         with ledger.phase(phase), self._gathered(), self.precision(), _finite(step):
-            completions = self.engine.generate([one for its in mine for one in its], sampling, np.concatenate(seeds))
+            completions = self._generated([one for its in mine for one in its], sampling, seeds, set(sizes))
         spent += ledger.seconds[phase]
         rolled, first = Rolled(), 0
         for its, request in zip(mine, requests, strict=True):
             if its:
                 written = completions[first : first + len(its)]
-                rolled = rolled.joined(self._scored(its, written, ledger, request.purpose, step, request.source))
+                scored = self._scored(its, written, ledger, request.purpose, step, request.source)
+                if request.begun:  # prompts that have been counted
+                    scored = replace(scored, counts={**scored.counts, f"{request.purpose}/prompts": 0})
+                rolled = rolled.joined(scored)
                 first += len(its)
         if self.ranks.size > 1:
             spent -= ledger.seconds[phase]
@@ -305,11 +333,27 @@ class RolloutPipeline:
         self.stop_if_a_reward_fails(ledger, f"Step {step + 1}")
         return [replace(one, birth_step=group.birth_step) for one, group in zip(scored, groups, strict=True)]
 
-    def _shares(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+    def _shares(
+        self, prompts: Sequence[Prompt], sampling: Sampling, sizes: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """Return the positions of the prompts that each rank rolls out."""
-        # Only the bound of a completion's length is known: prompts are dealt evenly, after their own length.
-        written = sampling.num_generations * sampling.max_completion_length
-        return deal([len(prompt.token_ids) + written for prompt in prompts], self.ranks.size)
+        # Only the bound of a completion's length is known: prompts are dealt by completions, after their own length.
+        sizes = [sampling.num_generations] * len(prompts) if sizes is None else sizes
+        written = [size * sampling.max_completion_length for size in sizes]
+        return deal(
+            [len(prompt.token_ids) + its for prompt, its in zip(prompts, written, strict=True)], self.ranks.size
+        )
+
+    def _generated(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[np.ndarray], sizes: set[int]
+    ) -> Groups:
+        """Generate a completion of each prompt for every one of its seeds; `sizes` are those of all ranks' groups."""
+        # An engine generates equally many completions of every prompt: where sizes differ, each is a request.
+        size = sizes.pop() if len(sizes) == 1 else 1
+        asked = [prompt for prompt, its in zip(prompts, seeds, strict=True) for _ in range(len(its) // size)]
+        drawn = np.concatenate([np.zeros(0, np.int64), *seeds]).reshape(-1, size)
+        found = iter(self.engine.generate(asked, replace(sampling, num_generations=size), drawn))
+        return [tuple(one for _ in range(len(its) // size) for one in next(found)) for its in seeds]
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
         return sample_seeds(self.seed, purpose, step, [prompt.id for prompt in prompts], sampling.num_generations)

@@ -20,23 +20,27 @@ _REPLAY = {
 
 
 def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Return metrics of rewards and lengths of the trained groups, and their informative fraction."""
+    """Return metrics of rewards and lengths of the trained groups, and their informative fraction.
+
+    Means of rewards are those over prompts, each of which counts once, whatever the size of its group.
+    """
     groups = [group for group in groups if group.completions]
     if not groups:
         return {}
-    rewards = np.concatenate([group.rewards for group in groups])
     deviations = np.array([np.std(group.rewards, ddof=1) if len(group.rewards) > 1 else 0.0 for group in groups])
     metrics = {
-        "reward": float(rewards.mean()),
+        "reward": float(np.mean([group.rewards.mean() for group in groups])),
         "reward_std": float(deviations.mean()),
         "frac_reward_zero_std": float(np.mean(deviations == 0)),
         "selection/informative_fraction": float(np.mean([group.informative for group in groups])),
     }
+    counted = np.concatenate([np.full(len(group.rewards), 1 / len(group.rewards)) for group in groups])
     for name in groups[0].components:
         values = np.concatenate([group.components[name] for group in groups])
-        if not np.isnan(values).all():
-            metrics[f"rewards/{name}/mean"] = float(np.nanmean(values))
-            metrics[f"rewards/{name}/std"] = float(np.nanstd(values))
+        if (applies := ~np.isnan(values)).any():
+            weights, values = counted[applies], values[applies].astype(np.float64)
+            metrics[f"rewards/{name}/mean"] = mean = float(np.average(values, weights=weights))
+            metrics[f"rewards/{name}/std"] = float(np.sqrt(np.average((values - mean) ** 2, weights=weights)))
     completions = [completion for group in groups for completion in group.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     ended = np.array([completion.finish_reason == "stop" for completion in completions])

@@ -91,6 +91,8 @@ def minibatches(
 ) -> list[MiniBatch]:
     """Split whole groups into mini-batches, shuffled if there are several, and weight their tokens.
 
+    Groups of unlike sizes weigh alike (see `objective.ratios.token_weights`).
+
     Args:
         groups: the groups of one batch.
         advantages: float32 `[G]` per group.
@@ -105,6 +107,8 @@ def minibatches(
         step: groups born before it count as replayed, from any source: another policy generated them.
     """
     order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
+    sizes = np.array([len(group.completions) for group in groups])
+    mean_size = sizes.sum() / max(1, (sizes > 0).sum())
     found = []
     for chosen in np.array_split(order, parts):
         rows = [
@@ -116,7 +120,10 @@ def minibatches(
             if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
         ]
         lengths = torch.tensor([len(completion.token_ids) for _, _, completion, _ in rows], dtype=torch.int64)
-        weights = token_weights(lengths, aggregation, max_completion_length=max_completion_length).tolist()
+        shares = torch.tensor([mean_size / sizes[index] for index, *_ in rows])
+        weights = token_weights(
+            lengths, aggregation, max_completion_length=max_completion_length, shares=shares
+        ).tolist()
         part = MiniBatch([], [], int(lengths.sum()), int(lengths.sum()))
         for (index, sample, completion, advantage), weight in zip(rows, weights, strict=True):
             if advantage == 0 and not keep_zero_advantage:

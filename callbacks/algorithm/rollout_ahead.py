@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -18,15 +16,13 @@ from app.module import GRPOModule
 from app.rollouts.in_flight import InFlight
 from app.rollouts.pipeline import Segments
 from callbacks.algorithm.dynamic_sampling import count_rollouts
+from callbacks.algorithm.prepared_batch import packed, prepared_state, restored_batch, unpacked
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
-from datamodules.group_codec import pack_groups, unpack_groups
-from datamodules.ledger import WeightedMean
 from datamodules.online import OnlinePromptDataModule
-from datamodules.pool import PromptPool
-from datamodules.types import Outcomes, RolloutGroup, TrainBatch
+from datamodules.types import Outcomes, TrainBatch
 
 
 class RolloutAhead(StepCallback):
@@ -204,56 +200,23 @@ class RolloutAhead(StepCallback):
         state: dict[str, Any] = {}
         if self._flights:
             state["in_flight"] = {
-                **_packed([one.group for one in self._flights]),
+                **packed([one.group for one in self._flights]),
                 "segments": [one.segments for one in self._flights],
                 "scored": [one.scored for one in self._flights],
                 "forecasts": [one.forecast for one in self._flights],
                 "explored": [one.explored for one in self._flights],
             }
-        coming = self._data.prepared
-        if coming is None:
-            return state
-        return state | {
-            "step": coming.step,
-            "prompts_per_step": self._data.prompts_per_step,
-            "prompts": [prompt.id for prompt in coming.prompts],
-            **_packed(coming.groups),
-            "forecast": None if coming.forecast is None else torch.from_numpy(coming.forecast.copy()),
-            "pool_forecast": None if coming.pool_forecast is None else torch.from_numpy(coming.pool_forecast.copy()),
-            "explored": sorted(coming.explored),
-            "seconds": dict(coming.ledger.seconds),
-            "counts": dict(coming.ledger.counts),
-            "reward_metrics": {name: list(mean) for name, mean in coming.ledger.reward_metrics.items()},
-        }
+        return state | prepared_state(self._data)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pool = self._data.pools["train"]
         if saved := state_dict.get("in_flight"):
             columns = (saved[name] for name in ("segments", "scored", "forecasts", "explored"))
-            self._flights = [InFlight(*one) for one in zip(_unpacked(saved, pool), *columns, strict=True)]
+            self._flights = [InFlight(*one) for one in zip(unpacked(saved, pool), *columns, strict=True)]
             self._note_in_flight()
         if "step" not in state_dict:
             return
-        prompts = [pool[position] for position in pool.positions(state_dict["prompts"])]
-        forecast, pool_forecast = (
-            None if state_dict[name] is None else state_dict[name].numpy() for name in ("forecast", "pool_forecast")
-        )
-        coming = TrainBatch(state_dict["step"], prompts, forecast)
-        coming.pool_forecast = pool_forecast
-        coming.add(_unpacked(state_dict, pool))
-        coming.explored = frozenset(state_dict["explored"])
-        coming.ledger.seconds.update(state_dict["seconds"])
-        coming.ledger.counts.update(state_dict["counts"])
-        for name, mean in state_dict.get("reward_metrics", {}).items():
-            coming.ledger.average(name, WeightedMean(*mean))
-        now = self._data.prompts_per_step
-        more = now - state_dict.get("prompts_per_step", now)  # the resumed run may have been given another number
-        if more > 0:
-            self._data.add_prompts(coming, more)  # rolled out when the step begins
-        elif more < 0:
-            kept = max(0, len(coming.prompts) + more)
-            coming.prompts, coming.forecast = coming.prompts[:kept], None if forecast is None else forecast[:kept]
-            coming.move(coming.groups[kept:], "surplus")
+        coming = restored_batch(state_dict, self._data)
         # The resumed run may permit less staleness: such prompts are rolled out again when the step begins.
         coming.move([one for one in coming.groups if coming.step - one.birth_step > self.staleness], "surplus")
         self._data.prepared = coming
@@ -266,15 +229,3 @@ def _fill(coming: TrainBatch, taken: Sequence[InFlight]) -> None:
     coming.add_prompts([one.group.prompt for one in taken], None if np.isnan(forecast).all() else forecast)
     coming.explored = frozenset(one.group.prompt.id for one in taken if one.explored)
     coming.add([one.group for one in taken])
-
-
-def _packed(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
-    """Return groups for a checkpoint."""
-    return {"groups": pack_groups(groups), "extras": json.dumps([dict(group.extras) for group in groups])}
-
-
-def _unpacked(state: dict[str, Any], pool: PromptPool) -> list[RolloutGroup]:
-    """Restore the groups from `_packed`."""
-    groups = unpack_groups(state["groups"], pool)
-    extras = json.loads(state["extras"]) if "extras" in state else [{} for _ in groups]
-    return [replace(group, extras=one) for group, one in zip(groups, extras, strict=True)]

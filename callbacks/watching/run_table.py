@@ -22,6 +22,7 @@ from app.policy.scoring import can_share_prompts
 from app.policy.weights import count_parameters
 from app.reporting.memory import Part, Precision, StepSizes, memory_parts
 from callbacks.algorithm.dynamic_sampling import DynamicSampling
+from callbacks.algorithm.group_sizes import GroupSizes
 from callbacks.algorithm.references import ReferenceRollouts
 from callbacks.algorithm.replay import RolloutReplay
 from callbacks.algorithm.rollout_ahead import RolloutAhead
@@ -168,7 +169,10 @@ def _run_rows(
         ("tokens per micro-batch, at most", f"{module.max_tokens_per_microbatch:,}", ""),
     ]
     for one in callbacks:
-        if isinstance(one, ReferenceRollouts):
+        if isinstance(one, GroupSizes):
+            least, most = one.bounds(generations)
+            rows.append((f"completions of a prompt, {generations} on average", "", f"{least} to {most}"))
+        elif isinstance(one, ReferenceRollouts):
             rows.append(shared(f"reference completions, every {one.every}", one.size * generations))
         elif isinstance(one, DynamicSampling):
             rows.append(("refills of what a filter drops, at most", "", str(one.max_refills)))

@@ -85,6 +85,11 @@ class Selector(ABC):
         return self._pool
 
     @property
+    def forecasts(self) -> bool:
+        """Whether `forecast` returns success rates, if perhaps not before the method has learnt something."""
+        return type(self).forecast is not Selector.forecast
+
+    @property
     def explored_ids(self) -> frozenset[str]:
         """Ids chosen in this step by uniform exploration: an unbiased sample of the eligible prompts."""
         return frozenset()

@@ -175,6 +175,10 @@ class Composed(Selector):
     def updated(self, size: float) -> None:
         self.ranker.updated(size)
 
+    @property
+    def forecasts(self) -> bool:
+        return self.ranker.forecasts
+
     def forecast(self) -> np.ndarray | None:
         return self.ranker.forecast()
 

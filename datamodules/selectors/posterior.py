@@ -217,12 +217,18 @@ class Posterior(Ranker):
         unique, place = np.unique(positions, return_inverse=True)
         successes = np.bincount(place, successes).astype(np.float64)
         samples = np.bincount(place, samples).astype(np.float64)
-        group = int(outcomes.samples.max())  # a pilot has fewer completions than the groups that are chosen for
+        # A pilot has fewer completions than the groups that are chosen for.
+        group = outcomes.group_size or int(outcomes.samples.max())
         if group != self._group:
             self._group, self._table = group, None
         if outcomes.source == "fresh":
-            mixed = (outcomes.success_rate > 0) & (outcomes.success_rate < 1)
-            self._calibration.learn(self._informative()[positions], mixed.astype(np.float64))
+            informative = ((outcomes.success_rate > 0) & (outcomes.success_rate < 1)).astype(np.float64)
+            known = np.ones(len(positions), dtype=bool)
+            if outcomes.group_size is not None:  # only larger groups tell whether one of this size is informative
+                known = outcomes.samples >= group
+                informative = _informative_part(outcomes.success_rate, outcomes.samples, group)
+            if known.any():
+                self._calibration.learn(self._informative()[positions[known]], informative[known])
         self._model.observe(unique, successes, samples)
         self._cells = None
         if self.learn_constants and len(self._log) < MAX_LOG:
@@ -309,3 +315,14 @@ class Posterior(Ranker):
         self._reviews_owed, self._moved = state["reviews_owed"], state["moved"]
         self._updates = (state["updates"][0], state["updates"][1])
         self._table = self._cells = None
+
+
+def _informative_part(rates: np.ndarray, samples: np.ndarray, group: int) -> np.ndarray:
+    """Return the probability that `group` of each prompt's `samples`, drawn without replacement, differ, `[N]`."""
+    right = np.rint(np.clip(rates, 0, 1) * samples)
+    drawn = np.arange(group)
+    alike = [
+        np.prod(np.maximum(one[:, None] - drawn, 0) / np.maximum(samples[:, None] - drawn, 1), axis=1)
+        for one in (right, samples - right)
+    ]
+    return 1 - np.sum(alike, axis=0)

@@ -37,7 +37,7 @@ def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arms_change_what_selects_rolls_out_and_repeats_and_nothing_else() -> None:
     asked = request()
     found = {name: resolve(asked, arm(name), 0) for name in ARMS}
-    allowed = ("ReferenceRollouts", "DynamicSampling", "RolloutReplay", "Pilots")
+    allowed = ("ReferenceRollouts", "DynamicSampling", "RolloutReplay", "Pilots", "GroupSizes")
     for name, settings in found.items():
         for line in differences(settings, found["grpo"]):
             assert line.startswith(("data.selector", "model.reuse", *(f"callbacks.{one}" for one in allowed))), (

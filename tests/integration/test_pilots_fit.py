@@ -38,6 +38,12 @@ def with_pilots(config: dict[str, Any]) -> None:
     data(config)["prompts_per_step"] = 3
 
 
+def with_pilots_ahead(config: dict[str, Any]) -> None:
+    with_pilots(config)
+    config["trainer"]["callbacks"][0]["init_args"]["ahead"] = True
+    config["trainer"]["callbacks"][-1]["init_args"]["keep"] = 5
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Place:
     found = Place.at(tmp_path, monkeypatch, capsys)
@@ -53,6 +59,29 @@ def fit(place: Place, folder: str, steps: int, *more: str) -> tuple[Path, dict[s
     assert code == 0, said[-2000:]
     run = place.path / folder / "small" / "version_0"
     return run, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_run_resumed_between_pilots_and_groups_is_the_run_that_was_not_stopped(place: Place) -> None:
+    place.config(with_pilots_ahead)
+    whole, expected = fit(place, "whole", 5)
+    saved = whole / "checkpoints" / "step_00000003.ckpt"
+    held = torch.load(saved, weights_only=True)["callbacks"]
+    (key,) = (name for name in held if "Pilots" in name)
+    prompts = held[key]["prepared"]["prompts"]
+    assert held[key]["prepared"]["step"] == 3 and prompts
+    again, found = fit(place, "again", 5, "--ckpt_path", str(saved))
+    ours, others = logged(again), logged(whole)
+    assert {tag: values for tag, values in ours.items() if 3 in values} == {
+        tag: {step: value for step, value in others[tag].items() if step in ours[tag]} for tag in ours if 3 in ours[tag]
+    }
+    assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
+    assert found["callbacks"][key] == expected["callbacks"][key]
+    # Without the option the prompts are rolled out again, when their step begins.
+    place.config(with_pilots)
+    other, _ = fit(place, "other", 5, "--ckpt_path", str(saved))
+    assert (
+        logged(other)["sampling/sampling_logp_difference/mean"][3] < ours["sampling/sampling_logp_difference/mean"][3]
+    )
 
 
 def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: Place) -> None:
@@ -74,8 +103,10 @@ def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: P
 
 @pytest.mark.long
 @pytest.mark.ranks
-def test_two_processes_complete_the_same_groups_as_one(tmp_path: Path) -> None:
-    pilots = json.dumps({"class_path": "callbacks.Pilots", "init_args": {"n_init": 2, "rule": "informative"}})
+@pytest.mark.parametrize("ahead", [False, True])
+def test_two_processes_complete_the_same_groups_as_one(tmp_path: Path, ahead: bool) -> None:
+    options = {"n_init": 2, "rule": "informative", "ahead": ahead}
+    pilots = json.dumps({"class_path": "callbacks.Pilots", "init_args": options})
     more = (f"--trainer.callbacks+={pilots}", "--trainer.max_steps=4", "--trainer.limit_val_batches=0")
     done = [dots(*fit_arguments(tmp_path / "one", *more))]
     done += dots_on_ranks(

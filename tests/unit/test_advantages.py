@@ -15,13 +15,16 @@ from datamodules.types import REWARD_TOLERANCE
 def test_by_hand() -> None:
     # Group 7: rewards 1, 0, 0: mean 1/3, deviations 2/3, -1/3, -1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3.
     # Group 2: rewards 1, 1, 0, 0: mean 1/2, deviations +-1/2, unbiased variance 4 (1/4) / 3 = 1/3 as well.
-    # All seven: sum 3, mean 3/7, squared deviations 3 (4/7)^2 + 4 (3/7)^2 = 84/49, unbiased variance 84/49/6 = 2/7.
+    # The mean size is 7/2: differences are multiplied by 3/2 x 5/7 and 4/3 x 5/7, and the completions of a group count
+    # 7/6 and 7/8 times. All seven: mean of the groups' means 5/12, and the weighted variance is
+    # (7/6 (7^2 + 2 x 5^2) + 7/8 (2 x 7^2 + 2 x 5^2)) / 12^2 / 6 = 245/864.
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     groups = torch.tensor([7, 2, 2, 2, 7, 7, 2])
     centred = torch.tensor([2 / 3, 1 / 2, -1 / 2, 1 / 2, -1 / 3, -1 / 3, -1 / 2], dtype=torch.float64)
+    centred *= torch.where(groups == 7, 15 / 14, 20 / 21)
     torch.testing.assert_close(group_advantages(rewards, groups, "none"), centred)
     torch.testing.assert_close(group_advantages(rewards, groups, "group"), centred / ((1 / 3) ** 0.5 + 1e-6))
-    torch.testing.assert_close(group_advantages(rewards, groups, "batch"), centred / ((2 / 7) ** 0.5 + 1e-6))
+    torch.testing.assert_close(group_advantages(rewards, groups, "batch"), centred / ((245 / 864) ** 0.5 + 1e-6))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -29,12 +32,16 @@ def test_equals_a_loop_over_groups(scale: str) -> None:
     generator = torch.Generator().manual_seed(3)
     groups = torch.randint(0, 12, (60,), generator=generator)
     rewards = torch.rand(60, generator=generator, dtype=torch.float64)
-    everything = statistics.stdev(rewards.tolist())
+    scored = list(zip(rewards.tolist(), groups.tolist(), strict=True))
+    of = {group: [r for r, g in scored if g == group] for group in set(groups.tolist())}
+    mean_size, mean = 60 / len(of), statistics.fmean(map(statistics.fmean, of.values()))
+    spread = sum(statistics.fmean((r - mean) ** 2 for r in mates) for mates in of.values()) * mean_size / 59
     expected = []
-    for reward, group in zip(rewards.tolist(), groups.tolist(), strict=True):
-        mates = [r for r, g in zip(rewards.tolist(), groups.tolist(), strict=True) if g == group]
-        divisor = {"group": statistics.stdev(mates) + 1e-6, "batch": everything + 1e-6, "none": 1.0}[scale]
-        expected.append((reward - statistics.fmean(mates)) / divisor)
+    for reward, group in scored:
+        mates, size = of[group], len(of[group])
+        divisor = {"group": statistics.stdev(mates) + 1e-6, "batch": spread**0.5 + 1e-6, "none": 1.0}[scale]
+        weight = size / (size - 1) * (mean_size - 1) / mean_size
+        expected.append((reward - statistics.fmean(mates)) * weight / divisor)
     actual = group_advantages(rewards, groups, scale)  # type: ignore[arg-type]
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
@@ -208,3 +215,15 @@ def test_the_mean_weighted_by_length_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([0.25, -0.75, 1.0, -1.0]))
     with pytest.raises(ValueError, match="needs the length of every completion"):
         group_advantages(rewards, groups, "none", "optimal")
+
+
+def test_one_reward_normalised_apart_is_that_reward_also_for_unlike_sizes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    rewards, groups = torch.rand(9, generator=generator), torch.tensor([4, 1, 1, 4, 4, 4, 1, 7, 7])
+    for scale in ("group", "batch_centred"):
+        found = decoupled_advantages(rewards[:, None], torch.ones(1), groups, scale)  # type: ignore[arg-type]
+        expected = group_advantages(rewards, groups, "group")
+        if scale == "batch_centred":  # whose deviation counts groups alike: 3 / n for groups of 4, 3 and 2
+            shares = torch.tensor([3 / 4, 1, 1, 3 / 4, 3 / 4, 3 / 4, 1, 3 / 2, 3 / 2])
+            expected = expected / ((shares * expected**2).sum() / 8) ** 0.5
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

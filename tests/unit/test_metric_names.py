@@ -31,6 +31,10 @@ ELSEWHERE = {
     "difficulty/predictor_used",  # with a trained predictor only
     "epoch",
     "ranks/update_token_imbalance",
+    "group_size/informative_forecast",  # with GroupSizes only
+    "group_size/informative_if_equal",
+    "group_size/max",
+    "group_size/min",
     "pilot/completed_fraction",  # with Pilots only
     "pilot/saved_completions",
     "pilot/threshold",

@@ -27,8 +27,9 @@ def make(groups, *, parts=1, aggregation="token", keep=False, mask=False):
 
 def test_advantages_are_relative_to_each_group():
     first, second = advantages_of([group(prompt(0), [0, 1]), group(prompt(1), [1, 1, 1])], "group")
-    # Mean 1/2 and unbiased standard deviation sqrt(1/2): +-(1/2) / 0.70711 = +-0.70711.
-    np.testing.assert_allclose(first, [-0.70711, 0.70711], atol=2e-5)
+    # Mean 1/2 and unbiased standard deviation sqrt(1/2): +-(1/2) / 0.70711 = +-0.70711. Of a pair the mean takes 1/2
+    # away, of a group of the mean size 5/2 only 2/5: times 2 x 3/5.
+    np.testing.assert_allclose(first, [-0.84853, 0.84853], atol=2e-5)
     np.testing.assert_array_equal(second, [0, 0, 0])
 
 
@@ -38,7 +39,8 @@ def test_equal_rewards_are_left_out_but_counted():
     assert part.tokens == (1 + 2) + (1 + 2 + 3)
     assert part.skipped_tokens == 6
     assert [len(sequence.completion_ids) for sequence in part.sequences] == [1, 2]
-    assert all(sequence.weight == pytest.approx(1 / 9) for sequence in part.sequences)
+    # The groups count alike: 3 tokens of a pair and 6 of three completions are 3/2 and 2 tokens per completion.
+    assert all(sequence.weight == pytest.approx(1 / 2 / (3 / 2 + 2)) for sequence in part.sequences)
 
 
 def test_a_kl_term_keeps_every_completion():

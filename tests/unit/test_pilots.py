@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.engines import RolloutEngine, Sampling
+from app.engines import RolloutEngine, Sampling, Transformers
+from app.update.optimization import Optimization
 from callbacks import DynamicSampling, Pilots, ReferenceRollouts, RolloutAhead, RolloutReplay
 from callbacks.algorithm.pilot_worth import DECAY, PilotWorth
 from datamodules.errors import UserError
+from datamodules.seeding import sample_seeds
 from datamodules.selectors import Mopps
 from datamodules.types import Completion, Outcomes
 from tests.support.builders import group, prompt
@@ -196,6 +198,73 @@ def test_the_engine_completes_groups_while_it_decodes_others(options: dict[str, 
     assert engine(model).generate_with_pilots([], sampling, seeds[:0], 2, lambda pilots: []) == []
 
 
+def test_pilots_ahead_share_a_call_with_the_groups_of_the_step_before(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    generate = Transformers.generate
+
+    def noting(engine: Transformers, given: Any, *rest: Any) -> Any:
+        asked.append(sorted({one.id for one in given}))
+        return generate(engine, given, *rest)
+
+    monkeypatch.setattr(Transformers, "generate", noting)
+    selector, pilots = Noting(), Pilots(2, "informative", ahead=True)
+    run = scripted_run(tmp_path, monkeypatch, PATTERNS, [pilots], selector=selector, steps=4, prompts_per_step=6)
+    others = run.steps[1:]
+    # The first step generates its own groups by another method, and the pilots of the second.
+    assert asked[0] == sorted(others[0].prompts) and len(asked) == 4
+    for place, (step, before) in enumerate(zip(others, run.steps, strict=False), start=1):
+        half = [name for name in step.prompts if int(name[1:]) % 3 == 0]
+        assert names(step.groups) == half and sorted(names(step.groups + step.dropped)) == sorted(step.prompts)
+        assert not set(step.prompts) & set(before.prompts)
+        coming = run.steps[place + 1].prompts if place < 3 else []
+        assert asked[place] == sorted({*half, *coming})
+        for one in (*step.groups, *step.dropped):
+            assert one.birth_step == place - 1
+            versions = [its.policy_version for its in one.completions]
+            assert versions == ([place - 1] * 2 + [place] * 2 if one.prompt.id in half else [place - 1] * 2)
+        rewards = [one.correctness.tolist() for one in step.groups]
+        assert rewards == [[1, 0, 1, 0]] * len(half)
+        assert step.counts["train/completions"] == 2 * len(half) + 2 * len(coming)
+        assert step.counts["train/prompts"] == len(coming)
+        assert step.metrics["pilot/saved_completions"] == 2 * len(step.dropped)
+        assert step.counts["discarded/completions"] == 2 * len(step.dropped)
+    # Every prompt is observed once, with the completions that it had.
+    for step in run.steps:
+        for one in (*step.groups, *step.dropped):
+            its = [dict(zip(seen.prompt_ids, seen.samples.tolist(), strict=True)) for seen in selector.seen]
+            assert len(one.completions) in [seen[one.prompt.id] for seen in its if one.prompt.id in seen]
+    assert sum(len(seen.prompt_ids) for seen in selector.seen) == sum(len(step.prompts) for step in run.steps)
+
+
+def test_pilots_ahead_need_two_steps_of_prompts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"has 5 prompts and two steps have 6\. Lower data\.prompts_per_step"):
+        scripted_run(tmp_path, monkeypatch, [HALF] * 5, [Pilots(2, ahead=True)], prompts_per_step=3)
+
+
+@pytest.mark.parametrize("rate", [1e-30, 1e-3])
+def test_the_tokens_of_pilots_ahead_are_those_of_the_policy_of_their_time(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    options = {"steps": 3, "prompts_per_step": 6, "optimization": Optimization(learning_rate=rate)}
+    run = scripted_run(tmp_path, monkeypatch, [HALF] * 24, [Pilots(2, "informative", ahead=True)], **options)
+    moved = [step.metrics["sampling/sampling_logp_difference/mean"] for step in run.steps]
+    assert moved[0] < 1e-5
+    if rate == 1e-3:  # half of the tokens are those of the policy before the last update
+        assert min(moved[1:]) > 1e-3
+        assert all(abs(step.metrics["sampling/importance_sampling_ratio/mean"] - 1) > 1e-5 for step in run.steps[1:])
+        return
+    assert max(moved) < 1e-5
+    for number, step in enumerate(run.steps):
+        for one in step.groups:
+            seeds = sample_seeds(0, "train", number, [one.prompt.id], 4)
+            (whole,) = run.module.engine.generate([one.prompt], run.module.sampling, seeds)
+            for ours, theirs in zip(one.completions, whole, strict=True):
+                assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+                np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+
+
 def check(pilots: Pilots, *others: Any) -> None:
     module: Any = type("Module", (), {"sampling": Sampling(num_generations=8)})
     pilots.check(trainer_with(callbacks=[pilots, *others]), module, module)
@@ -212,6 +281,8 @@ def test_what_cannot_be_combined_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=told):
             check(Pilots(), *others)
+    with pytest.raises(UserError, match=r"Pilots has ahead=true and callbacks\.RolloutAhead is listed"):
+        check(Pilots(ahead=True), RolloutAhead(staleness=0))
     with pytest.raises(UserError, match=r"n_init=8, but model\.sampling\.num_generations is 8"):
         check(Pilots(8))
     with pytest.raises(UserError, match="n_init is 1, expected at least 2"):
