@@ -39,14 +39,18 @@ def test_figures_files_and_table(traces, tmp_path, capsys):
     assert set(uniform["informative"]) == {"mean", "sem"}
     assert {"variance", "pearson", "brier", "distinct", "seconds_per_step"} < set(uniform)
     assert uniform["pearson"] is None and uniform["brier"] is None
+    assert uniform["calibration"] is None and 0 <= oracle["calibration"] < 0.5
     assert uniform["distinct"] == 1.0 and uniform["rollouts_per_step"] == 6
     assert oracle["informative"]["mean"] > uniform["informative"]["mean"] and oracle["pearson"] > 0.8
     with (out / "forecast.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["selector"] == "Uniform"]
+        every = list(csv.DictReader(file))
+    rows = [row for row in every if row["selector"] == "Uniform"]
+    last = [float(row["calibration"]) for row in every if (row["selector"], row["visit"]) == ("oracle", "8")]
     assert [(row["seed"], row["visit"]) for row in rows] == [(s, str(v)) for s in "01" for v in range(3, 9)]
     by_seed = [np.mean([float(row["informative"]) for row in rows if row["seed"] == s]) for s in "01"]
     assert uniform["informative"]["mean"] == pytest.approx(np.mean(by_seed))
     assert uniform["informative"]["sem"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2)
+    assert oracle["calibration"] == pytest.approx(np.mean(last))
     assert (out / "forecast.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "30 questions, shuffled, visits 3 to 8, B = 6, 2 seeds, draws of 8 shown" in printed

@@ -1,7 +1,7 @@
 """Made recorded runs for `dots forecast`: an RL run of a small network, sudden and late learning, forgetting.
 
 Each differs from the run that selectors were tuned on in how success rates move, and is the same in every process.
-`python -m tests.support.records FOLDER` writes all of them as files for the command.
+`python -m tests.support.records FOLDER SEED` writes all of them as files for the command.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def write_record(path: Path, name: str, seed: int = 0) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def main(folder: str) -> None:
-    """Write all records into a folder."""
+def main(folder: str, seed: str = "0") -> None:
+    """Write all records of a seed into a folder."""
     for name in RECORDS:
-        write_record(Path(folder) / f"{name}.jsonl", name)
+        write_record(Path(folder) / f"{name}.jsonl", name, int(seed))
 
 
 def _made(name: str, kind: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -118,4 +118,4 @@ def _network(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

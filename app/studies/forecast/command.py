@@ -78,6 +78,9 @@ def main(args: list[str]) -> None:
     notes = [
         "informative: share of the chosen prompts with 0 < p < 1, mean over visits, +- standard error over seeds. "
         "Pearson, Brier: the forecast before each visit's rollouts against the recorded rates of all prompts. "
+        "ECE: expected calibration error, over the whole run, of the promised chance that a chosen prompt has "
+        f"0 < p < 1; where a selector promises none, of 1 - f^{options.samples} - (1 - f)^{options.samples} with its "
+        "forecast f. "
         "Rolled out: prompts per visit, references included.",
         f"{_ORACLE}: the ceiling, shown the outcomes of all prompts after every visit.",
     ]
