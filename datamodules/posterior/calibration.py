@@ -13,15 +13,14 @@ KEPT = 0.98
 """Weight of a batch relative to the next one: about the last fifty count."""
 CLIP = 1e-4
 """Probabilities nearer to 0 or 1 than this are treated alike: their log-odds stay finite."""
-BATCH_VARIANCE = 0.5
-"""Variance of the log-odds' shift that all outcomes of a batch have in common."""
-_MODERATION = 1 / np.sqrt(1 + np.pi / 8 * BATCH_VARIANCE)
-"""Factor of the log-odds whose sigmoid is about the mean over a batch's shift (MacKay 1992, "The evidence framework
-applied to classification networks", equation 10)."""
+_SHIFTS = np.array([2.0, 1.6])
+"""Shifts of the log-odds that the outcomes of a batch have in common: number and summed squares of those assumed before
+the first one."""
 _EXPECTED = np.array([0.0, 1.0, 0.0, 0.0])
 _PRECISION = np.diag([2.0, 2.0, 2.0, 2.0])
 """Prior precision of the weights around `_EXPECTED`, the forecast as it is; a dozen outcomes outweigh it."""
 _BINS = 10
+_STATE = ("weights", "precision", "shifts", "bins")
 _ITERATIONS, _LARGEST_STEP, _NEGLIGIBLE_STEP = 40, 0.5, 1e-9
 
 
@@ -49,24 +48,34 @@ class Calibration:
     how prompts move is too sure. Both show in the outcomes of the chosen. These are not independent: what the model
     does not know of the policy is the same for the whole batch. So every batch has a shift of its own (a mixed model;
     Breslow & Clayton 1993, "Approximate inference in generalized linear mixed models"), and a large batch at the start
-    does not pass for hundreds of proofs. The regression is Bayesian: the posterior of one batch, widened, is the prior
-    of the next (Laplace's approximation; Spiegelhalter & Lauritzen 1990, "Sequential updating of conditional
-    probabilities on directed graphical structures").
+    does not pass for hundreds of proofs. How much batches shift is learnt by expectation maximisation. The regression
+    is Bayesian: the posterior of one batch, widened, is the prior of the next (Laplace's approximation; Spiegelhalter &
+    Lauritzen 1990, "Sequential updating of conditional probabilities on directed graphical structures").
 
     Attributes:
         weights: float64 `[4]` of the columns of `design`.
         precision: float64 `[4, 4]` of the belief over them.
+        shifts: float64 `[2]` number of batches and the expected sum of their squared shifts, older ones counting less.
         bins: float64 `[10, 3]` by calibrated probability: outcomes, their summed probabilities made before them, and
             how many were informative.
     """
 
     def __init__(self) -> None:
-        self.weights, self.precision = _EXPECTED.copy(), _PRECISION.copy()
+        self.weights, self.precision, self.shifts = _EXPECTED.copy(), _PRECISION.copy(), _SHIFTS.copy()
         self.bins = np.zeros((_BINS, 3))
 
+    @property
+    def variance(self) -> float:
+        """Variance of the log-odds' shift that all outcomes of a batch have in common."""
+        return float(self.shifts[1] / self.shifts[0])
+
     def apply(self, rows: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities, float64 `[N]`, of prompts with the `design` `[N, 4]`."""
-        return sigmoid(rows @ (self.weights * _MODERATION))
+        """Return calibrated probabilities, float64 `[N]`, of prompts with the `design` `[N, 4]`.
+
+        They are the means over the batch's shift, approximately (MacKay 1992, "The evidence framework applied to
+        classification networks", equation 10).
+        """
+        return sigmoid(rows @ (self.weights / np.sqrt(1 + np.pi / 8 * self.variance)))
 
     def learn(self, rows: np.ndarray, informative: np.ndarray) -> None:
         """Score the promises of a batch with the `design` `[N, 4]` against its outcomes, then learn from them.
@@ -81,7 +90,7 @@ class Calibration:
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # the last weight is the batch's shift
         prior = np.zeros((width + 1, width + 1))
         prior[:width, :width] = KEPT * self.precision + (1 - KEPT) * _PRECISION
-        prior[width, width] = 1 / BATCH_VARIANCE
+        prior[width, width] = 1 / self.variance
         before = np.append(self.weights, 0.0)
         weights, precision = before, prior
         for _ in range(_ITERATIONS):
@@ -98,6 +107,8 @@ class Calibration:
         # The shift is gone with its batch: the precision of the others without knowing it.
         shared = precision[:width, width]
         self.precision = precision[:width, :width] - np.outer(shared, shared) / precision[width, width]
+        square = weights[width] ** 2 + np.linalg.inv(precision)[width, width]
+        self.shifts = KEPT * self.shifts + (1 - KEPT) * _SHIFTS + np.array([1.0, square])
 
     @property
     def error(self) -> float:
@@ -106,10 +117,8 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the belief and the scores, as tensors."""
-        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("weights", "precision", "bins")}
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state."""
-        self.weights, self.precision, self.bins = (
-            state[name].numpy().copy() for name in ("weights", "precision", "bins")
-        )
+        self.weights, self.precision, self.shifts, self.bins = (state[name].numpy().copy() for name in _STATE)
