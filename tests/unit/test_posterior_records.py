@@ -42,7 +42,7 @@ def test_leads_and_keeps_its_promises_on_records_kept_back(name, tmp_path):
 
 @pytest.mark.slow
 def test_history_pays_on_an_rl_run_of_the_tiny_policy(tmp_path):
-    """Nine visits to three kinds of prompts: ahead of all that look at history only; Dots measures the kinds at once."""
+    """Ahead of all that look at history only in nine visits to three kinds of prompts, which Dots measures at once."""
     traces = read_traces(POLICY)
     (share, error), others = scores(Posterior, traces, tmp_path, 2, 48), rivals(traces, tmp_path, 48)
     print(f"policy: {share:.3f}, {others}, calibration error {error:.3f}")
