@@ -111,7 +111,7 @@ class Pilots(Rollouts):
         )  # fmt: skip
         seconds = (batch.ledger.seconds["rollout"] - before) / max(1, sum(group.completion_tokens for group in groups))
         with batch.ledger.phase("select"):
-            selector.observe(Outcomes.of(groups, batch.step, "fresh"))
+            selector.observe(Outcomes.of(groups, batch.step, "fresh", self.n_init + rest))
         # An informative pilot is completed, and only one that lost completions to failed scores is no longer than one.
         dropped = [one for one in groups if not one.informative and len(one.completions) <= self.n_init]
         batch.add(groups)
@@ -150,7 +150,7 @@ class Pilots(Rollouts):
         batch.add(whole)
         self._account(batch, [*whole, *spared], spared, rest, seconds / max(1, tokens))
         with batch.ledger.phase("select"):
-            data.selector.observe(Outcomes.of(whole, batch.step, "fresh"))
+            data.selector.observe(Outcomes.of(whole, batch.step, "fresh", self.n_init + rest))
         if coming is None:
             return
         forecast = coming.forecast_of(asked).tolist()
@@ -159,7 +159,7 @@ class Pilots(Rollouts):
         dropped = [one for one, its in zip(begun, chosen, strict=True) if not its]
         coming.add(dropped, "dropped")
         with batch.ledger.phase("select"):  # of the others when they are complete
-            data.selector.observe(Outcomes.of(dropped, batch.step, "fresh"))
+            data.selector.observe(Outcomes.of(dropped, batch.step, "fresh", self.n_init + rest))
 
     def _account(
         self,

@@ -13,51 +13,102 @@ KEPT = 0.98
 """Weight of a batch relative to the next one: about the last fifty count."""
 CLIP = 1e-4
 """Probabilities nearer to 0 or 1 than this are treated alike: their log-odds stay finite."""
-_EXPECTED = np.array([0.0, 1.0])
-_PRECISION = np.diag([2.0, 2.0])
-"""Prior precision of bias and slope around `_EXPECTED`, the forecast as it is; a dozen outcomes outweigh it."""
+_SHIFTS = np.array([2.0, 1.6])
+"""Shifts of the log-odds that the outcomes of a batch have in common: number and summed squares of those assumed before
+the first one."""
+_EXPECTED = np.array([0.0, 1.0, 0.0, 0.0])
+_PRECISION = np.diag([2.0, 2.0, 2.0, 2.0])
+"""Prior precision of the weights around `_EXPECTED`, the forecast as it is; a dozen outcomes outweigh it."""
 _BINS = 10
-_ITERATIONS, _LARGEST_STEP = 40, 0.5
+_STATE = ("weights", "precision", "shifts", "bins")
+_ITERATIONS, _LARGEST_STEP, _NEGLIGIBLE_STEP = 40, 0.5, 1e-9
+
+
+def design(chance: np.ndarray, mean: np.ndarray, rested: np.ndarray) -> np.ndarray:
+    """Return what the calibration looks at, float64 `[N, 4]`.
+
+    A constant; the log-odds of the model's P(informative); the side of one half on which the prompt is; and the
+    logarithm of the time since its latest outcome. The last two are where the model errs in a way that depends on the
+    run: how soon prompts that are mastered, or hopeless, return to what their texts promise.
+
+    Args:
+        chance: P(informative) as the model has it, float64 `[N]`.
+        mean: mean log-odds of success, float64 `[N]`.
+        rested: steps since the latest outcome, float64 `[N]`; 0 for a prompt without one.
+    """
+    clipped = np.clip(chance, CLIP, 1 - CLIP)
+    columns = np.ones_like(clipped), np.log(clipped / (1 - clipped)), np.tanh(mean), np.log(np.maximum(rested, 1.0))
+    return np.stack(columns, axis=1)
 
 
 class Calibration:
-    """Platt's map `sigmoid(bias + slope logit(p))`, by logistic regression on the outcomes of the chosen prompts.
+    """Logistic regression of the chosen prompts' outcomes on `design`: Platt's map with two more inputs.
 
     What is chosen for a high probability is promised too much (the winner's curse), and a model that is wrong about
-    how prompts move is too sure. Both show in the outcomes of the chosen. The regression is Bayesian: the posterior of
-    one batch, widened, is the prior of the next (Laplace's approximation; Spiegelhalter & Lauritzen 1990, "Sequential
-    updating of conditional probabilities on directed graphical structures").
+    how prompts move is too sure. Both show in the outcomes of the chosen. These are not independent: what the model
+    does not know of the policy is the same for the whole batch. So every batch has a shift of its own (a mixed model;
+    Breslow & Clayton 1993, "Approximate inference in generalized linear mixed models"), and a large batch at the start
+    does not pass for hundreds of proofs. How much batches shift is learnt by expectation maximisation. The regression
+    is Bayesian: the posterior of one batch, widened, is the prior of the next (Laplace's approximation; Spiegelhalter &
+    Lauritzen 1990, "Sequential updating of conditional probabilities on directed graphical structures").
 
     Attributes:
-        weights: float64 `[2]` bias and slope.
-        precision: float64 `[2, 2]` of the belief over them.
+        weights: float64 `[4]` of the columns of `design`.
+        precision: float64 `[4, 4]` of the belief over them.
+        shifts: float64 `[2]` number of batches and the expected sum of their squared shifts, older ones counting less.
         bins: float64 `[10, 3]` by calibrated probability: outcomes, their summed probabilities made before them, and
             how many were informative.
     """
 
     def __init__(self) -> None:
-        self.weights, self.precision = _EXPECTED.copy(), _PRECISION.copy()
+        self.weights, self.precision, self.shifts = _EXPECTED.copy(), _PRECISION.copy(), _SHIFTS.copy()
         self.bins = np.zeros((_BINS, 3))
 
-    def apply(self, chance: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities, float64 `[N]`, of the model's `[N]`."""
-        return sigmoid(_design(chance) @ self.weights)
+    @property
+    def variance(self) -> float:
+        """Variance of the log-odds' shift that all outcomes of a batch have in common."""
+        return float(self.shifts[1] / self.shifts[0])
 
-    def learn(self, chance: np.ndarray, informative: np.ndarray) -> None:
-        """Score the model's probabilities `[N]` against outcomes (0 or 1, `[N]`), then learn from them."""
-        promised = self.apply(chance)
+    def apply(self, rows: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities, float64 `[N]`, of prompts with the `design` `[N, 4]`.
+
+        They are the means over the batch's shift, approximately (MacKay 1992, "The evidence framework applied to
+        classification networks", equation 10).
+        """
+        return sigmoid(rows @ (self.weights / np.sqrt(1 + np.pi / 8 * self.variance)))
+
+    def learn(self, rows: np.ndarray, informative: np.ndarray) -> None:
+        """Score the promises of a batch with the `design` `[N, 4]` against its outcomes, then learn from them.
+
+        `informative` is 0 or 1, or between them the probability that it would have been, float64 `[N]`.
+        """
+        promised = self.apply(rows)
         places = np.minimum((promised * _BINS).astype(np.int64), _BINS - 1)
         for column, values in enumerate((np.ones(len(promised)), promised, informative)):
             self.bins[:, column] += np.bincount(places, values, _BINS)
-        design, before = _design(chance), self.weights
-        kept = KEPT * self.precision + (1 - KEPT) * _PRECISION
+        width = len(self.weights)
+        rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # the last weight is the batch's shift
+        prior = np.zeros((width + 1, width + 1))
+        prior[:width, :width] = KEPT * self.precision + (1 - KEPT) * _PRECISION
+        prior[width, width] = 1 / self.variance
+        before = np.append(self.weights, 0.0)
+        weights, precision = before, prior
         for _ in range(_ITERATIONS):
-            expected = sigmoid(design @ self.weights)
-            gradient = design.T @ (informative - expected) - kept @ (self.weights - before)
-            self.precision = (design.T * (expected * (1 - expected))) @ design + kept
-            step = np.linalg.solve(self.precision, gradient)
+            expected = sigmoid(rows @ weights)
+            gradient = rows.T @ (informative - expected) - prior @ (weights - before)
+            precision = (rows.T * (expected * (1 - expected))) @ rows + prior
+            step = np.linalg.solve(precision, gradient)
+            largest = float(np.abs(step).max())
             # Far from the optimum the curvature vanishes and a whole step of Newton's would leap across it.
-            self.weights = self.weights + step / max(1.0, float(np.abs(step).max()) / _LARGEST_STEP)
+            weights = weights + step / max(1.0, largest / _LARGEST_STEP)
+            if largest < _NEGLIGIBLE_STEP:
+                break
+        self.weights = weights[:width]
+        # The shift is gone with its batch: the precision of the others without knowing it.
+        shared = precision[:width, width]
+        self.precision = precision[:width, :width] - np.outer(shared, shared) / precision[width, width]
+        square = weights[width] ** 2 + np.linalg.inv(precision)[width, width]
+        self.shifts = KEPT * self.shifts + (1 - KEPT) * _SHIFTS + np.array([1.0, square])
 
     @property
     def error(self) -> float:
@@ -66,15 +117,8 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the belief and the scores, as tensors."""
-        return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("weights", "precision", "bins")}
+        return {name: torch.from_numpy(getattr(self, name).copy()) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state."""
-        self.weights, self.precision, self.bins = (
-            state[name].numpy().copy() for name in ("weights", "precision", "bins")
-        )
-
-
-def _design(chance: np.ndarray) -> np.ndarray:
-    clipped = np.clip(chance, CLIP, 1 - CLIP)
-    return np.stack([np.ones_like(clipped), np.log(clipped / (1 - clipped))], axis=1)
+        self.weights, self.precision, self.shifts, self.bins = (state[name].numpy().copy() for name in _STATE)

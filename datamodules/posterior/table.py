@@ -38,6 +38,14 @@ class Cells:
         column, along_deviation = _locate(np.sqrt(beliefs.variance), DEVIATIONS)
         return cls(row * len(DEVIATIONS) + column, along_mean, along_deviation)
 
+    def __getitem__(self, positions: np.ndarray | slice) -> Cells:
+        return Cells(self.corner[positions], self.along_mean[positions], self.along_deviation[positions])
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Means of the beliefs, clipped to the table, float64 `[Q]`."""
+        return MEANS[self.corner // len(DEVIATIONS)] + self.along_mean * (MEANS[1] - MEANS[0])
+
     def read(self, values: np.ndarray) -> np.ndarray:
         """Interpolate a tabulated quantity `values` `[M, D]` bilinearly; returns float64 `[Q]`."""
         flat, width = values.ravel(), len(DEVIATIONS)

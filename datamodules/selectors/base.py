@@ -162,6 +162,13 @@ class Selector(ABC):
         """Return the standard deviation of every forecast, float64 `[Q]`, if the method knows it."""
         return None
 
+    def informative_chance(self) -> np.ndarray | None:
+        """Return the probability that a group of each prompt is informative now, float64 `[Q]`, if the method has one.
+
+        It is of its own, not what follows from `forecast` as if that were certain.
+        """
+        return None
+
     def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
         """Return the number of prompts to request in a refill, when a batch still lacks `missing` groups.
 

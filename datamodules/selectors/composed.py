@@ -185,6 +185,9 @@ class Composed(Selector):
     def forecast_deviation(self) -> np.ndarray | None:
         return self.ranker.forecast_deviation()
 
+    def informative_chance(self) -> np.ndarray | None:
+        return self.ranker.informative_chance()
+
     def refill_size(self, missing: int, default: int, kept_fraction: float) -> int:
         sizes = [size for each in self.filters if (size := each.refill_size(missing, default, kept_fraction))]
         return max(sizes) if sizes else self.ranker.refill_size(missing, default, kept_fraction)

@@ -136,6 +136,9 @@ class Dps(Ranker):
         partly = self._partly_rates / self._partly_groups if self._partly_groups else 0.5
         return self._belief[RIGHT] + partly * self._belief[PARTLY]
 
+    def informative_chance(self) -> np.ndarray:
+        return self._belief[PARTLY].copy()
+
     def metrics(self) -> dict[str, float]:
         wrong, partly, right = self._belief.mean(1)
         return {

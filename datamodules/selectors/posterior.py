@@ -15,7 +15,7 @@ from datamodules.difficulty.kernel import KernelSpace
 from datamodules.errors import UserError
 from datamodules.pool import PromptPool
 from datamodules.posterior.acquisition import Acquisition
-from datamodules.posterior.calibration import Calibration
+from datamodules.posterior.calibration import Calibration, design
 from datamodules.posterior.evidence import Log, fit_constants, replay
 from datamodules.posterior.model import Beliefs, Constants, PosteriorModel
 from datamodules.posterior.prior import SLOPE, read_prior, with_prior
@@ -222,13 +222,10 @@ class Posterior(Ranker):
         if group != self._group:
             self._group, self._table = group, None
         if outcomes.source == "fresh":
-            informative = ((outcomes.success_rate > 0) & (outcomes.success_rate < 1)).astype(np.float64)
-            known = np.ones(len(positions), dtype=bool)
-            if outcomes.group_size is not None:  # only larger groups tell whether one of this size is informative
-                known = outcomes.samples >= group
-                informative = _informative_part(outcomes.success_rate, outcomes.samples, group)
+            known = outcomes.samples >= group  # a smaller group does not tell whether one of this size is informative
             if known.any():
-                self._calibration.learn(self._informative()[positions[known]], informative[known])
+                informative = _informative_part(outcomes.success_rate[known], outcomes.samples[known], group)
+                self._calibration.learn(self._cases(positions[known]), informative)
         self._model.observe(unique, successes, samples)
         self._cells = None
         if self.learn_constants and len(self._log) < MAX_LOG:
@@ -252,7 +249,13 @@ class Posterior(Ranker):
 
     def informative_chance(self) -> np.ndarray:
         """Return the calibrated probability that a group of each prompt is informative now, float64 `[Q]`."""
-        return self._calibration.apply(self._informative())
+        return self._calibration.apply(self._cases())
+
+    def _cases(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return what P(informative) is calibrated by, float64 `[N, 4]`, of the prompts at the positions."""
+        cells, last = self._placed()[positions], self._model.history.last[positions]
+        rested = np.where(last < 0, 0.0, self._model.step - last)
+        return design(cells.read(self._tabulated().informative), cells.mean, rested)
 
     def _informative(self) -> np.ndarray:
         """Return P(informative) as the model has it, float64 `[Q]`."""

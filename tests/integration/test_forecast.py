@@ -4,11 +4,13 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from app.cli.dots import main
 from app.studies.forecast.command import forecast_parser, labels, read_options
+from app.studies.forecast.validations import read_validations
 
 WORDS = ("triangle", "prime", "matrix", "coin", "ladder", "train")
 
@@ -39,14 +41,18 @@ def test_figures_files_and_table(traces, tmp_path, capsys):
     assert set(uniform["informative"]) == {"mean", "sem"}
     assert {"variance", "pearson", "brier", "distinct", "seconds_per_step"} < set(uniform)
     assert uniform["pearson"] is None and uniform["brier"] is None
+    assert uniform["calibration"] is None and 0 <= oracle["calibration"] < 0.5
     assert uniform["distinct"] == 1.0 and uniform["rollouts_per_step"] == 6
     assert oracle["informative"]["mean"] > uniform["informative"]["mean"] and oracle["pearson"] > 0.8
     with (out / "forecast.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["selector"] == "Uniform"]
+        every = list(csv.DictReader(file))
+    rows = [row for row in every if row["selector"] == "Uniform"]
+    last = [float(row["calibration"]) for row in every if (row["selector"], row["visit"]) == ("oracle", "8")]
     assert [(row["seed"], row["visit"]) for row in rows] == [(s, str(v)) for s in "01" for v in range(3, 9)]
     by_seed = [np.mean([float(row["informative"]) for row in rows if row["seed"] == s]) for s in "01"]
     assert uniform["informative"]["mean"] == pytest.approx(np.mean(by_seed))
     assert uniform["informative"]["sem"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2)
+    assert oracle["calibration"] == pytest.approx(np.mean(last))
     assert (out / "forecast.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "30 questions, shuffled, visits 3 to 8, B = 6, 2 seeds, draws of 8 shown" in printed
@@ -80,6 +86,34 @@ def test_a_prior_is_a_column_of_the_traces_or_a_file_by_question(traces, tmp_pat
         "neither a JSONL file nor a column of the training prompts: did you mean 'pass_rate'" in capsys.readouterr().err
     )
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_validations_of_a_run_are_visits(tmp_path, capsys):
+    """Prompt c is missing in the last validation; rates are means over a prompt's completions, by step."""
+    right = {"a": [(0, 0), (0, 1), (1, 1)], "b": [(1, 1), (0, 1), (0, 0)], "c": [(1, 1), (1, 1)]}
+    (tmp_path / "run" / "completions").mkdir(parents=True)
+    for visit, step in enumerate((0, 8, 100)):
+        found = [(name, f"{name}?", score) for name, all_ in right.items() for score in [*all_, None][visit] or ()]
+        table = pd.DataFrame(found, columns=["prompt_id", "question", "correctness"]).astype({"correctness": float})
+        table.sample(frac=1, random_state=visit).to_parquet(
+            tmp_path / "run" / "completions" / f"val_{step:08d}.parquet"
+        )
+        table.to_parquet(tmp_path / "run" / "completions" / f"step_{step:08d}.parquet")
+    traces = read_validations(tmp_path / "run")
+    assert {name: row.tolist() for name, row in zip(traces.questions, traces.rates, strict=True)} == {
+        "a?": [0.0, 0.5, 1.0],
+        "b?": [1.0, 0.5, 0.0],
+    }
+    main(["forecast", "--traces", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--selector", "Uniform",
+          "--batch", "2", "--seeds", "1"])  # fmt: skip
+    found = json.loads((tmp_path / "out" / "forecast.json").read_text())
+    assert found["Uniform"]["informative"]["mean"] == pytest.approx(1 / 3)
+    for step in (8, 100):
+        (tmp_path / "run" / "completions" / f"val_{step:08d}.parquet").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        study(tmp_path / "run", tmp_path / "again", "--selector", "Uniform")
+    assert stopped.value.code == 2
+    assert "with 1 validations (completions/val_*.parquet), expected at least 2" in capsys.readouterr().err
 
 
 def test_the_written_config_repeats_the_study(traces, tmp_path):

@@ -1,7 +1,18 @@
-"""Made recorded runs for `dots forecast`: an RL run of a small network, sudden and late learning, forgetting.
+"""Recorded runs for `dots forecast`: RL runs of a small network and of the tiny policy, and made ones.
 
-Each differs from the run that selectors were tuned on in how success rates move, and is the same in every process.
-`python -m tests.support.records FOLDER` writes all of them as files for the command.
+Each differs from the run that selectors were tuned on in how success rates move, and is the same in every process. With
+`s` the level of a prompt's text and its own part, `t` the visit and `e` standard normal noise, log-odds of success are
+
+- sudden: `clip(1.3 (t - w), -4.5, 4.5) + 0.3 e`, with `w` uniform in [-5, 60] less `3 s`: hardly ever right, then soon
+  always, each prompt at a time of its own;
+- late: `s - 2 + b max(0, t - V / 3)`, with `b` uniform in [0.05, 0.6]: a third of the run nothing moves, then most
+  prompts are mastered;
+- forgetting: `2.5 + e` with a chance of 0.06 per visit, else `s - 3` with 0.08, else as before with `0.2 e` more;
+- restless: `s + 0.9 (x - s) + sqrt(0.19) 2.5 e`: half of what is known of a prompt is gone after seven visits;
+- network: those of a network of one hidden layer that is trained by GRPO on the prompts (`_network`).
+
+The policy's is the record of a real run: docs/results.md has its command.
+`python -m tests.support.records FOLDER SEED` writes all of them as files for the command.
 """
 
 from __future__ import annotations
@@ -17,6 +28,8 @@ from app.studies.forecast.recorded_run import QUESTION, RATES, Traces
 from datamodules.difficulty.calibration import sigmoid
 
 RECORDS = ("network", "sudden", "late", "forgetting", "restless")
+POLICY = Path(__file__).parents[1] / "fixtures" / "tiny_policy_run.jsonl"
+"""240 of the quickstart's prompts, 8 completions each, every 7 of 56 steps of plain GRPO on the others (seed 7)."""
 SIZE, VISITS, GROUP = 400, 40, 8
 _KINDS = ("apples", "trains", "squares", "coins", "clocks", "ladders", "prisms", "marbles")
 
@@ -50,10 +63,10 @@ def write_record(path: Path, name: str, seed: int = 0) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def main(folder: str) -> None:
-    """Write all records into a folder."""
+def main(folder: str, seed: str = "0") -> None:
+    """Write all records of a seed into a folder."""
     for name in RECORDS:
-        write_record(Path(folder) / f"{name}.jsonl", name)
+        write_record(Path(folder) / f"{name}.jsonl", name, int(seed))
 
 
 def _made(name: str, kind: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -118,4 +131,4 @@ def _network(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -5,34 +5,48 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.studies.forecast.recorded_run import Budget
+from app.studies.forecast.recorded_run import Budget, read_traces
 from app.studies.forecast.recorded_run import replay as play
-from datamodules.selectors import Dps, Mopps, Posterior, SelectionContext
-from tests.support.records import RECORDS, VISITS, record
+from datamodules.selectors import Dots, Dps, Greso, Mopps, Pools, Posterior, SelectionContext, Uniform
+from tests.support.records import POLICY, RECORDS, VISITS, record
 from tests.support.tables import few
 
+RIVALS = (Dps, Mopps, Greso, Pools, Dots, Uniform)
 
-def scores(make, traces, folder, seeds):
-    """Return the informative share of each seed, and the selectors."""
-    selectors, shares = [make() for _ in range(seeds)], []
-    for seed, one in enumerate(selectors):
+
+def scores(make, traces, folder, seeds, batch=40):
+    """Return the informative share and the calibration error, means over the seeds."""
+    budget, found = Budget(batch, batch if make is Dots else 0, 2), []
+    for seed in range(seeds):
         context = SelectionContext(seed, "statistics", folder)
-        shares.append(play(one, traces, Budget(40), context, shown=traces.rates, samples=8).informative.mean())
-    return np.array(shares), selectors
+        run = play(make(), traces, budget, context, shown=traces.rates, samples=8)
+        found.append((run.informative.mean(), run.calibration[-1]))
+    return np.mean(found, axis=0)
+
+
+def rivals(traces, folder, batch=40):
+    """Return the informative shares of the other selectors by name, means over three seeds."""
+    return {make.__name__: scores(make, traces, folder, 3, batch)[0] for make in RIVALS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", few(RECORDS, 1))
-def test_leads_on_records_kept_back(name, tmp_path):
+def test_leads_and_keeps_its_promises_on_records_kept_back(name, tmp_path):
     """The rival that is next best differs: where prompts are soon forgotten, one that explores little."""
     traces, _ = record(name)
-    ours, selectors = scores(Posterior, traces, tmp_path, 2)
-    rivals = {make.__name__: scores(make, traces, tmp_path, 3)[0].mean() for make in (Dps, Mopps)}
-    error = np.mean([one.metrics()["selection/informative_calibration_error"] for one in selectors])
-    print(f"{name}: {ours.mean():.3f}, {rivals}, calibration error {error:.3f}")
-    assert ours.mean() > max(rivals.values())
-    # The network moves most, and its first promises are the worst.
-    assert error < (0.08 if name == "network" else 0.05)
+    (share, error), others = scores(Posterior, traces, tmp_path, 2), rivals(traces, tmp_path)
+    print(f"{name}: {share:.3f}, {others}, calibration error {error:.3f}")
+    assert share > max(others.values())
+    assert error < (0.06 if name == "sudden" else 0.05)  # few are informative there, so the level is learnt slowly
+
+
+@pytest.mark.slow
+def test_history_pays_on_an_rl_run_of_the_tiny_policy(tmp_path):
+    """Ahead of all that look at history only in nine visits to three kinds of prompts, which Dots measures at once."""
+    traces = read_traces(POLICY)
+    (share, error), others = scores(Posterior, traces, tmp_path, 2, 48), rivals(traces, tmp_path, 48)
+    print(f"policy: {share:.3f}, {others}, calibration error {error:.3f}")
+    assert share > max(found for name, found in others.items() if name != "Dots") + 0.03
 
 
 @pytest.mark.long
@@ -42,7 +56,7 @@ def test_a_prior_helps_on_records_kept_back(name, tmp_path):
     traces, other = record(name)
     told = replace(traces, columns=tuple({"pass_rate": rate} for rate in other.tolist()))
     with_prior, without = (
-        scores(lambda prior=prior: Posterior(prior=prior), told, tmp_path, 2)[0].mean() for prior in ("pass_rate", None)
+        scores(lambda prior=prior: Posterior(prior=prior), told, tmp_path, 2)[0] for prior in ("pass_rate", None)
     )
     print(f"{name}: {with_prior:.3f} with, {without:.3f} without")
     assert with_prior > without + 0.02

@@ -86,12 +86,14 @@ def test_scores_worked_by_hand():
 
 def slow_replay(rates, script, guess, references, every):
     """The study once more, in plain Python: rates as lists, one dictionary of beliefs."""
-    believed, used, rows = dict(enumerate(guess)), set(), []
+    believed, used, rows, promises = dict(enumerate(guess)), set(), [], []
     for visit, chosen in enumerate(script):
         now = [trace[visit] for trace in rates]
         measured = list(references) if references and visit % every == 0 else []
         believed.update({i: now[i] for i in measured})
         used |= set(chosen)
+        promises += [(1 - believed[i] ** 8 - (1 - believed[i]) ** 8, now[i] not in (0.0, 1.0)) for i in chosen]
+        tenths = [[(p, kept) for p, kept in promises if min(int(10 * p), 9) == k] for k in range(10)]
         everyone, others = range(len(now)), [i for i in range(len(now)) if i not in measured]
         rows.append(
             {
@@ -100,6 +102,7 @@ def slow_replay(rates, script, guess, references, every):
                 "pearson": statistics.correlation([believed[i] for i in everyone], now),
                 "pearson_unmeasured": statistics.correlation([believed[i] for i in others], [now[i] for i in others]),
                 "brier": statistics.fmean((believed[i] - now[i]) ** 2 for i in everyone),
+                "calibration": sum(abs(sum(p - kept for p, kept in tenth)) for tenth in tenths) / len(promises),
                 "distinct": len(used) / len(now),
                 "rollouts": len(chosen) + len(measured),
             }
@@ -127,10 +130,23 @@ def test_replay_is_the_slow_one(references, every):
 def test_without_forecast_there_is_no_pearson_and_a_constant_one_has_none():
     traces = traces_of([[0.0, 0.5], [0.25, 0.25], [1.0, 1.0]])
     run = play(Scripted([[0], [1]]), traces, Budget(1))
-    assert np.isnan([run.pearson, run.brier]).all()
+    assert np.isnan([run.pearson, run.brier, run.calibration]).all()
     run = play(Scripted([[0], [1]], guess=[0.5] * 3), traces, Budget(1))
     assert np.isnan(run.pearson[0]) and not np.isnan(run.pearson[1])
     assert run.brier[0] == pytest.approx((0.25 + 0.0625 + 0.25) / 3)
+
+
+def test_promises_are_held_against_what_is_shown_and_come_before_the_forecast():
+    class Promising(Scripted):
+        def informative_chance(self):
+            return np.array([0.9, 0.25, 0.22])
+
+    traces = traces_of([[0.5, 0.5], [0.5, 0.5], [1.0, 1.0]])
+    shown = np.array([[0.5, 1.0], [0.5, 0.5], [1.0, 1.0]])
+    run = play(Promising([[0, 1], [2, 0]], guess=[0.5] * 3), traces, Budget(2), shown)
+    # Kept: 0.9 at the first visit only, 0.25 and not 0.22, which are in one tenth.
+    np.testing.assert_allclose(run.calibration, [(0.1 + 0.75) / 2, (0.8 + 0.53) / 4])
+    assert play(Scripted([[0, 1], [2, 0]], [0.5] * 3), traces, Budget(2), shown).calibration[0] == pytest.approx(2**-7)
 
 
 def test_references_are_for_selectors_that_use_them_and_cost_what_the_budget_says():

@@ -1,7 +1,8 @@
 """Compare selectors on a recorded run (`dots forecast`).
 
-A file of pass rates by visit stands in for the policy, so that selection methods are compared in seconds. The study
-knows every prompt's outcome at every visit; a selector learns only those of the prompts that it chose.
+A file of pass rates by visit, or the validations of a run, stands in for the policy, so that selection methods are
+compared in seconds. The study knows every prompt's outcome at every visit; a selector learns only those of the prompts
+that it chose.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from app.cli.parsing import DotsArgumentParser, short_names
 from app.studies.forecast.oracle import Oracle
 from app.studies.forecast.recorded_run import Budget, Replay, Traces, read_traces, replay, revealed
 from app.studies.forecast.report import draw_study, print_table, summarise, visits_table, write_json
+from app.studies.forecast.validations import read_validations
 from datamodules.errors import UserError, nearest
 from datamodules.selectors import SelectionContext, Selector
 
@@ -30,6 +32,9 @@ _DESCRIPTION = (
     "Compares selectors on a recorded run: each chooses prompts visit by visit, sees only what it chose, and is scored "
     "on all. For example: dots forecast --traces rates.jsonl --selector Uniform --selector Mopps --selector Dots "
     "--selector.alpha 0.4 --encoder FOLDER --out study"
+)
+_TRACES = (
+    'JSONL of {"question", "pass_rate_by_epoch": [rate, ...]}, or the folder of a run whose validations are the visits'
 )
 _SELECTOR = (
     "class name or dotted path; may be repeated, and --selector.OPTION VALUE is an option of the latest. The row is "
@@ -53,7 +58,8 @@ def main(args: list[str]) -> None:
     """Run `dots forecast` with the arguments that follow it."""
     parser = forecast_parser()
     options = read_options(parser, args)
-    traces = read_traces(Path(options.traces).expanduser()).cut(options["from"], options.visits)
+    given = Path(options.traces).expanduser()
+    traces = (read_validations if given.is_dir() else read_traces)(given).cut(options["from"], options.visits)
     if options.shuffle:
         traces = traces.shuffled()
     contenders = list(_contenders(parser, options))
@@ -78,6 +84,9 @@ def main(args: list[str]) -> None:
     notes = [
         "informative: share of the chosen prompts with 0 < p < 1, mean over visits, +- standard error over seeds. "
         "Pearson, Brier: the forecast before each visit's rollouts against the recorded rates of all prompts. "
+        "ECE: expected calibration error, over the whole run, of the promised chance that a chosen prompt has "
+        f"0 < p < 1; where a selector promises none, of 1 - f^{options.samples} - (1 - f)^{options.samples} with its "
+        "forecast f. "
         "Rolled out: prompts per visit, references included.",
         f"{_ORACLE}: the ceiling, shown the outcomes of all prompts after every visit.",
     ]
@@ -132,7 +141,7 @@ def forecast_parser() -> DotsArgumentParser:
     parser = command_parser("forecast", _DESCRIPTION)
     add = parser.add_argument
     add("--config", action="config", help="YAML file of these options; may be given several times")
-    add("--traces", type=str, required=True, help='JSONL of {"question", "pass_rate_by_epoch": [rate, ...]}')
+    add("--traces", type=str, required=True, help=_TRACES)
     add("--selector", type=list[Selector], default=[], help=_SELECTOR)
     add("--selectors", type=dict[str, Selector], default={}, help=_SELECTORS)
     add("--batch", type=int, default=128, help="prompts chosen at every visit, B")

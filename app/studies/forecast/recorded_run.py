@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.reporting.forecast_quality import brier, pearson
+from app.reporting.forecast_quality import brier, informative_probability, pearson, reliability
 from datamodules.errors import UserError
 from datamodules.jsonl import read_objects
 from datamodules.pool import PromptPool
@@ -138,6 +138,9 @@ class Replay:
             where there was no forecast or it was constant.
         pearson_unmeasured: the same correlation without the prompts of this visit's reference set.
         brier: mean squared error of that forecast over all prompts; NaN where there was none.
+        calibration: expected calibration error of the promised P(informative) of all prompts chosen so far, this visit
+            included, against the rates shown; NaN before the first promise. A promise is the selector's
+            `informative_chance`, or 1 - p^G - (1 - p)^G of its forecast p where it has none.
         distinct: share of the pool chosen so far, this visit included.
         rollouts: prompts rolled out, references included.
         seconds: spent in the selector (references, forecast, choice, learning).
@@ -149,6 +152,7 @@ class Replay:
     pearson: np.ndarray
     pearson_unmeasured: np.ndarray
     brier: np.ndarray
+    calibration: np.ndarray
     distinct: np.ndarray
     rollouts: np.ndarray
     seconds: np.ndarray
@@ -201,7 +205,7 @@ def replay(
         selector.observe(Outcomes(visit, names, rates, counts, source, reward_std=np.sqrt(rates * (1 - rates))))
 
     used = np.zeros(size, dtype=bool)
-    steps = []
+    steps, promised, kept = [], list[np.ndarray](), list[np.ndarray]()
     for visit in range(visits):
         started = time.perf_counter()
         measured = np.empty(0, dtype=np.int64)
@@ -223,6 +227,12 @@ def replay(
                     f"finite, expected {size} success rates. Correct it."
                 )
             forecast = forecast.copy()  # a selector may continue to work in the array that it returned
+        chance = selector.informative_chance()
+        if chance is None and forecast is not None:
+            chance = informative_probability(forecast, samples)
+        if chance is not None:
+            promised.append(chance[chosen])
+            kept.append(((shown[chosen, visit] > 0) & (shown[chosen, visit] < 1)).astype(np.float64))
         observe(np.arange(size) if reveal_all else chosen, visit, "fresh")
         seconds = time.perf_counter() - started
         used[chosen] = True
@@ -234,6 +244,7 @@ def replay(
             others[measured] = False
             quality = pearson(forecast, rates), pearson(forecast[others], rates[others]), brier(forecast, rates)
         informative, variance = float(np.mean((p > 0) & (p < 1))), float(np.mean(p * (1 - p)))
+        calibration = reliability(np.concatenate(promised), np.concatenate(kept)).error if promised else np.nan
         rolled_out = len(chosen) + len(measured)
-        steps.append((chosen, informative, variance, *quality, used.mean(), rolled_out, seconds))
+        steps.append((chosen, informative, variance, *quality, calibration, used.mean(), rolled_out, seconds))
     return Replay(*(np.array(column) for column in zip(*steps, strict=True)))

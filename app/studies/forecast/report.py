@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 
 from app.studies.forecast.recorded_run import Replay
 
-PER_VISIT = ("informative", "variance", "pearson", "pearson_unmeasured", "brier", "distinct", "rollouts", "seconds")
+SO_FAR = ("calibration", "distinct")
+"""Fields of `Replay` that are about all visits so far."""
+PER_VISIT = ("informative", "variance", "pearson", "pearson_unmeasured", "brier", *SO_FAR, "rollouts", "seconds")
 """The columns of the table of visits: the fields of `Replay` with one number per visit."""
 
 _LABEL_WIDTH = 48
@@ -39,28 +41,29 @@ def visits_table(replays: Mapping[str, Sequence[Replay]], first: int) -> pd.Data
 
 
 def summarise(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Summarise a `visits_table`: means over the visits of a seed (`distinct`: the last visit), then over the seeds.
+    """Summarise a `visits_table`: means over the visits of a seed (`SO_FAR`: the last visit), then over the seeds.
 
     Return means and standard errors over the seeds: a row per selector, columns `PER_VISIT`. NaN values are left out;
     a figure is NaN where there was no forecast, a standard error for a single seed.
     """
     runs = table.groupby(["selector", "seed"], sort=False)
-    seeds = runs[list(PER_VISIT)].mean().assign(distinct=runs["distinct"].last()).groupby("selector", sort=False)
+    last = runs[list(SO_FAR)].last()
+    seeds = runs[list(PER_VISIT)].mean().assign(**dict(last.items())).groupby("selector", sort=False)
     return seeds.mean(), seeds.sem()
 
 
 def write_json(path: Path, mean: pd.DataFrame, sem: pd.DataFrame) -> None:
     """Write the figures of every selector by name.
 
-    `{selector: {"informative": {"mean", "sem"}, "variance", "pearson", "pearson_unmeasured", "brier", "distinct",
-    "rollouts_per_step", "seconds_per_step", "sem": {...}}}` with the other figures' standard errors under `sem`; an
-    undefined figure is null.
+    `{selector: {"informative": {"mean", "sem"}, "variance", "pearson", "pearson_unmeasured", "brier", "calibration",
+    "distinct", "rollouts_per_step", "seconds_per_step", "sem": {...}}}` with the other figures' standard errors under
+    `sem`; an undefined figure is null.
     """
     means, errors = (frame.astype(object).where(frame.notna(), None) for frame in (mean, sem))
     content = {}
     for label, row in means.iterrows():
         error = errors.loc[label]
-        others = ["variance", "pearson", "pearson_unmeasured", "brier", "distinct"]
+        others = ["variance", "pearson", "pearson_unmeasured", "brier", *SO_FAR]
         content[label] = {
             "informative": {"mean": row.informative, "sem": error.informative},
             **row[others],
@@ -79,7 +82,12 @@ def print_table(title: str, notes: Sequence[str], mean: pd.DataFrame, sem: pd.Da
     columns = [("p (1 - p)", "variance", ".3f"), ("Pearson", "pearson", ".3f")]
     if not mean["pearson"].equals(mean["pearson_unmeasured"]):
         columns.append(("Pearson, unmeasured", "pearson_unmeasured", ".3f"))
-    columns += [("Brier", "brier", ".4f"), ("distinct", "distinct", ".2f"), ("rolled out", "rollouts", ".4g")]
+    columns += [
+        ("Brier", "brier", ".4f"),
+        ("ECE", "calibration", ".3f"),
+        ("distinct", "distinct", ".2f"),
+        ("rolled out", "rollouts", ".4g"),
+    ]
     for heading, name, form in columns:
         shown[heading] = ["-" if np.isnan(value) else f"{value:{form}}" for value in mean[name]]
     shown["ms / step"] = [f"{1e3 * value:.1f}" for value in mean["seconds"]]
