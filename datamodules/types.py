@@ -277,8 +277,8 @@ class Outcomes:
         samples: int64 `[N]`: number of completions that each rate is the mean of.
         source: "fresh" for selected prompts, "reference" for a uniform draw from the pool.
         reward_std: float64 `[N]`: standard deviation of the correctness rewards within each group.
-        group_size: completions of a group on average, where they were given to prompts by their forecasts; None where
-            all whole groups have as many as the largest of `samples`.
+        group_size: completions of a whole group (on average, where they were given to prompts by their forecasts); None
+            where that is the largest of `samples`.
     """
 
     step: int
