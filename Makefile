@@ -54,7 +54,7 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-gpu.txt
 
 install: $(VENV)/.installed ## Create .venv with the tested versions
 
-quickstart: install ## Train the embedded tiny policy with DOTS and rollout replay (ARGS="--seed_everything 1" adds options)
+quickstart: install ## Train the embedded tiny policy with DOTS (ARGS="--seed_everything 1" adds options)
 	$(BIN)/dots fit --config configs/quickstart.yaml $(ARGS)
 
 compare: install ## Train plain GRPO and the quickstart side by side, under 10 minutes: two curves in runs/compare/compare.html
