@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger lint format types docs pictures pages clean
+.PHONY: help install quickstart compare tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,12 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-gpu.txt
 
 install: $(VENV)/.installed ## Create .venv with the tested versions
 
-quickstart: install ## Train the embedded tiny policy with DOTS and rollout replay (ARGS="--seed_everything 1" adds options)
+quickstart: install ## Train the embedded tiny policy with DOTS (ARGS="--seed_everything 1" adds options)
 	$(BIN)/dots fit --config configs/quickstart.yaml $(ARGS)
+
+compare: install ## Train plain GRPO and the quickstart side by side, under 10 minutes: two curves in runs/compare/compare.html
+	$(BIN)/dots compare --base configs/quickstart.yaml --seeds 0 --out runs/compare \
+		--arms grpo=configs/arms/grpo.yaml dots=configs/quickstart.yaml $(ARGS)
 
 tiny-policy: install ## Pretrain the embedded tiny policy again
 	$(BIN)/dots fit --config configs/tiny_policy.yaml $(ARGS)
@@ -125,7 +129,7 @@ docs: install ## Write the generated pages, and build the documentation
 	$(BIN)/python -m docs.generate
 	$(MAKE) --no-print-directory pages
 
-pictures: install ## Make the pictures of the documentation again, from a run of the quickstart and a headless browser
+pictures: install ## Make the pictures of the documentation again, from the quickstart, make compare and a headless browser
 	$(BIN)/python -m docs.pictures $(ARGS)
 
 pages: $(VENV)/.docs ## Build the documentation in site/, strictly

@@ -1,8 +1,9 @@
-"""Make the pictures of the pages again from a run of the quickstart: `python -m docs.pictures [RUN_FOLDER]`.
+"""Make the pictures of the pages again from real runs: `python -m docs.pictures [RUN_FOLDER [COMPARISON_FOLDER]]`.
 
-Without a run folder the quickstart is trained first, which takes minutes. Written are its curves and a screenshot of
-TensorBoard's cockpit, for which chromium and chromedriver must be installed. `images/words_and_sums.png` is a part of
-the page of a `dots compare` that takes hours (docs/results.md), and `images/step.svg` was drawn by hand.
+They are the curves of a run of the quickstart, a screenshot of TensorBoard's cockpit, for which chromium and
+chromedriver must be installed, and the two accuracies of `make compare`. What is not given is run first, which takes
+minutes. `images/words_and_sums.png` is a part of the page of a `dots compare` that takes hours (docs/results.md), and
+`images/step.svg` was drawn by hand.
 """
 
 from __future__ import annotations
@@ -53,12 +54,24 @@ def picture_cockpit(run: Path, out: Path) -> str:
 def main() -> None:
     """Write the pictures."""
     with TemporaryDirectory() as folder:
-        run = Path(sys.argv[1]) if sys.argv[1:] else Path(folder, "quickstart", "version_0")
-        if not sys.argv[1:]:
-            command = ["fit", "--config", "configs/quickstart.yaml", f"--trainer.logger.save_dir={folder}"]
-            subprocess.run([sys.executable, "-m", "app", *command], cwd=IMAGES.parents[1], check=True)
+        run, comparison = Path(folder, "quickstart", "version_0"), Path(folder, "compare")
+        given = [Path(one) for one in sys.argv[1:]]
+        if given:
+            run = given[0]
+        else:
+            make("quickstart", f"--trainer.logger.save_dir={folder}")
+        if len(given) > 1:
+            comparison = given[1]
+        else:
+            make("compare", f"--out {comparison}")
+        shutil.copy(comparison / "compare.png", IMAGES / "quickstart_compare.png")
         shutil.copy(run / "curves.png", IMAGES / "quickstart_curves.png")
         picture_cockpit(run, IMAGES / "quickstart_cockpit.png")
+
+
+def make(target: str, options: str) -> None:
+    """Run a target of the Makefile with further options."""
+    subprocess.run(["make", target, f"ARGS={options}"], cwd=IMAGES.parents[1], check=True)
 
 
 if __name__ == "__main__":

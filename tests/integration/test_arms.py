@@ -23,7 +23,7 @@ def arm(name: str, *more: str) -> Arm:
     return Arm(name, (str(ROOT / "configs" / "arms" / f"{name}.yaml"), *more))
 
 
-def request(rule: str = "baseline", every: int | None = 10) -> Request:
+def request(rule: str = "baseline", every: int | None = 14) -> Request:
     return Request((BASE,), tuple(map(arm, ARMS)), (0, 1), "grpo", Budget(rule), every, 3)
 
 
@@ -44,13 +44,9 @@ def test_arms_change_what_selects_rolls_out_and_repeats_and_nothing_else() -> No
                 name,
                 line,
             )
-    # The quickstart itself is DOTS + RR, with the sizes that suit its larger steps.
-    from_base = differences(found["dots_rr"], resolve(asked, Arm("base", ()), 0))
-    assert [line.split(":")[0] for line in from_base] == [
-        "callbacks.ReferenceRollouts.every",
-        "callbacks.RolloutReplay.capacity",
-    ]
-    assert found["grpo"]["trainer"]["val_check_interval"] == 10
+    # The quickstart itself is DOTS.
+    assert differences(found["dots"], resolve(asked, Arm("base", ()), 0)) == []
+    assert found["grpo"]["trainer"]["val_check_interval"] == 14
 
 
 def test_the_table_names_every_file() -> None:
@@ -61,11 +57,13 @@ def test_the_table_names_every_file() -> None:
 @pytest.mark.parametrize(
     ("change", "rule", "every", "message"),
     [
-        ({"trainer": {"max_steps": 102}}, "steps", 10, "51 steps (trainer.max_steps / mini_batches) are not"),
-        ({"trainer": {"max_steps": 10}}, "steps", 10, "trainer.val_check_interval is 10 in a run of 5 steps"),
+        ({"trainer": {"max_steps": 102},
+          "model": {"class_path": "app.module.GRPOModule", "init_args": {"mini_batches": 2}}},
+         "steps", 10, "51 steps (trainer.max_steps / mini_batches) are not"),
+        ({"trainer": {"max_steps": 5}}, "steps", 10, "trainer.val_check_interval is 10 in a run of 5 steps"),
         ({"trainer": {"max_steps": -1}}, "steps", 10, "trainer.max_steps is -1"),
         ({"model": {"class_path": "app.module.GRPOModule", "init_args": {"optimization": {"schedule": "linear"}}}},
-         "baseline", 10, "schedule is linear, which depends on trainer.max_steps"),
+         "baseline", 14, "schedule is linear, which depends on trainer.max_steps"),
     ],
 )  # fmt: skip
 def test_arms_that_cannot_be_compared_are_refused(

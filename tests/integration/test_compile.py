@@ -28,6 +28,7 @@ TINY = ROOT / "configs" / "tiny_policy"
 FEW = [
     "--config=configs/quickstart.yaml",
     "--trainer.max_steps=6",
+    "--model.mini_batches=2",
     "--trainer.val_check_interval=6",
     "--data.val_size=8",
     "--data.prompts_per_step=8",

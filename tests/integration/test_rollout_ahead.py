@@ -50,6 +50,7 @@ def arguments(folder: Path, *more: str, engine: tuple[str, ...] = SERVER, callba
     return [
         *("fit", "--config", "configs/quickstart.yaml", *engine, "--config", str(overlay)),
         f"--trainer.max_steps={2 * STEPS}",  # two updates a step: the one before the second is not the behaviour policy
+        "--model.mini_batches=2",
         "--trainer.limit_val_batches=0",
         "--data.val_size=4",
         f"--data.prompts_per_step={PER_STEP}",

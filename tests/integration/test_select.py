@@ -93,7 +93,7 @@ def test_a_selection_killed_twice_resumes_as_if_never_stopped(selected: Path, tm
 @pytest.mark.long
 def test_the_subset_trains(selected: Path, tmp_path: Path):
     done = dots(
-        *("fit", *BASE[:2], "--config", str(selected.with_suffix(".yaml")), "--trainer.max_steps=4"),
+        *("fit", *BASE[:2], "--config", str(selected.with_suffix(".yaml")), "--trainer.max_steps=2"),
         *("--data.prompts_per_step=8", "--trainer.val_check_interval=2", "--model.sampling.max_completion_length=48"),
         f"--trainer.logger.save_dir={tmp_path}",
     )

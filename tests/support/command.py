@@ -33,7 +33,15 @@ QUICK = [
     "--model.sampling.max_completion_length=64",
     "--model.val_sampling.max_completion_length=64",
 ]
-FEW_REFERENCES = ("{size: 32, every: 4}", "{size: 8, every: 4}")
+DOTS_RR = """\
+trainer:
+  callbacks:
+    - class_path: callbacks.ReferenceRollouts
+      init_args: {size: 8, every: 4}
+    - class_path: callbacks.RolloutReplay
+      init_args: {fresh_fraction: 0.5, capacity: 64}
+"""
+"""Callbacks for short runs of the published method."""
 EVERY_STEP = "--checkpoint.every=1"
 _CLOCK = ("time/", "step_time", "tokens_per_second")
 _FORKS = multiprocessing.get_context("forkserver")
@@ -117,9 +125,9 @@ def kill_when(sign: Path, *arguments: str, cwd: Path = ROOT, timeout: float = 20
 
 
 def fit_arguments(folder: Path, *more: str, changes: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """Ten small steps of the quickstart, its runs below `folder`; `changes` as for `overlay`."""
-    few = str(overlay(folder, FEW_REFERENCES, *changes))
-    return ["fit", "--config", "configs/quickstart.yaml", "--config", few, *more, *QUICK,
+    """Ten small steps of DOTS + RR on the quickstart's prompts, runs below `folder`; `changes` as for `overlay`."""
+    callbacks = str(overlay(folder, *changes))
+    return ["fit", "--config", "configs/quickstart.yaml", "--config", callbacks, *more, *QUICK,
             f"--trainer.logger.save_dir={folder}"]  # fmt: skip
 
 
@@ -155,15 +163,14 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 def overlay(folder: Path, *changes: tuple[str, str]) -> Path:
-    """The quickstart's callbacks with parts of their text replaced, as a config of their own."""
-    text = (ROOT / "configs" / "quickstart.yaml").read_text()
-    callbacks = text[text.index("  callbacks:") : text.index("\nmodel:")]
+    """`DOTS_RR` with parts of its text replaced, as a config of its own."""
+    callbacks = DOTS_RR
     for old, new in changes:
         assert old in callbacks
         callbacks = callbacks.replace(old, new)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"overlay_{len(list(folder.glob('overlay_*')))}.yaml"
-    file.write_text(f"trainer:\n{callbacks}\n")
+    file.write_text(callbacks)
     return file
 
 

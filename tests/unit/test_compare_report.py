@@ -10,8 +10,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from app.cli.dots import main
 from app.studies.compare.command import report
@@ -174,6 +177,21 @@ def test_a_curve_goes_through_its_points(tmp_path: Path, figures: dict) -> None:
 def points(path: str) -> list[tuple[float, float]]:
     """Corners of an SVG path of straight lines."""
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]
+
+
+def test_the_page_opens_with_the_curves(tmp_path: Path, figures: dict) -> None:
+    """Accuracy against the training clock stands before every other chart, sentence and table."""
+    main = (tmp_path / "compare.html").read_text().partition("<main>")[2]
+    first = main.index('id="plane-accuracy-0"')
+    assert 'for="accuracy-0">time</label>' in main[:first]
+    assert not re.search(r"<(p|table|h2)\b", main[:first]) and first < main.index("<table")
+
+
+def test_the_picture_has_a_curve_of_each_arm(tmp_path: Path, figures: dict) -> None:
+    pixels = imread(tmp_path / "compare.png")[..., :3]
+    for color in ("#6b7280", "#0072b2"):  # of the baseline, of the other arm
+        x = np.nonzero((np.abs(pixels - to_rgb(color)) < 0.01).all(axis=2).any(axis=0))[0]
+        assert np.ptp(x) > 0.3 * pixels.shape[1], color
 
 
 def test_an_arm_that_never_gets_there_is_shown(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from app.cli.commands import command_parser
 from app.cli.parsing import DotsArgumentParser
+from app.studies.compare.accuracy import save_picture
 from app.studies.compare.figures import summarise
 from app.studies.compare.page import page
 from app.studies.compare.records import read_comparison
@@ -73,18 +74,20 @@ def main(args: list[str]) -> None:
 
 
 def report(request: Request, out: Path) -> None:
-    """Write `compare.json`, `compare.md` and `compare.html` from the finished runs, and print the cost table."""
+    """Write the report of the finished runs (`compare.json`, `.md`, `.html`, `.png`), and print the cost table."""
     comparison = read_comparison(request, out)
     figures = summarise(comparison)
     (out / "compare.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (out / "compare.md").write_text(markdown(figures), encoding="utf-8")
     (out / "compare.html").write_text(page(comparison, figures), encoding="utf-8")
+    save_picture(comparison, figures, out / "compare.png")
     if len(request.arms) > 1:
         print(f"Cost to the final accuracy of {request.baseline}, relative to its own:")
     print(short_table(figures).to_string())
     for missing in comparison.missing:
         print(f"not finished: {missing}")
-    print(f"report: {out / 'compare.html'}")
+    print(f"curves: {out / 'compare.png'}")
+    print(f"report: {out / 'compare.html'} (tables alone: {out / 'compare.md'})")
 
 
 def read_request(options: Namespace) -> Request:
@@ -134,7 +137,7 @@ def _parser() -> DotsArgumentParser:
     add("--base", type=str, nargs="+", default=[], help="configs that all arms share, in order")
     add("--arms", type=str, nargs="+", default=[], help=_ARMS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; every arm runs once with each")
-    add("--out", type=str, default=None, help="folder for the runs, compare.json, compare.md and compare.html")
+    add("--out", type=str, default=None, help="folder for the runs and the report: compare.html, .md, .json and .png")
     add("--baseline", type=str, default=None, help="arm to match; null: the one named grpo, else the first")
     add("--budget", type=str, default="baseline", help=_BUDGET)
     add("--step_limit", type=float, default=4.0, help="limit of steps under a clock, in multiples of trainer.max_steps")
