@@ -209,7 +209,9 @@ def print_and_exit(message: str, code: int = 2) -> NoReturn:
 
     Characters that a terminal cannot show or would act on are escaped, and a very long line is cut.
     """
-    rank = f"rank {dist.get_rank()}:" if dist.is_available() and dist.is_initialized() else ""
+    # vLLM in this process makes a group of one.
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rank = f"rank {dist.get_rank()}:" if several else ""
     line = " ".join(message.split())
     line = line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
     line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
