@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.sketches CONFIG [CONFIG ...] [--prompts 64] [--groups 24] [--pairs 15]
 
-The policy of the configs rolls prompts out, and the groups that teach are updated on with and without sketches, in turn,
-with a learning rate of 1e-12. Seconds are those of the processor, which other programs disturb less than the clock. Cosines of
-the gradients of two groups are compared by Spearman's correlation over all pairs.
+The policy of the configs rolls prompts out, and the groups that teach are updated on with and without sketches, in
+turn, with a learning rate of 1e-12. Seconds are those of the processor, which other programs disturb less than the
+clock. Cosines of the gradients of two groups are compared by Spearman's correlation over all pairs.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def main() -> None:
         rolled = walker.roll(walker.next_prompts(options.prompts), 0, Ledger())
         groups = [one for one in rolled if one.informative][: options.groups]
         tokens = sum(one.completion_tokens for one in groups)
-        print(f"{len(groups)} informative groups of {len(rolled)}, {tokens:,} tokens, {torch.get_num_threads()} threads")
-        seconds(walker, groups, sketched=True), seconds(walker, groups, sketched=False)
+        print(
+            f"{len(groups)} informative groups of {len(rolled)}, {tokens:,} tokens, {torch.get_num_threads()} threads"
+        )
+        for sketched in (True, False):  # the first time is another one
+            seconds(walker, groups, sketched=sketched)
         pairs = np.array(
             [[seconds(walker, groups, sketched=one) for one in (False, True)] for _ in range(options.pairs)]
         )
