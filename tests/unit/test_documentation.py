@@ -246,7 +246,8 @@ def test_no_page_names_an_option_that_does_not_exist(parser: DotsArgumentParser)
         "rdzv-endpoint",
         "rdzv-id",
     }  # torchrun
-    known |= {"signal", "requeue", "against"}  # SLURM's, and tests.benchmarks.throughput's
+    # Of SLURM, tests.benchmarks.throughput and vLLM's server.
+    known |= {"signal", "requeue", "against", "enable-scale-out"}
     wrong = [
         (page, found)
         for page, text in spans()
@@ -308,6 +309,7 @@ OF_OTHERS = {
     "my_prompts", "maths", "my_experiment", "my_policy", "three_seeds", "nLetter", "dsr1209_pass_rates",  # the reader's
     "tracking_uri", "experiment_name", "sqlite", "log_softmax", "load_from_checkpoint", "TorchElasticEnvironment",
     "LightningEnvironment", "SLURMEnvironment", "eth0", "rdzv", "c10d", "endpoint", "conf", "is_host", "addr",
+    "use_liger_kernel",
 }  # fmt: skip
 """Words of the reader, or of other programs."""
 
