@@ -18,10 +18,10 @@ _ENOUGH = 8
 class Reuse:
     """Options of further updates on the informative groups of a batch: `num_iterations` of TRL, `ppo_epochs` of verl.
 
-    With a threshold (DGG, arXiv 2605.19425) the gradient of a further update is taken unless the norm of its part in the
-    output head is too large: its z-score among the first updates on the last 64 mini-batches is above the threshold.
-    Log-probabilities before the first update stay the centre of the clip range. Further updates are no steps of
-    `trainer.max_steps` and of the schedule.
+    With a threshold (DGG, arXiv 2605.19425) the gradient of a further update is taken unless the norm of its part in
+    the output head is too large: its z-score among the first updates on the last 64 mini-batches is above the
+    threshold. Log-probabilities before the first update stay the centre of the clip range. Further updates are no steps
+    of `trainer.max_steps` and of the schedule.
 
     Args:
         passes: updates with each mini-batch, at most, the first included; 1 uses it once.
