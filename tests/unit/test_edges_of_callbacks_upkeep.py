@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from app.engines import Sampling, Transformers
+from app.policy.model import Policy
 from app.ranks import LostRankError
 from app.runs.checkpoint_files import seal
 from app.runs.folder import RunTrainer
@@ -444,6 +445,7 @@ def test_what_fails_before_the_first_completions_is_a_failed_start(tmp_path: Pat
 def checked(trainer: Any, prompts: int = 4, generations: int = 2, length: int = 10, mini_batches: int = 1,
             val: tuple[int, int, int] = (1, 1, 1)) -> None:  # fmt: skip
     module: Any = SimpleNamespace(
+        policy=Policy(path="unread"),
         sampling=Sampling(generations, length),
         val_sampling=Sampling(val[1], val[2]),
         mini_batches=mini_batches,
