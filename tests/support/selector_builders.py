@@ -28,6 +28,29 @@ PLAIN: dict[str, Callable[[], Any]] = {
 """The published selectors without filters or exploration."""
 
 
+class _Noting(Selector):
+    """Notes what it observes, and the forecast before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Outcomes] = []
+        self.expected: list[np.ndarray | None] = []
+
+    def observe(self, outcomes: Outcomes) -> None:
+        self.seen.append(outcomes)
+        forecast = self.forecast()
+        self.expected.append(None if forecast is None else forecast.copy())
+        super().observe(outcomes)
+
+
+class NotingUniform(_Noting, Uniform):
+    """Uniform choice."""
+
+
+class NotingMopps(_Noting, Mopps):
+    """Mopps."""
+
+
 def pool_of(questions: Sequence[str]) -> PromptPool:
     return PromptPool([].__getitem__, [f"p{i}" for i in range(len(questions))], questions)
 

@@ -39,39 +39,15 @@ from datamodules.errors import UserError
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.online import OnlinePromptDataModule
 from datamodules.prompts import PromptFile
-from datamodules.selectors import Mopps, SelectionContext, Uniform
-from datamodules.types import Outcomes, Prompt, RolloutGroup, TrainBatch
+from datamodules.selectors import SelectionContext
+from datamodules.types import Prompt, RolloutGroup, TrainBatch
 from tests.support.builders import group, pool, prompt
 from tests.support.policies import tiny_model
 from tests.support.scripted_run import HALF, QUARTER, RIGHT, WRONG, scripted_run
-from tests.support.selector_builders import saved_and_loaded
+from tests.support.selector_builders import NotingMopps, NotingUniform, saved_and_loaded
 from tests.support.trainers import MODULE, trainer_with
 
 MIXED = [HALF, QUARTER, RIGHT, WRONG] * 3
-
-
-class Noting(Uniform):
-    """Uniform selection that notes what it observes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Outcomes] = []
-
-    def observe(self, outcomes: Outcomes) -> None:
-        self.seen.append(outcomes)
-        super().observe(outcomes)
-
-
-class NotingMopps(Mopps):
-    """Mopps that notes what it observes, and its forecast before that."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Outcomes, np.ndarray]] = []
-
-    def observe(self, outcomes: Outcomes) -> None:
-        self.seen.append((outcomes, self.forecast().copy()))
-        super().observe(outcomes)
 
 
 class NotingEngine(Transformers):
@@ -176,12 +152,14 @@ def test_references_are_rolled_out_before_the_run_and_every_few_steps(
     callbacks = [WeightSync(), references, Rollouts(), RunLedger()]
     run = scripted_run(tmp_path, monkeypatch, MIXED, callbacks, selector=selector, steps=5)
     rate = {f"p{i}": float(np.mean(scores)) for i, scores in enumerate(MIXED)}
-    sets = [(outcomes, forecast) for outcomes, forecast in selector.seen if outcomes.source == "reference"]
+    seen = zip(selector.seen, selector.expected, strict=True)
+    sets = [(outcomes, forecast) for outcomes, forecast in seen if outcomes.source == "reference"]
     # Step 4 begins with the set rolled out after step 3. No set is rolled out for a step 5.
     assert [outcomes.step for outcomes, _ in sets] == [0, 2, 4]
     assert [step.counts["reference/prompts"] for step in run.steps] == [5, 5, 0, 5, 0]  # counted where they ran
     for (outcomes, forecast), number in zip(sets, (0, 2, 4), strict=True):
         metrics, ids = run.steps[number].metrics, list(outcomes.prompt_ids)
+        assert forecast is not None
         expected, found = forecast[[int(one[1:]) for one in ids]], np.array([rate[one] for one in ids])
         assert len(set(ids)) == 5 and list(outcomes.success_rate) == list(found)
         assert metrics["difficulty/reference_success"] == pytest.approx(found.mean())
@@ -215,8 +193,8 @@ def test_references_are_rolled_out_in_one_call_with_training_prompts(
     callbacks = [WeightSync(), references, Rollouts(), RolloutReplay(fresh_fraction=1.0, admit="all"), RunLedger()]
     run = scripted_run(tmp_path, monkeypatch, MIXED, callbacks, selector=selector, steps=5, engine=engine)
     rate = {f"p{i}": float(np.mean(scores)) for i, scores in enumerate(MIXED)}
-    sets = {one.step: one for one, _ in selector.seen if one.source == "reference"}
-    fresh = {one.step: one for one, _ in selector.seen if one.source == "fresh"}
+    sets = {one.step: one for one in selector.seen if one.source == "reference"}
+    fresh = {one.step: one for one in selector.seen if one.source == "fresh"}
     # The first set precedes the first choice; no set is rolled out with the last step, which no choice follows.
     assert list(sets) == [0, 2]
     assert all(one.success_rate.tolist() == [rate[name] for name in one.prompt_ids] for one in sets.values())
@@ -228,7 +206,7 @@ def test_references_are_rolled_out_in_one_call_with_training_prompts(
     assert engine.calls[2:] == [run.steps[1].prompts, [*chosen, *others], run.steps[3].prompts, run.steps[4].prompts]
     # No outcome is observed twice, the references come first, and the choice of the step was made without them.
     assert set(fresh[2].prompt_ids) == set(chosen) - both
-    seen = [(one.step, one.source) for one, _ in selector.seen if one.prompt_ids]
+    seen = [(one.step, one.source) for one in selector.seen if one.prompt_ids]
     assert seen == [(0, "reference"), (0, "fresh"), (1, "fresh"), (2, "reference"), (2, "fresh"), *seen[5:]]
     step = run.steps[2]
     assert [one.prompt.id for one in step.groups] == chosen and {one.source for one in step.groups} == {"fresh"}
@@ -367,7 +345,7 @@ def on_data(callback: Any, size: int = 8) -> tuple[Any, OnlinePromptDataModule]:
 
 
 def test_the_next_step_is_rolled_out_during_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, selector, ledger = NotingEngine(), Noting(), RunLedger()
+    engine, selector, ledger = NotingEngine(), NotingUniform(), RunLedger()
     callbacks = [WeightSync(), Rollouts(), RolloutAhead(), ledger]
     run = scripted_run(tmp_path, monkeypatch, MIXED, callbacks, selector=selector, steps=3, engine=engine)
     first, second, third = (step.prompts for step in run.steps)

@@ -13,10 +13,10 @@ from callbacks import DynamicSampling, Pilots, ReferenceRollouts, RolloutAhead, 
 from callbacks.algorithm.pilot_worth import DECAY, PilotWorth
 from datamodules.errors import UserError
 from datamodules.seeding import sample_seeds
-from datamodules.selectors import Mopps
-from datamodules.types import Completion, Outcomes
+from datamodules.types import Completion
 from tests.support.builders import group, prompt
 from tests.support.scripted_run import HALF, QUARTER, RIGHT, WRONG, names, scripted_run
+from tests.support.selector_builders import NotingMopps
 from tests.support.trainers import trainer_with
 from tests.unit.test_transformers_engine import LENGTHS, SEEDS, G, assert_same, build, engine, prompts
 
@@ -68,18 +68,6 @@ def test_prior_and_price_are_learnt_from_recent_pilots() -> None:
     assert worth.threshold(100) == 1  # an informative pilot is always completed
 
 
-class Noting(Mopps):
-    """Mopps that notes what it observes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Outcomes] = []
-
-    def observe(self, outcomes: Outcomes) -> None:
-        self.seen.append(outcomes)
-        super().observe(outcomes)
-
-
 # The script begins again in the second call: the rest of a group scores what its pilot does.
 PATTERNS = [HALF if i % 3 == 0 else RIGHT if i % 3 == 1 else QUARTER for i in range(24)]
 
@@ -87,10 +75,10 @@ PATTERNS = [HALF if i % 3 == 0 else RIGHT if i % 3 == 1 else QUARTER for i in ra
 def test_a_completed_group_is_the_whole_one_and_others_are_dropped_and_counted(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selector, options = Noting(), {"steps": 1, "prompts_per_step": 12}
+    selector, options = NotingMopps(), {"steps": 1, "prompts_per_step": 12}
     pilots = Pilots(n_init=2, rule="informative")
     (step,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [pilots], selector=selector, **options).steps
-    (whole,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [], selector=Noting(), **options).steps
+    (whole,) = scripted_run(tmp_path, monkeypatch, PATTERNS, [], selector=NotingMopps(), **options).steps
     assert step.prompts == whole.prompts
     of = {one.prompt.id: one for one in whole.groups}
     half = [name for name in step.prompts if int(name[1:]) % 3 == 0]
@@ -209,7 +197,7 @@ def test_pilots_ahead_share_a_call_with_the_groups_of_the_step_before(
         return generate(engine, given, *rest)
 
     monkeypatch.setattr(Transformers, "generate", noting)
-    selector, pilots = Noting(), Pilots(2, "informative", ahead=True)
+    selector, pilots = NotingMopps(), Pilots(2, "informative", ahead=True)
     run = scripted_run(tmp_path, monkeypatch, PATTERNS, [pilots], selector=selector, steps=4, prompts_per_step=6)
     others = run.steps[1:]
     # The first step generates its own groups by another method, and the pilots of the second.
