@@ -45,18 +45,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return found
 
 
-def fit(place: Place, folder: str, steps: int, *more: str) -> tuple[Path, dict[str, Any]]:
-    where = f"--trainer.logger.init_args.save_dir={folder}"
-    code, said = place.run("fit", "--config", "run.yaml", where, f"--trainer.max_steps={steps}", *more)
-    assert code == 0, said[-2000:]
-    run = place.path / folder / "small" / "version_0"
-    return run, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
 def test_a_resumed_run_sizes_its_groups_as_one_that_was_not_stopped(place: Place) -> None:
-    whole, expected = fit(place, "whole", 4)
-    fit(place, "cut", 2)
-    cut, found = fit(place, "cut", 4, "--ckpt_path", "last")
+    whole, expected = place.fit("whole", 4)
+    place.fit("cut", 2)
+    cut, found = place.fit("cut", 4, "--ckpt_path", "last")
     assert logged(cut) == logged(whole)
     assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
     summary = json.loads((whole / "summary.json").read_text())

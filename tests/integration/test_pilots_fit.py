@@ -53,23 +53,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return found
 
 
-def fit(place: Place, folder: str, steps: int, *more: str) -> tuple[Path, dict[str, Any]]:
-    where = f"--trainer.logger.init_args.save_dir={folder}"
-    code, said = place.run("fit", "--config", "run.yaml", where, f"--trainer.max_steps={steps}", *more)
-    assert code == 0, said[-2000:]
-    run = place.path / folder / "small" / "version_0"
-    return run, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
 def test_a_run_resumed_between_pilots_and_groups_is_the_run_that_was_not_stopped(place: Place) -> None:
     place.config(with_pilots_ahead)
-    whole, expected = fit(place, "whole", 5)
+    whole, expected = place.fit("whole", 5)
     saved = whole / "checkpoints" / "step_00000003.ckpt"
     held = torch.load(saved, weights_only=True)["callbacks"]
     (key,) = (name for name in held if "Pilots" in name)
     prompts = held[key]["prepared"]["prompts"]
     assert held[key]["prepared"]["step"] == 3 and prompts
-    again, found = fit(place, "again", 5, "--ckpt_path", str(saved))
+    again, found = place.fit("again", 5, "--ckpt_path", str(saved))
     ours, others = logged(again), logged(whole)
     assert {tag: values for tag, values in ours.items() if 3 in values} == {
         tag: {step: value for step, value in others[tag].items() if step in ours[tag]} for tag in ours if 3 in ours[tag]
@@ -78,16 +70,16 @@ def test_a_run_resumed_between_pilots_and_groups_is_the_run_that_was_not_stopped
     assert found["callbacks"][key] == expected["callbacks"][key]
     # Without the option the prompts are rolled out again, when their step begins.
     place.config(with_pilots)
-    other, _ = fit(place, "other", 5, "--ckpt_path", str(saved))
+    other, _ = place.fit("other", 5, "--ckpt_path", str(saved))
     assert (
         logged(other)["sampling/sampling_logp_difference/mean"][3] < ours["sampling/sampling_logp_difference/mean"][3]
     )
 
 
 def test_a_resumed_run_completes_the_groups_of_one_that_was_not_stopped(place: Place) -> None:
-    whole, expected = fit(place, "whole", 5)
-    fit(place, "cut", 3)
-    cut, found = fit(place, "cut", 5, "--ckpt_path", "last")
+    whole, expected = place.fit("whole", 5)
+    place.fit("cut", 3)
+    cut, found = place.fit("cut", 5, "--ckpt_path", "last")
     assert logged(cut) == logged(whole)
     assert all(torch.equal(tensor, found["state_dict"][name]) for name, tensor in expected["state_dict"].items())
     (key,) = (name for name in expected["callbacks"] if "Pilots" in name)

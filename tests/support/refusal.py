@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from app.cli.entry import main
@@ -86,6 +87,14 @@ class Place:
         """Return exit code and standard error of `dots ARGUMENTS`."""
         code, _, said = self.run_with_output(*arguments)
         return code, said
+
+    def fit(self, folder: str, steps: int, *more: str) -> tuple[Path, dict[str, Any]]:
+        """Train `run.yaml` in a folder for so many steps; return the run's folder and its last checkpoint."""
+        where = f"--trainer.logger.init_args.save_dir={folder}"
+        code, said = self.run("fit", "--config", "run.yaml", where, f"--trainer.max_steps={steps}", *more)
+        assert code == 0, said[-2000:]
+        run = self.path / folder / "small" / "version_0"
+        return run, torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
     def run_with_output(self, *arguments: str) -> tuple[int, str, str]:
         """Return exit code, standard output and standard error of `dots ARGUMENTS`."""
