@@ -59,16 +59,57 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Completion:
-    """One completion sampled from the behaviour policy `mu`.
+class Turn:
+    """A part of a conversation with an environment: what the policy generated at once, or what was said to it.
 
     Attributes:
-        token_ids: int32 `[T]`, without the prompt; includes the end token if there is one.
+        generated: True for the policy's own tokens, False for the environment's, which have no loss.
+        tokens: number of the completion's tokens that it consists of; may be 0.
+        messages: the same as messages: one of the assistant, or those of the environment.
+    """
+
+    generated: bool
+    tokens: int
+    messages: Messages
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """How a conversation with an environment ended.
+
+    Attributes:
+        reward: what the environment's own `get_reward` returned; None if it has none.
+        environment: the final environment object, pickled, for reward functions that read it; None if it does not
+            pickle. Only reward workers unpickle it.
+        error: why the environment failed (it took too long, or its process died); empty if it did not.
+        calls: tool calls that the policy made.
+        failed_calls: those that raised, or named no tool.
+    """
+
+    reward: float | None = None
+    environment: bytes | None = None
+    error: str = ""
+    calls: int = 0
+    failed_calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """One completion sampled from the behaviour policy `mu`, or a conversation of several turns of it.
+
+    Attributes:
+        token_ids: int32 `[T]`, without the prompt; includes the end token if there is one, and what an environment
+            said between the policy's turns.
         logprobs: float32 `[T]`: log mu(token) under the distribution that was sampled from, that is, after
-            temperature, top-k and top-p.
-        finish_reason: "stop" (an end token or stop string) or "length" (truncated at the completion limit).
+            temperature, top-k and top-p; NaN for an environment's tokens.
+        finish_reason: "stop" (an end token or stop string) or "length" (truncated at the completion limit, or at the
+            limit of turns).
         policy_version: number of optimizer updates that the weights of `mu` had seen.
         text: decoded, without special tokens.
+        turns: the turns of a conversation, whose tokens add up to `T`; empty for a single turn of the policy.
+        context: int32 `[P]`: tokens that the policy read before it in place of the prompt's, because the environment
+            added to the prompt; None for the prompt's own.
+        outcome: how the environment ended it; None without one. Not kept by a replay buffer or a checkpoint.
     """
 
     token_ids: np.ndarray
@@ -76,6 +117,21 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     text: str
+    turns: tuple[Turn, ...] = ()
+    context: np.ndarray | None = None
+    outcome: Outcome | None = None
+
+    @property
+    def generated(self) -> np.ndarray:
+        """The tokens that the policy generated, bool `[T]`; others are the environment's."""
+        if not self.turns:
+            return np.ones(len(self.token_ids), dtype=bool)
+        return np.repeat([turn.generated for turn in self.turns], [turn.tokens for turn in self.turns])
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens that the policy generated."""
+        return sum(turn.tokens for turn in self.turns if turn.generated) if self.turns else len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +171,8 @@ class RolloutGroup:
 
     @property
     def completion_tokens(self) -> int:
-        """Number of completion tokens of the group."""
-        return sum(len(completion.token_ids) for completion in self.completions)
+        """Number of tokens of the group that the policy generated."""
+        return sum(completion.generated_tokens for completion in self.completions)
 
     def joined(self, later: RolloutGroup) -> RolloutGroup:
         """Return this group with the completions of another one of the same prompt, rewards and step after its own."""

@@ -1,0 +1,1 @@
+"""Environments that the policy talks to in several turns, and their tools."""
