@@ -27,7 +27,7 @@ from transformers import (
 
 from app.engines import Sampling, Transformers
 from app.engines.transformers import shared_cache, step_graphs
-from app.engines.transformers.engine import cached_bytes, tokens_that_fit
+from app.engines.transformers.generation import cached_bytes, tokens_that_fit
 from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache, WrittenLayer
