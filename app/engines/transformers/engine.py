@@ -100,9 +100,13 @@ class Transformers(RolloutEngine):
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         check_request(prompts, sampling, seeds, limit, f"the model's {limit} positions", limits)
         with _generating(self.model):
-            if pilots is None:
-                return Generation(self, prompts, sampling, seeds, limits_of(sampling, seeds, limits)).run()
-            return PilotGeneration(self, prompts, sampling, seeds, *pilots).run()
+            generation = (
+                Generation(self, prompts, sampling, seeds, limits_of(sampling, seeds, limits))
+                if pilots is None
+                else PilotGeneration(self, prompts, sampling, seeds, *pilots)
+            )
+            generation.run()
+        return generation.groups()
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **cached: object) -> torch.Tensor:
         """Return the logits `[n, V]` at the last position of `[n, T]` tokens, whose context is `cached`."""

@@ -91,8 +91,8 @@ class Generation:
         self.lengths = np.zeros(seeds.size, dtype=np.int64)
         self.stopped = np.zeros(seeds.size, dtype=bool)
 
-    def run(self) -> Groups:
-        """Generate until nothing is left, and return the completions of each prompt."""
+    def run(self) -> None:
+        """Generate until nothing is left."""
         while self.waiting or len(self.rows) or self.expects_more:
             self.queue_more()
             self.admit()
@@ -100,7 +100,6 @@ class Generation:
                 self._sample(self._step(), first=0)
         if self.graphs is not None and self.graphs.failed:
             self.engine.cuda_graphs = False
-        return self._groups()
 
     @property
     def expects_more(self) -> bool:
@@ -189,7 +188,8 @@ class Generation:
         """Return an array as a tensor on the policy's device."""
         return torch.from_numpy(array).to(self.device)
 
-    def _groups(self) -> Groups:
+    def groups(self) -> Groups:
+        """Return the completions of each prompt."""
         of_group = np.arange(self.group)
         return [
             self.completions(b * self.group + of_group[self.lengths[b * self.group + of_group] > 0])

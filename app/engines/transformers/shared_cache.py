@@ -212,20 +212,31 @@ class SharedPromptCache(RowCache):
         self._drop_finished_prompts()
         self._place_rows()
 
-    def states_of(self, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return copies of a row's keys and values per layer, `[key_value_heads, tokens, head_dim]`, prompt included.
+    def states_of(self, rows: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return copies of the keys and values of rows (int64 `[r]`), their prompts included.
 
-        The last token that was drawn for it is not among them: the model has not read it.
+        Returns:
+            For each row its keys and its values, `[layers, key_value_heads, tokens, head_dim]`. The last token that was
+            drawn for it is not among them: the model has not read it.
         """
-        prompt, start = self.prompt_of_row[row], int(self.starts[row])
-        length = int(self.lengths[prompt])
-        return [
-            tuple(
-                torch.cat([of_prompt[prompt, :, read.longest - length :], of_row[row, :, start : written.end]], dim=1)
-                for of_prompt, of_row in zip((read.keys, read.values), written.buffers(), strict=True)
-            )
-            for read, written in zip(self.read, self.written, strict=True)
-        ]
+        prompts, starts = self.prompt_of_row[rows], self.starts[rows]
+        lengths = self.lengths[prompts]
+        longest, first, end = int(lengths.max()), int(starts.min()), self.written[0].end
+        written = self.written if self.written[0].is_initialized else []  # by the second token of any row
+        parts = []
+        for number in (0, 1):
+            of_prompts = [(read.keys, read.values)[number][prompts, :, read.longest - longest :] for read in self.read]
+            of_rows = [layer.buffers()[number][rows, :, first:end] for layer in written]
+            parts.append(torch.cat([torch.stack(of_prompts), *([torch.stack(of_rows)] if written else [])], dim=3))
+        # The tokens of a row's prompt end where its own begin, unless another row has begun before it.
+        found = []
+        for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
+            both = (whole[:, row, :, longest - length :] for whole in parts)
+            if start > first:
+                both = (torch.cat([one[:, :, :length], one[:, :, length + start - first :]], dim=2) for one in both)
+            keys, values = both
+            found.append((keys, values))
+        return found
 
     def _drop_finished_prompts(self) -> None:
         alive = np.bincount(self.prompt_of_row, minlength=len(self.lengths)) > 0

@@ -19,8 +19,8 @@ from app.engines.turns import Conversations, TurnRequest
 if TYPE_CHECKING:  # the engine makes generations
     from app.engines.transformers.engine import Transformers
 
-States = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values per layer, `[key_value_heads, tokens, head_dim]`."""
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, `[layers, key_value_heads, tokens, head_dim]`."""
 
 
 class TurnGeneration(Generation):
@@ -70,12 +70,12 @@ class TurnGeneration(Generation):
         return bool(self.returning) or self.conversations.outstanding > 0
 
     def leave(self, rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            number = int(self.rows.sample[row])
-            if isinstance(self.cache, SharedPromptCache):
-                self.states[number] = self.cache.states_of(row)
-            [turn] = self.completions(np.array([number]))
-            self.lengths[number] = 0
+        numbers = self.rows.sample[rows]
+        if isinstance(self.cache, SharedPromptCache):
+            self.states |= zip(numbers.tolist(), self.cache.states_of(rows), strict=True)
+        turns = self.completions(numbers)
+        self.lengths[numbers] = 0
+        for number, turn in zip(numbers.tolist(), turns, strict=True):
             self.conversations.ended(number, turn)
 
     def queue_more(self) -> None:
@@ -103,18 +103,18 @@ class TurnGeneration(Generation):
         """
         states = [self.states.pop(int(one.samples[0])) for one in bucket]
         lengths = np.array([len(one.token_ids) for one in bucket])
-        new = int(max(length - its[0][0].shape[1] for length, its in zip(lengths, states, strict=True)))
+        new = int(max(length - its[0].shape[2] for length, its in zip(lengths, states, strict=True)))
         kept = (lengths - new).clip(min=0)
         longest = int(kept.max())
         past = PrefilledCache(config=self.lm.config)
-        for layer in range(len(states[0])):
-            keys, values = (
-                torch.stack([
-                    torch.nn.functional.pad(its[layer][part][:, :size], (0, 0, longest - size, 0))
-                    for its, size in zip(states, kept.tolist(), strict=True)
-                ])
-                for part in (0, 1)
-            )  # fmt: skip
+        padded = []
+        for part in (0, 1):
+            layers, heads, _, width = states[0][part].shape
+            rows = states[0][part].new_zeros(layers, len(bucket), heads, longest, width)
+            for row, (its, size) in enumerate(zip(states, kept.tolist(), strict=True)):
+                rows[:, row, :, longest - size :] = its[part][:, :, :size]
+            padded.append(rows)
+        for layer, (keys, values) in enumerate(zip(*padded, strict=True)):
             past.update(keys, values, layer)
         tokens = np.zeros((len(bucket), new), dtype=np.int64)
         for row, one in enumerate(bucket):
