@@ -72,7 +72,8 @@ def protocol_of(
         return PlainProtocol(given, tokenizer)
     kwargs = dict(chat_template_kwargs or {})
     try:
-        template = tokenizer.get_chat_template(kwargs.pop("chat_template", None), tools=[dict(one) for one in schemas])
+        described = [dict(one) for one in schemas] or None  # there may be a template for prompts with tools
+        template = tokenizer.get_chat_template(kwargs.pop("chat_template", None), tools=described)
     except ValueError as error:
         raise UserError(
             "The tokenizer has no chat template that says how the policy's turns are written. Set "
@@ -206,7 +207,7 @@ class ChatProtocol(Protocol):
 
     def _check(self, role: str) -> None:
         """Check that a reply is written as the same tokens by itself as within the conversation."""
-        before, reply = self._split([{"role": role, "content": "12"}])
+        before, reply = self._split([{"role": role, "name": "tool", "content": "12"}])
         apart = [*_ids(self._tokenizer, before), *_ids(self._tokenizer, reply)]
         if _MARK in reply or "12" not in reply or _ids(self._tokenizer, before + reply) != apart:
             raise UserError(

@@ -178,7 +178,8 @@ def test_a_conversation(sessions):
     ]  # fmt: skip
     assert (reply.done, reply.calls, reply.failed_calls) == (False, 4, 2)
     sessions.respond(7, "", call("add", by=1), ["not JSON"])
-    assert [m["content"] for m in one(sessions).reply.messages] == ["{'error': 'not JSON'}", "9"]
+    messages = one(sessions).reply.messages
+    assert [(one["name"], one["content"]) for one in messages] == [("unknown", "{'error': 'not JSON'}"), ("add", "9")]
     sessions.respond(7, "", [], ["not JSON"])
     reply = one(sessions).reply
     assert (reply.done, reply.calls, reply.failed_calls, len(reply.messages)) == (False, 1, 1, 1)
