@@ -51,11 +51,25 @@ WRITTEN = {
 }
 
 
+HERMES_FORM = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>\n{{ {'name': m['name'] or raise_exception('Which tool?'), "
+    "'content': m.content} | tojson }}\n</tool_response> "
+    "{% elif m.tool_calls %}{% for c in m.tool_calls %}<tool_call>\n{{ {'arguments': c.function.arguments, "
+    "'name': c.function.name} | tojson }}\n</tool_call> {% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Hermes 3 writes messages: a role of its own for tools, which name themselves, and spaces before the ends."""
+WRITTEN["hermes"] = '<tool_call>\n{"arguments": {"a": 1, "b": "2"}, "name": "add"}\n</tool_call> '
+
+
 @cache
 def tokenizer(template: str = ""):
     """SmolLM2's tokenizer, with a chat template of another model and that one's special tokens."""
     made = AutoTokenizer.from_pretrained("models/smollm2-135m-instruct")
-    if template:
+    if template == "hermes":
+        made.chat_template = {"default": "{{ raise_exception('Not this one!') }}", "tool_use": HERMES_FORM}
+    elif template:
         made.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     if template.startswith("llama"):
         special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]

@@ -1,7 +1,9 @@
 """Conversations with environments in processes of their own: hostile tools, and what others notice of them."""
 
+import importlib
 import pickle
 import re
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -178,7 +180,8 @@ def test_a_conversation(sessions):
     ]  # fmt: skip
     assert (reply.done, reply.calls, reply.failed_calls) == (False, 4, 2)
     sessions.respond(7, "", call("add", by=1), ["not JSON"])
-    assert [m["content"] for m in one(sessions).reply.messages] == ["{'error': 'not JSON'}", "9"]
+    messages = one(sessions).reply.messages
+    assert [(one["name"], one["content"]) for one in messages] == [("unknown", "{'error': 'not JSON'}"), ("add", "9")]
     sessions.respond(7, "", [], ["not JSON"])
     reply = one(sessions).reply
     assert (reply.done, reply.calls, reply.failed_calls, len(reply.messages)) == (False, 1, 1, 1)
@@ -300,6 +303,18 @@ def test_an_object_that_does_not_pickle_still_has_its_reward(module):
         sessions.finish(0)
         outcome = one(sessions).outcome
     assert (outcome.reward, outcome.environment, outcome.error) == (2.0, None, "")
+
+
+def test_final_objects_are_of_the_class_that_the_rewards_can_import(module, monkeypatch):
+    monkeypatch.chdir(module.parent)
+    monkeypatch.syspath_prepend(module.parent)
+    with sessions_of("counting_env.py:Counter") as sessions:
+        opened(sessions, start=2)
+        sessions.finish(0)
+        outcome = one(sessions).outcome
+    counting_env = importlib.import_module("counting_env")
+    monkeypatch.setitem(sys.modules, "counting_env", sys.modules.pop("counting_env"))  # forget it after the test
+    assert isinstance(pickle.loads(outcome.environment), counting_env.Counter)  # noqa: S301 (our own)
 
 
 def test_processes_are_reused_and_the_others_wait(module):
