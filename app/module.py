@@ -65,8 +65,8 @@ class GRPOModule(LightningModule):
         rewards: score the completions: one or a list. A name (`math`, `numeric`), a function (`my_rewards.is_right`,
             `my_rewards.py:is_right`), or a class with options; see `Reward` for which measure correctness.
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
-        environment: what the policy talks to in several turns, such as `app.environments.Tools`; None for completions of
-            one turn. `sampling.max_completion_length` then limits a whole conversation, its replies included.
+        environment: what the policy talks to in several turns, such as `app.environments.Tools`; None for completions
+            of one turn. `sampling.max_completion_length` then limits a whole conversation, its replies included.
         sampling: sampling of training completions. With `top_p` or `top_k` the importance weight of a token is that of
             the whole distribution to the truncated one; tokens that are left out are never tried.
         val_sampling: sampling of validation completions; None is `sampling`.

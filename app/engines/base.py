@@ -237,7 +237,9 @@ def pilots_first(
     chosen = completed(dict(enumerate(groups)))
     # Ranks without any take part: they may share the engine.
     rest = replace(sampling, num_generations=sampling.num_generations - pilot)
-    for place, more in zip(chosen, generate([prompts[one] for one in chosen], rest, seeds[chosen, pilot:]), strict=True):
+    for place, more in zip(
+        chosen, generate([prompts[one] for one in chosen], rest, seeds[chosen, pilot:]), strict=True
+    ):
         groups[place] += more
     return groups
 

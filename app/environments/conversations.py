@@ -233,8 +233,8 @@ class PolicyConversations(Conversations):
         """Return the tokens of a prompt with what `reset` has added to its last user message."""
         if prompt.extended is None:
             raise UserError(
-                f"The environment's reset returned text for prompt {prompt.id!r}, which is added to the last message of "
-                "the user, but the prompt ends with another. Let the data end with the user's, or reset return None."
+                f"The environment's reset returned text for prompt {prompt.id!r}, which is added to the user's last "
+                "message, but the prompt ends with another one. Let the data end with the user's, or reset return None."
             )
         context = prompt.extended(text)
         if self.room is not None and len(context) + self.limit > self.room:

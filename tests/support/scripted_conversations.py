@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from app.engines.turns import Conversations, TurnRequest
 from datamodules.seeding import derive_seed
@@ -79,3 +80,18 @@ class ScriptedConversations(Conversations):
             said = int(talk.turns[-1].token_ids.sum()) + number
             talk.replies.append(tuple(2 + (said + place) % 40 for place in range(1 + said % self.longest_reply)))
         return [self._request(number) for number in asked]
+
+
+@torch.no_grad()
+def gap_of_turns(model: torch.nn.Module, talks: ScriptedConversations, temperature: float = 1.0) -> float:
+    """Return the largest difference between the turns' log-probabilities and those of a plain forward of the whole."""
+    largest = 0.0
+    for talk in talks.talks:
+        ids = torch.tensor([[*talk.prompt.token_ids, *talk.tokens]])
+        logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        place = len(talk.prompt.token_ids) - 1
+        for turn, reply in zip(talk.turns, [*talk.replies, ()], strict=True):
+            expected = logprobs[place : place + len(turn.token_ids)].numpy()
+            largest = max(largest, float(np.abs(turn.logprobs - expected).max()))
+            place += len(turn.token_ids) + len(reply)
+    return largest

@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from app.engines import Sampling, Transformers
 from app.engines.base import RolloutEngine
 from app.engines.transformers import turns as turns_module
-from tests.support.scripted_conversations import ScriptedConversations
+from tests.support.scripted_conversations import ScriptedConversations, gap_of_turns
 from tests.unit.test_transformers_engine import LENGTHS, SEEDS, build, engine, prompts
 
 SAMPLING = Sampling(num_generations=1, max_completion_length=8, temperature=0.9)
@@ -22,13 +21,6 @@ def conversed(made: Transformers, **options: int) -> ScriptedConversations:
     return talks
 
 
-def expected_logprobs(model: PreTrainedModel, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> np.ndarray:
-    ids = torch.tensor([[*prompt, *tokens]])
-    with torch.no_grad():
-        logprobs = (model(ids).logits[0, :-1] / 0.9).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return logprobs[len(prompt) - 1 :].numpy()
-
-
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "sliding", "lora"])
 @pytest.mark.parametrize("options", [{}, {"max_rows": 6}, {"max_rows": 3, "prefill_tokens": 20}])
 def test_logprobs_are_those_of_a_plain_forward_over_the_conversation(name: str, options: dict[str, int]) -> None:
@@ -37,13 +29,8 @@ def test_logprobs_are_those_of_a_plain_forward_over_the_conversation(name: str, 
     assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
     for number, talk in enumerate(talks.talks):
         assert len(talk.turns) == 1 + number % 4 == 1 + len(talk.replies)
-        expected = expected_logprobs(model, talk.prompt.token_ids, talk.tokens)
-        place = 0
-        for turn, reply in zip(talk.turns, [*talk.replies, ()], strict=True):
-            length = len(turn.token_ids)
-            assert length <= 8 - number % 3
-            np.testing.assert_allclose(turn.logprobs, expected[place : place + length], atol=2e-5)
-            place += length + len(reply)
+        assert all(len(turn.token_ids) <= 8 - number % 3 for turn in talk.turns)
+    assert gap_of_turns(model, talks, 0.9) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["qwen2", "sliding"])
@@ -91,14 +78,7 @@ def test_what_is_kept_of_a_conversation_is_read(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(turns_module.TurnGeneration, "leave", mixed)
     talks = conversed(engine(model))
-    wrong = 0
-    for talk in talks.talks:
-        expected = expected_logprobs(model, talk.prompt.token_ids, talk.tokens)
-        if len(talk.turns) > 1:
-            first = len(talk.turns[0].token_ids) + len(talk.replies[0])
-            second = talk.turns[1].logprobs
-            wrong += not np.allclose(second, expected[first : first + len(second)], atol=2e-5)
-    assert wrong
+    assert gap_of_turns(model, talks, 0.9) > 2e-4
 
 
 def test_stop_strings_end_a_turn() -> None:
