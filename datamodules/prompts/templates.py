@@ -181,7 +181,7 @@ class Renderer:
         prompt = schema.prompt_of(row)
         if prompt is None:
             return None
-        if added and isinstance(prompt, str):
+        if isinstance(prompt, str):
             prompt += added
         elif added:
             prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + added}]
@@ -192,11 +192,11 @@ class Renderer:
         """Return the tools of the environment that a row is for. Raises UserError if it names none."""
         if self.tools is None:
             return None
-        name = "" if "" in self.tools else row.get("environment")
+        name = "" if "" in self.tools else str(row.get("environment"))
         if name not in self.tools:
             raise UserError(
                 f"A row's column environment is {name!r}, expected one of {', '.join(self.tools)}, the environments of "
-                f"model.environment: {nearest(str(name), self.tools)}"
+                f"model.environment: {nearest(name, self.tools)}"
             )
         return self.tools[name] or None
 
