@@ -174,19 +174,23 @@ def test_a_conversation_depends_on_its_seed_alone(
 
 
 def test_limits_end_a_conversation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: Sessions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sessions: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sessions.options, "max_turns", 2)
     batch = prompts(tokenizer, *[""] * 8, "talks")
     long = replace(SAMPLING, max_completion_length=400)
     *groups, talking = rollouts(model, tokenizer, sessions).generate(batch, long, seeds(batch))
     short = [one for group in groups for one in group]
     counts = [sum(turn.generated for turn in one.turns) for one in short]
-    assert max(counts) == 4
+    assert max(counts) == 2
     for one, count in zip(short, counts, strict=True):
-        assert count <= 4 and one.turns[-1].generated  # what nobody reads is not part of it
+        assert count <= 2 and one.turns[-1].generated  # what nobody reads is not part of it
         if one.finish_reason == "length":  # in the middle, or with a call that nobody answers
-            assert len(one.token_ids) == 400 or (count == 4 and tokenizer.decode(one.token_ids[-1:]) == "=")
-        assert count < 4 or not one.turns[-1].messages[0].get("tool_calls") or one.finish_reason == "length"
+            assert len(one.token_ids) == 400 or (count == 2 and tokenizer.decode(one.token_ids[-1:]) == "=")
+        assert count < 2 or not one.turns[-1].messages[0].get("tool_calls") or one.finish_reason == "length"
     assert {one.finish_reason for one in short} == {"stop", "length"}
     cut = [one for one in talking if one.outcome is not None and one.outcome.calls]
     assert cut  # a reply of 500 characters leaves no room
