@@ -69,7 +69,7 @@ def rows_of(
                 "birth_step": group.birth_step,
                 "policy_version": completion.policy_version,
                 "finish_reason": completion.finish_reason,
-                "completion_tokens": len(completion.token_ids),
+                "completion_tokens": completion.generated_tokens,
             }
             row |= {f"reward/{name}": float(values[sample]) for name, values in group.components.items()}
             row |= {name if name not in row else f"data/{name}": value for name, value in own.items()}

@@ -380,7 +380,7 @@ class RolloutPipeline:
         counts = {
             f"{purpose}/prompts": len(prompts),
             f"{purpose}/completions": sum(len(group) for group in completions),
-            f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+            f"{purpose}/tokens": sum(one.generated_tokens for group in completions for one in group),
             "rewards/completions": sum(len(group) for group in completions),
             "rewards/timed_out": result.timed_out,
             "rewards/crashed": result.crashed,
