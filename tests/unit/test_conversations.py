@@ -48,7 +48,9 @@ def groups() -> list[RolloutGroup]:
 
 def test_layouts_by_hand() -> None:
     made = [
-        ScoredSequence([5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]),
+        ScoredSequence(
+            [5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]
+        ),
         ScoredSequence([5, 6], [3, 4], [-5.0], -1.0, 0.5, generated=[True, False]),
     ]
     batch = collate(made)
