@@ -26,7 +26,7 @@ LAYOUTS = {"collate": (collate, lambda s, most: plan_microbatches([len(one) for 
 
 
 def groups() -> list[RolloutGroup]:
-    """Two groups: replies in the middle, at the end, twice; a single turn; other prompts; one without a turn of its own."""
+    """Two groups: replies in the middle, at the end, twice; no reply; a longer context; one without a turn of its own."""
     first = (
         conversation((SAID, [3, 4, 5]), (REPLIED, [6, 7, 8, 9]), (SAID, [10, 2])),
         conversation((SAID, [4]), (REPLIED, [5, 6, 11])),
@@ -48,7 +48,9 @@ def groups() -> list[RolloutGroup]:
 
 def test_layouts_by_hand() -> None:
     made = [
-        ScoredSequence([5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]),
+        ScoredSequence(
+            [5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]
+        ),
         ScoredSequence([5, 6], [3, 4], [-5.0], -1.0, 0.5, generated=[True, False]),
     ]
     batch = collate(made)
