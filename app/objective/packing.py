@@ -205,8 +205,8 @@ def _lengths(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, np.ndarra
             raise ValueError(f"sequence {row}: {first} prompt and {second} completion tokens, expected both above 0")
         if one.generated is not None and (len(one.generated) != second or not one.generated_tokens):
             raise ValueError(
-                f"sequence {row}: {one.generated_tokens} of {len(one.generated)} tokens are generated, expected at least "
-                f"1 of {second}"
+                f"sequence {row}: {one.generated_tokens} of {len(one.generated)} tokens are generated, expected at "
+                f"least 1 of {second}"
             )
         expected = one.generated_tokens
         for name, values in (("behaviour_logprobs", one.behaviour_logprobs), ("old_logprobs", one.old_logprobs)):

@@ -55,7 +55,7 @@ def model(tokenizer: Any) -> Qwen2ForCausalLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The input of both implementations: padded `[N, L]`, with advantages `[N]`; `generated` is 0 for a tool's tokens."""
+    """The input of both implementations: padded `[N, L]`, with advantages `[N]`; `generated` is 0 for tools' tokens."""
 
     prompt_ids: Tensor
     completion_ids: Tensor
