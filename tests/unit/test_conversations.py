@@ -26,6 +26,7 @@ from app.runs.folder import run_folder
 from app.runs.record import METRICS
 from app.update.metrics import batch_metrics
 from app.update.minibatch import MiniBatch, advantages_of, minibatches
+from app.update.reuse import Reuse
 from callbacks import CompletionsLog, RolloutReplay, Rollouts, RunLedger, WeightSync
 from datamodules.seeding import generator
 from datamodules.types import Completion, Outcome, RolloutGroup, Turn
@@ -229,12 +230,12 @@ def test_a_run_trains_replays_counts_and_shows_conversations(tmp_path: Path, mon
 
     monkeypatch.setattr(Transformers, "generate", generate_turns)
     callbacks = [WeightSync(), Rollouts(), RolloutReplay(), CompletionsLog(every=1), RunLedger()]
-    run = scripted_run(tmp_path, monkeypatch, [HALF] * 12, callbacks, steps=3)
+    run = scripted_run(tmp_path, monkeypatch, [HALF] * 12, callbacks, steps=3, mini_batches=2, reuse=Reuse(2, None))
     assert any(step.metrics["replay/fraction"] for step in run.steps)
     tokens, folder = 0, run_folder(run.trainer)
     for number, step in enumerate(run.steps):
         unknown = {name for name, value in step.metrics.items() if not np.isfinite(value)}
-        assert unknown <= {"selection/uniform_informative_measured"}, "which no uniform rollouts have measured"
+        assert unknown <= {"selection/uniform_informative_measured", "updates/reuse_z_score"}, "measured of nothing"
         assert step.metrics["grad_norm"] > 0
         assert step.metrics["environment/turns"] == step.metrics["tools/call_frequency"] == 2
         assert (step.metrics["tools/failure_frequency"], step.metrics["environment/failed"]) == (0.5, 0)
