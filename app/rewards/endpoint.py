@@ -160,7 +160,7 @@ class EndpointReward(Reward):
     async def _answer(self, session: aiohttp.ClientSession, slots: asyncio.Semaphore, body: Json) -> Any:
         async with slots:
             if self._down >= _FAILED_IN_ROW and time.monotonic() < self._down_since + self.time_limit_s:
-                return EndpointError(f"not asked, because the last {self._down} requests got no answer")
+                return EndpointError("not asked, because the requests before it got no answer")
             try:
                 answer = await self._within_limit(session, body)
             except EndpointError as error:
