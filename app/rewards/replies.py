@@ -53,10 +53,10 @@ class ReplyCache:
         """Read what any process has appended to the file since the last time."""
         if self._file is None:
             return
-        if os.fstat(self._file).st_size < self._read:
+        if (size := os.fstat(self._file).st_size) < self._read:
             self._read = 0  # somebody has emptied it
         rest = b""
-        while part := os.pread(self._file, 2**20, self._read + len(rest)):
+        while self._read + len(rest) < size and (part := os.pread(self._file, 2**20, self._read + len(rest))):
             *lines, rest = (rest + part).split(b"\n")
             self._read += sum(len(line) + 1 for line in lines)
             for line in lines:
