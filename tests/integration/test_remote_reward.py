@@ -83,7 +83,7 @@ def test_batches_are_in_flight_together_and_scores_in_order() -> None:
     def answer(asked: Asked, number: int) -> object:
         if number < 4:
             all_here.wait(5)  # none is answered before four are there
-        time.sleep(0.1 if number == 0 else 0.0)
+        time.sleep(0.2 if number == 0 else 0.05)
         return lengths(asked, number)
 
     texts = ["x" * size for size in range(29)]
