@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -236,6 +237,20 @@ def test_many_processes_write_one_cache(tmp_path: Path) -> None:
     assert {entry["request"] for entry in entries} == {f"{letter}-{row}" for letter in "abcd" for row in range(300)}
     cache = ReplyCache(str(path), 10_000)
     assert [cache.get(key) for key in ("whole", "cut", "b-50", "c-51")] == ["r", None, "b" * 9000, "c" * 30]
+
+
+def test_a_writer_waits_for_its_turn(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    cache = ReplyCache(str(path), 2)
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writing = threading.Thread(target=cache.add, args=("a", "reply"))
+        writing.start()
+        writing.join(0.2)
+        assert writing.is_alive() and path.read_bytes() == b""
+        fcntl.flock(other, fcntl.LOCK_UN)
+    writing.join(5)
+    assert json.loads(path.read_text()) == {"request": "a", "reply": "reply"}
 
 
 def test_a_cache_holds_the_newest_and_follows_its_file(tmp_path: Path) -> None:
