@@ -53,7 +53,8 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         tuple(
             f"app.rewards.{name}"
             for name in (
-                "Math", "Numeric", "Exact", "Code", "Function", "Format", "SoftOverlong", "ReasoningGym", "Environment",
+                "Math", "Numeric", "Exact", "Code", "Judge", "Remote", "Function", "Format", "SoftOverlong",
+                "ReasoningGym", "Environment",
             )
         ),
     ),
