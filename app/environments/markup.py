@@ -12,6 +12,8 @@ Parsed = tuple[str, list[ToolCall], list[str]]
 """A turn's text without its calls, the calls, and what is wrong with each further one that cannot be read."""
 
 _HERMES = "<tool_call>", "</tool_call>"
+_PYTHON = {"True": True, "False": False, "None": None}
+"""Values in XML, which chat templates write as Python does."""
 
 
 def parse_plain(text: str, start: str, end: str, tool: str, argument: str) -> Parsed:
@@ -97,14 +99,15 @@ def _of_xml(body: str, texts: Mapping[str, set[str]]) -> ToolCall:
         if not closed or not parameter.lstrip().startswith("<parameter="):
             raise ValueError("it has something else than <parameter=...> in <function=...>")
         value = value.removeprefix("\n").removesuffix("\n")
-        if key not in texts.get(name, ()):
-            try:
-                arguments[key] = json.loads(value)
-                continue
-            except (ValueError, RecursionError):
-                pass
-        arguments[key] = value
+        arguments[key] = value if key in texts.get(name, ()) else _value(value)
     return ToolCall(name, arguments)
+
+
+def _value(text: str) -> Any:
+    try:
+        return _PYTHON[text] if text in _PYTHON else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _line(error: BaseException) -> str:

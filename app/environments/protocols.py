@@ -72,7 +72,8 @@ def protocol_of(
         return PlainProtocol(given, tokenizer)
     kwargs = dict(chat_template_kwargs or {})
     try:
-        template = tokenizer.get_chat_template(kwargs.pop("chat_template", None), tools=[dict(one) for one in schemas])
+        described = [dict(one) for one in schemas] or None  # there may be a template for prompts with tools
+        template = tokenizer.get_chat_template(kwargs.pop("chat_template", None), tools=described)
     except ValueError as error:
         raise UserError(
             "The tokenizer has no chat template that says how the policy's turns are written. Set "
@@ -146,6 +147,7 @@ class ChatProtocol(Protocol):
         }
         self._parse = parsers[markup]
         self.stop = []
+        self._marks: dict[bool, int] = {}  # how often the template writes what an assistant without, with a call said
         said = self._render([{"role": "assistant", "content": _MARK}], prompted=False)
         closing = _ids(tokenizer, said.rpartition(_MARK)[2])
         known = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
@@ -179,8 +181,10 @@ class ChatProtocol(Protocol):
             function = {"name": tool.get("name") or "tool", "arguments": {"argument": _MARK}}
             turn["tool_calls"] = [{"type": "function", "function": function}]
         whole = self._render([turn, *messages], prompted=True)
-        start = 0
-        for _ in range(self._render([turn], prompted=False).count(_MARK)):
+        start, has_tool = 0, tool is not None
+        if has_tool not in self._marks:
+            self._marks[has_tool] = self._render([turn], prompted=False).count(_MARK)
+        for _ in range(self._marks[has_tool]):
             start = whole.index(_MARK, start) + len(_MARK)
         cut = whole.index(self._end, start) + len(self._end)
         return whole[:cut], whole[cut:]
@@ -206,7 +210,7 @@ class ChatProtocol(Protocol):
 
     def _check(self, role: str) -> None:
         """Check that a reply is written as the same tokens by itself as within the conversation."""
-        before, reply = self._split([{"role": role, "content": "12"}])
+        before, reply = self._split([{"role": role, "name": "tool", "content": "12"}])
         apart = [*_ids(self._tokenizer, before), *_ids(self._tokenizer, reply)]
         if _MARK in reply or "12" not in reply or _ids(self._tokenizer, before + reply) != apart:
             raise UserError(

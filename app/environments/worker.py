@@ -138,7 +138,7 @@ class _Process:
     def _reply(self, request: Respond) -> Reply:
         """Return the environment's answer to a turn, after the errors of the calls that could not be read."""
         assert self._current is not None, "the trainer opens a conversation first"
-        errors = [{"role": "tool", "content": str({"error": error})} for error in request.malformed]
+        errors = [{"role": "tool", "name": "unknown", "content": str({"error": error})} for error in request.malformed]
         reply = Reply([]) if errors and not request.calls else self._current.respond(request.text, request.calls)
         return replace(
             reply,
