@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, require
 from datamodules.pool import PromptPool
 from datamodules.prompts.file import PromptSource
 from datamodules.prompts.reading import read_pool
@@ -53,7 +52,7 @@ class VerifiersTasks(PromptSource):
     ) -> None:
         super().__init__(system_prompt, template, chat_template_kwargs, max_prompt_length, weight, rewards)
         self._check_positive(limit=limit)
-        check_installed()
+        require("verifiers")
         self.taskset, self.arguments, self.limit = taskset, arguments or {}, limit
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
@@ -66,12 +65,6 @@ class VerifiersTasks(PromptSource):
             self.max_prompt_length,
             self.context_limit,
         )
-
-
-def check_installed() -> None:
-    """Raise UserError if the package `verifiers` is not installed."""
-    if find_spec("verifiers") is None:
-        raise UserError("The package 'verifiers' is not installed. Install it: pip install 'dots-grpo[verifiers]'.")
 
 
 def read_tasks(taskset: str, arguments: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
@@ -91,5 +84,7 @@ def read_tasks(taskset: str, arguments: dict[str, Any], limit: int | None) -> li
         raise RuntimeError(f"Reading the tasks of {taskset} failed:\n{child.stderr}")
     reply = json.loads(child.stdout)
     if "error" in reply:
-        raise UserError(f"The verifiers taskset {taskset!r} cannot be read: {reply['error']}. Correct its configuration.")
+        raise UserError(
+            f"The verifiers taskset {taskset!r} cannot be read: {reply['error']}. Correct its configuration."
+        )
     return reply["rows"]

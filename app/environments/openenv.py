@@ -6,14 +6,11 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
-
-import requests
 
 from app.environments.base import Environment, Reply, ToolCall
 from app.environments.options import EnvironmentOptions
-from datamodules.errors import UserError
+from datamodules.errors import UserError, require
 
 if TYPE_CHECKING:
     from openenv.core import SyncEnvClient
@@ -39,7 +36,7 @@ class OpenEnv(EnvironmentOptions):
         token_variable: variable with a token that the server asks for; empty for none.
 
     Raises:
-        UserError: the package `openenv` is not installed, or there is no address.
+        UserError: the package `openenv` is not installed, or there is no address or token.
     """
 
     def __init__(
@@ -52,13 +49,17 @@ class OpenEnv(EnvironmentOptions):
         **limits: Any,
     ) -> None:
         super().__init__(**limits)
-        if find_spec("openenv") is None:
-            raise UserError("The package 'openenv' is not installed. Install it: pip install 'dots-grpo[openenv]'.")
+        require("openenv")
         address = url or os.environ.get("OPENENV_URL", "")
         if not address.startswith(("http://", "https://")):
             raise UserError(
                 f"model.environment.url is {address!r}, but must be an address such as http://localhost:8000. Set it, "
                 "or the variable OPENENV_URL."
+            )
+        if token_variable and token_variable not in os.environ:
+            raise UserError(
+                f"model.environment.token_variable is {token_variable!r}, but there is no such variable. Set it to the "
+                "token, or leave it out."
             )
         self.url, self.tool, self.kind = address.rstrip("/"), tool, reward
         self.reset_columns, self.token_variable = tuple(reset_columns), token_variable
@@ -99,9 +100,7 @@ class OpenEnvEnvironment(Environment):
         if self._by_name:
             listed = self._open().step({"type": "list_tools"}).observation["tools"]
             self._close()
-            self._tools = [
-                _tool(one["name"], one.get("description"), one.get("input_schema") or {}) for one in listed
-            ]
+            self._tools = [_tool(one["name"], one.get("description"), one.get("input_schema") or {}) for one in listed]
         else:
             properties = {name: one for name, one in action.get("properties", {}).items() if name != "metadata"}
             self._tools = [_tool(tool, action.get("description"), {**action, "properties": properties})]
@@ -156,12 +155,16 @@ class OpenEnvEnvironment(Environment):
 
     def _schema(self) -> dict[str, Any]:
         """Return the JSON schema of the server's actions."""
+        import requests
+
         try:
             response = requests.get(f"{self._url}/schema", headers=self._headers, timeout=30)
             response.raise_for_status()
             return response.json()["action"]
         except (requests.RequestException, KeyError) as error:
-            raise UserError(f"No OpenEnv server answers at {self._url} ({error}). Start it, or correct the url.") from error
+            raise UserError(
+                f"No OpenEnv server answers at {self._url} ({error}). Start it, or correct the url."
+            ) from error
 
     def _open(self) -> SyncEnvClient:
         from openenv.core.generic_client import GenericEnvClient
@@ -185,7 +188,7 @@ class OpenEnvEnvironment(Environment):
             if "VALIDATION_ERROR" not in str(error) and "EXECUTION_ERROR" not in str(error):
                 raise
             return str(error), True
-        return self._take(result), bool(result.observation.get("error"))
+        return self._take(result), self._by_name and bool(result.observation.get("error"))
 
     def _take(self, result: StepResult[dict[str, Any]]) -> str:
         """Note the reward and the end that a step has brought, and return its observation as text."""
@@ -193,11 +196,18 @@ class OpenEnvEnvironment(Environment):
         if result.reward is not None:
             self._rewards.append(float(result.reward))
         shown = {name: value for name, value in result.observation.items() if name != "metadata"}
-        if self._by_name and "result" in shown:
-            shown = {"result": shown["error"] or shown["result"]}
+        if self._by_name and "tool_name" in shown:
+            if shown["error"]:
+                return str(shown["error"]["message"])
+            returned = shown["result"]
+            if isinstance(returned, Mapping) and "content" in returned:  # blocks of MCP
+                return "\n".join(block.get("text") or json.dumps(block) for block in returned["content"])
+            shown = {"result": returned}
+        if not shown:
+            return ""
         values = list(shown.values())
-        text = values[0] if len(values) == 1 else shown
-        return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        said = values[0] if len(values) == 1 else shown
+        return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
 
 
 def _tool(name: str, description: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:

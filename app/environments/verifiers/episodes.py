@@ -1,4 +1,4 @@
-"""Environments of `verifiers` (https://github.com/PrimeIntellect-ai/verifiers), version 0.4: tasksets and their agents."""
+"""Episodes of `verifiers` 0.4, turn by turn."""
 
 from __future__ import annotations
 
@@ -10,62 +10,11 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from app.environments.base import Environment, Reply, ToolCall
-from app.environments.options import EnvironmentOptions
 from datamodules.errors import UserError
-from datamodules.verifiers import check_installed
 from datamodules.verifiers_generator import first_messages
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
-
-
-class Verifiers(EnvironmentOptions):
-    """An environment of `verifiers`, whose one agent without a model of its own is the policy.
-
-    All of it runs as its author wrote it: set-up, tool servers, stops, simulated users, rewards. Its agent's program is
-    a chat loop with the task's tools (like the harness `null`), unless the taskset or `env` has another one. Prompts
-    come from `datamodules.VerifiersTasks` with the same taskset. Its reward is the sum of the agent's, by their
-    weights; a conversation that Dots ends at one of its limits is scored as it is then. All tasks offer the same tools.
-
-    Args:
-        taskset: name of the package or module that exports the taskset, e.g. `gsm8k_v1`.
-        arguments: the taskset's configuration.
-        env: the rest of the configuration that `verifiers` calls `[env]`: `id` of another environment, its agents,
-            e.g. `{agent: {harness: {id: bash}, runtime: {type: docker}}}`. Agents that are not the policy need a
-            `client`. Each reset, answer and reward counts what tools and judges take.
-
-    Raises:
-        UserError: `verifiers` is not installed.
-    """
-
-    def __init__(
-        self,
-        taskset: str,
-        arguments: dict[str, Any] | None = None,
-        env: dict[str, Any] | None = None,
-        time_limit_s: float = 60.0,
-        **limits: Any,
-    ) -> None:
-        super().__init__(time_limit_s=time_limit_s, **limits)
-        check_installed()
-        self.taskset, self.arguments, self.env = taskset, arguments or {}, env or {}
-
-    @property
-    def preload(self) -> tuple[str, ...]:
-        # As `verifiers` finds modules by names of its hub, `owner/some-name@version`.
-        module = self.taskset.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
-        return "app.environments.verifiers_harness", module
-
-    def load(self) -> None:
-        import verifiers.v1 as vf
-
-        try:
-            vf.taskset_config_type(self.taskset)
-        except Exception as error:
-            raise UserError(f"The verifiers taskset {self.taskset!r} cannot be imported ({error}).") from error
-
-    def make(self, name: str) -> Environment:
-        return VerifiersEnvironment(self.taskset, self.arguments, self.env)
 
 
 class VerifiersEnvironment(Environment):
@@ -87,9 +36,10 @@ class VerifiersEnvironment(Environment):
 
         try:
             self._env = vf.load_environment(_config(taskset, arguments, env))
-        except (ValueError, TypeError) as error:  # pydantic's among them
+        except Exception as error:
+            said = " ".join(str(error).split())
             raise UserError(
-                f"verifiers does not accept model.environment's configuration of {taskset!r}: {error}"
+                f"verifiers does not accept the configuration of model.environment for {taskset!r}: {said}"
             ) from error
         self._agent = _policy_of(self._env.config)
         self._asked: asyncio.Queue[_Turn] = asyncio.Queue()
@@ -111,7 +61,7 @@ class VerifiersEnvironment(Environment):
         if "task" not in columns:
             raise UserError(
                 "The data have no column 'task', from which verifiers makes a task. Use the source "
-                "datamodules.VerifiersTasks."
+                "datamodules.verifiers.VerifiersTasks."
             )
         data = task_type.data_type().model_validate_json(columns["task"])
         self._loop.run(self._begin(task_type(data, self._env.config.taskset.task)))
@@ -250,7 +200,7 @@ class VerifiersEnvironment(Environment):
             raise RuntimeError(f"{errors[-1].type}: {errors[-1].message}" if errors else "the episode failed")
 
     def _failed_calls(self) -> int:
-        from app.environments.verifiers_harness import FAILED_CALLS
+        from app.environments.verifiers.harness import FAILED_CALLS
 
         return sum(trace.info.get(FAILED_CALLS, 0) for trace in self._traces)
 
@@ -267,11 +217,9 @@ def _config(taskset: str, arguments: Mapping[str, Any], env: Mapping[str, Any]) 
     """Return the configuration of an environment whose agents have our program where none is given."""
     import verifiers.v1 as vf
 
-    from app.environments.verifiers_harness import HARNESS
+    from app.environments.verifiers.harness import HARNESS
 
-    config = vf.resolve_env_config(
-        {"interception": {"type": "server"}, **env, "taskset": {**arguments, "id": taskset}}
-    )
+    config = vf.resolve_env_config({"interception": {"type": "server"}, **env, "taskset": {**arguments, "id": taskset}})
     if vf.default_harness_id(taskset) != "bash":  # the taskset has a program of its own
         return config
     ours = {"harness": vf.harness_config_type(HARNESS)(id=HARNESS), "runtime": vf.SubprocessConfig()}
@@ -294,7 +242,7 @@ def _policy_of(config: vf.EnvConfig) -> str:
         raise UserError(
             f"The verifiers environment has the agents {', '.join(agents)}, of which {', '.join(free) or 'none'} would "
             "be the policy, but exactly one has to be. Give every other one a client in model.environment.env, e.g. "
-            f"{{{next(iter(agents))}: {{model: ..., client: {{base_url: ..., api_key_var: ...}}}}}}."
+            f"{{{next(iter(agents))}: {{model: ..., client: {{type: eval, base_url: ..., api_key_var: ...}}}}}}."
         )
     return free[0]
 

@@ -26,9 +26,7 @@ async def serve_in_runtime(
 ) -> int:
     """Start a server, and return its port once it answers, as the function of that name in `verifiers` does."""
     if runtime.type != "subprocess":
-        return await _start_in_runtime(
-            server, runtime, exposed=exposed, state_url=state_url, state_secret=state_secret
-        )
+        return await _start_in_runtime(server, runtime, exposed=exposed, state_url=state_url, state_secret=state_secret)
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder, "port"), Path(folder, "log")
         environment = {

@@ -16,7 +16,7 @@ import verifiers.v1 as vf
 from verifiers.v1.dialects.chat import message_to_wire
 from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_content
 
-import app.environments.verifiers_servers  # noqa: F401  (from here on, tool servers are forks)
+import app.environments.verifiers.servers  # noqa: F401  (from here on, tool servers are forks)
 
 __all__ = ["ChatHarness"]
 
