@@ -14,7 +14,7 @@ class UserError(ValueError):
 def require(package: str) -> None:
     """Raise UserError if a package that the extra of its name installs is not there."""
     if find_spec(package) is None:
-        raise UserError(f"The package {package!r} is not installed. Run: pip install 'dots-grpo[{package}]'.")
+        raise UserError(f"{package} is not installed. Run in the folder of Dots: pip install -e '.[{package}]'")
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:
