@@ -10,6 +10,7 @@ import numpy as np
 
 from app.engines import RolloutEngine, Sampling
 from app.engines.ahead import Ahead, Groups
+from app.environments.conversations import EnvironmentRollouts
 from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rollouts.exchange import Rolled, exchange
@@ -80,6 +81,7 @@ class RolloutPipeline:
         trainer_state: state of the run that reward functions may read.
         ranks: the processes that share the work.
         whole_policy: context in which a sharded policy is whole and can generate. Collective.
+        environment: generates conversations in place of the engine's completions; None without an environment.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class RolloutPipeline:
         trainer_state: Callable[[], TrainerState] = TrainerState,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
         whole_policy: Callable[[], AbstractContextManager[None]] | None = None,
+        environment: EnvironmentRollouts | None = None,
     ) -> None:
         self.engine, self.scorer, self.seed, self.ranks = engine, scorer, seed, ranks
         self.precision, self.trainer_state = precision, trainer_state
         self._whole_policy = whole_policy if engine.uses_policy else None
+        self.generator = environment or engine
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -226,7 +230,7 @@ class RolloutPipeline:
 
         seeds = self._seeds(mine, sampling, "train", step)
         with ledger.phase("rollout"), self._gathered(), self.precision(), _finite(step):
-            completions = self.engine.generate_with_pilots(mine, sampling, seeds, pilot, judge)
+            completions = self.generator.generate_with_pilots(mine, sampling, seeds, pilot, judge)
         rest = {place: its[pilot:] for place, its in enumerate(completions) if len(its) > pilot}
         if rest:
             asked = [mine[place] for place in rest]
@@ -352,7 +356,7 @@ class RolloutPipeline:
         size = sizes.pop() if len(sizes) == 1 else 1
         asked = [prompt for prompt, its in zip(prompts, seeds, strict=True) for _ in range(len(its) // size)]
         drawn = np.concatenate([np.zeros(0, np.int64), *seeds]).reshape(-1, size)
-        found = iter(self.engine.generate(asked, replace(sampling, num_generations=size), drawn))
+        found = iter(self.generator.generate(asked, replace(sampling, num_generations=size), drawn))
         return [tuple(one for _ in range(len(its) // size) for one in next(found)) for its in seeds]
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:
@@ -376,13 +380,14 @@ class RolloutPipeline:
         counts = {
             f"{purpose}/prompts": len(prompts),
             f"{purpose}/completions": sum(len(group) for group in completions),
-            f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+            f"{purpose}/tokens": sum(one.generated_tokens for group in completions for one in group),
             "rewards/completions": sum(len(group) for group in completions),
             "rewards/timed_out": result.timed_out,
             "rewards/crashed": result.crashed,
             "rewards/failed": result.failed,
             "rewards/unscored": result.unscored,
             "rewards/dropped": result.dropped,
+            **_environment_counts(completions),
         }
         counts |= {f"rewards/failed/{name}": failed for name, failed in result.failed_by_reward.items()}
         for name, (asked, its) in result.asked_by_reward.items():
@@ -390,7 +395,7 @@ class RolloutPipeline:
         return Rolled(result.groups, counts, result.logged)
 
     def stop_if_a_reward_fails(self, ledger: Ledger, where: str) -> None:
-        """End the run when every score of a reward that a ledger counts has failed.
+        """End the run when all conversations, or every score of a reward, that a ledger counts have failed.
 
         Args:
             ledger: of a step or a validation.
@@ -399,6 +404,14 @@ class RolloutPipeline:
         Raises:
             UserError: names the first cause. The same on every rank, which knows the causes of its own share.
         """
+        conversations = int(ledger.counts["environment/conversations"])
+        if conversations > 1 and ledger.counts["environment/failed"] == conversations:
+            cause = self.scorer.incidents.first_environment or "on another rank, whose message tells the cause"
+            raise UserError(
+                f"{where}: the environment failed in all {conversations} conversations; first in that of {cause}. "
+                "Correct the environment, or raise the limit that is named, and start again or resume: checkpoints of "
+                "earlier steps are kept."
+            )
         for name in self.scorer.names:
             count = int(ledger.counts[f"rewards/asked/{name}"])
             # A reward that is asked about some prompts only may fail on the one prompt of a step.
@@ -410,6 +423,20 @@ class RolloutPipeline:
                     "Correct the reward or the data, or raise the limit that is named, and start again or resume: "
                     "checkpoints of earlier steps are kept."
                 )
+
+
+def _environment_counts(completions: Sequence[tuple[Completion, ...]]) -> dict[str, int]:
+    """Return the counts of conversations with an environment: turns of the policy, tool calls, failures."""
+    found = [(one.outcome, one.turns) for group in completions for one in group if one.outcome is not None]
+    if not found:
+        return {}
+    return {
+        "environment/conversations": len(found),
+        "environment/turns": sum(turn.generated for _, turns in found for turn in turns),
+        "environment/failed": sum(bool(outcome.error) for outcome, _ in found),
+        "tools/calls": sum(outcome.calls for outcome, _ in found),
+        "tools/failed_calls": sum(outcome.failed_calls for outcome, _ in found),
+    }
 
 
 @contextmanager
