@@ -17,7 +17,7 @@ from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import Schema
 from datamodules.prompts.tables import ListTable
 
-_SCHEMA = Schema(prompt="prompt", answer=None, id="id")
+_SCHEMA = Schema(prompt="prompt", answer=None, id="id", may_be_blank=True)
 _GENERATOR = Path(__file__).with_name("verifiers_generator.py")
 
 
@@ -31,7 +31,7 @@ class VerifiersTasks(PromptSource):
         arguments: the taskset's configuration.
         limit: number of tasks to read, from the start; null for all of them.
         system_prompt: goes before every prompt that has no system message.
-        template: plain template, e.g. `{prompt}\\n`; by default the tokenizer's chat template.
+        template: plain template, e.g. `{question}\\n`; by default the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.
         max_prompt_length: prompts of more tokens are dropped and counted.
         weight: weight of this source among several (see `data.mixture`); null for its number of prompts.

@@ -1,9 +1,11 @@
 """Environments of the package `verifiers`, and their tasks as prompts."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("verifiers", reason="needs the extra verifiers: pip install -e '.[verifiers]'")
@@ -17,7 +19,9 @@ from app.environments.sessions import Event, Sessions
 from datamodules.errors import UserError
 from datamodules.verifiers import VerifiersTasks, read_tasks
 from datamodules.verifiers_generator import rows as rows_of
+from tests.support.command import logged
 from tests.support.reading_helpers import character_tokenizer
+from tests.support.refusal import Place, model
 
 USERS = Path(__file__).parent / "users"
 
@@ -64,7 +68,8 @@ def finished(sessions: Sessions) -> Event:
 
 def test_its_tools_are_described(adding):
     _, sessions = adding
-    (schema,) = sessions.describe()[""]
+    schema, other = sessions.describe()[""]
+    assert other["function"]["name"] == "increase"
     assert schema["type"] == "function" and schema["function"]["name"] == "add"
     assert schema["function"]["description"] == "Add two numbers."
     assert schema["function"]["parameters"]["required"] == ["a", "b"]
@@ -121,7 +126,7 @@ def test_a_reward_that_raises_fails_the_conversation(adding):
 
 def test_data_without_the_tasks_are_refused(adding):
     _, sessions = adding
-    assert "no column 'task'" in opened(sessions, {"prompt": "What is 1 + 2?"}).error
+    assert "no column 'task'" in opened(sessions, {"prompt": "1 + 2 ="}).error
 
 
 @pytest.fixture
@@ -208,9 +213,19 @@ def test_tasks_are_prompts():
     pool = VerifiersTasks("adding_tools", {"count": 6}, limit=5).load(tokenizer, seed=0)
     assert len(pool) == 5
     prompt = pool[3]
-    assert prompt.question == "What is 3 + 2?"
-    assert tokenizer.decode(prompt.token_ids) == "<|system|>Add.<|end|><|user|>What is 3 + 2?<|end|><|assistant|>"
+    assert prompt.question == "State the final answer to the following arithmetic problem: 3 + 2 ="
+    assert (
+        tokenizer.decode(prompt.token_ids)
+        == f"<|system|>Add.<|end|><|user|>{prompt.question}<|end|><|assistant|>"
+    )
     assert json.loads(prompt.columns["task"])["answer"] == 5
+
+
+def test_tasks_without_a_prompt_are_prompts_to_which_the_environment_adds():
+    tokenizer = character_tokenizer(chat=True)
+    pool = VerifiersTasks("guessing_game").load(tokenizer, seed=0)
+    assert len(pool) == 10
+    assert tokenizer.decode(pool[3].token_ids) == "<|system|>Play.<|end|><|user|><|end|><|assistant|>"
 
 
 def test_a_taskset_that_never_ends_needs_a_limit():
@@ -224,3 +239,36 @@ def test_tasks_survive_the_way_through_the_data():
     config = vf.taskset_config_type("adding_tools")(id="adding_tools")
     for task, row in zip(vf.load_taskset(config), rows, strict=True):
         assert type(task.data).model_validate_json(row["task"]) == task.data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("taskset", "arguments", "start", "role"),
+    [
+        ("adding_tools", {"instruction": None}, "+", "tool"),  # what the policy writes between + and = is a call
+        ("guessing_game", {}, "x", "user"),  # no number begins with x, so all that it writes is a guess
+    ],
+)
+def test_it_trains_by_config_alone(taskset, arguments, start, role, tmp_path, monkeypatch, capsys):
+    place = Place.at(tmp_path, monkeypatch, capsys)
+    shutil.copy(USERS / f"{taskset}.py", tmp_path)
+    plain = {"start": start, "end": "=", "tool": "increase", "argument": "number", "reply": "{content};"}
+
+    def change(config: dict) -> None:
+        options = {"taskset": taskset, "arguments": arguments, "protocol": plain, "max_turns": 3, "load_limit_s": 120}
+        model(config).update(
+            environment={"class_path": "app.environments.Verifiers", "init_args": options},
+            rewards=[{"class_path": "app.rewards.Environment"}],
+            sampling={"num_generations": 4, "max_completion_length": 60},
+        )
+        config["data"]["init_args"]["train"] = {
+            "class_path": "datamodules.verifiers.VerifiersTasks",
+            "init_args": {"taskset": taskset, "arguments": arguments, "template": "{question}\n"},
+        }
+
+    place.config(change)
+    run, _ = place.fit("runs", 5)
+    assert len(logged(run)["reward"]) == 5
+    assert set(logged(run)["environment/failed"].values()) == {0.0}
+    rows = [row for file in (run / "completions").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert {message["role"] for row in rows for message in json.loads(row["turns"])} == {"assistant", role}

@@ -22,6 +22,11 @@ class Calculator(vf.Toolset[vf.ToolsetConfig, CalculatorState]):
         self.state.results = (*self.state.results, a + b)
         return str(a + b)
 
+    @vf.tool
+    def increase(self, number: int) -> str:
+        """Add one to a number."""
+        return self.add(number, 1)
+
 
 class AddingConfig(vf.TaskConfig):
     tools: vf.ToolsetConfig = vf.ToolsetConfig()
@@ -54,6 +59,7 @@ class AddingTask(vf.Task[AddingData, CalculatorState, AddingConfig]):
 class AddingTasksetConfig(vf.TasksetConfig):
     count: int = 4
     endless: bool = False
+    instruction: str | None = "Add."
     task: AddingConfig = AddingConfig()
 
 
@@ -65,8 +71,9 @@ class AddingTaskset(vf.Taskset[AddingTask, AddingTasksetConfig]):
     def load(self):
         print("what a taskset prints is not data")
         for a in range(self.config.count):
-            prompt = f"What is {a} + 2?"
-            yield AddingTask(AddingData(prompt=prompt, system_prompt="Add.", answer=a + 2), self.config.task)
+            prompt = f"State the final answer to the following arithmetic problem: {a} + 2 ="
+            data = AddingData(prompt=prompt, system_prompt=self.config.instruction, answer=a + 2)
+            yield AddingTask(data, self.config.task)
 
 
 if __name__ == "__main__":
