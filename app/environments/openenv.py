@@ -31,7 +31,8 @@ class OpenEnv(EnvironmentOptions):
     Args:
         url: address of the server, e.g. `http://localhost:8000`; null for that in the variable OPENENV_URL.
         tool: name of the tool that is the action.
-        reward: "last" for the last reward that the server gave, "sum" for their sum.
+        reward: "last" for the last reward that the server gave, "sum" for their sum; 0 for a conversation without a
+            step.
         reset_columns: columns of the data that a reset gets as its arguments, e.g. `[seed]`.
         token_variable: variable with a token that the server asks for; empty for none.
 
@@ -93,7 +94,7 @@ class OpenEnvEnvironment(Environment):
         self._headers = {"Authorization": f"Bearer {os.environ[token_variable]}"} if token_variable else {}
         self._session: SyncEnvClient | None = None
         self._rewards: list[float] = []
-        self._done = False
+        self._done = self._stepped = False
         action = self._schema()
         # The base of all actions, and those that call tools, leave out what the tools are.
         self._by_name = action.get("title") in ("Action", "CallToolAction", "ListToolsAction")
@@ -109,7 +110,7 @@ class OpenEnvEnvironment(Environment):
         return self._tools
 
     def reset(self, columns: Mapping[str, Any]) -> str | None:
-        self._rewards, self._done = [], False
+        self._rewards, self._done, self._stepped = [], False, False
         if missing := [name for name in self._reset_columns if name not in columns]:
             raise UserError(f"model.environment.reset_columns has {missing[0]!r}, which is no column of the data.")
         arguments = {name: columns[name] for name in self._reset_columns}
@@ -146,7 +147,7 @@ class OpenEnvEnvironment(Environment):
     def reward(self) -> float | None:
         self._close()
         if not self._rewards:
-            return None
+            return None if self._stepped else 0.0
         return self._rewards[-1] if self._kind == "last" else sum(self._rewards)
 
     def final(self) -> object:
@@ -181,6 +182,7 @@ class OpenEnvEnvironment(Environment):
     def _step(self, action: dict[str, Any]) -> tuple[str, bool]:
         """Take a step, and return what the policy reads of it, and whether the server refused it."""
         assert self._session is not None
+        self._stepped = True
         try:
             result = self._session.step(action)
         except RuntimeError as error:

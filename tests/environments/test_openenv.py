@@ -1,11 +1,13 @@
 """Environments behind OpenEnv servers, with real servers in processes of their own."""
 
+import json
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("openenv.core", reason="needs the extra openenv: pip install -e '.[openenv]'")
@@ -14,6 +16,8 @@ from app.environments import OpenEnv, ToolCall, Tools
 from app.environments.base import Reply
 from app.environments.sessions import Event, Sessions
 from datamodules.errors import UserError
+from tests.support.command import logged
+from tests.support.refusal import Place, model
 
 SERVERS = Path(__file__).parent / "users" / "openenv_servers.py"
 
@@ -144,7 +148,7 @@ def test_rewards_of_steps_make_that_of_the_conversation(guessing, kind, reward):
         assert environment.respond("I give up", []) == Reply([], done=True)
         assert environment.reward() == reward
     environment.reset({"seed": 5})
-    assert environment.reward() is None, "no step, no reward"
+    assert environment.reward() == 0.0, "no step"
 
 
 def test_more_conversations_than_the_server_takes_wait_for_processes(shared):
@@ -172,7 +176,7 @@ def test_a_server_that_is_full_says_what_to_do(guessing, monkeypatch):
         environment.reset({})
     with pytest.raises(UserError, match=r"no further session .*2/2 sessions.*Lower model.environment.max_sessions"):
         environments[2].reset({})
-    assert environments[0].reward() is None, "ends the session"
+    assert environments[0].reward() == 0.0, "ends the session"
     monkeypatch.setattr("app.environments.openenv._PATIENCE_S", 5.0)
     assert environments[2].reset({}) == "Guess a number below 10."
     for environment in environments[1:]:
@@ -207,7 +211,7 @@ def test_tools_of_a_server_are_tools(tmp_path):
             "Tool step not found.",
         ]
         assert (reply.calls, reply.failed_calls, reply.done) == (4, 2, False)
-        environment.reward()
+        assert environment.reward() is None, "this server gives no rewards"
 
 
 def test_a_class_with_a_client_as_trl_documents_it_says_the_same(guessing, tmp_path, monkeypatch):
@@ -240,3 +244,28 @@ def test_no_server_and_no_address_are_told(monkeypatch):
         OpenEnv()
     with pytest.raises(UserError, match=r"No OpenEnv server answers at http://127.0.0.1:9"):
         OpenEnv("http://127.0.0.1:9").make("")
+
+
+@pytest.mark.slow
+def test_it_trains_by_config_alone(guessing, tmp_path, monkeypatch, capsys):
+    place = Place.at(tmp_path, monkeypatch, capsys)
+    prompt = "State the final answer to the following arithmetic problem: {a} + 2 ="
+    rows = [{"id": str(a), "prompt": prompt.format(a=a), "seed": a} for a in range(8)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # What the policy writes between + and = is a guess.
+    plain = {"start": "+", "end": "=", "tool": "step", "argument": "number", "reply": "{content};"}
+
+    def change(config: dict) -> None:
+        options = {"url": guessing, "reset_columns": ["seed"], "protocol": plain, "max_turns": 3, "max_sessions": 2}
+        model(config).update(
+            environment={"class_path": "app.environments.OpenEnv", "init_args": options},
+            rewards=[{"class_path": "app.rewards.Environment"}],
+            sampling={"num_generations": 4, "max_completion_length": 60},
+        )
+
+    place.config(change)
+    run, _ = place.fit("runs", 5)
+    assert set(logged(run)["environment/failed"].values()) == {0.0}
+    rows = [row for file in (run / "completions").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    said = {message["content"] for row in rows for message in json.loads(row["turns"]) if message["role"] == "tool"}
+    assert said & {"higher", "lower", "right"}

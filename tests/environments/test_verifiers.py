@@ -214,10 +214,7 @@ def test_tasks_are_prompts():
     assert len(pool) == 5
     prompt = pool[3]
     assert prompt.question == "State the final answer to the following arithmetic problem: 3 + 2 ="
-    assert (
-        tokenizer.decode(prompt.token_ids)
-        == f"<|system|>Add.<|end|><|user|>{prompt.question}<|end|><|assistant|>"
-    )
+    assert tokenizer.decode(prompt.token_ids) == f"<|system|>Add.<|end|><|user|>{prompt.question}<|end|><|assistant|>"
     assert json.loads(prompt.columns["task"])["answer"] == 5
 
 

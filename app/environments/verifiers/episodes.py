@@ -92,8 +92,7 @@ class VerifiersEnvironment(Environment):
 
     def reward(self) -> float | None:
         self._loop.run(self._end())
-        trace = self._traces[-1]
-        return float(trace.reward) if trace.rewards else None
+        return float(self._traces[-1].reward)
 
     def final(self) -> object:
         """Return the rewards and metrics of the agent by name, without their weights."""
