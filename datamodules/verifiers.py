@@ -24,12 +24,15 @@ _GENERATOR = Path(__file__).with_name("verifiers_generator.py")
 class VerifiersTasks(PromptSource):
     """Prompts of a taskset of `verifiers`, for training in its environment (`app.environments.Verifiers`).
 
-    The column `task` holds the whole task as JSON, from which the environment makes it again.
+    The column `task` holds the whole task as JSON, from which the environment makes it again, and `begins` the prompt,
+    which its first request has to begin with.
 
     Args:
         taskset: name of the package or module that exports the taskset, e.g. `gsm8k_v1`.
         arguments: the taskset's configuration.
         limit: number of tasks to read, from the start; null for all of them.
+        speaks_first: whether the environment keeps the tasks' prompts to itself and speaks first, as `user-sim` does.
+            Tasks without a prompt need no such word.
         system_prompt: goes before every prompt that has no system message.
         template: plain template, e.g. `{question}\\n`; by default the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.
@@ -43,6 +46,7 @@ class VerifiersTasks(PromptSource):
         taskset: str,
         arguments: dict[str, Any] | None = None,
         limit: int | None = None,
+        speaks_first: bool = False,
         system_prompt: str = "",
         template: str = "",
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -54,9 +58,10 @@ class VerifiersTasks(PromptSource):
         self._check_positive(limit=limit)
         require("verifiers")
         self.taskset, self.arguments, self.limit = taskset, arguments or {}, limit
+        self.speaks_first = speaks_first
 
     def load(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptPool:
-        rows = read_tasks(self.taskset, self.arguments, self.limit)
+        rows = read_tasks(self.taskset, self.arguments, self.limit, self.speaks_first)
         return read_pool(
             ListTable(rows),
             _SCHEMA,
@@ -67,15 +72,18 @@ class VerifiersTasks(PromptSource):
         )
 
 
-def read_tasks(taskset: str, arguments: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """Return a row per task, with `id`, `prompt` and `task`, which a child process reads.
+def read_tasks(
+    taskset: str, arguments: dict[str, Any], limit: int | None, speaks_first: bool = False
+) -> list[dict[str, Any]]:
+    """Return a row per task, with `id`, `prompt`, `task` and `begins`, which a child process reads.
 
     Raises:
         UserError: there is no such taskset, or it cannot be loaded with these arguments.
     """
+    request = {"taskset": taskset, "arguments": arguments, "limit": limit, "speaks_first": speaks_first}
     child = subprocess.run(
         [sys.executable, "-P", str(_GENERATOR)],
-        input=json.dumps({"taskset": taskset, "arguments": arguments, "limit": limit}),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         check=False,

@@ -12,20 +12,22 @@ import sys
 from typing import Any
 
 
-def first_messages(data: Any) -> list[dict[str, Any]]:
+def first_messages(data: Any, speaks_first: bool = False) -> list[dict[str, Any]]:
     """Return the messages with which a conversation about a task begins, given its `TaskData`.
 
-    A task without a prompt, where the environment speaks first, has an empty one, which the environment adds to.
+    Where the environment speaks first, as it does without a prompt, the user's message is empty, to which it adds.
     """
     from verifiers.v1.dialects.chat import message_to_wire
 
-    prompt = data.prompt or ""
+    prompt = "" if speaks_first else data.prompt or ""
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else map(message_to_wire, prompt)
     return [*([] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]), *said]
 
 
-def rows(taskset: str, arguments: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """Return the rows of a taskset: `prompt` and, as JSON, the whole `task`; `id` where the tasks have one."""
+def rows(
+    taskset: str, arguments: dict[str, Any], limit: int | None, speaks_first: bool = False
+) -> list[dict[str, Any]]:
+    """Return the rows of a taskset: `id`, `prompt`, and as JSON the whole `task` and the prompt, as `begins`."""
     import verifiers.v1 as vf
 
     config = vf.taskset_config_type(taskset).model_validate({**arguments, "id": taskset})
@@ -34,14 +36,12 @@ def rows(taskset: str, arguments: dict[str, Any], limit: int | None) -> list[dic
         tasks = tasks.take(limit)
     elif not tasks.bounded:
         raise ValueError("it never ends. Set limit")
-    return [
-        {
-            "id": task.data.id or task.data.name or str(task.data.idx),
-            "prompt": first_messages(task.data),
-            "task": task.data.model_dump_json(),
-        }
-        for task in tasks
-    ]
+    found = []
+    for task in tasks:
+        prompt = first_messages(task.data, speaks_first)
+        name = task.data.id or task.data.name or str(task.data.idx)
+        found.append({"id": name, "prompt": prompt, "task": task.data.model_dump_json(), "begins": json.dumps(prompt)})
+    return found
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pyarrow.parquet as pq
 import pytest
@@ -126,7 +128,7 @@ def test_a_reward_that_raises_fails_the_conversation(adding):
 
 def test_data_without_the_tasks_are_refused(adding):
     _, sessions = adding
-    assert "no column 'task'" in opened(sessions, {"prompt": "1 + 2 ="}).error
+    assert "no columns 'task'" in opened(sessions, {"prompt": "1 + 2 ="}).error
 
 
 @pytest.fixture
@@ -185,6 +187,52 @@ def test_an_environment_that_begins_a_second_conversation_is_refused():
     environment.reset(rows_of("two_players", {}, None)[0])
     with pytest.raises(NotImplementedError, match="begins another one"):
         environment.respond("hello", [])
+
+
+USER = """What is 1 + 2?
+And?
+###DONE###"""
+
+
+class UsersModel(BaseHTTPRequestHandler):
+    """Says the lines of `USER`, one after the other."""
+
+    def do_POST(self):
+        said = sum(message["role"] == "assistant" for message in self.request_body()["messages"])
+        message = {"role": "assistant", "content": USER.split("\n")[said]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        completion = {"id": "x", "object": "chat.completion", "created": 0, "model": "user", "choices": [choice]}
+        body = json.dumps(completion).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def request_body(self) -> dict:
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_simulated_user_is_an_agent_with_a_model_of_its_own():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), UsersModel)
+    Thread(target=server.serve_forever, daemon=True).start()
+    client = {"type": "eval", "base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_key_var": "NONE"}
+    user = {"model": "user", "client": client, "harness": {"id": "dots"}, "runtime": {"type": "subprocess"}}
+    environment = Verifiers("adding_tools", env={"id": "user-sim", "user": user}).make("")
+    try:
+        with pytest.raises(ValueError, match="Set speaks_first"):
+            environment.reset(rows_of("adding_tools", {}, None)[1])
+        assert environment.reset(rows_of("adding_tools", {}, None, speaks_first=True)[1]) == "What is 1 + 2?"
+        assert environment.respond("", [add(1, 2)]).messages[0]["content"] == "3"
+        assert environment.respond("I know", []) == Reply([{"role": "user", "content": "And?"}])
+        assert environment.respond("3", []) == Reply([], done=True)
+        assert environment.reward() == 1.25
+        assert environment.final() == {"right": 1.0, "used_tool": 1.0, "calls": 1.0, "user_turns": 3.0}
+    finally:
+        server.shutdown()
 
 
 def test_it_has_to_be_clear_which_agent_is_the_policy():

@@ -11,7 +11,6 @@ from aiohttp import web
 
 from app.environments.base import Environment, Reply, ToolCall
 from datamodules.errors import UserError
-from datamodules.verifiers_generator import first_messages
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -58,20 +57,23 @@ class VerifiersEnvironment(Environment):
 
     def reset(self, columns: Mapping[str, Any]) -> str | None:
         task_type = type(self._env.taskset).task_type()
-        if "task" not in columns:
+        if not columns.keys() >= {"task", "begins"}:
             raise UserError(
-                "The data have no column 'task', from which verifiers makes a task. Use the source "
+                "The data have no columns 'task' and 'begins', from which verifiers makes a task. Use the source "
                 "datamodules.verifiers.VerifiersTasks."
             )
         data = task_type.data_type().model_validate_json(columns["task"])
         self._loop.run(self._begin(task_type(data, self._env.config.taskset.task)))
-        expected, said = [_plain(one) for one in first_messages(data)], self._messages
+        expected, said = [_plain(one) for one in json.loads(columns["begins"])], self._messages
         *before, prompt = expected
         if said[: len(before)] == before and len(said) == len(expected) and said[-1]["role"] == prompt["role"]:
             text, start = said[-1]["content"], prompt["content"]
             if text.startswith(start):
                 return text.removeprefix(start) or None
-        raise ValueError(f"the agent's first request is {said}, which does not begin with the task's prompt {expected}")
+        raise ValueError(
+            f"the agent's first request is {said}, which does not begin with the prompt {expected}. Set speaks_first "
+            "of the source VerifiersTasks if the environment keeps the prompt to itself, or choose another harness"
+        )
 
     def respond(self, text: str, calls: list[ToolCall]) -> Reply:
         known = len(self._messages)
