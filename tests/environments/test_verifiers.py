@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -124,6 +126,25 @@ def test_a_reward_that_raises_fails_the_conversation(adding):
     opened(sessions, rows[1])
     event = said(sessions, "crash")
     assert event.kind == "failed" and "the score crashed" in event.error
+
+
+def test_a_tool_that_hangs_fails_its_conversation_and_leaves_no_process(adding, tmp_path, monkeypatch):
+    """Tool servers lead sessions of their own, but are killed with their environment's process."""
+    rows, _ = adding
+    monkeypatch.setenv("HOME", str(tmp_path))  # runtimes have their folders below it
+    sessions = Sessions(Verifiers("adding_tools", time_limit_s=4, load_limit_s=120))
+    try:
+        opened(sessions, rows[1])
+        sessions.respond(0, "", [ToolCall("increase", {"number": -1})])
+        (event,) = sessions.events(60.0)
+        assert event.kind == "failed" and "time_limit_s=4" in event.error
+        (noted,) = tmp_path.rglob("server.pid")
+        server, deadline = int(noted.read_text()), time.monotonic() + 10
+        while psutil.pid_exists(server):
+            assert time.monotonic() < deadline, "the tool server lives on"
+            time.sleep(0.05)
+    finally:
+        sessions.close()
 
 
 def test_data_without_the_tasks_are_refused(adding):

@@ -1,5 +1,9 @@
 """A taskset of `verifiers` as a user writes one: sums, with a tool that keeps state, a stop, and two rewards."""
 
+import os
+import time
+from pathlib import Path
+
 import verifiers.v1 as vf
 
 __all__ = ["AddingTaskset"]
@@ -25,6 +29,9 @@ class Calculator(vf.Toolset[vf.ToolsetConfig, CalculatorState]):
     @vf.tool
     def increase(self, number: int) -> str:
         """Add one to a number."""
+        if number < 0:
+            Path("server.pid").write_text(str(os.getpid()))
+            time.sleep(600)
         return self.add(number, 1)
 
 
