@@ -98,9 +98,10 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(straight: Path, tm
 
 
 @pytest.mark.ranks
-def test_two_ranks_hold_the_conversations_of_one(straight: Path, tmp_path: Path) -> None:
-    ranks = ("--trainer.strategy=ddp", "--trainer.devices=2")
-    for done in dots_on_ranks(2, *arguments(tmp_path, "--config=configs/strategy/ddp.yaml", *ranks[1:])):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_two_ranks_hold_the_conversations_of_one(straight: Path, tmp_path: Path, strategy: str) -> None:
+    ranks = (f"--config=configs/strategy/{strategy}.yaml", "--trainer.devices=2", "--trainer.max_steps=2")
+    for done in dots_on_ranks(2, *arguments(tmp_path, *ranks)):
         succeeded(done)
     told = ("prompt_id", "completion", "turns", "reward", "finish_reason")
     ours, theirs = (
