@@ -66,7 +66,7 @@ class VerifiersEnvironment(Environment):
                 "datamodules.verifiers.VerifiersTasks."
             )
         data = task_type.data_type().model_validate_json(columns["task"])
-        servers.conversation_seed = random.getrandbits(63)  # libraries draw from that generator at times of their own
+        servers.conversation_seed = random.getrandbits(63)
         self._loop.run(self._begin(task_type(data, self._env.config.taskset.task)))
         expected, said = [_plain(one) for one in json.loads(columns["begins"])], self._messages
         *before, prompt = expected

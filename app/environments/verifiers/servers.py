@@ -15,7 +15,9 @@ import signal
 import tempfile
 from pathlib import Path
 
+import mcp.server.mcpserver  # noqa: F401  (what servers import, so that no fork has to)
 import numpy as np
+import uvicorn  # noqa: F401
 from verifiers.v1.errors import ToolsetError
 from verifiers.v1.mcp import ServerBase, launch
 from verifiers.v1.runtimes import Runtime
