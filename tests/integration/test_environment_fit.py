@@ -228,3 +228,20 @@ def test_an_environment_that_always_fails_ends_the_run(place: Place) -> None:
     code, told = place.run("fit", "--config", "run.yaml")
     assert code == 2
     assert "the environment failed in all 4 conversations" in told and "ZeroDivisionError" in told
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "2", "--out", "s.jsonl"),
+        ("worth", "--base", "run.yaml", "--out", "w"),
+    ],
+)
+def test_studies_of_single_turns_are_refused(place: Place, command: tuple[str, ...]) -> None:
+    (place.path / "increment.py").write_text(TRL_EXAMPLE)
+    plain = {"start": "1", "end": "=", "tool": "increment", "argument": "step"}
+    chosen = {"factory": "increment.py:IncrementEnvironment", "protocol": plain}
+    place.config(
+        lambda config: model(config).update(environment={"class_path": "app.environments.Tools", "init_args": chosen})
+    )
+    assert f"dots {command[0]} measures single turns, but model.environment is set" in place.refused(*command)
