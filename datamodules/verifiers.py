@@ -32,7 +32,7 @@ class VerifiersTasks(PromptSource):
         arguments: the taskset's configuration.
         limit: number of tasks to read, from the start; null for all of them.
         speaks_first: whether the environment keeps the tasks' prompts to itself and speaks first, as `user-sim` does.
-            Tasks without a prompt need no such word.
+            Not needed for tasks without a prompt.
         system_prompt: goes before every prompt that has no system message.
         template: plain template, e.g. `{question}\\n`; by default the tokenizer's chat template.
         chat_template_kwargs: arguments of the chat template.

@@ -72,8 +72,8 @@ def finished(sessions: Sessions) -> Event:
 
 def test_its_tools_are_described(adding):
     _, sessions = adding
-    schema, other = sessions.describe()[""]
-    assert other["function"]["name"] == "increase"
+    schema, *others = sessions.describe()[""]
+    assert [other["function"]["name"] for other in others] == ["draw", "increase"]
     assert schema["type"] == "function" and schema["function"]["name"] == "add"
     assert schema["function"]["description"] == "Add two numbers."
     assert schema["function"]["parameters"]["required"] == ["a", "b"]
@@ -103,6 +103,19 @@ def test_the_next_conversation_of_a_process_knows_nothing_of_the_one_before(addi
     assert said(sessions, "5").reply == Reply([], done=True)
     outcome = finished(sessions).outcome
     assert outcome is not None and outcome.reward == 1.0, "the state of the abandoned one had the tool's result"
+
+
+def test_what_tools_draw_depends_on_the_seed_of_the_conversation(adding):
+    rows, sessions = adding
+    drawn = []
+    for seed in (1, 2, 1):
+        sessions.open(0, rows[1], seed)
+        assert one(sessions).kind == "opened"
+        reply = said(sessions, "", ToolCall("draw", {}), ToolCall("draw", {})).reply
+        drawn.append([message["content"] for message in reply.messages])
+        sessions.abandon(0)
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0][0] != drawn[0][1]
 
 
 def test_a_conversation_that_is_ended_at_a_limit_is_scored_as_it_is(adding):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class VerifiersEnvironment(Environment):
         return self._tools
 
     def reset(self, columns: Mapping[str, Any]) -> str | None:
+        from app.environments.verifiers import servers
+
         task_type = type(self._env.taskset).task_type()
         if not columns.keys() >= {"task", "begins"}:
             raise UserError(
@@ -63,6 +66,7 @@ class VerifiersEnvironment(Environment):
                 "datamodules.verifiers.VerifiersTasks."
             )
         data = task_type.data_type().model_validate_json(columns["task"])
+        servers.conversation_seed = random.getrandbits(63)
         self._loop.run(self._begin(task_type(data, self._env.config.taskset.task)))
         expected, said = [_plain(one) for one in json.loads(columns["begins"])], self._messages
         *before, prompt = expected

@@ -10,13 +10,19 @@ import asyncio
 import contextlib
 import gc
 import os
+import random
 import signal
 import tempfile
 from pathlib import Path
 
+import mcp.server.mcpserver  # noqa: F401  (what servers import, so that no fork has to)
+import numpy as np
+import uvicorn  # noqa: F401
 from verifiers.v1.errors import ToolsetError
 from verifiers.v1.mcp import ServerBase, launch
 from verifiers.v1.runtimes import Runtime
+
+from datamodules.seeding import derive_seed
 
 _start_in_runtime = launch.serve_in_runtime
 
@@ -57,6 +63,9 @@ async def serve_in_runtime(
 
 launch.serve_in_runtime = serve_in_runtime
 
+conversation_seed = 0
+"""What Python's and NumPy's generators of the servers that are started next depend on."""
+
 
 class _Fork:
     """A forked process, as runtimes handle those of asyncio."""
@@ -87,6 +96,9 @@ def _serve(server: ServerBase, environment: dict[str, str], folder: str, log: st
         os.environ.update(environment)
         os.environ.pop("MCP_PORT", None)
         os.chdir(folder)
+        seed = derive_seed("tool server", conversation_seed, server.server_name)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         type(server).run()
     except BaseException:  # noqa: BLE001 (the server's author's code may raise anything)
         import traceback

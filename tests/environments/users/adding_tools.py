@@ -1,6 +1,7 @@
 """A taskset of `verifiers` as a user writes one: sums, with a tool that keeps state, a stop, and two rewards."""
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -33,6 +34,11 @@ class Calculator(vf.Toolset[vf.ToolsetConfig, CalculatorState]):
             Path("server.pid").write_text(str(os.getpid()))
             time.sleep(600)
         return self.add(number, 1)
+
+    @vf.tool
+    def draw(self) -> str:
+        """Draw a number."""
+        return str(random.random())
 
 
 class AddingConfig(vf.TaskConfig):
