@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import reasoning_gym
 import torch
 import yaml
+from safetensors import safe_open
 from transformers.utils import get_json_schema
 
 from datamodules.demonstrations import ANSWER_MARKER
@@ -19,7 +21,7 @@ from datamodules.demonstrations.supervised import IGNORED, Demonstrations
 from datamodules.errors import UserError
 from datamodules.procedural import ProceduralTask
 from examples.calculator import Calculator
-from tests.support.command import ROOT
+from tests.support.command import ROOT, dots, logged
 
 PARAMS = {
     "chain_sum": {"min_terms": 2, "max_terms": 7, "min_digits": 2, "max_digits": 2},
@@ -144,3 +146,22 @@ def test_policy_pool_and_calculator_are_made_for_each_other() -> None:
     assert protocol["tool"] == "calc" and protocol["argument"] == "expression"
     pool = {task["name"] for task in run["data"]["init_args"]["train"]["init_args"]["tasks"]}
     assert pool == {task.name for task in made.tasks}
+
+
+def test_the_committed_folder_is_small_and_float32() -> None:
+    folder = ROOT / "configs" / "calculator_policy"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4 * 1024**2
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118 (no mapping)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_run_learns_to_use_the_calculator(tmp_path: Path) -> None:
+    """By at least 0.25 of the validation set's conversations, with the committed settings and seed."""
+    done = dots("fit", "--config", "configs/calculator.yaml", f"--trainer.logger.save_dir={tmp_path}", timeout=1100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = logged(tmp_path / "calculator" / "version_0")
+    first, *_, last = found["val/accuracy"].values()
+    assert last - first >= 0.25
