@@ -16,6 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import RolloutEngine, Sampling, Transformers
+from app.environments.conversations import EnvironmentRollouts
+from app.environments.options import EnvironmentOptions
+from app.environments.protocols import protocol_of
+from app.environments.sessions import Sessions
 from app.objective.advantages import Baseline, Scale
 from app.objective.options import SurrogateOptions
 from app.objective.ratios import Aggregation
@@ -44,6 +48,7 @@ from app.update.steps import Updates
 from datamodules.errors import UserError
 from datamodules.online import OnlinePromptDataModule
 from datamodules.pool import PromptPool
+from datamodules.prompts.templates import Tools
 from datamodules.seeding import run_seed
 from datamodules.types import TrainBatch
 from datamodules.validation import ValidationSet
@@ -60,6 +65,8 @@ class GRPOModule(LightningModule):
         rewards: score the completions: one or a list. A name (`math`, `numeric`), a function (`my_rewards.is_right`,
             `my_rewards.py:is_right`), or a class with options; see `Reward` for which measure correctness.
         engine: generates completions; None is `engines.Transformers`, on the policy itself.
+        environment: what the policy talks to in several turns, such as `app.environments.Tools`; None for completions
+            of one turn. `sampling.max_completion_length` then limits a whole conversation, its replies included.
         sampling: sampling of training completions. With `top_p` or `top_k` the importance weight of a token is that of
             the whole distribution to the truncated one; tokens that are left out are never tried.
         val_sampling: sampling of validation completions; None is `sampling`.
@@ -94,6 +101,7 @@ class GRPOModule(LightningModule):
         policy: Policy,
         rewards: list[Named] | Named,
         engine: RolloutEngine | None = None,
+        environment: EnvironmentOptions | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008  # jsonargparse shows the defaults of a dataclass only so
         val_sampling: Sampling | None = None,
         pass_at_k: int | list[int] | None = None,
@@ -115,6 +123,8 @@ class GRPOModule(LightningModule):
         super().__init__()
         policy, sampling = options_of(Policy, "policy", policy), options_of(Sampling, "sampling", sampling)
         engine = None if engine is None else options_of(RolloutEngine, "engine", engine)  # type: ignore[type-abstract]
+        if environment is not None:
+            environment = options_of(EnvironmentOptions, "environment", environment)  # type: ignore[type-abstract]
         val_sampling = None if val_sampling is None else options_of(Sampling, "val_sampling", val_sampling)
         optimization = options_of(Optimization, "optimization", optimization)
         reuse = options_of(Reuse, "reuse", reuse)
@@ -140,6 +150,8 @@ class GRPOModule(LightningModule):
         self.policy, self.optimization, self.compiles = policy, optimization, compile
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
         self.scorer = RewardScorer(rewards_of(rewards), on_reward_failure, reward_workers)
+        self.environment = environment
+        self.sessions = None if environment is None else Sessions(environment)
         self.reference: ReferencePolicy | None = None
         for k in pass_at_k if isinstance(pass_at_k, list) else [pass_at_k]:
             if k is not None and k < 1:
@@ -162,6 +174,15 @@ class GRPOModule(LightningModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.policy.load_tokenizer()
+
+    @property
+    def tools(self) -> Tools | None:
+        """The tools of the environment, by its name in the data; None without an environment.
+
+        Raises:
+            UserError: its code cannot be imported, or is not an environment.
+        """
+        return None if self.sessions is None else self.sessions.describe()
 
     def sampling_of(self, measured: ValidationSet) -> Sampling:
         """Return the sampling of a validation or test set."""
@@ -217,6 +238,18 @@ class GRPOModule(LightningModule):
             self.engine, self.scorer, run_seed(), self.trainer.precision_plugin.forward_context,
             lambda: TrainerState(global_step=self.trainer.global_step, max_steps=self.trainer.max_steps),
             self.ranks, None if self.sharding is None else partial(self.sharding.whole, self.policy_model),
+            self._environment_rollouts(),
+        )  # fmt: skip
+
+    def _environment_rollouts(self) -> EnvironmentRollouts | None:
+        if self.environment is None or self.sessions is None:
+            return None
+        sources = OnlinePromptDataModule.of(self.trainer).train_sources.values()
+        schemas = [tool for tools in self.sessions.describe().values() for tool in tools]
+        arguments = next((one.chat_template_kwargs for one in sources if one.chat_template_kwargs), None)
+        return EnvironmentRollouts(
+            self.engine, self.environment, protocol_of(self.environment.protocol, self.tokenizer, arguments, schemas),
+            self.tokenizer, self.sessions, lambda: self.engine.context_length(self.policy.positions()),
         )  # fmt: skip
 
     @property
@@ -303,6 +336,8 @@ class GRPOModule(LightningModule):
                 compile_layers(self.policy_model)
         self.reference = ReferencePolicy.of(self.policy) if self.options.surrogate.beta else None
         self.scorer.start()
+        if self.sessions is not None:
+            self.sessions.start()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.optimizer(self.policy_model)
@@ -399,4 +434,6 @@ class GRPOModule(LightningModule):
 
     def teardown(self, stage: str) -> None:
         self.scorer.close()
+        if self.sessions is not None:
+            self.sessions.close()
         self.engine.close()

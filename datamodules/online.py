@@ -195,6 +195,7 @@ class OnlinePromptDataModule(LightningDataModule):
         parts = {}
         for name, source in self.train_sources.items():
             if policy is not None:
+                source.tools = policy.tools
                 limits = [policy.prompt_limit(use, "data.val") for use in uses]
                 source.context_limit = min((one for one in limits if one is not None), default=None)
             # Sources that generate their prompts must not generate the same ones.
@@ -210,7 +211,7 @@ class OnlinePromptDataModule(LightningDataModule):
         for name in [one for one in self.sets if one.split("/")[0] == stage]:
             one = self.sets[name]
             if policy is not None:
-                one.source.context_limit = policy.prompt_limit(one, _option(name))
+                one.source.context_limit, one.source.tools = policy.prompt_limit(one, _option(name)), policy.tools
             # Sources that generate their prompts must not generate the same ones for training and validation.
             pool = one.source.load(tokenizer, derive_seed(self.seed, name))
             found.append(named(pool, name.partition("/")[2], one.source.rewards))

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.prompts.templates import Tools
 from datamodules.validation import ValidationSet
 
 
@@ -20,6 +21,10 @@ class PolicySource(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
+
+    @property
+    def tools(self) -> Tools | None:
+        """The tools of its environments, by name, which prompts show to the policy; None without an environment."""
 
     def prompt_limit(self, measured: ValidationSet | None, where: str) -> int | None:
         """Return the most tokens of a prompt that leave room for a completion, or None.

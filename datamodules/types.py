@@ -8,7 +8,7 @@ correctness reward, its difficulty `d = 1 - p`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class Prompt:
         columns: all other columns of the data (the answer among them), passed to the rewards by name.
         dataset: name of its training source or validation set; empty if it has none.
         rewards: names of the rewards that apply to it; None for all.
+        extended: returns its tokens with text added to its last user message; None where the prompts of the run are
+            not for an environment, or have no user message.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Prompt:
     columns: Mapping[str, Any]
     dataset: str = ""
     rewards: tuple[str, ...] | None = None
+    extended: Callable[[str], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines.ahead import Ahead, Groups
+from app.engines.turns import Conversations
 from app.ranks import Ranks
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
@@ -23,6 +25,12 @@ Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 
 Completed = Callable[[Mapping[int, tuple[Completion, ...]]], list[int]]
 """Given pilots by the positions of their prompts, returns the positions of the groups that are to be completed."""
+
+
+class Generate(Protocol):
+    """Generates completions; see `RolloutEngine.generate`."""
+
+    def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, /) -> Groups: ...
 
 
 def check_options(where: str, *checks: tuple[str, float | None, bool, str]) -> None:
@@ -156,15 +164,7 @@ class RolloutEngine(ABC):
         Raises:
             UserError, FloatingPointError, EngineError: as `generate`.
         """
-        groups = self.generate(prompts, replace(sampling, num_generations=pilot), seeds[:, :pilot])
-        chosen = completed(dict(enumerate(groups)))
-        # Ranks without any take part: they may share the engine.
-        rest = replace(sampling, num_generations=sampling.num_generations - pilot)
-        for place, more in zip(
-            chosen, self.generate([prompts[one] for one in chosen], rest, seeds[chosen, pilot:]), strict=True
-        ):
-            groups[place] += more
-        return groups
+        return pilots_first(self.generate, prompts, sampling, seeds, pilot, completed)
 
     def start(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None = None
@@ -177,6 +177,28 @@ class RolloutEngine(ABC):
         done: Future[float] = Future()
         done.set_result(0.0)
         return Ahead(done, lambda error: groups)
+
+    def converse(self, conversations: Conversations, sampling: Sampling) -> None:
+        """Generate the policy's turns of conversations with an environment, until all of them have ended. Collective.
+
+        Args:
+            conversations: those of this rank's share; none on a rank without a share.
+            sampling: the distribution of a turn; `num_generations` is 1.
+
+        Raises:
+            UserError, FloatingPointError, EngineError: as `generate`.
+        """
+        requests = conversations.begin()
+        while self.ranks.any(bool(requests)):
+            # In rounds, each of which waits for its longest turn.
+            longest = max((request.limit for request in requests), default=1)
+            seeds = np.array([request.seed for request in requests], dtype=np.int64).reshape(-1, 1)
+            limits = np.array([request.limit for request in requests], dtype=np.int64).reshape(-1, 1)
+            turn = replace(sampling, max_completion_length=longest)
+            turns = self.generate([request.prompt for request in requests], turn, seeds, limits)
+            for request, (one,) in zip(requests, turns, strict=True):
+                conversations.ended(request.conversation, one)
+            requests = conversations.next()
 
     def settle(self) -> None:
         """Wait for the generation that `start` began."""
@@ -200,6 +222,26 @@ class RolloutEngine(ABC):
 
     def close(self) -> None:
         """End the engine's processes and free its memory. May be called twice."""
+
+
+def pilots_first(
+    generate: Generate,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seeds: np.ndarray,
+    pilot: int,
+    completed: Completed,
+) -> Groups:
+    """Return what `RolloutEngine.generate_with_pilots` does, with two calls of `generate`."""
+    groups = generate(prompts, replace(sampling, num_generations=pilot), seeds[:, :pilot])
+    chosen = completed(dict(enumerate(groups)))
+    # Ranks without any take part: they may share the engine.
+    rest = replace(sampling, num_generations=sampling.num_generations - pilot)
+    for place, more in zip(
+        chosen, generate([prompts[one] for one in chosen], rest, seeds[chosen, pilot:]), strict=True
+    ):
+        groups[place] += more
+    return groups
 
 
 def check_request(

@@ -1,1 +1,7 @@
-"""Environments that the policy talks to in several turns, and their tools."""
+"""Environments that the policy talks to in several turns, and their tools. Importing this loads no heavy library."""
+
+from app.environments.base import Environment, Reply, ToolCall
+from app.environments.options import EnvironmentOptions, Plain
+from app.environments.tools import Tools
+
+__all__ = ["Environment", "EnvironmentOptions", "Plain", "Reply", "ToolCall", "Tools"]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.machinery
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from app.rewards.base import Column, Reward, Scores, Texts, TokenIds
-from datamodules.errors import UserError, nearest
+from app.user_code import locate, resolve
+from datamodules.errors import UserError
 
+_KIND = "Reward function"
 RewardFunction = Callable[..., Scores | Awaitable[Scores]]
 
 
@@ -55,37 +50,12 @@ class Function(Reward):
         name: str | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> None:
-        module, _, function = path.rpartition(":" if ":" in path else ".")
+        function = path.rpartition(":" if ":" in path else ".")[2]
         super().__init__(weight, correctness, name or function)
         self.path, self.kwargs = path, kwargs or {}
         self._call: RewardFunction | None = None
         self._accepted: set[str] | None = None
-        self._file = os.path.abspath(module) if module.endswith(".py") else ""
-        if self._file and function.isidentifier():
-            if not os.path.isfile(self._file):
-                scripts = [one.name for one in Path(self._file).parent.glob("*.py")]
-                raise UserError(
-                    f"Reward function {path!r}: there is no file {module}; {nearest(Path(module).name, scripts)}"
-                )
-            return
-        parts = [*module.split("."), function]
-        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-            raise UserError(
-                f"Reward function {path!r} is neither 'module.function' nor 'file.py:function'. Write e.g. "
-                "'my_rewards.py:is_right'."
-            )
-        if parts[0] == "__main__":
-            raise UserError(
-                f"Reward function {path!r} is in __main__, which workers cannot import. Move it to a module, or give "
-                "the function itself."
-            )
-        # Looks the module up without running any of the user's code.
-        found = importlib.util.find_spec(parts[0]) or importlib.machinery.PathFinder.find_spec(parts[0], [os.getcwd()])
-        if found is None:
-            raise UserError(
-                f"Reward function {path!r}: there is no module {parts[0]!r} on the Python path or in {os.getcwd()}. "
-                "Install it, or run from its folder."
-            )
+        self._file = locate(path, _KIND, "my_rewards.py:is_right")
 
     @classmethod
     def of(cls, function: Callable[..., object]) -> Function:
@@ -115,7 +85,9 @@ class Function(Reward):
         return made
 
     def load(self) -> None:
-        target = _resolve(self.path, self._file) if self._code is None else cloudpickle.loads(self._code)
+        target = (
+            resolve(self.path, self._file, "Reward function") if self._code is None else cloudpickle.loads(self._code)
+        )
         if inspect.isclass(target):
             target = target(**self.kwargs)
             if not callable(target):
@@ -152,30 +124,3 @@ class Function(Reward):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_call": None, "_accepted": None}
-
-
-def _resolve(path: str, file: str) -> Any:
-    """Import the function or class that a path names."""
-    module_name, _, name = path.rpartition(":" if ":" in path else ".")
-    try:
-        module = importlib.import_module(module_name) if not file else _run_file(Path(file))
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"Reward function {path!r}: importing {module_name!r} fails ({cause}). Fix it.") from error
-    function = getattr(module, name, None)
-    if function is None:
-        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"Reward function {path!r}: {module_name!r} has no {name!r}; {nearest(name, defined)}")
-    if not callable(function):
-        raise UserError(f"Reward function {path!r} is a {type(function).__name__}, not a function. Name a function.")
-    return function
-
-
-def _run_file(file: Path) -> ModuleType:
-    sys.path.append(str(file.parent))  # for what the file imports from beside it
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None, "the name of the file ends in .py"
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -10,6 +10,7 @@ import numpy as np
 
 from app.engines import RolloutEngine, Sampling
 from app.engines.ahead import Ahead, Groups
+from app.environments.conversations import EnvironmentRollouts
 from app.ranks import Ranks, deal
 from app.rewards import RewardScorer, TrainerState
 from app.rollouts.exchange import Rolled, exchange
@@ -80,6 +81,7 @@ class RolloutPipeline:
         trainer_state: state of the run that reward functions may read.
         ranks: the processes that share the work.
         whole_policy: context in which a sharded policy is whole and can generate. Collective.
+        environment: generates conversations in place of the engine's completions; None without an environment.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class RolloutPipeline:
         trainer_state: Callable[[], TrainerState] = TrainerState,
         ranks: Ranks = Ranks(),  # noqa: B008  # frozen
         whole_policy: Callable[[], AbstractContextManager[None]] | None = None,
+        environment: EnvironmentRollouts | None = None,
     ) -> None:
         self.engine, self.scorer, self.seed, self.ranks = engine, scorer, seed, ranks
         self.precision, self.trainer_state = precision, trainer_state
         self._whole_policy = whole_policy if engine.uses_policy else None
+        self.generator = environment or engine
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -226,7 +230,7 @@ class RolloutPipeline:
 
         seeds = self._seeds(mine, sampling, "train", step)
         with ledger.phase("rollout"), self._gathered(), self.precision(), _finite(step):
-            completions = self.engine.generate_with_pilots(mine, sampling, seeds, pilot, judge)
+            completions = self.generator.generate_with_pilots(mine, sampling, seeds, pilot, judge)
         rest = {place: its[pilot:] for place, its in enumerate(completions) if len(its) > pilot}
         if rest:
             asked = [mine[place] for place in rest]
@@ -352,7 +356,7 @@ class RolloutPipeline:
         size = sizes.pop() if len(sizes) == 1 else 1
         asked = [prompt for prompt, its in zip(prompts, seeds, strict=True) for _ in range(len(its) // size)]
         drawn = np.concatenate([np.zeros(0, np.int64), *seeds]).reshape(-1, size)
-        found = iter(self.engine.generate(asked, replace(sampling, num_generations=size), drawn))
+        found = iter(self.generator.generate(asked, replace(sampling, num_generations=size), drawn))
         return [tuple(one for _ in range(len(its) // size) for one in next(found)) for its in seeds]
 
     def _seeds(self, prompts: Sequence[Prompt], sampling: Sampling, purpose: str, step: int) -> np.ndarray:

@@ -78,6 +78,12 @@ class RolloutAhead(StepCallback):
         return self.staleness > 1 and self.partial_rollout_tokens is not None
 
     def check(self, trainer: Trainer, module: GRPOModule, datamodule: OnlinePromptDataModule) -> None:
+        if self.staleness and module.environment is not None:
+            raise UserError(
+                "callbacks.RolloutAhead generates completions during the step before, but model.environment is set, "
+                "and conversations with an environment are only generated within their own step. Remove "
+                "callbacks.RolloutAhead, or set staleness=0."
+            )
         if self.staleness and any(one.with_training for one in ReferenceRollouts.all_of(trainer)):
             raise UserError(
                 "callbacks.ReferenceRollouts has with_training=true, but callbacks.RolloutAhead rolls out the training "

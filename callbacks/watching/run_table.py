@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import Transformers
-from app.engines.transformers.engine import CPU_CACHE_TOKENS
+from app.engines.transformers.generation import CPU_CACHE_TOKENS
 from app.engines.transformers.shared_cache import SLACK
 from app.module import GRPOModule
 from app.policy.adapters import causal_lm

@@ -19,7 +19,7 @@ from datamodules.prompts.reading import read_pool
 from datamodules.prompts.schemas import Schema
 from datamodules.prompts.splits import sample_pool
 from datamodules.prompts.tables import Table, files_of, ranges
-from datamodules.prompts.templates import Renderer, check_template
+from datamodules.prompts.templates import Renderer, Tools, check_template
 
 
 class PromptSource(ABC):
@@ -34,6 +34,7 @@ class PromptSource(ABC):
         rewards: names of the rewards that score its prompts; None for all.
         context_limit: longest prompt in tokens that the policy's context leaves room for; None for no limit. The data
             module sets it.
+        tools: tools of the environments of the run, by name; None without an environment. The data module sets it.
     """
 
     system_prompt: str = ""
@@ -43,6 +44,7 @@ class PromptSource(ABC):
     weight: float | None = None
     rewards: list[str] | None = None
     context_limit: int | None = None
+    tools: Tools | None = None
 
     def __init__(
         self,
@@ -77,7 +79,9 @@ class PromptSource(ABC):
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         """Return the renderer that applies this source's template."""
-        return Renderer(tokenizer, self.template or None, self.system_prompt or None, self.chat_template_kwargs)
+        return Renderer(
+            tokenizer, self.template or None, self.system_prompt or None, self.chat_template_kwargs, self.tools
+        )
 
     def _check_positive(self, **options: int | None) -> None:
         for name, given in options.items():

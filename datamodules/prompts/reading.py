@@ -72,7 +72,17 @@ def read_pool(
         assert rendered is not None, "it has a prompt"
         question = question_of(prompt)
         tokens = tuple(renderer.encode([rendered.text])[0])
-        return Prompt(ids[index], index, question, rendered.prompt, tokens, schema.columns_of(row, question))
+
+        def extended(text: str) -> tuple[int, ...]:
+            longer = renderer.render(row, schema, text)
+            assert longer is not None, "it has a prompt"
+            return tuple(renderer.encode([longer.text])[0])
+
+        asks = renderer.tools is not None and (isinstance(prompt, str) or prompt[-1]["role"] == "user")
+        columns = schema.columns_of(row, question)
+        return Prompt(
+            ids[index], index, question, rendered.prompt, tokens, columns, extended=extended if asks else None
+        )
 
     return PromptPool(build, ids, Questions(table, places, schema), report, [row.key for row in scan.kept])
 

@@ -20,6 +20,9 @@ from datamodules.prompts.schemas import SUBSET_ID, Schema, lookup
 from datamodules.prompts.tables import Row
 from datamodules.types import Messages
 
+Tools = Mapping[str, list[dict[str, Any]]]
+"""JSON schemas of tools, by the name of their environment; "" for a single one."""
+
 _FIELDS = ("question", "system_prompt")
 _NAME = re.compile(r"[^\W\d][^\[\]{}!:]*")
 
@@ -128,6 +131,8 @@ class Renderer:
         template: format string with `{question}` and columns of the data; None to use the chat template, if any.
         system_prompt: goes first, unless the conversation has its own system message.
         chat_template_kwargs: arguments of the chat template (e.g. `enable_thinking`).
+        tools: functions for the chat template of rows that have none of their own: the tools of environments, by the
+            name in a row's column `environment`, or "" for a single one. None without an environment.
 
     Attributes:
         columns: columns of the data that the template names, as paths.
@@ -139,9 +144,11 @@ class Renderer:
         template: str | None = None,
         system_prompt: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
     ) -> None:
         if template is not None:
             check_template(template)
+        self.tools = tools
         self.tokenizer, self.template, self.system_prompt = tokenizer, template, system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._keeps_system: bool | None = None  # not known yet
@@ -159,8 +166,13 @@ class Renderer:
         """Return whether the chat template shows what is given under a name, such as `tools` or `tool_calls`."""
         return self.uses_chat_template and re.search(rf"\b{name}\b", self._chat_template([])) is not None
 
-    def render(self, row: Row, schema: Schema) -> Rendered | None:
+    def render(self, row: Row, schema: Schema, added: str = "") -> Rendered | None:
         """Render a row; None if it has no prompt.
+
+        Args:
+            row: of the data.
+            schema: of the data.
+            added: text that is added to the last user message, if the row has one.
 
         Raises:
             UserError: the chat template rejects it.
@@ -169,8 +181,24 @@ class Renderer:
         prompt = schema.prompt_of(row)
         if prompt is None:
             return None
+        if isinstance(prompt, str):
+            prompt += added
+        elif added:
+            prompt = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + added}]
         system = None if schema.system in self.columns else schema.system_of(row)
-        return self(prompt, system, schema.tools_of(row), row)
+        return self(prompt, system, schema.tools_of(row) or self._tools_of(row), row)
+
+    def _tools_of(self, row: Row) -> list[dict[str, Any]] | None:
+        """Return the tools of the environment that a row is for. Raises UserError if it names none."""
+        if self.tools is None:
+            return None
+        name = "" if "" in self.tools else str(row.get("environment"))
+        if name not in self.tools:
+            raise UserError(
+                f"A row's column environment is {name!r}, expected one of {', '.join(self.tools)}, the environments of "
+                f"model.environment: {nearest(name, self.tools)}"
+            )
+        return self.tools[name] or None
 
     def __call__(
         self,

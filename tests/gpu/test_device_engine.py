@@ -109,11 +109,11 @@ def test_cuda_graphs_draw_the_same(
 
     model = causal_lm(POLICY.load()).to(device)
     for updates in range(2):
-        monkeypatch.setattr("app.engines.transformers.engine.capture_on", noted)
+        monkeypatch.setattr("app.engines.transformers.generation.capture_on", noted)
         found = generate(model, prompts, mixed(device) if autocast else plain())
         assert recorded, "no step was recorded"
         recorded.clear()
-        monkeypatch.setattr("app.engines.transformers.engine.capture_on", capture_on)
+        monkeypatch.setattr("app.engines.transformers.generation.capture_on", capture_on)
         eager = generate(model, prompts, mixed(device) if autocast else plain(), graphs=False)
         assert equal_share(found, eager) >= (0.8 if autocast else 0.9), f"after {updates} updates"
         with torch.no_grad():  # the next generation must read the new weights
@@ -124,7 +124,7 @@ def test_cuda_graphs_draw_the_same(
 @pytest.mark.parametrize("way", ["float32", "mixed", "mixed without CUDA graphs", "bfloat16 weights"])
 def test_decoding_speed(device: torch.device, way: str, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing ends early: the time of a token step is the difference between long and short completions.
-    monkeypatch.setattr("app.engines.transformers.engine.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
+    monkeypatch.setattr("app.engines.transformers.generation.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
     model = large(dtype=torch.bfloat16 if way == "bfloat16 weights" else torch.float32)
     engine = Transformers(cuda_graphs="without" not in way)
     engine.setup(model, POLICY.load_tokenizer())

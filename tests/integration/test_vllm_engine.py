@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from app.engines import Sampling, Vllm
+from app.engines.base import RolloutEngine
 from app.engines.requests import EngineError
 from app.policy.adapters import Lora, add_lora, causal_lm
 from app.policy.model import Policy
@@ -23,6 +24,7 @@ from datamodules.errors import UserError
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt
 from tests.support.policies import TINY
+from tests.support.scripted_conversations import ScriptedConversations, gap_of_turns
 
 pytestmark = [
     pytest.mark.slow,
@@ -403,3 +405,26 @@ def test_weights_reach_other_processes_and_a_killed_one_is_one_line(model: PreTr
     finally:
         engine.close()
     assert not [child for child in psutil.Process().children(recursive=True) if "Worker" in child.name()]
+
+
+def test_turns_of_conversations_are_those_of_the_policy_after_ten_updates(engine: Vllm, model: PreTrainedModel):
+    for step in range(10):
+        move(model, 0.01, step)
+        engine.push(plain_weights(model), step + 1)
+    talks, rounds = (ScriptedConversations(LONG, seeds(LONG), longest_reply=40) for _ in range(2))
+    engine.converse(talks, Sampling(1, 8))
+    assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
+    assert gap_of_turns(model, talks) < 1e-4
+    assert all(turn.policy_version == 10 for talk in talks.talks for turn in talk.turns)
+    RolloutEngine.converse(engine, rounds, Sampling(1, 8))
+    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in rounds.talks]
+    assert talks.waits > 3  # as they come, not in rounds
+
+
+def test_an_environment_that_fails_leaves_no_request_behind(engine: Vllm, model: PreTrainedModel):
+    talks = ScriptedConversations(LONG, seeds(LONG))
+    talks.next = lambda wait=True: 1 / 0  # type: ignore[assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        engine.converse(talks, Sampling(1, 8))
+    whole = engine.generate(LONG, SAMPLING, seeds(LONG))
+    assert gap(model, LONG, whole) < 1e-4

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from app.engines import Sampling, VllmServer
+from app.engines.base import RolloutEngine
 from app.engines.requests import EngineError
 from app.engines.server.client import ServerClient
 from app.engines.server.endpoints import EndpointChoice
@@ -32,6 +33,7 @@ from app.reporting.curves import read_scalars
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
 from tests.support.command import ROOT, command, dots, run_of
+from tests.support.scripted_conversations import ScriptedConversations, gap_of_turns
 from tests.support.servers import engines, killed_when
 
 POLICY = str(ROOT / "configs" / "tiny_policy")
@@ -535,3 +537,38 @@ def test_a_run_goes_on_when_its_server_is_killed_and_counts_nothing_twice(tmp_pa
     # Completions generated after the loss came from the weights of their step.
     drift = read_scalars(folder)["sampling/sampling_logp_difference/max"][1]
     assert len(drift) == 6 and max(drift) < 1e-3
+
+
+def test_turns_of_conversations_are_those_of_the_policy_after_ten_updates(owner: VllmServer, model: PreTrainedModel):
+    owner.setup(model, owner.tokenizer, folder=owner.folder)
+    for step in range(10):
+        update(model, step)
+        owner.push(model.state_dict().items(), step + 1)
+    asked = prompts(3)
+    talks, rounds = (ScriptedConversations(asked, seeds(3), longest_reply=40) for _ in range(2))
+    owner.converse(talks, Sampling(1, 8))
+    assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
+    assert gap_of_turns(model, talks) < 2e-4
+    RolloutEngine.converse(owner, rounds, Sampling(1, 8))
+    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in rounds.talks]
+
+
+def test_a_server_killed_in_mid_conversation_is_replaced(owner: VllmServer, model: PreTrainedModel):
+    owner.setup(model, owner.tokenizer, folder=owner.folder)
+    owner.push(model.state_dict().items(), 1)
+    asked = prompts(3)
+    talks, calm = (ScriptedConversations(asked, seeds(3)) for _ in range(2))
+    owner.converse(calm, Sampling(1, 8))
+    ended, count = talks.ended, 0
+
+    def killing(conversation: int, turn: Completion) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.killpg(owner.fleet.processes[0].pid, signal.SIGKILL)
+        ended(conversation, turn)
+
+    talks.ended = killing  # type: ignore[method-assign]
+    owner.converse(talks, Sampling(1, 8))
+    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in calm.talks]
+    assert gap_of_turns(model, talks) < 2e-4

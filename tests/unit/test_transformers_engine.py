@@ -27,7 +27,7 @@ from transformers import (
 
 from app.engines import Sampling, Transformers
 from app.engines.transformers import shared_cache, step_graphs
-from app.engines.transformers.engine import cached_bytes, tokens_that_fit
+from app.engines.transformers.generation import cached_bytes, tokens_that_fit
 from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
 from app.engines.transformers.shared_cache import SharedPromptCache, WrittenLayer
@@ -157,7 +157,7 @@ def test_steps_that_are_replayed_draw_the_same(
     monkeypatch.setattr(shared_cache, "SLACK", 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         usual = engine(model, **options).generate(batch, sampling, SEEDS)
-        monkeypatch.setattr("app.engines.transformers.engine.capture_on", lambda *_: recorder)
+        monkeypatch.setattr("app.engines.transformers.generation.capture_on", lambda *_: recorder)
         replayed = engine(model, **options).generate(batch, sampling, SEEDS)
         kept = recorder.captured
         off = engine(model, **options, cuda_graphs=False).generate(batch, sampling, SEEDS)
@@ -184,7 +184,7 @@ def test_a_step_that_cannot_be_recorded_is_decoded_without(monkeypatch: pytest.M
     def refuse(step: step_graphs.Step) -> step_graphs.Step:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr("app.engines.transformers.engine.capture_on", lambda *_: refuse)
+    monkeypatch.setattr("app.engines.transformers.generation.capture_on", lambda *_: refuse)
     with pytest.warns(UserWarning, match=r"without CUDA graphs from now on.*is capturing\)\. To") as warned:
         found = made.generate(batch, sampling, SEEDS)
     assert len(warned) == 1 and made.cuda_graphs is False
@@ -299,7 +299,7 @@ def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes
             super().keep(order)
             grown.update(one.dtype for layer in self.past.layers for one in (layer.keys, layer.values))
 
-    monkeypatch.setattr("app.engines.transformers.engine.GrowingCache", NotedCache)
+    monkeypatch.setattr("app.engines.transformers.generation.GrowingCache", NotedCache)
 
     def errors() -> list[float]:
         """Return how far recorded log-probabilities are from those of a forward pass without a cache."""
@@ -345,7 +345,7 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("share", [True, False])
 def test_weights_are_cast_once_per_generation(adapters: bool, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engines.transformers.engine.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
+    monkeypatch.setattr("app.engines.transformers.generation.end_token_ids", lambda *_: np.zeros(0, dtype=np.int64))
     model = build("lora" if adapters else "qwen2")
     needed = [one.requires_grad for one in model.parameters()]
     weights = {tuple(one.shape) for one in model.parameters()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -18,7 +18,11 @@ from app.engines.server.client import LostServerError, ServerClient, gather_whil
 from app.engines.server.fleet import ServerFleet, ask_running
 from app.engines.server.options import FleetOptions
 from app.engines.server.rank_zero import lost_server_of_any_rank
+from app.engines.turns import Conversations, TurnRequest
 from datamodules.types import Prompt
+
+_POLL_S = 0.002
+"""Seconds between two looks at what the environment has answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,43 @@ class VllmServer(FleetOptions, RolloutEngine):
         self._ahead = Ahead(fleet.loop.submit(timed(work)), finish)
         return self._ahead
 
+    def converse(self, conversations: Conversations, sampling: Sampling) -> None:
+        """See `RolloutEngine.converse`. Every conversation goes on as soon as the environment has answered.
+
+        All turns of a conversation go to one server, whose prefix cache keeps what it has read. If a server is lost,
+        only the turns that are missing are generated again.
+        """
+        fleet = self._connected()
+        if fleet.version is None:
+            self.push(self.weights(), 0)
+        assert fleet.version is not None
+        version, ends = fleet.version, end_token_ids(self.model, self.tokenizer)
+        vocabulary = vocabulary_of(self.model)
+        missing = {request.conversation: request for request in conversations.begin()}
+
+        def ended(number: int, answer: Answer) -> None:
+            del missing[number]
+            [(turn,)] = completions_of([answer], sampling, self.tokenizer, version, vocabulary)
+            conversations.ended(number, turn)
+
+        async def take_turns() -> None:
+            # A server that is lost takes the states of its conversations with it.
+            table = _Table(fleet.clients, lambda one: request_fields(sampling, ends, one.seed, one.limit))
+            await gather_while_healthy(fleet.clients, [table.serve(conversations, missing, ended)])
+
+        while True:
+            fleet.require(version, self.weights)
+            mine = None
+            try:
+                fleet.loop.run(take_turns())
+            except LostServerError as error:
+                mine = error
+            lost = lost_server_of_any_rank(self.ranks, mine, "conversations of all ranks")
+            if lost is None:
+                break
+            fleet.recover(lost, version, self.weights)
+        fleet.succeeded()
+
     def _request(self, requests: Sequence[_Request], answers: list[Answer | None], version: int) -> None:
         """Fill in all missing answers by the policy of a version, whatever servers are lost. Collective."""
         fleet = self._connected()
@@ -197,6 +238,70 @@ class VllmServer(FleetOptions, RolloutEngine):
             for seed, limit in zip(drawn, its, strict=True)
         ]
         return requests, fleet.version
+
+
+class _Table:
+    """Conversations that servers take the policy's turns of.
+
+    Args:
+        clients: the servers.
+        settings: returns those of a turn; see `request_fields`.
+    """
+
+    def __init__(self, clients: Sequence[ServerClient], settings: Callable[[TurnRequest], dict[str, object]]) -> None:
+        self._clients, self._settings = clients, settings
+        self._server_of: dict[object, int] = {}
+        """The server of each prompt, whose completions share what it has read."""
+        self._loads = [0] * len(clients)
+        self._room = [asyncio.Semaphore(client.concurrency) for client in clients]
+
+    async def serve(
+        self,
+        conversations: Conversations,
+        missing: dict[int, TurnRequest],
+        ended: Callable[[int, Answer], None],
+    ) -> None:
+        """Take all turns, those that are `missing` first, until the conversations have ended."""
+        running: set[asyncio.Task[tuple[int, Answer]]] = set()
+        started: set[int] = set()
+        try:
+            while True:
+                for number, request in missing.items():
+                    if number not in started:
+                        started.add(number)
+                        running.add(asyncio.create_task(self._turn(request)))
+                if not running and not conversations.outstanding:
+                    return
+                done: set[asyncio.Task[tuple[int, Answer]]] = set()
+                if running:
+                    timeout = _POLL_S if conversations.outstanding else None
+                    done, running = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await asyncio.sleep(_POLL_S)
+                for task in sorted(done, key=_failed):  # what has arrived is kept, whatever else is lost
+                    number, answer = task.result()
+                    started.discard(number)
+                    ended(number, answer)
+                missing |= {one.conversation: one for one in conversations.next(wait=False)}
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _turn(self, request: TurnRequest) -> tuple[int, Answer]:
+        loads = self._loads
+        server = self._server_of.setdefault(request.prompt.id, min(range(len(loads)), key=loads.__getitem__))
+        loads[server] += 1
+        try:
+            async with self._room[server]:
+                client = self._clients[server]
+                return request.conversation, await client.complete(request.prompt.token_ids, self._settings(request))
+        finally:
+            loads[server] -= 1
+
+
+def _failed(task: asyncio.Task[tuple[int, Answer]]) -> bool:
+    return task.exception() is not None
 
 
 async def _request_missing(

@@ -127,13 +127,18 @@ class StaticLayer(WrittenLayer):
 class PromptLayer:
     """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`.
 
-    No prompt may be longer than those of the first `prefilled` layer.
+    Args:
+        max_prompts: number of prompts that are kept.
+        prefilled: states of the first prompts, for shapes and dtype.
+        longest: maximum number of tokens of a prompt; None for that of the first ones.
     """
 
-    def __init__(self, max_prompts: int, prefilled: DynamicLayer) -> None:
+    def __init__(self, max_prompts: int, prefilled: DynamicLayer, longest: int | None = None) -> None:
         keys, values = _states_of(prefilled)
-        self.keys, self.values = (values.new_empty(max_prompts, *states.shape[1:]) for states in (keys, values))
-        self.longest = self.keys.shape[2]
+        self.longest = longest or keys.shape[2]
+        self.keys, self.values = (
+            values.new_empty(max_prompts, states.shape[1], self.longest, states.shape[3]) for states in (keys, values)
+        )
 
     def admit(self, prefilled: DynamicLayer, first: int) -> None:
         """Write the left-padded prompts of `prefilled` into the slots from `first` on."""
@@ -163,6 +168,7 @@ class SharedPromptCache(RowCache):
         columns: maximum number of tokens that a row can generate.
         rows_per_prompt: maximum number of a prompt's rows.
         layer: `StaticLayer` for `static_numbers` and `static_inputs` instead of `inputs`.
+        longest: maximum number of tokens of a prompt; None for that of those that are admitted first.
     """
 
     can_join = True
@@ -176,8 +182,10 @@ class SharedPromptCache(RowCache):
         columns: int,
         rows_per_prompt: int,
         layer: type[WrittenLayer] = WrittenLayer,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
+        self.longest = longest
         self.max_rows, self.max_prompts, self.rows_per_prompt = max_rows, max_prompts, rows_per_prompt
         self.written = [layer(max_rows, columns + SLACK) for _ in range(layers)]
         self.read: list[PromptLayer] = []
@@ -186,7 +194,7 @@ class SharedPromptCache(RowCache):
 
     def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
         states = [layer for layer in prefilled.layers if isinstance(layer, DynamicLayer)]
-        self.read = self.read or [PromptLayer(self.max_prompts, layer) for layer in states]
+        self.read = self.read or [PromptLayer(self.max_prompts, layer, self.longest) for layer in states]
         for written, read, layer in zip(self.written, self.read, states, strict=True):
             written.admit(len(source))
             read.admit(layer, len(self.lengths))
@@ -203,6 +211,32 @@ class SharedPromptCache(RowCache):
         self.starts, self.prompt_of_row = self.starts[order], self.prompt_of_row[order]
         self._drop_finished_prompts()
         self._place_rows()
+
+    def states_of(self, rows: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return copies of the keys and values of rows (int64 `[r]`), their prompts included.
+
+        Returns:
+            For each row its keys and its values, `[layers, key_value_heads, tokens, head_dim]`. The last token that was
+            drawn for it is not among them: the model has not read it.
+        """
+        prompts, starts = self.prompt_of_row[rows], self.starts[rows]
+        lengths = self.lengths[prompts]
+        longest, first, end = int(lengths.max()), int(starts.min()), self.written[0].end
+        written = self.written if self.written[0].is_initialized else []  # by the second token of any row
+        parts = []
+        for number in (0, 1):
+            of_prompts = [(read.keys, read.values)[number][prompts, :, read.longest - longest :] for read in self.read]
+            of_rows = [layer.buffers()[number][rows, :, first:end] for layer in written]
+            parts.append(torch.cat([torch.stack(of_prompts), *([torch.stack(of_rows)] if written else [])], dim=3))
+        # The tokens of a row's prompt end where its own begin, unless another row has begun before it.
+        found = []
+        for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
+            both = (whole[:, row, :, longest - length :] for whole in parts)
+            if start > first:
+                both = (torch.cat([one[:, :, :length], one[:, :, length + start - first :]], dim=2) for one in both)
+            keys, values = both
+            found.append((keys, values))
+        return found
 
     def _drop_finished_prompts(self) -> None:
         alive = np.bincount(self.prompt_of_row, minlength=len(self.lengths)) > 0

@@ -28,6 +28,7 @@ from app.engines.requests import (
     request_fields,
     vocabulary_of,
 )
+from app.engines.turns import Conversations, TurnRequest
 from datamodules.errors import UserError
 from datamodules.types import Prompt
 
@@ -124,19 +125,49 @@ class Vllm(VllmOptions, RolloutEngine):
         self._prepare_weights()  # on ranks without prompts, too: gathering a sharded policy is collective
         if len(prompts) == 0:
             return []
-        assert self.version is not None
-        with self._vllm_context("vLLM failed during generation"):
-            if self._cache_asleep:
-                self._wake_up(None)
-                self._weights_asleep = self._cache_asleep = False
-            found = self._call("dots_version")
-            if found != [self.version] * len(found):
-                raise EngineError(
-                    f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
-                    "Make sure that only this engine pushes weights to them."
-                )
+        with self._generating() as version:
             answers = self._answers(prompts, sampling, seeds, limits)[own]
-        return completions_of(answers, sampling, self.tokenizer, self.version, vocabulary_of(self.model))
+        return completions_of(answers, sampling, self.tokenizer, version, vocabulary_of(self.model))
+
+    def converse(self, conversations: Conversations, sampling: Sampling) -> None:
+        """See `RolloutEngine.converse`. The prefix cache keeps what a conversation has read.
+
+        Answers of the environment are waited for when an eighth of the conversations have one coming, or when nothing
+        else is left to do, so that the same seeds give the same batches. Ranks that share an engine take turns in
+        rounds.
+        """
+        if self.tensor_parallel_size > 1 and self.ranks.size > 1:
+            return super().converse(conversations, sampling)
+        self._prepare_weights()
+        requests = conversations.begin()
+        if not requests and not conversations.outstanding:
+            return None
+        with self._generating() as version:
+            self._take_turns(conversations, requests, sampling, version)
+
+    def _take_turns(
+        self, conversations: Conversations, requests: Sequence[TurnRequest], sampling: Sampling, version: int
+    ) -> None:
+        engine, ends = self._llm.llm_engine, end_token_ids(self.model, self.tokenizer)
+        vocabulary, running = vocabulary_of(self.model), 0
+        with self._aborted_on_error():
+            while True:
+                for request in requests:
+                    turn = self._sampling_params(sampling, ends, request.seed, request.limit)
+                    ids = {"prompt_token_ids": list(request.prompt.token_ids)}
+                    engine.add_request(str(request.conversation), ids, turn)
+                running += len(requests)
+                requests = []
+                for output in engine.step() if running else ():
+                    if output.finished:
+                        running -= 1
+                        [(one,)] = completions_of([_answer(output)], sampling, self.tokenizer, version, vocabulary)
+                        conversations.ended(int(output.request_id), one)
+                waiting = conversations.outstanding
+                if waiting and (not running or 8 * waiting >= running + waiting):
+                    requests = conversations.next()
+                elif not running:
+                    return
 
     def release(self) -> None:
         """Let vLLM sleep until the next push or generation, which wakes it."""
@@ -166,26 +197,37 @@ class Vllm(VllmOptions, RolloutEngine):
     def _answers(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray, limits: np.ndarray | None
     ) -> list[Answer]:
-        from vllm import SamplingParams
-
         ends = end_token_ids(self.model, self.tokenizer)
         requests = [
-            # Text is only needed to find stop strings; flat lists are cheaper than an object per token.
-            SamplingParams(
-                **request_fields(sampling, ends, seed, limit), detokenize=bool(sampling.stop), flat_logprobs=True
-            )
+            self._sampling_params(sampling, ends, seed, limit)
             for seed, limit in zip(seeds.reshape(-1), limits_of(sampling, seeds, limits).reshape(-1), strict=True)
         ]
         ids = [{"prompt_token_ids": list(one.token_ids)} for one in prompts for _ in range(sampling.num_generations)]
+        with self._aborted_on_error():
+            return [_answer(output) for output in self._llm.generate(ids, requests, use_tqdm=False)]
+
+    @staticmethod
+    def _sampling_params(sampling: Sampling, ends: np.ndarray, seed: int, limit: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            **request_fields(sampling, ends, seed, limit),
+            # Text is only needed to find stop strings; flat lists are cheaper than an object per token.
+            detokenize=bool(sampling.stop),
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    @contextmanager
+    def _aborted_on_error(self) -> Iterator[None]:
+        """Abort what is queued when an error ends a generation: the next call would run it first."""
         try:
-            outputs = self._llm.generate(ids, requests, use_tqdm=False)
+            yield
         except BaseException:
-            # The next call would run queued requests first.
             queue = self._llm.llm_engine.output_processor
             self._llm.llm_engine.abort_request([*queue.request_states, *queue.parent_requests], internal=True)
             raise
-        found = [output.outputs[0] for output in outputs]
-        return [Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason) for one in found]
 
     def _of_group(
         self, prompts: Sequence[Prompt], seeds: np.ndarray, limits: np.ndarray
@@ -208,6 +250,22 @@ class Vllm(VllmOptions, RolloutEngine):
         shared = [Prompt(name, place, "", "", tuple(ids), {}) for place, (name, ids, _) in enumerate(every)]
         seeds, limits = np.array([its for _, _, its in every], dtype=np.int64).reshape(-1, 2, samples).swapaxes(0, 1)
         return slice(start, start + samples * len(prompts)), shared, seeds, limits
+
+    @contextmanager
+    def _generating(self) -> Iterator[int]:
+        """Enter the state in which vLLM generates, awake, and yield the version of its policy."""
+        assert self.version is not None
+        with self._vllm_context("vLLM failed during generation"):
+            if self._cache_asleep:
+                self._wake_up(None)
+                self._weights_asleep = self._cache_asleep = False
+            found = self._call("dots_version")
+            if found != [self.version] * len(found):
+                raise EngineError(
+                    f"vLLM's workers hold the policy versions {found} instead of {self.version}. "
+                    "Make sure that only this engine pushes weights to them."
+                )
+            yield self.version
 
     def _prepare_weights(self) -> None:
         """Bring the weights of the last push back, or push them where there was none."""
@@ -311,6 +369,12 @@ class Vllm(VllmOptions, RolloutEngine):
     @property
     def _dtype(self) -> torch.dtype:
         return self.torch_dtype or (torch.float32 if self.model.device.type == "cpu" else torch.bfloat16)
+
+
+def _answer(output: Any) -> Answer:
+    """Return the one sample of a request's output."""
+    one = output.outputs[0]
+    return Answer(one.token_ids, one.logprobs.logprobs, one.finish_reason)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The trainer's handle on the server process that forks its reward workers."""
+"""The trainer's handle on the server process that forks its workers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class ForkServer:
     memory, CUDA context and locks, and does not run its main script again.
 
     Args:
-        modules: modules that it imports before the first fork.
+        modules: modules, or files of Python code, that it imports before the first fork.
+        program: module whose main program the server is; it calls `app.rewards.workers.main.main` with what its
+            workers do.
     """
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self, modules: Sequence[str], program: str = "app.rewards.workers.main") -> None:
         ours, theirs = socket.socketpair()
-        program = [sys.executable, "-P", "-m", "app.rewards.workers.main"]
         with theirs:
             self._process = subprocess.Popen(
-                [*program, str(theirs.fileno()), str(os.getpid()), *modules],
+                [sys.executable, "-P", "-m", program, str(theirs.fileno()), str(os.getpid()), *modules],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={

@@ -1,8 +1,9 @@
 """The fork server: `python -m app.rewards.workers.main FD PARENT MODULE...`, run by `ForkServer`.
 
 The server imports slow libraries once and forks a worker for each socket that it receives, so that replacing a killed
-worker takes milliseconds. It never imports users' code: a function that hangs on import, or that starts CUDA or
-threads, does so in a worker. Each worker leads a session and dies with the server, which ends with the trainer. On
+worker takes milliseconds. That of rewards never imports users' code: a function that hangs on import, or that starts
+CUDA or threads, does so in a worker. That of environments (`app.environments.worker`) does, since every conversation
+has a worker of its own. Each worker leads a session and dies with the server, which ends with the trainer. On
 Linux all that a worker has started stays its descendant, even in sessions of their own, becomes a child of the server
 when the worker dies, and is killed.
 """
@@ -13,7 +14,6 @@ import contextlib
 import ctypes
 import fcntl
 import gc
-import importlib
 import os
 import resource
 import select
@@ -22,11 +22,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from app.rewards.workers.serving import serve
 from app.rewards.workers.task import COMMAND
+from app.user_code import import_code
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -35,20 +35,27 @@ _HIGH_DESCRIPTOR = 512
 _LAST_SECONDS = 0.8
 
 
-def main(control_fd: int, parent: int, modules: Sequence[str]) -> None:
-    """Fork and kill workers on command until the trainer closes its end or ends."""
+def main(arguments: Sequence[str], serve: Callable[[socket.socket], None]) -> None:
+    """Fork and kill workers on command until the trainer closes its end or ends.
+
+    Args:
+        arguments: those of the command line.
+        serve: what a worker does with its connection.
+    """
+    control_fd, parent, modules = int(arguments[0]), int(arguments[1]), arguments[2:]
     _keep_orphans()
     for module in modules:
-        with contextlib.suppress(ImportError):  # the worker that needs it reports the error
-            importlib.import_module(module)
+        with contextlib.suppress(BaseException):  # the worker that needs it meets the same error, and reports it
+            import_code(module)
+    sys.stdout.flush()  # what is left in the buffer would be printed by every worker
     gc.collect()
     gc.freeze()  # otherwise garbage collection in the workers would copy the shared pages
     control = socket.socket(fileno=control_fd)
-    workers: set[int] = set()
+    workers = _children()  # what the modules have started lives as long as the server
     while os.getppid() == parent:
         readable, _, _ = select.select([control], [], [], 1.0)
         _reap(workers)
-        if readable and not _execute_command(control, workers):
+        if readable and not _execute_command(control, workers, serve):
             break
     deadline = time.monotonic() + _LAST_SECONDS
     for worker in workers:
@@ -93,7 +100,7 @@ def _children() -> set[int]:
     return found
 
 
-def _execute_command(control: socket.socket, workers: set[int]) -> bool:
+def _execute_command(control: socket.socket, workers: set[int], serve: Callable[[socket.socket], None]) -> bool:
     """Receive and execute one command. Return False when the trainer has closed its end."""
     data, descriptors, _, _ = socket.recv_fds(control, COMMAND.size, 1)
     if not data:
@@ -107,7 +114,7 @@ def _execute_command(control: socket.socket, workers: set[int]) -> bool:
     child = os.fork()
     if child == 0:
         control.close()
-        _run_worker(descriptors[0], server)
+        _run_worker(descriptors[0], server, serve)
     os.close(descriptors[0])
     workers.add(child)
     return True
@@ -119,7 +126,7 @@ def _kill(child: int) -> None:
             kill(child, signal.SIGKILL)
 
 
-def _run_worker(descriptor: int, server: int) -> None:
+def _run_worker(descriptor: int, server: int, serve: Callable[[socket.socket], None]) -> None:
     """Serve one connection, then exit: never return into the server's loop."""
     status = 1
     try:
@@ -146,4 +153,6 @@ def _run_worker(descriptor: int, server: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    from app.rewards.workers.serving import serve
+
+    main(sys.argv[1:], serve)

@@ -48,7 +48,9 @@ def serve(connection: socket.socket) -> None:
         except UserError as error:
             return tell(Reply("unusable", error=str(error)))
         except BaseException as error:  # noqa: BLE001 (a reward may raise anything)
-            return tell(Reply("unloadable", error=_line(error), traceback=traceback.format_exc()[-_MAX_TRACEBACK:]))
+            return tell(
+                Reply("unloadable", error=error_line(error), traceback=traceback.format_exc()[-_MAX_TRACEBACK:])
+            )
         rewards.append(reward)
     tell(Reply("ready", notes=[reward.start_notice for reward in rewards if reward.start_notice]))
     me = os.getpid()
@@ -80,13 +82,13 @@ def _attempt(reward: Reward, call: Call, row: int) -> Iterator[Reply]:
     except UserError as error:
         yield Reply("unusable", row=row, error=str(error))
     except BaseException as error:  # noqa: BLE001 (a reward may raise anything)
-        yield Reply("raised", row=row, error=_line(error), traceback=traceback.format_exc()[-_MAX_TRACEBACK:])
+        yield Reply("raised", row=row, error=error_line(error), traceback=traceback.format_exc()[-_MAX_TRACEBACK:])
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return type and message of an exception, and the innermost line of code that no package installs."""
     told = " ".join("".join(traceback.format_exception_only(error)).split())[:300]
-    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "<")
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "<")
     places = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(installed)]
     return f"{told} ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else told
 
