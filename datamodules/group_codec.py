@@ -7,20 +7,23 @@ reads with `weights_only`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
 from datamodules.pool import PromptPool
-from datamodules.types import Completion, FinishReason, Prompt, RolloutGroup, Source
+from datamodules.types import Completion, FinishReason, Prompt, RolloutGroup, Source, Turn
 
 LogprobDtype = Literal["float32", "float16"]
 GroupState: TypeAlias = dict[str, Any]
 """Tensors and plain values, as a checkpoint holds them."""
 _FINISH: tuple[FinishReason, ...] = ("stop", "length")
+_no_bytes, _no_numbers = partial(np.empty, 0, np.uint8), partial(np.empty, 0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +34,7 @@ class PackedGroup:
         prompt: shared with the pool, so it takes no memory here.
         component_names: names of the `R` reward functions.
         token_ids: int32 `[T]`, the completions concatenated.
-        logprobs: float32 or float16 `[T]`: log mu.
+        logprobs: float32 or float16 `[T]`: log mu; NaN for what an environment said.
         lengths: int32 `[G]`: number of tokens of each completion.
         finish: uint8 `[G]`: position of the finish reason in ("stop", "length").
         versions: int64 `[G]`: policy versions.
@@ -40,6 +43,10 @@ class PackedGroup:
         rewards: float32 `[G]`.
         correctness: float32 `[G]`.
         components: float32 `[R, G]`.
+        turns: uint8: the turns of each completion as JSON, concatenated.
+        turn_lengths: int32 `[G]`: number of bytes of each completion's turns; empty if none has turns.
+        context: int32: the contexts of the completions, concatenated.
+        context_lengths: int32 `[G]`: number of tokens of each context, 0 for None; empty if all are.
     """
 
     prompt: Prompt
@@ -56,6 +63,10 @@ class PackedGroup:
     rewards: np.ndarray
     correctness: np.ndarray
     components: np.ndarray
+    turns: np.ndarray = field(default_factory=_no_bytes)
+    turn_lengths: np.ndarray = field(default_factory=_no_numbers)
+    context: np.ndarray = field(default_factory=_no_numbers)
+    context_lengths: np.ndarray = field(default_factory=_no_numbers)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -70,7 +81,7 @@ class PackedGroup:
 
 
 def pack(group: RolloutGroup, logprob_dtype: LogprobDtype = "float32") -> PackedGroup:
-    """Copy a group into compact arrays.
+    """Copy a group into compact arrays, without extras and without the outcomes of conversations.
 
     float16 changes a stored log-probability by at most `2**-11 |log mu|` (half a unit in the last of 11 bits), or
     2**-25 near 0, and a token's importance ratio `pi / mu` by at most the exponential of that: 0.05% for a token of
@@ -78,6 +89,8 @@ def pack(group: RolloutGroup, logprob_dtype: LogprobDtype = "float32") -> Packed
     """
     completions = group.completions
     texts = [completion.text.encode("utf-8", "surrogatepass") for completion in completions]
+    turns = [json.dumps([asdict(turn) for turn in one.turns]).encode() if one.turns else b"" for one in completions]
+    contexts = [_no_numbers() if one.context is None else one.context for one in completions]
     names = tuple(sorted(group.components))
     components = [np.asarray(group.components[name], dtype=np.float32) for name in names]
     return PackedGroup(
@@ -95,6 +108,10 @@ def pack(group: RolloutGroup, logprob_dtype: LogprobDtype = "float32") -> Packed
         rewards=np.array(group.rewards, dtype=np.float32),
         correctness=np.array(group.correctness, dtype=np.float32),
         components=np.array(components, dtype=np.float32).reshape(len(names), len(completions)),
+        turns=np.frombuffer(b"".join(turns), dtype=np.uint8).copy(),
+        turn_lengths=_lengths(turns),
+        context=_joined(contexts, np.int32),
+        context_lengths=_lengths(contexts),
     )
 
 
@@ -106,13 +123,25 @@ def unpack(packed: PackedGroup) -> RolloutGroup:
         packed.finish.tolist(),
         packed.versions.tolist(),
         _slices(packed.text, packed.text_lengths),
+        *(
+            _slices(flat, sizes) if len(sizes) else [flat] * len(packed.lengths)
+            for flat, sizes in ((packed.turns, packed.turn_lengths), (packed.context, packed.context_lengths))
+        ),
         strict=True,
     )
     return RolloutGroup(
         prompt=packed.prompt,
         completions=tuple(
-            Completion(ids, logprobs, _FINISH[finish], version, text.tobytes().decode("utf-8", "surrogatepass"))
-            for ids, logprobs, finish, version, text in parts
+            Completion(
+                token_ids=ids,
+                logprobs=logprobs,
+                finish_reason=_FINISH[finish],
+                policy_version=version,
+                text=text.tobytes().decode("utf-8", "surrogatepass"),
+                turns=tuple(Turn(**turn) for turn in json.loads(turns.tobytes())) if turns.size else (),
+                context=context if context.size else None,
+            )
+            for ids, logprobs, finish, version, text, turns, context in parts
         ),
         rewards=packed.rewards,
         correctness=packed.correctness,
@@ -166,6 +195,11 @@ def unpack_groups(state: GroupState, pool: PromptPool) -> list[RolloutGroup]:
 
 def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if parts else np.empty(0, dtype)
+
+
+def _lengths(parts: Sequence[bytes | np.ndarray]) -> np.ndarray:
+    """Return the lengths of parts, int32 `[G]`; nothing if all are empty."""
+    return np.array([len(part) for part in parts] if any(map(len, parts)) else [], dtype=np.int32)
 
 
 def _logprobs(values: np.ndarray, dtype: LogprobDtype) -> np.ndarray:

@@ -19,7 +19,9 @@ from datamodules.ledger import Ledger
 REWARD_TOLERANCE = 1e-6
 """Correctness rewards that differ by no more than this count as equal."""
 
-REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+REWARD_ARGUMENTS = frozenset(
+    {"prompts", "completions", "completion_ids", "environments", "trainer_state", "log_extra", "log_metric"}
+)
 """Arguments of reward functions: a column with one of these names cannot be passed to them."""
 
 Messages = list[dict[str, Any]]

@@ -6,7 +6,7 @@ A mini-batch passes through the files in this order:
 2. `ratios.token_weights`: lengths `[N]` -> the weight of each completion token in the loss.
 3. `packing`: prompts and completions -> micro-batches within a token budget. Each has a layout for the model (a padded
    rectangle, or the single row of `shared_prompt`) and flat per-token tensors for the loss.
-4. `logprobs`: hidden states at the predicting positions -> log-probability and entropy of every completion token;
+4. `logprobs`: hidden states at the predicting positions -> log-probability and entropy of every generated token;
    its backward pass can add up `sketches` of each group's gradient with respect to the head.
 5. `forms`: the objective of a token whose probability has moved since it was sampled.
 6. `surrogate.policy_loss`: per-token tensors -> a weighted sum over tokens, to be added up over micro-batches, and its
@@ -14,7 +14,7 @@ A mini-batch passes through the files in this order:
 
 Notation, in addition to the letters of `datamodules.types`:
 
-- `N` sequences, `n` sequences of one micro-batch, `L` padded length, `T` completion tokens of all its sequences laid
+- `N` sequences, `n` sequences of one micro-batch, `L` padded length, `T` generated tokens of all its sequences laid
   end to end ("flat"), `V` vocabulary, `H` hidden size.
 - `pi` the policy being updated, `pi_old` the policy before this update, `mu` the behaviour policy that generated the
   tokens, `ref` a frozen reference. Every log-probability is of one token given its predecessors, in nats.

@@ -22,7 +22,7 @@ _LEAST_LOG_WEIGHT = math.log(1e-8)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MovedTokens:
-    """What a form reads of the `T` completion tokens of a micro-batch.
+    """What a form reads of the `T` generated tokens of a micro-batch.
 
     Attributes:
         logprobs: `[T]`, log pi, with gradient.

@@ -3,8 +3,9 @@
 The model reads a padded rectangle, or one row with shared prompts (`shared_prompt`); the loss reads flat tensors.
 
 In a rectangle sequences are padded on the right. Under causal attention no real token then sees a pad, with or without
-the mask, and positions need no shift. Only completion tokens are scored: the hidden state at position `t` predicts the
-token at `t + 1`, so a completion of `T` tokens after a prompt of `P` is predicted from positions `P - 1 .. P + T - 2`.
+the mask, and positions need no shift. The hidden state at position `t` predicts the token at `t + 1`, so a completion
+of `T` tokens after a prompt of `P` is predicted from positions `P - 1 .. P + T - 2`. Only tokens that the policy
+generated are scored: what an environment said between its turns is read, but is not among the predicted tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class ScoredSequence:
     Attributes:
         prompt_ids: int `[P]`, at least one token.
         completion_ids: int `[T]`, at least one token.
-        behaviour_logprobs: float `[T]`: log mu of every completion token.
-        weight: the weight of each of its tokens in the loss (`ratios.token_weights`).
-        old_logprobs: float `[T]`: log pi_old; None if the policy before the update is the behaviour policy.
+        behaviour_logprobs: float: log mu of every generated token.
+        weight: the weight of each of its generated tokens in the loss (`ratios.token_weights`).
+        old_logprobs: float: log pi_old of every generated token; None if the policy before the update is the behaviour
+            policy.
         replayed: the completion was generated at an earlier step.
         group: position of its group in the batch.
+        generated: bool `[T]`: the tokens that the policy generated, at least one; None for all.
     """
 
     prompt_ids: Sequence[int] | np.ndarray
@@ -41,22 +44,28 @@ class ScoredSequence:
     old_logprobs: Sequence[float] | np.ndarray | None = None
     replayed: bool = False
     group: int = 0
+    generated: Sequence[bool] | np.ndarray | None = None
 
     def __len__(self) -> int:
         """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens that the policy generated: those with a loss."""
+        return len(self.completion_ids) if self.generated is None else int(np.sum(self.generated))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """A micro-batch of `n` sequences of up to `L` tokens, with `T` completion tokens in total.
+    """A micro-batch of `n` sequences of up to `L` tokens, with `T` generated tokens in total.
 
     Attributes:
         input_ids: int64 `[n, L]`, padded on the right; `[1, N]` with shared prompts.
         attention_mask: int64, 0 on padding; of the same shape.
         position_ids: int64, of the same shape: position of each token in its sequence.
         predictors: int64 `[T]`: positions in the flattened `input_ids` whose hidden states predict `targets`.
-        targets: int64 `[T]`: the completion tokens, sequence after sequence.
+        targets: int64 `[T]`: the generated tokens, sequence after sequence.
         sequences: int64 `[T]`: index of the sequence of each token.
         behaviour_logprobs: float32 `[T]`.
         old_logprobs: float32 `[T]`; the behaviour log-probabilities of a sequence without its own.
@@ -129,7 +138,8 @@ def collate(
     """Lay `n >= 1` sequences out as one micro-batch on `device`, a padded rectangle. The padding is never scored.
 
     Raises:
-        ValueError: no sequences, an empty prompt or completion, or not one log-probability per completion token.
+        ValueError: no sequences, an empty prompt or completion, nothing generated, or not one log-probability per
+            generated token.
     """
     prompt, completion = _lengths(sequences)
     length = int((prompt + completion).max())
@@ -193,9 +203,15 @@ def _lengths(sequences: Sequence[ScoredSequence]) -> tuple[np.ndarray, np.ndarra
     for row, (one, first, second) in enumerate(zip(sequences, prompt, completion, strict=True)):
         if not first or not second:
             raise ValueError(f"sequence {row}: {first} prompt and {second} completion tokens, expected both above 0")
+        if one.generated is not None and (len(one.generated) != second or not one.generated_tokens):
+            raise ValueError(
+                f"sequence {row}: {one.generated_tokens} of {len(one.generated)} tokens are generated, expected at "
+                f"least 1 of {second}"
+            )
+        expected = one.generated_tokens
         for name, values in (("behaviour_logprobs", one.behaviour_logprobs), ("old_logprobs", one.old_logprobs)):
-            if values is not None and len(values) != second:
-                raise ValueError(f"sequence {row}: {len(values)} {name}, expected {second}, one per completion token")
+            if values is not None and len(values) != expected:
+                raise ValueError(f"sequence {row}: {len(values)} {name}, expected {expected}, one per generated token")
     return prompt, completion
 
 
@@ -214,8 +230,11 @@ def _batch(
     device: torch.device | str,
     layout: SharedPrompts | None = None,
 ) -> PackedBatch:
-    """Combine a layout (`ids`, `mask`, `positions`, `predictors`) with the loss's inputs of every completion token."""
-    completion = np.array([len(sequence.completion_ids) for sequence in sequences])
+    """Combine a layout with the loss's inputs of every generated token; `predictors` are those of all completions."""
+    scored = np.array([sequence.generated_tokens for sequence in sequences])
+    generated = np.concatenate(
+        [np.ones(len(s.completion_ids), bool) if s.generated is None else np.asarray(s.generated) for s in sequences]
+    )
 
     def tensor(array: np.ndarray, dtype: type) -> Tensor:
         return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
@@ -224,15 +243,15 @@ def _batch(
         return tensor(np.concatenate([np.asarray(value, dtype=dtype) for value in values]), dtype)
 
     def spread(values: Sequence[float], dtype: type = np.float32) -> Tensor:
-        return tensor(np.repeat(np.array(values, dtype=dtype), completion), dtype)
+        return tensor(np.repeat(np.array(values, dtype=dtype), scored), dtype)
 
     old = [s.behaviour_logprobs if s.old_logprobs is None else s.old_logprobs for s in sequences]
     return PackedBatch(
         input_ids=tensor(ids, np.int64),
         attention_mask=tensor(mask, np.int64),
         position_ids=tensor(positions, np.int64),
-        predictors=tensor(predictors, np.int64),
-        targets=flat([sequence.completion_ids for sequence in sequences], np.int64),
+        predictors=tensor(predictors[generated], np.int64),
+        targets=tensor(np.concatenate([s.completion_ids for s in sequences])[generated], np.int64),
         sequences=spread(range(len(sequences)), np.int64),
         behaviour_logprobs=flat([sequence.behaviour_logprobs for sequence in sequences]),
         old_logprobs=flat(old),

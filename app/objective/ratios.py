@@ -101,7 +101,7 @@ def token_weights(
     what its completions average to.
 
     Args:
-        lengths: int `[N]`, completion tokens of each sequence of the global mini-batch: over all micro-batches and
+        lengths: int `[N]`, generated tokens of each sequence of the global mini-batch: over all micro-batches and
             ranks, including sequences that get no forward pass because their advantage is 0.
         aggregation: "token": mean over all tokens (DAPO, arXiv 2503.14476, equation 8; TRL calls it BNPO when the
             local batch is the mini-batch; DOTS' code adds up such means of each of its micro-batches); "sequence": mean

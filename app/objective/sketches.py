@@ -84,7 +84,7 @@ class SketchSums:
         self.sums = torch.zeros(groups, VOCABULARY_SIDE, HIDDEN_SIDE, device=device)
 
     def of(self, tokens: Iterable[tuple[int, int]]) -> TokenSketch:
-        """Return the sketch of one micro-batch, given group and number of completion tokens of each sequence."""
+        """Return the sketch of one micro-batch, given group and number of generated tokens of each sequence."""
         spans = [(group, sum(length for _, length in run)) for group, run in groupby(tokens, key=itemgetter(0))]
         return TokenSketch(self, spans)
 

@@ -14,7 +14,7 @@ MAXIMA = ("ratio", "importance", "minus_importance", "logp_difference")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """Sums and maxima over completion tokens. Reduce over ranks by summing `sums` and taking the maximum of `maxima`.
+    """Sums and maxima over generated tokens. Reduce over ranks by summing `sums` and taking the maximum of `maxima`.
 
     Attributes:
         sums: float32 `[len(SUMS)]`, on the loss's device.

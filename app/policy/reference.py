@@ -26,7 +26,7 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def logprobs(self, policy: torch.nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
-        """Return log ref of every completion token of a micro-batch, float32 `[T]`, at the sampling temperature.
+        """Return log ref of every generated token of a micro-batch, float32 `[T]`, at the sampling temperature.
 
         `policy` is the trained policy, whose adapters are switched off if there is no frozen copy.
         """

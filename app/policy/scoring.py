@@ -1,4 +1,4 @@
-"""Log-probabilities of completion tokens under a Hugging Face causal language model, without its logits."""
+"""Log-probabilities of generated tokens under a Hugging Face causal language model, without its logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def completion_logprobs(
     with_entropy: bool,
     sketch: TokenSketch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the log-probability and the entropy of every completion token, float32 `[T]` each, differentiable.
+    """Return the log-probability and the entropy of every generated token, float32 `[T]` each, differentiable.
 
     The head is applied to the predicting positions only, tile by tile; a tokens x vocabulary tensor never exists.
     `temperature` must be the sampling temperature of the completions. Entropy is None without `with_entropy`. The

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ def rows_of(
     golds: Sequence[str],
     advantages: Sequence[np.ndarray],
     forecast: Mapping[str, float],
+    decode: Callable[[np.ndarray], str],
 ) -> Iterator[Row]:
     """Yield a row for each completion.
+
+    Conversations with an environment have their messages in `turns`, as JSON, and in `context` what the policy read in
+    place of the prompt, if that was something else.
 
     Args:
         groups: groups of completions.
@@ -39,6 +43,7 @@ def rows_of(
         golds: columns from which the rewards read reference answers, before the usual ones.
         advantages: float32 `[G]` for each group; empty if they were not trained on.
         forecast: the selector's expected success rate by prompt id.
+        decode: returns the text of tokens, int32 `[T]`.
     """
     for position, group in enumerate(groups):
         prompt, text = group.prompt, text_of_prompt(group.prompt.prompt)
@@ -69,8 +74,13 @@ def rows_of(
                 "birth_step": group.birth_step,
                 "policy_version": completion.policy_version,
                 "finish_reason": completion.finish_reason,
-                "completion_tokens": len(completion.token_ids),
+                "completion_tokens": completion.generated_tokens,
             }
+            if completion.turns:
+                messages = [message for turn in completion.turns for message in turn.messages]
+                row["turns"] = json.dumps(messages, ensure_ascii=False)
+            if completion.context is not None:
+                row["context"] = decode(completion.context)
             row |= {f"reward/{name}": float(values[sample]) for name, values in group.components.items()}
             row |= {name if name not in row else f"data/{name}": value for name, value in own.items()}
             row |= {
@@ -110,8 +120,8 @@ def shown_rows(rows: Sequence[Row], count: int) -> list[dict[str, Cell]]:
             "prompt_id": row["prompt_id"],
             "source": row["source"],
             "finish_reason": row["finish_reason"],
-            "prompt": cut(row["prompt"]),
-            "completion": cut(row["completion"]),
+            "prompt": cut(row.get("context") or row["prompt"]),
+            "completion": cut(transcript(row["turns"]) if row.get("turns") else row["completion"]),
         }
         for row in chosen
     ]
@@ -139,6 +149,17 @@ def task_of(columns: Mapping[str, object]) -> str | None:
 def text_of_prompt(prompt: str | Messages) -> str:
     """Return a prompt as text; a conversation as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def transcript(turns: str) -> str:
+    """Return the messages of a conversation, given as JSON, as text: each on lines of its own after its role."""
+    parts = []
+    for message in json.loads(turns):
+        content = message.get("content") or ""
+        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
+        said = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), *calls]
+        parts.append(f"{message['role']}: " + "\n".join(filter(None, said)))
+    return "\n\n".join(parts)
 
 
 def cut(text: str, characters: int = _SHOWN_CHARACTERS) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from app.reporting.completions import cut
+from app.reporting.completions import cut, transcript
 from app.reporting.curves import curves_figure, read_scalars
 from app.reporting.html import SVG_STYLE, render, svg_of
 from app.reporting.pictures import reliability_figure
@@ -33,6 +33,7 @@ _TASKS = 20
 _CONFIG_CHARACTERS = 100_000
 _COLUMNS = (
     "step", "prompt_id", "task", "question", "answer", "forecast", "source", "completion", "correctness", "reward",
+    "turns",
 )  # fmt: skip
 
 
@@ -255,7 +256,9 @@ def _listed(prompts: pd.DataFrame, completions: pd.DataFrame, *, hardest: bool) 
                 success=_rate(prompt["mean_success"]),
                 measured=int(prompt["times_measured"]),
                 forecast=_rate(prompt["forecast"]),
-                completion=None if one is None else cut(_text(one["completion"])),
+                completion=None
+                if one is None
+                else cut(transcript(turns) if (turns := _text(one["turns"])) else _text(one["completion"])),
                 right=one is not None and bool(one["correctness"] > CORRECT),
                 reward="" if one is None else f"{one['reward']:.3g}",
                 step=-1 if one is None else int(one["step"]),

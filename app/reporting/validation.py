@@ -130,7 +130,7 @@ class ValidationMetrics:
             correct = torch.from_numpy(group.correctness) > CORRECT
             self.prompts.update(float(len(correct) > 0))
             self.reward.update(torch.from_numpy(group.rewards))
-            self.length.update(torch.tensor([float(len(one.token_ids)) for one in group.completions]))
+            self.length.update(torch.tensor([float(one.generated_tokens) for one in group.completions]))
             for k, passed in self.pass_at.items():
                 if len(correct) >= k:
                     passed.update(pass_at_k(len(correct), int(correct.sum()), k))

@@ -4,6 +4,7 @@ import logging
 
 from app.rewards.base import Reward
 from app.rewards.code.reward import Code
+from app.rewards.environment import Environment
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
 from app.rewards.math import Math
@@ -16,6 +17,7 @@ from app.rewards.workers.task import TrainerState
 
 __all__ = [
     "Code",
+    "Environment",
     "Exact",
     "Format",
     "Function",

@@ -37,8 +37,11 @@ logger = logging.getLogger("dots.rewards")
 
 
 def text_of(completion: str | Messages) -> str:
-    """Return the text of a plain or conversational completion."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """Return the text of a plain completion, or of the last turn of the policy in a conversational one; "" without."""
+    if isinstance(completion, str):
+        return completion
+    spoken = [message for message in completion if message["role"] == "assistant"]
+    return str(spoken[-1].get("content") or "") if spoken else ""
 
 
 def plain(value: object) -> object:

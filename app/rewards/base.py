@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
@@ -60,6 +61,11 @@ class Reward(ABC):
         """What is called with the columns of the data in the end, for messages about its signature. Loads nothing."""
         return self.__call__
 
+    @property
+    def takes_environments(self) -> bool:
+        """Whether it names the argument `environments`, or may do so where that shows only once it is loaded."""
+        return "environments" in inspect.signature(self.receiver).parameters
+
     @abstractmethod
     def __call__(
         self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column
@@ -70,7 +76,9 @@ class Reward(ABC):
 
         Args:
             prompts: `N` rendered prompts, or message lists for conversational data.
-            completions: `N` texts, or `[{"role": "assistant", "content": text}]` for conversational data.
-            completion_ids: `N` lists of token ids.
-            columns: every other column of the data, `N` values each.
+            completions: `N` texts, or `[{"role": "assistant", "content": text}]` for conversational data. Of a
+                conversation with an environment these are the text of the policy's last turn, or all its messages.
+            completion_ids: `N` lists of token ids, those of an environment included.
+            columns: every other column of the data, `N` values each. A reward that names the argument `environments`
+                is given the `N` final objects of the environment.
         """

@@ -22,7 +22,8 @@ class Function(Reward):
     """A function with the signature of TRL's reward functions, plain or `async def`.
 
     `f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list[float | None]`,
-    all passed by keyword; a function without `**kwargs` receives only the arguments that it names. It is imported in
+    all passed by keyword; a function without `**kwargs` receives only the arguments that it names, and one that names
+    `environments` the final objects of the conversations' environments. It is imported in
     the worker processes only, and is called with a few whole groups at a time (single completions after a failure),
     not with the batch. It returns None for a completion that it does not apply to. A generator may yield the scores one
     by one: those before a failure are kept, and the time limit is that of one score.
@@ -103,6 +104,10 @@ class Function(Reward):
     def receiver(self) -> RewardFunction:
         assert self._call is not None
         return self._call
+
+    @property
+    def takes_environments(self) -> bool:
+        return self._call is None or super().takes_environments
 
     def __call__(self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column) -> Scores:
         if self._call is None:

@@ -47,11 +47,16 @@ class Incidents:
 
     def _begin(self) -> None:
         self._rewards = {name: _OfReward() for name in self._names}
-        self._completions = self._unscored = 0
-        self._first_unscored = ""
+        self._completions = self._unscored = self._environments = 0
+        self._first_unscored = self.first_environment = ""
 
     def add(
-        self, by_reward: Sequence[CallResult], labels: Sequence[str], texts: Sequence[str], unscored: np.ndarray
+        self,
+        by_reward: Sequence[CallResult],
+        labels: Sequence[str],
+        texts: Sequence[str],
+        unscored: np.ndarray,
+        errors: Sequence[str] = (),
     ) -> None:
         """Record the results of a scoring.
 
@@ -60,12 +65,17 @@ class Incidents:
             labels: names of the completions.
             texts: the completions.
             unscored: bool `[N]`: those without a correctness score.
+            errors: why the environment of each failed; empty where it did not.
         """
         self._completions += len(labels)
         self._last = texts[-1] if texts else self._last
         if unscored.any():
             self._first_unscored = self._first_unscored or labels[int(unscored.argmax())]
             self._unscored += int(unscored.sum())
+        if failed := [row for row, error in enumerate(errors) if error]:
+            self._environments += len(failed)
+            told = f"{labels[failed[0]]} ({texts[failed[0]][:80]!r}): {errors[failed[0]]}"
+            self.first_environment = self.first_environment or told
         for name, result in zip(self._names, by_reward, strict=True):
             mine = self._rewards[name]
             mine.overran += result.overran
@@ -102,6 +112,11 @@ class Incidents:
                     f"reward {name!r} failed on {failed} of {self._completions} completions ({kinds}), first on "
                     f"{mine.first}"
                 )
+        if self._environments:
+            parts.append(
+                f"the environment failed in {self._environments} of {self._completions} conversations, first in that "
+                f"of {self.first_environment}"
+            )
         if parts:
             logger.warning("%s: %s.", where, "; ".join(parts))
         if self._unscored:

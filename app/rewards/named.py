@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from app.rewards.base import Reward
 from app.rewards.code.reward import Code
+from app.rewards.environment import Environment
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
 from app.rewards.math import Math
@@ -16,7 +17,9 @@ from app.rewards.reasoning_gym import ReasoningGym
 from datamodules.errors import UserError, nearest
 
 Named: TypeAlias = Reward | str
-_BUILT_IN: tuple[type[Reward], ...] = (Math, Numeric, Exact, Code, ReasoningGym, Format, SoftOverlong)
+_BUILT_IN: tuple[type[Reward], ...] = (
+    Math, Numeric, Exact, Code, Environment, ReasoningGym, Format, SoftOverlong,
+)  # fmt: skip
 
 
 def rewards_of(given: Sequence[Named] | Named) -> list[Reward]:

@@ -10,7 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from app.rewards.answers import text_of
 from app.rewards.base import Reward
+from app.rewards.environment import Environment
 from app.rewards.formatting import Format
 from app.rewards.incidents import Incidents
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
@@ -18,7 +20,7 @@ from app.rewards.workers.task import Call, CallResult, Loggable, TrainerState
 from datamodules.errors import UserError, nearest
 from datamodules.ledger import Ledger, WeightedMean
 from datamodules.seeding import derive_seed
-from datamodules.types import REWARD_ARGUMENTS, Completion, Prompt, RolloutGroup, Source
+from datamodules.types import REWARD_ARGUMENTS, Completion, Messages, Prompt, RolloutGroup, Source
 
 logger = logging.getLogger("dots.rewards")
 
@@ -38,7 +40,7 @@ class ScoreResult:
         groups: one per prompt, in order, without the completions that were left out (possibly all of them).
         timed_out: scores that took too long.
         crashed: scores lost to an exception, a dead worker, or a value that is not a number within bounds.
-        failed: completions with a score that timed out or crashed.
+        failed: completions with a score that timed out or crashed, or whose environment failed.
         unscored: completions to which no correctness reward applies. They are always left out.
         dropped: completions left out.
         failed_by_reward: completions whose score by a reward failed, by the name of the reward.
@@ -67,16 +69,22 @@ class RewardScorer:
     Args:
         rewards: the rewards.
         on_failure: what happens in training to a completion whose score timed out or crashed: "drop" leaves it out of
-            its group, "zero" scores it 0 in the reward that failed.
+            its group, "zero" scores it 0 in the reward that failed. One whose environment failed is not scored: it is
+            left out, or 0 in all rewards.
         workers: worker processes and their limits.
+        environment: the completions are conversations with an environment.
 
     Raises:
-        UserError: no rewards, a weight that is not a number within `MAX_WEIGHT`, or a reward that may take longer than
-            a worker.
+        UserError: no rewards, a weight that is not a number within `MAX_WEIGHT`, a reward that may take longer than a
+            worker, or one that is the environment's without an environment.
     """
 
     def __init__(
-        self, rewards: list[Reward], on_failure: Literal["drop", "zero"] = "drop", workers: WorkerOptions | None = None
+        self,
+        rewards: list[Reward],
+        on_failure: Literal["drop", "zero"] = "drop",
+        workers: WorkerOptions | None = None,
+        environment: bool = False,
     ) -> None:
         if on_failure not in ("drop", "zero"):
             raise UserError(f"on_failure is {on_failure!r}, expected 'drop' or 'zero'. Choose one of the two.")
@@ -90,8 +98,13 @@ class RewardScorer:
                     f"The weight of reward {reward.name!r} is {reward.weight}, expected a number of at most "
                     f"{MAX_WEIGHT:g} in magnitude. Change it."
                 )
-        self.options = workers or WorkerOptions()
+        self.options, self.environment = workers or WorkerOptions(), environment
         for reward in rewards:
+            if isinstance(reward, Environment) and not environment:
+                raise UserError(
+                    f"Reward {reward.name!r} is what the run's environment gives, but the run has none. Set "
+                    "model.environment, or choose another reward."
+                )
             if reward.seconds_per_score > self.options.time_limit_s:
                 raise UserError(
                     f"Reward {reward.name!r} may need {reward.seconds_per_score:g} s for a score, more than "
@@ -155,14 +168,15 @@ class RewardScorer:
         calls, tried = [], []
         for reward, name in enumerate(self.names):
             for prompt in prompts:
-                if reward not in self.applying_to(prompt):
+                if reward not in self.applying_to(prompt) or isinstance(self.rewards[reward], Environment):
                     continue
                 answers = (prompt.columns.get(column) for column in ("answer", "solution", "ground_truth"))
                 text = str(next((answer for answer in answers if answer is not None), prompt.question))
                 ids, logprobs = np.array(prompt.token_ids[-1:], np.int32), np.zeros(1, np.float32)
                 one = Completion(ids, logprobs, "stop", 0, text)
                 # Two, so that a reward which returns a single score is noticed.
-                calls.append(replace(_call([prompt], [(one, one)], reward, TrainerState(), seed=0), trial=True))
+                call = self._call([prompt], [(one, one)], reward, TrainerState(), seed=0)
+                calls.append(replace(call, environments=[None, None] if self.environment else None, trial=True))
                 tried.append((name, f"prompt {prompt.id!r}, its reference answer {text[:80]!r}"))
         for (name, where), result in zip(tried, self._workers.run(calls), strict=True):
             if failure := result.failures.get(0):
@@ -204,6 +218,9 @@ class RewardScorer:
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
         bounds = np.cumsum([0, *map(len, completions)])  # flat rows bounds[b]:bounds[b + 1] belong to prompt b
         rows = [np.arange(first, last) for first, last in pairwise(bounds)]
+        errors = [one.outcome.error if one.outcome else "" for group in completions for one in group]
+        broken = np.array(list(map(bool, errors)), dtype=bool)
+        scored_rows = [own[~broken[own]] for own in rows]
         count, applying = int(bounds[-1]), [self.applying_to(prompt) for prompt in prompts]
         state = state or TrainerState(global_step=step)
         scored_by = [
@@ -211,15 +228,15 @@ class RewardScorer:
         ]
         calls = [
             [
-                _call([prompts[one] for one in its], [completions[one] for one in its], reward, state,
-                      derive_seed(self.names[reward], source, step, prompts[its[0]].id))
+                self._call([prompts[one] for one in its], [completions[one] for one in its], reward, state,
+                           derive_seed(self.names[reward], source, step, prompts[its[0]].id))
                 for its in self._chunks(places, list(map(len, completions)))
             ]
             for reward, places in enumerate(scored_by)
         ]  # fmt: skip
         results = iter(self._workers.run([call for its in calls for call in its]))
         by_reward = [
-            CallResult.joined([next(results) for _ in its]).spread(_rows_of(places, rows), count)
+            CallResult.joined([next(results) for _ in its]).spread(_rows_of(places, scored_rows), count)
             for its, places in zip(calls, scored_by, strict=True)
         ]
         scores = np.array([result.scores for result in by_reward], dtype=np.float32).reshape(len(by_reward), count)
@@ -227,11 +244,13 @@ class RewardScorer:
         for reward, result in enumerate(by_reward):
             failed[reward, list(result.failures)] = True
         scores[failed] = 0.0
+        for reward, places in enumerate(scored_by):
+            scores[reward, [row for row in _rows_of(places, rows) if broken[row]]] = 0.0
         correctness = self._correctness(scores, rows, applying)
-        unscored, any_failed = np.isnan(correctness), failed.any(axis=0)
+        unscored, any_failed = np.isnan(correctness), failed.any(axis=0) | broken
         kept = ~unscored if measured or self.on_failure == "zero" else ~(unscored | any_failed)
         texts = [completion.text for group in completions for completion in group]
-        self._incidents.add(by_reward, _labels(prompts, completions), texts, unscored)
+        self._incidents.add(by_reward, _labels(prompts, completions), texts, unscored, errors)
         total = np.nansum(scores * self.weights[:, None], axis=0).astype(np.float32)
         extras = _extras(by_reward)
         groups = []
@@ -259,10 +278,44 @@ class RewardScorer:
             dropped=int(count - kept.sum()),
             failed_by_reward=dict(zip(self.names, failed.sum(axis=1).tolist(), strict=True)),
             asked_by_reward={
-                name: (len(places), len(_rows_of(places, rows)))
+                name: (len(places), len(_rows_of(places, scored_rows)))
                 for name, places in zip(self.names, scored_by, strict=True)
             },
             logged=_logged(self.names, by_reward),
+        )
+
+    def _call(
+        self,
+        prompts: Sequence[Prompt],
+        sampled: Sequence[tuple[Completion, ...]],
+        reward: int,
+        state: TrainerState,
+        seed: int,
+    ) -> Call:
+        """Return the call that scores the completions of prompts, without those whose environment failed."""
+        labels = iter(_labels(prompts, sampled))
+        rows = [
+            (prompt, completion, label)
+            for prompt, completions in zip(prompts, sampled, strict=True)
+            for completion, label in zip(completions, labels, strict=False)
+            if not (completion.outcome and completion.outcome.error)
+        ]
+        columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
+        of_rows = {name: [prompt.columns.get(name) for prompt, _, _ in rows] for name in columns}
+        outcomes = [completion.outcome for _, completion, _ in rows]
+        if isinstance(self.rewards[reward], Environment):
+            of_rows["environment_rewards"] = [None if one is None else one.reward for one in outcomes]
+        reads = self.environment and self.rewards[reward].takes_environments
+        return Call(
+            reward=reward,
+            prompts=[prompt.prompt for prompt, _, _ in rows],
+            completions=[_said(completion, isinstance(prompt.prompt, str)) for prompt, completion, _ in rows],
+            completion_ids=[completion.token_ids for _, completion, _ in rows],
+            columns=of_rows,
+            state=state,
+            labels=[label for _, _, label in rows],
+            seed=seed,
+            environments=[None if one is None else one.environment for one in outcomes] if reads else None,
         )
 
     def _correctness(
@@ -317,26 +370,12 @@ def _logged(names: Sequence[str], results: Sequence[CallResult]) -> dict[str, We
     return logged.reward_metrics
 
 
-def _call(
-    prompts: Sequence[Prompt], sampled: Sequence[tuple[Completion, ...]], reward: int, state: TrainerState, seed: int
-) -> Call:
-    rows = [
-        (prompt, completion) for prompt, completions in zip(prompts, sampled, strict=True) for completion in completions
-    ]
-    columns = {name: None for prompt in prompts for name in prompt.columns if name not in RESERVED}
-    return Call(
-        reward=reward,
-        prompts=[prompt.prompt for prompt, _ in rows],
-        completions=[
-            completion.text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": completion.text}]
-            for prompt, completion in rows
-        ],
-        completion_ids=[completion.token_ids for _, completion in rows],
-        columns={name: [prompt.columns.get(name) for prompt, _ in rows] for name in columns},
-        state=state,
-        labels=_labels(prompts, sampled),
-        seed=seed,
-    )
+def _said(completion: Completion, as_text: bool) -> str | Messages:
+    """Return a completion as rewards see it: of a conversation, all its messages, or the text of its last own turn."""
+    if not completion.turns:
+        return completion.text if as_text else [{"role": "assistant", "content": completion.text}]
+    messages = [message for turn in completion.turns for message in turn.messages]
+    return text_of(messages) if as_text else messages
 
 
 def _labels(prompts: Sequence[Prompt], completions: Sequence[tuple[Completion, ...]]) -> list[str]:

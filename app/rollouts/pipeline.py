@@ -380,13 +380,14 @@ class RolloutPipeline:
         counts = {
             f"{purpose}/prompts": len(prompts),
             f"{purpose}/completions": sum(len(group) for group in completions),
-            f"{purpose}/tokens": sum(len(one.token_ids) for group in completions for one in group),
+            f"{purpose}/tokens": sum(one.generated_tokens for group in completions for one in group),
             "rewards/completions": sum(len(group) for group in completions),
             "rewards/timed_out": result.timed_out,
             "rewards/crashed": result.crashed,
             "rewards/failed": result.failed,
             "rewards/unscored": result.unscored,
             "rewards/dropped": result.dropped,
+            **_environment_counts(completions),
         }
         counts |= {f"rewards/failed/{name}": failed for name, failed in result.failed_by_reward.items()}
         for name, (asked, its) in result.asked_by_reward.items():
@@ -414,6 +415,20 @@ class RolloutPipeline:
                     "Correct the reward or the data, or raise the limit that is named, and start again or resume: "
                     "checkpoints of earlier steps are kept."
                 )
+
+
+def _environment_counts(completions: Sequence[tuple[Completion, ...]]) -> dict[str, int]:
+    """Return the counts of conversations with an environment: turns of the policy, tool calls, failures."""
+    found = [(one.outcome, one.turns) for group in completions for one in group if one.outcome is not None]
+    if not found:
+        return {}
+    return {
+        "environment/conversations": len(found),
+        "environment/turns": sum(turn.generated for _, turns in found for turn in turns),
+        "environment/failed": sum(bool(outcome.error) for outcome, _ in found),
+        "tools/calls": sum(outcome.calls for outcome, _ in found),
+        "tools/failed_calls": sum(outcome.failed_calls for outcome, _ in found),
+    }
 
 
 @contextmanager

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from app.objective.packing import ScoredSequence, collate, plan_microbatches
+from app.objective.packing import collate, plan_microbatches
 from app.policy.scoring import completion_logprobs
 from app.subsets.base import Column, Measured, OfflineMethod
 from app.subsets.frozen_policy import FrozenPolicy
 from app.subsets.pictures import ufo_figure
+from app.update.minibatch import sequence_of
 from datamodules.types import Completion, Prompt
 
 
@@ -47,7 +48,7 @@ class Ufo(OfflineMethod):
         completions = policy.complete(prompts)
         return {
             "confidence": mean_logprobs(policy, prompts, completions),
-            "tokens": np.array([len(one.token_ids) for one in completions], dtype=np.int64),
+            "tokens": np.array([one.generated_tokens for one in completions], dtype=np.int64),
         }
 
     def score(self, measured: Measured) -> np.ndarray:
@@ -66,16 +67,13 @@ def mean_logprobs(policy: FrozenPolicy, prompts: Sequence[Prompt], completions: 
     """Return each completion's mean log-probability per token, float64 `[B]`, in nats; NaN for one without tokens."""
     module = policy.module
     means = np.full(len(completions), np.nan)
-    written = [row for row, completion in enumerate(completions) if len(completion.token_ids)]
-    sequences = [
-        ScoredSequence(prompts[row].token_ids, completions[row].token_ids, completions[row].logprobs, 0.0, 0.0)
-        for row in written
-    ]
+    written = [row for row, completion in enumerate(completions) if completion.generated_tokens]
+    sequences = [sequence_of(prompts[row], completions[row], advantage=0.0, weight=0.0) for row in written]
     for rows in plan_microbatches([len(sequence) for sequence in sequences], module.max_tokens_per_microbatch):
         packed = collate([sequences[row] for row in rows], module.tokenizer.pad_token_id, module.device)
         with policy.precision():
             logprobs, _ = completion_logprobs(module.policy_model, packed, temperature=1.0, with_entropy=False)
-        sizes = [len(sequences[row].completion_ids) for row in rows]
+        sizes = [sequences[row].generated_tokens for row in rows]
         for row, values in zip(rows, logprobs.double().cpu().split(sizes), strict=True):
             means[written[row]] = float(values.mean())
     return means

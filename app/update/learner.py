@@ -140,7 +140,7 @@ class Learner:
             packed = micro.one([sequences[index] for index in chosen])
             with evaluating(self.policy):  # pi_old has no dropout
                 logprobs, _ = completion_logprobs(self.policy, packed, temperature, with_entropy=False)
-            sizes = [len(sequences[index].completion_ids) for index in chosen]
+            sizes = [sequences[index].generated_tokens for index in chosen]
             for index, old in zip(chosen, logprobs.cpu().split(sizes), strict=True):
                 sequences[index] = dataclasses.replace(sequences[index], old_logprobs=old.numpy())
         for packed in idle:

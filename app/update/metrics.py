@@ -42,7 +42,7 @@ def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = mean = float(np.average(values, weights=weights))
             metrics[f"rewards/{name}/std"] = float(np.sqrt(np.average((values - mean) ** 2, weights=weights)))
     completions = [completion for group in groups for completion in group.completions]
-    lengths = np.array([len(completion.token_ids) for completion in completions])
+    lengths = np.array([completion.generated_tokens for completion in completions])
     ended = np.array([completion.finish_reason == "stop" for completion in completions])
     metrics |= {
         "completions/mean_length": float(lengths.mean()),

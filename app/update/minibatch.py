@@ -13,7 +13,7 @@ from app.objective.advantages import Baseline, Scale, decoupled_advantages, grou
 from app.objective.packing import ScoredSequence
 from app.objective.ratios import Aggregation, token_weights
 from app.ranks import deal, imbalance
-from datamodules.types import RolloutGroup
+from datamodules.types import Completion, Prompt, RolloutGroup
 
 _MAX_IMBALANCE = 0.1
 """Share of the mean work that ranks may wait for the busiest one before a prompt's completions are split."""
@@ -37,8 +37,8 @@ class MiniBatch:
     Attributes:
         sequences: the sequences that get a forward and a backward pass.
         ids: the ids of the same completions, in the same order.
-        tokens: completion tokens of the mini-batch, including those of left-out sequences.
-        skipped_tokens: completion tokens left out because their gradient is exactly 0.
+        tokens: generated tokens of the mini-batch, including those of left-out sequences.
+        skipped_tokens: generated tokens left out because their gradient is exactly 0.
     """
 
     sequences: list[ScoredSequence]
@@ -62,7 +62,7 @@ def advantages_of(
         return []
     sizes = [len(group.rewards) for group in groups]
     members = torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
-    lengths = torch.tensor([float(len(one.token_ids)) for group in groups for one in group.completions])
+    lengths = torch.tensor([float(one.generated_tokens) for group in groups for one in group.completions])
     if decoupled is None:
         rewards = _concatenate([group.rewards for group in groups])
         flat = group_advantages(rewards, members, scale, baseline, lengths)
@@ -117,9 +117,9 @@ def minibatches(
             for sample, (completion, advantage) in enumerate(
                 zip(groups[index].completions, advantages[index], strict=True)
             )
-            if len(completion.token_ids) and not (mask_truncated and completion.finish_reason == "length")
+            if completion.generated_tokens and not (mask_truncated and completion.finish_reason == "length")
         ]
-        lengths = torch.tensor([len(completion.token_ids) for _, _, completion, _ in rows], dtype=torch.int64)
+        lengths = torch.tensor([completion.generated_tokens for _, _, completion, _ in rows], dtype=torch.int64)
         shares = torch.tensor([mean_size / sizes[index] for index, *_ in rows])
         weights = token_weights(
             lengths, aggregation, max_completion_length=max_completion_length, shares=shares
@@ -130,14 +130,27 @@ def minibatches(
                 continue
             group = groups[index]
             replayed = group.source == "replay" or (step is not None and group.birth_step < step)
-            prompt, ids, logprobs = group.prompt, completion.token_ids, completion.logprobs
-            part.sequences.append(
-                ScoredSequence(prompt.token_ids, ids, logprobs, advantage, weight, None, replayed, index)
-            )
-            part.ids.append(CompletionId(prompt.id, sample))
-        trained = sum(len(sequence.completion_ids) for sequence in part.sequences)
+            part.sequences.append(sequence_of(group.prompt, completion, advantage, weight, replayed, index))
+            part.ids.append(CompletionId(group.prompt.id, sample))
+        trained = sum(sequence.generated_tokens for sequence in part.sequences)
         found.append(dataclasses.replace(part, skipped_tokens=part.tokens - trained))
     return found
+
+
+def sequence_of(
+    prompt: Prompt, completion: Completion, advantage: float, weight: float, replayed: bool = False, group: int = 0
+) -> ScoredSequence:
+    """Return a completion with at least one generated token as the loss reads it; see `ScoredSequence`.
+
+    What an environment said after the policy's last token predicts nothing and is left out.
+    """
+    context = prompt.token_ids if completion.context is None else completion.context
+    ids, logprobs, generated = completion.token_ids, completion.logprobs, None
+    if completion.turns:
+        marks = completion.generated
+        end = int(np.flatnonzero(marks)[-1]) + 1
+        ids, logprobs, generated = ids[:end], logprobs[marks], marks[:end]
+    return ScoredSequence(context, ids, logprobs, advantage, weight, None, replayed, group, generated)
 
 
 def shares(part: MiniBatch, ranks: int) -> list[MiniBatch]:

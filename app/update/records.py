@@ -19,7 +19,7 @@ class Seen:
 
     Attributes:
         loss: scalar, the mini-batch's loss.
-        all: statistics of every completion token.
+        all: statistics of every generated token.
         replayed: statistics of replayed tokens.
         positions: tokens of the forward passes, padding included.
         tokens: tokens without padding.

@@ -183,7 +183,7 @@ def _accumulate(
     for rows in plan:
         sequences = [share.sequences[row] for row in rows]
         packed = micro.one(sequences)
-        tokens = ((one.group, len(one.completion_ids)) for one in sequences)
+        tokens = ((one.group, one.generated_tokens) for one in sequences)
         found = learner.loss_of(packed, None if sketches is None else sketches.of(tokens), updated=updated)
         backward(found.loss)
         seen = seen.plus(packed, found)

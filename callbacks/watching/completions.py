@@ -23,7 +23,7 @@ class CompletionsLog(StepCallback):
     A file contains all completions that its step trained on and, without `advantage`, those of groups that a filter
     dropped or the batch had no place for. Further columns are the reference answer (`answer`), the part of the data
     that the prompt is from (`task`), the success rate that the selector expected (`forecast`), the data's own columns,
-    and what reward functions give to `log_extra`. Validations within a run leave `completions/val_*.parquet`, and
+    what reward functions give to `log_extra`, and the messages of conversations with an environment (`turns`). Validations within a run leave `completions/val_*.parquet`, and
     `dots validate`, `test` and `predict` a file of their name; those of a named set are in a folder of its name.
 
     Args:
@@ -95,7 +95,10 @@ class CompletionsLog(StepCallback):
         advantages: Sequence[np.ndarray] = (),
         forecast: dict[str, float] | None = None,
     ) -> list[Row]:
-        return list(rows_of(groups, step, gold_columns(module.scorer.rewards), advantages, forecast or {}))
+        def decode(ids: np.ndarray) -> str:
+            return str(module.tokenizer.decode(ids.tolist()))
+
+        return list(rows_of(groups, step, gold_columns(module.scorer.rewards), advantages, forecast or {}, decode))
 
     def _show(self, trainer: Trainer, name: str, rows: Sequence[Row], step: int) -> None:
         shown = shown_rows(rows, self.samples)

@@ -131,6 +131,13 @@ class RunLedger(StepCallback):
         if completions := counts["rewards/completions"]:
             batch.metrics["rewards/unscored_fraction"] = counts["rewards/unscored"] / completions
             batch.metrics["rewards/failed_fraction"] = counts["rewards/failed"] / completions
+        if conversations := counts["environment/conversations"]:
+            batch.metrics |= {
+                "environment/turns": counts["environment/turns"] / conversations,
+                "environment/failed": counts["environment/failed"],
+                "tools/call_frequency": counts["tools/calls"] / conversations,
+                "tools/failure_frequency": counts["tools/failed_calls"] / max(1, counts["tools/calls"]),
+            }
         pl_module.scorer.incidents.report(f"Step {batch.step}")
         for name, mean in batch.ledger.reward_metrics.items():
             full = f"rewards/{name}"

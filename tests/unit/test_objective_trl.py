@@ -7,7 +7,7 @@ goes from the same completions through `packing`, `scoring` and `policy_loss`, i
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,12 @@ def model(tokenizer: Any) -> Qwen2ForCausalLM:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The input of both implementations: padded `[N, L]`, with advantages `[N]`."""
+    """The input of both implementations: padded `[N, L]`, with advantages `[N]`; `generated` is 0 for tools' tokens."""
 
     prompt_ids: Tensor
     completion_ids: Tensor
     mask: Tensor
+    generated: Tensor
     old: Tensor
     behaviour: Tensor
     reference: Tensor
@@ -86,6 +87,7 @@ def tokens(model: Qwen2ForCausalLM) -> Tokens:
         prompt_ids,
         completion_ids,
         (torch.arange(LIMIT) < torch.tensor(LENGTHS)[:, None]).long(),
+        torch.ones(shape, dtype=torch.long),
         old,
         near(old, 0.6),
         near(now, 0.4),
@@ -117,7 +119,8 @@ def theirs(
             "old_per_token_logps": tokens.old,
             "ref_per_token_logps": tokens.reference,
             "importance_sampling_ratio": importance,
-            "num_items_in_batch": tokens.mask.sum(),
+            "num_items_in_batch": (tokens.mask * tokens.generated).sum(),
+            **({} if tokens.generated.all() else {"tool_mask": tokens.generated}),
         },
     )
     loss.backward()
@@ -149,17 +152,20 @@ def mine(
 ) -> tuple[float, Tensor]:
     """Loss and gradient by the project, in micro-batches of at most 26 tokens."""
     policy = copy.deepcopy(model)
-    weights = token_weights(torch.tensor(LENGTHS), aggregation, max_completion_length=LIMIT).tolist()
+    marks = [tokens.generated[row, :length].bool() for row, length in enumerate(LENGTHS)]
+    lengths = torch.stack([its.sum() for its in marks])
+    weights = token_weights(lengths, aggregation, max_completion_length=LIMIT).tolist()
     sequences = [
         ScoredSequence(
             tokens.prompt_ids[row].numpy(),
             tokens.completion_ids[row, :length].numpy(),
-            (tokens.old if on_policy else tokens.behaviour)[row, :length].numpy(),
+            (tokens.old if on_policy else tokens.behaviour)[row, :length][its].numpy(),
             float(tokens.advantages[row]),
             weights[row],
-            tokens.old[row, :length].numpy(),
+            tokens.old[row, :length][its].numpy(),
+            generated=its.numpy(),
         )
-        for row, length in enumerate(LENGTHS)
+        for row, (length, its) in enumerate(zip(LENGTHS, marks, strict=True))
     ]
     total = 0.0
     plan = plan_microbatches([len(sequence) for sequence in sequences], 26)
@@ -167,7 +173,7 @@ def mine(
     for rows in plan:
         packed = collate([sequences[row] for row in rows])
         logprobs, entropy = completion_logprobs(policy, packed, 1.0, with_entropy=True)
-        reference = torch.cat([tokens.reference[row, : LENGTHS[row]] for row in rows])
+        reference = torch.cat([tokens.reference[row, : LENGTHS[row]][marks[row]] for row in rows])
         loss = policy_loss(
             logprobs, packed.behaviour_logprobs, packed.advantages, packed.weights, options,
             old_logprobs=packed.old_logprobs, sequences=packed.sequences, entropy=entropy, reference_logprobs=reference,
@@ -236,6 +242,20 @@ def test_loss_and_gradient(model: Any, tokenizer: Any, tokens: Tokens, tmp_path:
     config, options, aggregation = LOSSES[name]
     expected = theirs(model, tokenizer, tokens, tmp_path, None, **config, **KL[kl][0])
     assert_same(mine(model, tokens, SurrogateOptions(**options, **KL[kl][1]), aggregation), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_conversations(model: Any, tokenizer: Any, tokens: Tokens, tmp_path: Path, name: str) -> None:
+    """With replies of tools in the middle and at the end, which TRL leaves out by its `tool_mask`."""
+    generated = torch.ones_like(tokens.generated)
+    generated[0, 2:5] = generated[2, 1:3] = generated[4, 5:] = generated[5, 3:] = 0
+    config, options, aggregation = LOSSES[name]
+    talked = replace(tokens, generated=generated)
+    expected = theirs(model, tokenizer, talked, tmp_path, None, **config, **KL["kl"][0])
+    chosen = SurrogateOptions(**options, **KL["kl"][1])
+    assert_same(mine(model, talked, chosen, aggregation), expected)
+    whole = mine(model, tokens, chosen, aggregation)
+    assert (whole[1] - expected[1]).norm() > 0.05 * expected[1].norm()
 
 
 @pytest.mark.parametrize("name", ["dapo", "cispo_capped", "sapo", "gspo_token_mean", "vespo"])

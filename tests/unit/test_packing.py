@@ -85,7 +85,7 @@ def test_wrong_input_is_refused() -> None:
             lay_out([ScoredSequence([], [1], [-1.0], 1.0, 1.0)])
         with pytest.raises(ValueError, match="sequence 1: 1 prompt and 0 completion tokens"):
             lay_out([fine, ScoredSequence([1], [], [], 1.0, 1.0)])
-        with pytest.raises(ValueError, match="sequence 1: 2 behaviour_logprobs, expected 1, one per completion token"):
+        with pytest.raises(ValueError, match="sequence 1: 2 behaviour_logprobs, expected 1, one per generated token"):
             lay_out([fine, ScoredSequence([1], [1], [-1.0, -1.0], 1.0, 1.0)])
         with pytest.raises(ValueError, match="sequence 0: 0 old_logprobs, expected 1"):
             lay_out([ScoredSequence([1], [1], [-1.0], 1.0, 1.0, old_logprobs=[])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from app.objective.advantages import group_advantages
 from callbacks.algorithm.replay_buffer import ReplayBuffer, draw_weight
 from datamodules.group_codec import pack, pack_groups, unpack_groups
 from datamodules.seeding import generator
-from datamodules.types import REWARD_TOLERANCE, Completion, RolloutGroup
-from tests.support.builders import group, pool, prompt
+from datamodules.types import REWARD_TOLERANCE, Completion, Outcome, RolloutGroup, Turn
+from tests.support.builders import completion, conversation, group, pool, prompt
 from tests.support.fuzzing import examples
 
 POOL = pool(7)
@@ -55,6 +56,10 @@ def assert_equal(found: RolloutGroup, expected: RolloutGroup, half: bool = False
             other.finish_reason,
             other.policy_version,
         )
+        assert [asdict(turn) for turn in one.turns] == [asdict(turn) for turn in other.turns]
+        assert (one.context is None) == (other.context is None)
+        if one.context is not None:
+            np.testing.assert_array_equal(one.context, other.context)
 
 
 def restored(buffer: ReplayBuffer, like: ReplayBuffer) -> ReplayBuffer:
@@ -308,6 +313,49 @@ def test_a_checkpoint_is_taken_over_by_another_dtype():
         assert_equal(after, before, half=True)
 
 
+def talks(index: int) -> RolloutGroup:
+    """A group of two conversations and a completion without turns."""
+    values = np.array([0, 1, 0.5], np.float32)
+    calls = [{"type": "function", "function": {"name": "é\ud800", "arguments": {"x": 0.1, "y": [1, None, True]}}}]
+    first = conversation(("assistant", [3, 4]), ("tool", [6]), ("assistant", []), context=[1, 2, 9])
+    odd = Turn(True, 0, [{"role": "assistant", "content": "", "tool_calls": calls}])
+    members = (
+        replace(first, turns=(*first.turns[:2], odd), outcome=Outcome(1.0, b"pickled")),
+        completion((5, 6, 7)),
+        conversation(("assistant", [8]), ("user", [9, 9])),
+    )
+    return RolloutGroup(prompt(index), members, values, values, {"exact": values}, "fresh", 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_conversations_survive_exactly_but_for_their_outcome(dtype):
+    stored = [talks(1), group(prompt(0), [0, 1]), talks(2)]
+    buffer = ReplayBuffer(5, logprob_dtype=dtype)
+    buffer.insert(stored)
+    for kept in (buffer, restored(buffer, ReplayBuffer(5, logprob_dtype=dtype))):
+        for found, expected in zip(kept.groups, stored, strict=True):
+            assert_equal(found, expected, half=dtype == "float16")
+            assert all(one.outcome is None for one in found.completions)
+    first = buffer.groups[0].completions[0]
+    assert np.isnan(first.logprobs).tolist() == [False, False, True]
+    assert first.generated.tolist() == [True, True, False]
+
+
+def test_a_group_without_turns_costs_nothing_for_them():
+    packed = pack(group(prompt(0), [0, 1, 1]))
+    assert sum(getattr(packed, name).nbytes for name in ("turns", "turn_lengths", "context", "context_lengths")) == 0
+
+
+def test_a_checkpoint_from_before_conversations_is_read():
+    stored = [group(prompt(1), [0, 1]), group(prompt(0), [1, 0, 1])]
+    state = pack_groups(stored)
+    for part in (state["arrays"], state["sizes"]):
+        for name in ("turns", "turn_lengths", "context", "context_lengths"):
+            del part[name]
+    for found, expected in zip(unpack_groups(state, POOL), stored, strict=True):
+        assert_equal(found, expected)
+
+
 def test_nothing_packs_to_nothing():
     assert unpack_groups(pack_groups([]), pool(1)) == []
 
@@ -333,7 +381,7 @@ def test_entries_keep_no_larger_array_alive():
     kept = [entry, *restored(buffer, ReplayBuffer(3))._entries.values()]
     for one in kept:
         arrays = [getattr(one, name) for name in one.__slots__ if isinstance(getattr(one, name), np.ndarray)]
-        assert len(arrays) == 10
+        assert len(arrays) == 14
         assert one.nbytes == sum(array.nbytes for array in arrays)
         # An array owns its memory, or is a reshaped view of one as large as itself.
         assert all(array.base is None or array.base.nbytes == array.nbytes for array in arrays)

@@ -12,7 +12,7 @@ import torch
 from app.engines.base import Sampling
 from app.engines.transformers.generation import Generation
 from app.engines.transformers.kv_cache import PrefilledCache
-from app.engines.transformers.schedule import PromptRows, take_bucket
+from app.engines.transformers.schedule import PromptRows
 from app.engines.transformers.shared_cache import SharedPromptCache
 from app.engines.turns import Conversations, TurnRequest
 
@@ -88,13 +88,26 @@ class TurnGeneration(Generation):
             self.seeds[number], self.limits[number] = request.seed, request.limit
             queue = self.returning if number in self.states else self.waiting
             queue.append(PromptRows(request.prompt.token_ids, np.array([number])))
+        self.returning = deque(sorted(self.returning, key=self._news, reverse=True))
+
+    def _news(self, one: PromptRows) -> int:
+        """Return how many tokens the model has not read of a conversation that comes back."""
+        keys, _ = self.states[int(one.samples[0])]
+        return len(one.token_ids) - keys.shape[2]
 
     def admit(self) -> None:
-        while self.cache.can_join and (
-            bucket := take_bucket(self.returning, self.max_rows - len(self.rows), self.engine.prefill_tokens)
-        ):
+        while self.cache.can_join and (bucket := self._next_to_return()):
             self.begin_rows(bucket, *self._read_on(bucket))
         super().admit()
+
+    def _next_to_return(self) -> list[PromptRows]:
+        """Remove conversations with similarly much to read (at least half the most) from those that come back."""
+        bucket: list[PromptRows] = []
+        most = self._news(self.returning[0]) if self.returning else 0
+        room = min(self.max_rows - len(self.rows), max(1, self.engine.prefill_tokens // max(1, most)))
+        while self.returning and len(bucket) < room and 2 * self._news(self.returning[0]) >= most:
+            bucket.append(self.returning.popleft())
+        return bucket
 
     def _read_on(self, bucket: Sequence[PromptRows]) -> tuple[torch.Tensor, PrefilledCache]:
         """Read what is new to conversations whose states are kept; returns what `prefill` does.

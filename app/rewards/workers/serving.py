@@ -125,8 +125,14 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
         "log_metric": log.log_metric,
     }
     arguments.pop(_name_of_self(type(reward)), None)
+    reads_environments = call.environments is not None and reward.takes_environments
+    if reads_environments and call.environments is not None:
+        arguments["environments"] = [] if call.trial else _unpickled(reward, call.environments, call.labels)
     if call.trial:
         check_arguments(reward, arguments)
+        if reads_environments:  # of which there are none before the first conversation
+            yield Reply("scores", row=row, scores=[None] * count)
+            return
     try:
         returned: object = reward(**arguments)
         if isinstance(returned, Iterator):
@@ -152,6 +158,21 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
     yield Reply(
         "scores", row=row, scores=scores, invalid=invalid, metrics=log.metrics, extras=log.extras, notes=log.notes
     )
+
+
+def _unpickled(reward: Reward, environments: Sequence[bytes | None], labels: Sequence[str]) -> list[object]:
+    """Return the final objects of environments. Raises UserError for one that does not pickle."""
+    advice = "Let it refer to plain values only, or give it get_reward and choose the reward app.rewards.Environment."
+    found: list[object] = []
+    for pickled, label in zip(environments, labels, strict=True):
+        told = f"Reward {reward.name!r} reads the environment's final object, but that of {label}"
+        if pickled is None:
+            raise UserError(f"{told} does not pickle. {advice}")
+        try:
+            found.append(pickle.loads(pickled))  # noqa: S301 (the user's own class, in the process for users' code)
+        except Exception as error:
+            raise UserError(f"{told} cannot be unpickled ({_line(error)}). {advice}") from error
+    return found
 
 
 @cache

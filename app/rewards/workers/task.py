@@ -111,12 +111,15 @@ class Call:
     Attributes:
         reward: position among the rewards of the pool.
         prompts: `N` rendered prompts or message lists.
-        completions: `N` texts or message lists.
+        completions: `N` texts or message lists; of a conversation with an environment its last turn's text, or all
+            its messages.
         completion_ids: `N` int32 arrays `[T]`.
         columns: `N` values by column name.
         state: passed on to functions.
         labels: `N` names for log messages, e.g. "prompt 'a1', completion 3".
         seed: seed of Python's and NumPy's global generators while the reward runs.
+        environments: `N` final environment objects, pickled, None for one that does not pickle; None in a run without
+            an environment.
         one_by_one: call the reward with one completion at a time and answer each.
         trial: refuse a reward whose signature, columns or returned values are wrong, and do not score again.
     """
@@ -129,6 +132,7 @@ class Call:
     state: TrainerState
     labels: Sequence[str]
     seed: int
+    environments: Sequence[bytes | None] | None = None
     one_by_one: bool = False
     trial: bool = False
 
@@ -145,6 +149,7 @@ class Call:
             completion_ids=self.completion_ids[some],
             columns={name: values[some] for name, values in self.columns.items()},
             labels=self.labels[some],
+            environments=None if self.environments is None else self.environments[some],
         )
 
 

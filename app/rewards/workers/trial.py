@@ -65,6 +65,8 @@ def check_result(reward: Reward, returned: Any, count: int) -> None:
 
 
 def _hint(name: str, arguments: Mapping[str, Any]) -> str:
-    own = {"prompts", "completions", "completion_ids", *EXTRAS}
+    if name == "environments":
+        return "Only a run with an environment has that: set model.environment."
+    own = {"prompts", "completions", "completion_ids", "environments", *EXTRAS}
     columns = sorted(set(arguments) - own)
     return f"The data's columns are {', '.join(map(repr, columns)) or 'none'}: {nearest(name, columns)}"

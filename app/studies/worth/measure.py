@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.objective.packing import PackedBatch, ScoredSequence
+from app.objective.packing import PackedBatch
 from app.objective.ratios import bounded_exp
 from app.objective.statistics import Statistics
 from app.policy.scoring import completion_logprobs
 from app.studies.worth.walk import Walker
-from app.update.minibatch import MiniBatch
+from app.update.minibatch import MiniBatch, sequence_of
 from datamodules.types import RolloutGroup
 
 
@@ -82,7 +82,7 @@ class Gradients:
             for rows in micro.plan(part.sequences):
                 sequences = [part.sequences[row] for row in rows]
                 with self._walker.precision():
-                    tokens = [(0, len(one.completion_ids)) for one in sequences]
+                    tokens = [(0, one.generated_tokens) for one in sequences]
                     found = learner.loss_of(micro.one(sequences), sums.of(tokens))
                 found.loss.backward()
                 seen = seen.merge(found.statistics)
@@ -130,10 +130,11 @@ class HeldOut:
         self.success = float(np.mean([one.success_rate for one in scored]))
         self._prompts = len(scored)
         sequences = [
-            ScoredSequence(group.prompt.token_ids, one.token_ids, one.logprobs, float(lead), 1 / len(group.completions))
+            sequence_of(group.prompt, one, float(lead), 1 / len(group.completions))
             for group in scored
             if group.informative
             for one, lead in zip(group.completions, _leads(group.correctness), strict=True)
+            if one.generated_tokens
         ]
         micro = self._learner.microbatches
         self._batches = [micro.one([sequences[row] for row in rows]) for rows in micro.plan(sequences)]

@@ -1,0 +1,193 @@
+"""Conversations in the loss: what an environment said is read, and has no loss. Against plain computations by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from app.objective.options import SurrogateOptions
+from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches, plan_packs
+from app.objective.surrogate import policy_loss
+from app.policy.scoring import completion_logprobs
+from app.update.metrics import batch_metrics
+from app.update.minibatch import MiniBatch, advantages_of, minibatches
+from datamodules.seeding import generator
+from datamodules.types import Completion, RolloutGroup
+from tests.support.builders import completion, conversation, prompt
+
+SAID, REPLIED = "assistant", "tool"
+LAYOUTS = {"collate": (collate, lambda s, most: plan_microbatches([len(one) for one in s], most)),
+           "pack": (pack, plan_packs)}  # fmt: skip
+
+
+def groups() -> list[RolloutGroup]:
+    """Two groups: replies in the middle, at the end, twice; no reply; a longer context; one without a turn of its own."""
+    first = (
+        conversation((SAID, [3, 4, 5]), (REPLIED, [6, 7, 8, 9]), (SAID, [10, 2])),
+        conversation((SAID, [4]), (REPLIED, [5, 6, 11])),
+        conversation((SAID, [9, 9]), (REPLIED, [3, 1]), (SAID, [7]), (REPLIED, [8]), (SAID, [1, 2])),
+        completion((12, 5, 2)),
+    )
+    second = (
+        conversation((SAID, [3]), (REPLIED, []), (SAID, [4, 12]), context=[1, 2, 8, 8, 3]),
+        conversation((REPLIED, [6, 7]), (SAID, [8, 2]), context=[1, 2, 8, 8, 3]),
+        conversation((REPLIED, [6, 7])),
+    )
+    return [
+        RolloutGroup(prompt(index), its, rewards, rewards, {"exact": rewards}, "fresh", 0)
+        for index, (its, rewards) in enumerate(
+            ((first, np.array([1, 0, 0.25, 0.5], np.float32)), (second, np.array([0, 1, 0.5], np.float32)))
+        )
+    ]
+
+
+def test_layouts_by_hand() -> None:
+    made = [
+        ScoredSequence(
+            [5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]
+        ),
+        ScoredSequence([5, 6], [3, 4], [-5.0], -1.0, 0.5, generated=[True, False]),
+    ]
+    batch = collate(made)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10], [5, 6, 3, 4, 0, 0]]
+    assert batch.predictors.tolist() == [1, 4, 7]  # 6 predicts 7, 9 predicts 10, and 6 predicts 3 in the row from 6 on
+    shared = pack(made)
+    assert shared.input_ids.tolist() == [[5, 6, 7, 8, 9, 3]]
+    assert shared.position_ids.tolist() == [[0, 1, 2, 3, 4, 2]]
+    assert shared.predictors.tolist() == [1, 4, 1]
+    for one in (batch, shared):
+        assert one.targets.tolist() == [7, 10, 3]
+        assert one.sequences.tolist() == [0, 0, 1]
+        assert one.behaviour_logprobs.tolist() == [-1, -2, -5]
+        assert one.old_logprobs.tolist() == [-3, -4, -5]
+        assert one.advantages.tolist() == [1, 1, -1]
+        assert one.weights.tolist() == [0.25, 0.25, 0.5]
+        assert one.sequence_tokens == 6 + 4
+    assert (batch.real_tokens, shared.real_tokens) == (10, 6)
+    # Budgets count what is read: the prompt once, and both completions without their last token.
+    assert plan_packs(made, 6) == [[0, 1]]
+    assert plan_packs(made, 5) == [[0], [1]]
+
+
+@pytest.mark.parametrize("lay_out", [collate, pack])
+def test_wrong_marks_are_refused(lay_out: Any) -> None:
+    with pytest.raises(ValueError, match="sequence 0: 0 of 2 tokens are generated, expected at least 1 of 2"):
+        lay_out([ScoredSequence([1], [2, 3], [], 1.0, 1.0, generated=[False, False])])
+    with pytest.raises(ValueError, match="sequence 0: 1 of 1 tokens are generated, expected at least 1 of 2"):
+        lay_out([ScoredSequence([1], [2, 3], [-1.0], 1.0, 1.0, generated=[True])])
+    with pytest.raises(ValueError, match="sequence 0: 2 behaviour_logprobs, expected 1, one per generated token"):
+        lay_out([ScoredSequence([1], [2, 3], [-1.0, -1.0], 1.0, 1.0, generated=[True, False])])
+
+
+def mini_batch(aggregation: Any) -> MiniBatch:
+    its = groups()
+    (part,) = minibatches(
+        its, advantages_of(its, "group"), parts=1, generator=generator(0, "minibatches", 0), aggregation=aggregation,
+        max_completion_length=10, keep_zero_advantage=True,
+    )  # fmt: skip
+    return part
+
+
+def test_mini_batches_count_what_was_generated() -> None:
+    part = mini_batch("sequence")
+    # The conversation without a generated token is left out, and counts nowhere.
+    assert [str(one) for one in part.ids] == ["p0[0]", "p0[1]", "p0[2]", "p0[3]", "p1[0]", "p1[1]"]
+    assert [one.generated_tokens for one in part.sequences] == [5, 1, 5, 3, 3, 2]
+    assert (part.tokens, part.skipped_tokens) == (19, 0)
+    # A reply after the last turn predicts nothing.
+    assert [len(one.completion_ids) for one in part.sequences] == [9, 1, 8, 3, 3, 4]
+    assert [list(one.prompt_ids) for one in part.sequences] == [[1, 2, 3]] * 4 + [[1, 2, 8, 8, 3]] * 2
+    assert all(np.isfinite(one.behaviour_logprobs).all() for one in part.sequences)
+    # Mean over a group's conversations of the mean over their generated tokens.
+    sizes = [4, 4, 4, 4, 3, 3]
+    shares = np.array([7 / 2 / size for size in sizes])
+    expected = shares / shares.sum() / (5, 1, 5, 3, 3, 2)
+    np.testing.assert_allclose([one.weight for one in part.sequences], expected, rtol=1e-6)
+
+
+def test_lengths_are_those_of_generated_tokens() -> None:
+    metrics = batch_metrics(groups())
+    assert metrics["completions/mean_length"] == pytest.approx((5 + 1 + 5 + 3 + 3 + 2 + 0) / 7)
+    assert metrics["completions/max_length"] == 5
+    # The baseline that weights rewards by length (OPO): generated tokens, 0 for the conversation that has none.
+    first, second = advantages_of(groups(), "none", "optimal")
+    correction = [(7 / 2 - 1) / (7 / 2) * size / (size - 1) for size in (4, 3)]
+    np.testing.assert_allclose(first, correction[0] * (np.array([1, 0, 0.25, 0.5]) - 7.75 / 14), atol=1e-6)
+    np.testing.assert_allclose(second, correction[1] * (np.array([0, 1, 0.5]) - 2 / 5), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).double().eval()
+
+
+def gradient(model: Qwen2ForCausalLM) -> Tensor:
+    return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+
+def by_hand(
+    model: Qwen2ForCausalLM, made: list[ScoredSequence], own: list[Completion], old: list[np.ndarray], only: bool = True
+) -> Tensor:
+    """The gradient of `-sum w min(r A, clip(r) A)`, `r = exp(log pi - log mu)`, over the generated tokens.
+
+    `old` are log mu of every completion token, and of all of them with `only` false. One plain forward pass of each
+    whole conversation.
+    """
+    model.zero_grad()
+    for one, whole, mu in zip(made, own, old, strict=True):
+        ids = torch.tensor([*one.prompt_ids, *whole.token_ids])
+        table = model(ids[None]).logits[0].log_softmax(-1)
+        for place, marked in enumerate(whole.generated):
+            if not marked and only:
+                continue
+            position = len(one.prompt_ids) + place
+            logprob = table[position - 1, ids[position]]
+            ratio = float((logprob.detach() - float(mu[place])).exp())
+            lead, weight = float(np.float32(one.advantage)), float(np.float32(one.weight))
+            clipped = ratio > 1.2 if lead > 0 else ratio < 0.8
+            if not clipped:
+                (-weight * lead * ratio * logprob).backward(retain_graph=True)
+    return gradient(model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_by_hand(model: Qwen2ForCausalLM, layout: str) -> None:
+    """In micro-batches of whole conversations, with ratios on both sides of the clip."""
+    lay_out, plan = LAYOUTS[layout]
+    own = [one for group in groups() for one in group.completions if one.generated_tokens]
+    rng, made, old = np.random.default_rng(0), [], []
+    for one, whole in zip(mini_batch("token").sequences, own, strict=True):
+        ids = torch.tensor([*one.prompt_ids, *whole.token_ids])
+        with torch.no_grad():
+            table = model(ids[None]).logits[0].log_softmax(-1)[len(one.prompt_ids) - 1 : -1]
+        now = table.gather(1, torch.tensor(whole.token_ids[:, None].astype(np.int64)))[:, 0].numpy()
+        mu = (now + rng.normal(0, 0.3, len(now))).astype(np.float32)
+        old.append(mu)
+        made.append(ScoredSequence(one.prompt_ids, one.completion_ids, mu[whole.generated], one.advantage, one.weight,
+                                   group=one.group, generated=one.generated))  # fmt: skip
+    expected = by_hand(model, made, own, old)
+    model.zero_grad()
+    parts = plan(made, 24)
+    assert len(parts) > 1
+    for rows in parts:
+        packed = lay_out([made[row] for row in rows])
+        logprobs, entropy = completion_logprobs(model, packed, 1.0, with_entropy=True)
+        policy_loss(
+            logprobs, packed.behaviour_logprobs, packed.advantages, packed.weights, SurrogateOptions(),
+            old_logprobs=packed.old_logprobs, sequences=packed.sequences, entropy=entropy,
+        ).loss.backward()  # fmt: skip
+    found = gradient(model)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    # What the test would see of a loss on the environment's tokens.
+    masked_nothing = by_hand(model, made, own, old, only=False)
+    assert (masked_nothing - expected).norm() > 0.1 * expected.norm()
