@@ -149,7 +149,7 @@ class GRPOModule(LightningModule):
         self.mini_batches, self.max_tokens_per_microbatch = mini_batches, max_tokens_per_microbatch
         self.policy, self.optimization, self.compiles = policy, optimization, compile
         self.engine, self.sampling, self.val_sampling = engine or Transformers(), sampling, val_sampling or sampling
-        self.scorer = RewardScorer(rewards_of(rewards), on_reward_failure, reward_workers)
+        self.scorer = RewardScorer(rewards_of(rewards), on_reward_failure, reward_workers, environment is not None)
         self.environment = environment
         self.sessions = None if environment is None else Sessions(environment)
         self.reference: ReferencePolicy | None = None

@@ -395,7 +395,7 @@ class RolloutPipeline:
         return Rolled(result.groups, counts, result.logged)
 
     def stop_if_a_reward_fails(self, ledger: Ledger, where: str) -> None:
-        """End the run when every score of a reward that a ledger counts has failed.
+        """End the run when all conversations, or every score of a reward, that a ledger counts have failed.
 
         Args:
             ledger: of a step or a validation.
@@ -404,6 +404,14 @@ class RolloutPipeline:
         Raises:
             UserError: names the first cause. The same on every rank, which knows the causes of its own share.
         """
+        conversations = int(ledger.counts["environment/conversations"])
+        if conversations > 1 and ledger.counts["environment/failed"] == conversations:
+            cause = self.scorer.incidents.first_environment or "on another rank, whose message tells the cause"
+            raise UserError(
+                f"{where}: the environment failed in all {conversations} conversations; first in that of {cause}. "
+                "Correct the environment, or raise the limit that is named, and start again or resume: checkpoints of "
+                "earlier steps are kept."
+            )
         for name in self.scorer.names:
             count = int(ledger.counts[f"rewards/asked/{name}"])
             # A reward that is asked about some prompts only may fail on the one prompt of a step.

@@ -63,7 +63,9 @@ def test_a_run_in_an_environment_trains_on_conversations(straight: Path) -> None
             assert row["reward"] == float(total % 2 == 0)
     curves = scalars(straight)
     assert sorted(curves["tools/call_frequency"]) == list(range(10))
-    assert all(0.2 < value < 4 for value in curves["tools/call_frequency"].values())
+    calls = sum(len(message.get("tool_calls", ())) for messages in conversations for message in messages)
+    assert calls > 20
+    assert all(0 < value < 4 for value in list(curves["tools/call_frequency"].values())[:3])
     assert set(curves["environment/failed"].values()) == {0.0}
     assert all(np.isfinite(value) for value in curves["loss"].values())
     assert all(value > 0 for value in curves["grad_norm"].values())
@@ -210,3 +212,18 @@ def test_rollouts_ahead_are_refused(place: Place) -> None:
     place.config(change)
     code, told = place.run("fit", "--config", "run.yaml")
     assert (code, "model.environment is set" in told) == (2, True)
+
+
+def test_an_environment_that_always_fails_ends_the_run(place: Place) -> None:
+    (place.path / "increment.py").write_text(TRL_EXAMPLE.replace("self.counter = 0", "self.counter = 1 / 0"))
+    plain = {"start": "1", "end": "=", "tool": "increment", "argument": "step"}
+    chosen = {"factory": "increment.py:IncrementEnvironment", "protocol": plain}
+    place.config(
+        lambda config: model(config).update(
+            environment={"class_path": "app.environments.Tools", "init_args": chosen},
+            rewards="increment.py:reward_func",
+        )
+    )
+    code, told = place.run("fit", "--config", "run.yaml")
+    assert code == 2
+    assert "the environment failed in all 4 conversations" in told and "ZeroDivisionError" in told

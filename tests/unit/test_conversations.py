@@ -26,7 +26,7 @@ LAYOUTS = {"collate": (collate, lambda s, most: plan_microbatches([len(one) for 
 
 
 def groups() -> list[RolloutGroup]:
-    """Two groups: replies in the middle, at the end, twice; no reply; a longer context; one without a turn of its own."""
+    """Two groups: replies in the middle, at the end, twice; none; a longer context; one without a turn of its own."""
     first = (
         conversation((SAID, [3, 4, 5]), (REPLIED, [6, 7, 8, 9]), (SAID, [10, 2])),
         conversation((SAID, [4]), (REPLIED, [5, 6, 11])),

@@ -171,7 +171,7 @@ def _unpickled(reward: Reward, environments: Sequence[bytes | None], labels: Seq
         try:
             found.append(pickle.loads(pickled))  # noqa: S301 (the user's own class, in the process for users' code)
         except Exception as error:
-            raise UserError(f"{told} cannot be unpickled ({_line(error)}). {advice}") from error
+            raise UserError(f"{told} cannot be unpickled ({error_line(error)}). {advice}") from error
     return found
 
 
