@@ -69,8 +69,8 @@ def test_a_run_in_an_environment_trains_on_conversations(straight: Path) -> None
     assert set(curves["environment/failed"].values()) == {0.0}
     assert all(np.isfinite(value) for value in curves["loss"].values())
     assert all(value > 0 for value in curves["grad_norm"].values())
-    # The engine's log-probabilities are those of the policy: tokens that the environment said are not compared.
-    assert max(curves["sampling/sampling_logp_difference/max"].values()) < 1e-3
+    # The engine's log-probabilities are those of the policy; later steps replay.
+    assert curves["sampling/sampling_logp_difference/max"][0] < 5e-5
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(straight: Path, tmp_path: Path) -> None:
