@@ -52,7 +52,10 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
         "`model.rewards`, a list.",
         tuple(
             f"app.rewards.{name}"
-            for name in ("Math", "Numeric", "Exact", "Code", "Function", "Format", "SoftOverlong", "ReasoningGym")
+            for name in (
+                "Math", "Numeric", "Exact", "Code", "Judge", "Remote", "Function", "Format", "SoftOverlong",
+                "ReasoningGym", "Environment",
+            )
         ),
     ),
     "Selectors": (

@@ -91,8 +91,14 @@ class EnvironmentRollouts:
         limit = self.context_length()
         check_request(prompts, sampling, seeds, limit, f"the context of {limit} tokens")
         turn = replace(sampling, num_generations=1, stop=[*sampling.stop, *self.protocol.stop])
-        ends = end_token_ids(self.engine.model, self.engine.tokenizer)
-        conversations = PolicyConversations(self, prompts, sampling, seeds, frozenset(ends.tolist()))
+        ends = frozenset(end_token_ids(self.engine.model, self.tokenizer).tolist())
+        if self.protocol.end_ids and not self.protocol.end_ids & ends:
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(self.protocol.end_ids))))
+            raise UserError(
+                f"The chat template ends a turn by {names}, but the policy's generation config and tokenizer name other "
+                "end tokens, so that no turn would end. Add it to eos_token_id in the policy's generation_config.json."
+            )
+        conversations = PolicyConversations(self, prompts, sampling, seeds, ends)
         try:
             self.engine.converse(conversations, turn)
         except BaseException:

@@ -147,7 +147,6 @@ class ChatProtocol(Protocol):
         }
         self._parse = parsers[markup]
         self.stop = []
-        self._marks: dict[bool, int] = {}  # how often the template writes what an assistant without, with a call said
         said = self._render([{"role": "assistant", "content": _MARK}], prompted=False)
         closing = _ids(tokenizer, said.rpartition(_MARK)[2])
         known = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
@@ -181,12 +180,7 @@ class ChatProtocol(Protocol):
             function = {"name": tool.get("name") or "tool", "arguments": {"argument": _MARK}}
             turn["tool_calls"] = [{"type": "function", "function": function}]
         whole = self._render([turn, *messages], prompted=True)
-        start, has_tool = 0, tool is not None
-        if has_tool not in self._marks:
-            self._marks[has_tool] = self._render([turn], prompted=False).count(_MARK)
-        for _ in range(self._marks[has_tool]):
-            start = whole.index(_MARK, start) + len(_MARK)
-        cut = whole.index(self._end, start) + len(self._end)
+        cut = whole.index(self._end, whole.index(_MARK)) + len(self._end)
         return whole[:cut], whole[cut:]
 
     def _render(self, messages: Messages, prompted: bool) -> str:

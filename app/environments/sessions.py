@@ -50,7 +50,8 @@ class _Process:
     """A process.
 
     Attributes:
-        deadline: when it must have answered, if it is `busy`.
+        deadline: when it must have answered, if something was `asked`.
+        limit: the limit that the deadline stands for.
         pid: known once it has started.
         key: its conversation; None if it is free.
         request: waits until the process is ready.
@@ -65,6 +66,7 @@ class _Process:
     connection: socket.socket
     reader: frames.FrameReader
     deadline: float
+    limit: str = ""
     pid: int | None = None
     ready: bool = False
     key: int | None = None
@@ -232,8 +234,9 @@ class Sessions:
         self._set_deadline(process, building=False)
 
     def _set_deadline(self, process: _Process, building: bool) -> None:
-        long = building or process.asked == "described"
-        process.deadline = time.monotonic() + (self.options.load_limit_s if long else self.options.time_limit_s)
+        name = "load_limit_s" if building or process.asked == "described" else "time_limit_s"
+        seconds: float = getattr(self.options, name)
+        process.deadline, process.limit = time.monotonic() + seconds, f"{name}={seconds:g}"
 
     def _wait(self, timeout: float | None) -> None:
         """Handle what processes send, or that one is late, waiting for it at most `timeout` seconds."""
@@ -261,7 +264,7 @@ class Sessions:
                 f"{self._named} was not imported and built within load_limit_s={self.options.load_limit_s:g} s. Make "
                 "that faster, or raise model.environment.load_limit_s."
             )
-        self._fail(process, f"it took more than time_limit_s={self.options.time_limit_s:g}")
+        self._fail(process, f"it took more than {process.limit}")
 
     def _receive(self, process: _Process) -> None:
         """Handle a process's messages, or its end."""

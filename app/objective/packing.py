@@ -44,7 +44,7 @@ class ScoredSequence:
     old_logprobs: Sequence[float] | np.ndarray | None = None
     replayed: bool = False
     group: int = 0
-    generated: Sequence[bool] | np.ndarray | None = None
+    generated: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Tokens of prompt and completion."""
@@ -53,7 +53,7 @@ class ScoredSequence:
     @property
     def generated_tokens(self) -> int:
         """Number of tokens that the policy generated: those with a loss."""
-        return len(self.completion_ids) if self.generated is None else int(np.sum(self.generated))
+        return len(self.completion_ids) if self.generated is None else int(self.generated.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,7 +233,7 @@ def _batch(
     """Combine a layout with the loss's inputs of every generated token; `predictors` are those of all completions."""
     scored = np.array([sequence.generated_tokens for sequence in sequences])
     generated = np.concatenate(
-        [np.ones(len(s.completion_ids), bool) if s.generated is None else np.asarray(s.generated) for s in sequences]
+        [np.ones(len(s.completion_ids), bool) if s.generated is None else s.generated for s in sequences]
     )
 
     def tensor(array: np.ndarray, dtype: type) -> Tensor:

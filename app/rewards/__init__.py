@@ -2,15 +2,17 @@
 
 import logging
 
-from app.rewards.base import Reward
+from app.rewards.base import Reward, ScoreError
 from app.rewards.code.reward import Code
 from app.rewards.environment import Environment
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
+from app.rewards.judge import Judge
 from app.rewards.math import Math
 from app.rewards.named import Named, rewards_of
 from app.rewards.numeric import Exact, Numeric
 from app.rewards.reasoning_gym import ReasoningGym
+from app.rewards.remote import Remote
 from app.rewards.scorer import RewardScorer, ScoreResult
 from app.rewards.workers.pool import RewardWorkers, WorkerOptions
 from app.rewards.workers.task import TrainerState
@@ -21,13 +23,16 @@ __all__ = [
     "Exact",
     "Format",
     "Function",
+    "Judge",
     "Math",
     "Named",
     "Numeric",
     "ReasoningGym",
+    "Remote",
     "Reward",
     "RewardScorer",
     "RewardWorkers",
+    "ScoreError",
     "ScoreResult",
     "SoftOverlong",
     "TrainerState",

@@ -44,6 +44,26 @@ def text_of(completion: str | Messages) -> str:
     return str(spoken[-1].get("content") or "") if spoken else ""
 
 
+def whole_text(messages: str | Messages) -> str:
+    """Return a text, or a conversation as one: the content of a single message, else paragraphs `Role: content`."""
+    if isinstance(messages, str):
+        return messages
+    parts = []
+    for message in messages:
+        content = message.get("content") or ""
+        calls = message.get("tool_calls")
+        said = [content if isinstance(content, str) else _json(content), *([_json(calls)] if calls else [])]
+        parts.append("\n".join(filter(None, said)))
+    if len(messages) == 1:
+        return parts[0]
+    roles = [str(message["role"]).capitalize() for message in messages]
+    return "\n\n".join(f"{role}: {part}" for role, part in zip(roles, parts, strict=True))
+
+
+def _json(value: object) -> str:
+    return json.dumps(plain(value), ensure_ascii=False, default=str)
+
+
 def plain(value: object) -> object:
     """Convert NumPy arrays, NumPy scalars and mappings to lists, numbers and dicts, at any depth."""
     if isinstance(value, np.ndarray):
@@ -188,9 +208,8 @@ def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) 
     if count and not present:
         own = sorted(columns.keys() - REWARD_ARGUMENTS)
         others = ", ".join(repr(name) for name in own if name != "question") or "none"
-        given = ", ".join(map(repr, own)) or "none"
         if column is not None and own:
-            raise UserError(f"The data has no column {column!r} for gold, only {given}: {nearest(column, own)}")
+            require_column(column, columns, "gold")
         raise UserError(
             f"The data has no column with reference answers (columns that are not the prompt: {others}). Set "
             "answer_column of its source to the right one, e.g. --data.train.answer_column NAME, or give it one of the "
@@ -200,14 +219,25 @@ def gold_answers(columns: Mapping[str, Column], count: int, column: str | None) 
 
 
 def _first_gold(columns: Mapping[str, Column], row: int, names: Sequence[str]) -> list[str]:
-    for name in names:
-        head, *rest = name.split(".")
-        value = columns[head][row]
-        if rest and isinstance(value, str):
-            with suppress(ValueError):  # text that is no JSON has no such key
-                value = json.loads(value)
-        for key in rest:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if answers := accepted(value):
-            return answers
-    return []
+    return next(filter(None, (accepted(value_at(columns, name, row)) for name in names)), [])
+
+
+def value_at(columns: Mapping[str, Column], name: str, row: int) -> object:
+    """Return a row's value of a column that there is; a dot leads into a nested one, or None where it leads nowhere."""
+    head, *rest = name.split(".")
+    value: object = columns[head][row]
+    if rest and isinstance(value, str):
+        with suppress(ValueError):  # text that is no JSON has no such key
+            value = json.loads(value)
+    for key in rest:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def require_column(name: str, columns: Mapping[str, Column], wanted_by: str) -> None:
+    """Raise UserError if the data have no column of this name, or none that it leads into."""
+    own = sorted(columns.keys() - REWARD_ARGUMENTS)
+    if name.split(".")[0] not in own:
+        given = ", ".join(map(repr, own)) or "none"
+        hint = f": {nearest(name, own)}" if own else "."
+        raise UserError(f"The data has no column {name!r} for {wanted_by}, only {given}{hint}")

@@ -19,6 +19,22 @@ EXTRACTED_ANSWER = "extracted_answer"
 """Column of `log_extra` that holds the answers that a reward finds in the completions: the votes of maj@k."""
 
 
+class ScoreError(Exception):
+    """Why there is no score, in one line. It may be returned in place of a score, so that only this completion fails.
+
+    Raised, it fails the whole call like any exception, and its completions are scored again one by one.
+
+    Args:
+        reason: what happened.
+        timed_out: whether it took too long.
+        refused: whether it would happen to any completion, so that it ends a run whose trial meets it.
+    """
+
+    def __init__(self, reason: str, timed_out: bool = False, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.timed_out, self.refused = timed_out, refused
+
+
 class Reward(ABC):
     """Scores completions. It runs in a worker process that is killed when it takes too long, so it must pickle.
 
@@ -69,7 +85,7 @@ class Reward(ABC):
     @abstractmethod
     def __call__(
         self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds, **columns: Column
-    ) -> Scores | Iterator[float | None]:
+    ) -> Scores | Iterator[float | ScoreError | None]:
         """Return one score per completion; None where this reward does not apply.
 
         A score is at most 1e6 in magnitude (`workers.task.MAX_SCORE`).

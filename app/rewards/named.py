@@ -11,14 +11,16 @@ from app.rewards.code.reward import Code
 from app.rewards.environment import Environment
 from app.rewards.formatting import Format, SoftOverlong
 from app.rewards.function import Function
+from app.rewards.judge import Judge
 from app.rewards.math import Math
 from app.rewards.numeric import Exact, Numeric
 from app.rewards.reasoning_gym import ReasoningGym
+from app.rewards.remote import Remote
 from datamodules.errors import UserError, nearest
 
 Named: TypeAlias = Reward | str
 _BUILT_IN: tuple[type[Reward], ...] = (
-    Math, Numeric, Exact, Code, Environment, ReasoningGym, Format, SoftOverlong,
+    Math, Numeric, Exact, Code, Environment, Judge, Remote, ReasoningGym, Format, SoftOverlong,
 )  # fmt: skip
 
 

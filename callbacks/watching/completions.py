@@ -23,7 +23,7 @@ class CompletionsLog(StepCallback):
     A file contains all completions that its step trained on and, without `advantage`, those of groups that a filter
     dropped or the batch had no place for. Further columns are the reference answer (`answer`), the part of the data
     that the prompt is from (`task`), the success rate that the selector expected (`forecast`), the data's own columns,
-    what reward functions give to `log_extra`, and the messages of conversations with an environment (`turns`).
+    what reward functions give to `log_extra`, and the messages of conversations with an environment (`turns`, as JSON).
     Validations within a run leave `completions/val_*.parquet`, and `dots validate`, `test` and `predict` a file of
     their name; those of a named set are in a folder of its name.
 

@@ -95,6 +95,8 @@ def print_run_table(
             "each keeps a copy in rollouts and updates, which are slower. The engine Vllm rolls out without this limit",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+    if module.environment is not None:
+        Console().print(_environment_line(module), highlight=False, markup=False, soft_wrap=True)
     for name, pool in datamodule.pools.items():
         for source, part in (pool.parts if isinstance(pool, Mixture) else {"": pool}).items():
             if part.report is not None:
@@ -104,6 +106,23 @@ def print_run_table(
         for name, part in (train.parts if isinstance(train, Mixture) else {"": train}).items():
             text = _first_prompt(part, datamodule.train_sources[name], name, datamodule.tokenizer)
             Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _environment_line(module: GRPOModule) -> str:
+    """Return what the policy talks to: the environment, its tools by environment, and its limits."""
+    environment, tools = module.environment, module.tools
+    assert environment is not None
+    assert tools is not None
+    named = [
+        f"{name}: {its}" if name else its
+        for name, schemas in tools.items()
+        if (its := ", ".join(str(one["function"]["name"]) for one in schemas))
+    ]
+    return (
+        f"environment {type(environment).__name__}: {'tools ' + '; '.join(named) if named else 'no tools'}; up to "
+        f"{environment.max_turns} turns, {environment.time_limit_s:g} s for an answer, {environment.max_sessions} "
+        "conversations at a time"
+    )
 
 
 def _source_rows(datamodule: OnlinePromptDataModule) -> list[Row]:

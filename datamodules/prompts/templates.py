@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.errors import UserError, nearest
+from datamodules.fields import fields_of, filled
 from datamodules.prompts.bounded import bounded
 from datamodules.prompts.choices import CHOICES, choices_of
 from datamodules.prompts.messages import question_of
@@ -51,7 +51,7 @@ def check_template(template: str) -> None:
         UserError: it is not.
     """
     try:
-        fields = _fields(template)
+        fields = fields_of(template)
     except ValueError as error:
         raise UserError(f"template {template!r}: {error}. Write literal braces as {{{{ and }}}}.") from error
     if unknown := sorted(field for field in fields if not _NAME.fullmatch(field)):
@@ -61,7 +61,7 @@ def check_template(template: str) -> None:
     try:
         with bounded() as start:
             start()
-            _FORMATTER.vformat(template, (), dict.fromkeys(fields, ""))
+            filled(template, dict.fromkeys(fields, ""))
     except Exception as error:
         raise UserError(f"template {template!r}: {_said(error)}. Write the fields without a format.") from error
 
@@ -72,7 +72,7 @@ def check_columns(template: str, schema: Schema, columns: Sequence[str], rows: S
     Raises:
         UserError: it does not.
     """
-    fields = _fields(template)
+    fields = fields_of(template)
     for field in sorted(fields - set(_FIELDS)):
         if field not in columns and not any(lookup(row, field) is not None for row in rows):
             raise _unknown(template, field, f"a column of {source} ({', '.join(map(repr, columns))})")
@@ -96,16 +96,6 @@ def _no_question(template: str) -> UserError:
     return UserError(f"template {template!r} has no field {{question}}. Put it where the question belongs.")
 
 
-class _Fields(string.Formatter):
-    """Takes the text between braces as the name of a value: no attribute or element of it can be reached."""
-
-    def get_field(self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[object, str]:
-        return kwargs[field_name], field_name
-
-
-_FORMATTER = _Fields()
-
-
 def _written(row: Row, field: str) -> str:
     """Return a column as a template shows it: choices as lettered lines, other lists and objects as JSON."""
     value = lookup(row, field)
@@ -114,10 +104,6 @@ def _written(row: Row, field: str) -> str:
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _fields(template: str) -> set[str]:
-    return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
 
 
 class Renderer:
@@ -153,7 +139,7 @@ class Renderer:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._keeps_system: bool | None = None  # not known yet
         self._powers_checked: set[bool] = set()  # by whether functions are described: they may have their own template
-        self._fields: frozenset[str] = frozenset() if template is None else frozenset(_fields(template))
+        self._fields: frozenset[str] = frozenset() if template is None else frozenset(fields_of(template))
         self.columns = sorted(self._fields - set(_FIELDS))
         if self.chat_template_kwargs:
             self._check_chat_template_kwargs()
@@ -225,7 +211,7 @@ class Renderer:
             system = "\n\n".join(own) or system or ""
             values = {"question": question_of(prompt), "system_prompt": system}
             values |= {name: _written(row or {}, name) for name in self.columns}
-            text = _FORMATTER.vformat(self.template, (), values)
+            text = filled(self.template, values)
             if system and "system_prompt" not in self._fields:
                 text = f"{system}\n\n{text}"
             return Rendered(text, text)

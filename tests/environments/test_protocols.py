@@ -1,5 +1,6 @@
 """How turns are written: what is parsed, and replies as tokens against chat templates of real models."""
 
+import copy
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -66,7 +67,7 @@ WRITTEN["hermes"] = '<tool_call>\n{"arguments": {"a": 1, "b": "2"}, "name": "add
 @cache
 def tokenizer(template: str = ""):
     """SmolLM2's tokenizer, with a chat template of another model and that one's special tokens."""
-    made = AutoTokenizer.from_pretrained("models/smollm2-135m-instruct")
+    made = copy.deepcopy(tokenizer()) if template else AutoTokenizer.from_pretrained("models/smollm2-135m-instruct")
     if template == "hermes":
         made.chat_template = {"default": "{{ raise_exception('Not this one!') }}", "tool_use": HERMES_FORM}
     elif template:
@@ -218,7 +219,7 @@ def test_what_cannot_be_used_is_refused_in_one_line():
 
     assert "shows no tool calls" in refusal("auto", tokenizer(), None, TOOLS)
     assert "shows no tool calls" in refusal("auto", tokenizer("glm4moe"), None, TOOLS)
-    bare = AutoTokenizer.from_pretrained("models/smollm2-135m-instruct")
+    bare = copy.deepcopy(tokenizer())
     bare.chat_template = None
     assert "has no chat template" in refusal("auto", bare, None, TOOLS)
     bare.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -35,6 +35,11 @@ def counting(completions, **rest):
         if text(c) != "ok": WORD[text(c)]()
         scored += 1
         yield scored - 1
+def yielding(completions, log_metric, **rest):
+    from app.rewards import ScoreError
+    log_metric("size", len(completions))
+    told = {"late": ScoreError("the judge is slow", timed_out=True), "told": ScoreError("the judge is silent")}
+    for c in completions: yield told.get(text(c)) or WORD.get(text(c), lambda: 1.0)()
 def short(completions, **rest): return [1.0]
 def torch_loaded(completions, **rest):
     return [float(any(m in sys.modules for m in ("torch", "transformers", "lightning")))] * len(completions)
@@ -111,6 +116,20 @@ def test_only_the_guilty_completion_is_left_out(word, caplog):
     assert lines[0].startswith("Step 3: ")
     assert "prompt 'p0', completion 1" in lines[0]
     assert ("First traceback" in caplog.text) == (word in ("memory", "raise", "leave"))
+
+
+@pytest.mark.parametrize("word", ["ok", "raise", "exit", "sleep"])
+def test_yielded_failures_are_kept_beside_the_scores(word):
+    """Also where the call fails after them."""
+    with scoring(Function("dots_functions.yielding")) as scorer:
+        result = score(scorer, data(("ok", "late", "nan", "told", "wrong", word, "ok")))
+        cause = scorer.incidents.first_cause("yielding")
+    assert texts(result) == [["ok", "wrong", *(["ok"] if word == "ok" else []), "ok"]]
+    counts = (result.timed_out, result.crashed, result.unscored)
+    assert counts == (1 + (word == "sleep"), 2 + (word in ("raise", "exit")), 0)
+    assert cause == "prompt 'p0', completion 1 ('late'): the judge is slow"
+    if word == "ok":  # they were not scored again
+        assert {name: mean.total / mean.weight for name, mean in result.logged.items()} == {"yielding/size": 7.0}
 
 
 @pytest.mark.parametrize("word", ["raise", "exit", "sleep"])

@@ -33,10 +33,10 @@ def completion(tokens: Sequence[int] = (4, 5), version: int = 0, text: str = "x"
 def conversation(
     *turns: tuple[str, Sequence[int]], context: Sequence[int] | None = None, outcome: Outcome | None = None
 ) -> Completion:
-    """Return a conversation with an environment, given role and tokens of each turn; token 7 reads as "w7"."""
+    """Return a conversation with an environment, given role and tokens of each turn; token 7 reads as "7"."""
     ids = [token for _, tokens in turns for token in tokens]
     spoken = [role == "assistant" for role, tokens in turns for _ in tokens]
-    texts = [" ".join(f"w{token}" for token in tokens) for _, tokens in turns]
+    texts = [" ".join(map(str, tokens)) for _, tokens in turns]
     return Completion(
         token_ids=np.array(ids, dtype=np.int32),
         logprobs=np.where(spoken, -0.1 * np.arange(1, len(ids) + 1), np.nan).astype(np.float32),

@@ -1,24 +1,37 @@
-"""Conversations in the loss: what an environment said is read, and has no loss. Against plain computations by hand."""
+"""Conversations after their generation: what an environment said is read, has no loss, and is shown by its role."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from app.engines import Transformers
 from app.objective.options import SurrogateOptions
 from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches, plan_packs
 from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
+from app.reporting.completions import shown_rows, transcript
+from app.reporting.run_page import write_report
+from app.runs.folder import run_folder
+from app.runs.record import METRICS
 from app.update.metrics import batch_metrics
 from app.update.minibatch import MiniBatch, advantages_of, minibatches
+from app.update.reuse import Reuse
+from callbacks import CompletionsLog, RolloutReplay, Rollouts, RunLedger, WeightSync
 from datamodules.seeding import generator
-from datamodules.types import Completion, RolloutGroup
+from datamodules.types import Completion, Outcome, RolloutGroup, Turn
 from tests.support.builders import completion, conversation, prompt
+from tests.support.scripted_run import HALF, scripted_run
 
 SAID, REPLIED = "assistant", "tool"
 LAYOUTS = {"collate": (collate, lambda s, most: plan_microbatches([len(one) for one in s], most)),
@@ -26,7 +39,7 @@ LAYOUTS = {"collate": (collate, lambda s, most: plan_microbatches([len(one) for 
 
 
 def groups() -> list[RolloutGroup]:
-    """Two groups: replies in the middle, at the end, twice; none; a longer context; one without a turn of its own."""
+    """Two groups: replies in the middle, at the end, twice; none; a longer context; no own turn."""
     first = (
         conversation((SAID, [3, 4, 5]), (REPLIED, [6, 7, 8, 9]), (SAID, [10, 2])),
         conversation((SAID, [4]), (REPLIED, [5, 6, 11])),
@@ -49,9 +62,9 @@ def groups() -> list[RolloutGroup]:
 def test_layouts_by_hand() -> None:
     made = [
         ScoredSequence(
-            [5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=[True, False, False, True]
+            [5, 6], [7, 8, 9, 10], [-1.0, -2.0], 1.0, 0.25, [-3.0, -4.0], generated=np.array([True, False, False, True])
         ),
-        ScoredSequence([5, 6], [3, 4], [-5.0], -1.0, 0.5, generated=[True, False]),
+        ScoredSequence([5, 6], [3, 4], [-5.0], -1.0, 0.5, generated=np.array([True, False])),
     ]
     batch = collate(made)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10], [5, 6, 3, 4, 0, 0]]
@@ -77,11 +90,11 @@ def test_layouts_by_hand() -> None:
 @pytest.mark.parametrize("lay_out", [collate, pack])
 def test_wrong_marks_are_refused(lay_out: Any) -> None:
     with pytest.raises(ValueError, match="sequence 0: 0 of 2 tokens are generated, expected at least 1 of 2"):
-        lay_out([ScoredSequence([1], [2, 3], [], 1.0, 1.0, generated=[False, False])])
+        lay_out([ScoredSequence([1], [2, 3], [], 1.0, 1.0, generated=np.array([False, False]))])
     with pytest.raises(ValueError, match="sequence 0: 1 of 1 tokens are generated, expected at least 1 of 2"):
-        lay_out([ScoredSequence([1], [2, 3], [-1.0], 1.0, 1.0, generated=[True])])
+        lay_out([ScoredSequence([1], [2, 3], [-1.0], 1.0, 1.0, generated=np.array([True]))])
     with pytest.raises(ValueError, match="sequence 0: 2 behaviour_logprobs, expected 1, one per generated token"):
-        lay_out([ScoredSequence([1], [2, 3], [-1.0, -1.0], 1.0, 1.0, generated=[True, False])])
+        lay_out([ScoredSequence([1], [2, 3], [-1.0, -1.0], 1.0, 1.0, generated=np.array([True, False]))])
 
 
 def mini_batch(aggregation: Any) -> MiniBatch:
@@ -191,3 +204,65 @@ def test_gradient_by_hand(model: Qwen2ForCausalLM, layout: str) -> None:
     # What the test would see of a loss on the environment's tokens.
     masked_nothing = by_hand(model, made, own, old, only=False)
     assert (masked_nothing - expected).norm() > 0.1 * expected.norm()
+
+
+def talking(one: Completion, context: Sequence[int]) -> Completion:
+    """Put the reply of a tool after the first token of a completion."""
+    first, reply, rest = one.token_ids[:1], np.array([6, 7], np.int32), one.token_ids[1:]
+    nothing = np.full(2, np.nan, np.float32)
+    said = [{"role": "assistant", "content": "f(1)"}], [{"role": "tool", "content": "<2>"}]
+    return dataclasses.replace(
+        one,
+        token_ids=np.concatenate([first, reply, rest]),
+        logprobs=np.concatenate([one.logprobs[:1], nothing, one.logprobs[1:]]),
+        turns=(Turn(True, 1, said[0]), Turn(False, 2, said[1]), Turn(True, len(rest), said[0])),
+        context=np.array([*context, 9], np.int32),
+        outcome=Outcome(calls=2, failed_calls=1),
+    )
+
+
+def test_a_run_trains_replays_counts_and_shows_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Transformers.generate
+
+    def generate_turns(self: Any, prompts: Any, *given: Any) -> Any:
+        found = generate(self, prompts, *given)
+        return [tuple(talking(one, asked.token_ids) for one in its) for asked, its in zip(prompts, found, strict=True)]
+
+    monkeypatch.setattr(Transformers, "generate", generate_turns)
+    callbacks = [WeightSync(), Rollouts(), RolloutReplay(), CompletionsLog(every=1), RunLedger()]
+    run = scripted_run(tmp_path, monkeypatch, [HALF] * 12, callbacks, steps=3, mini_batches=2, reuse=Reuse(2, None))
+    assert any(step.metrics["replay/fraction"] for step in run.steps)
+    tokens, folder = 0, run_folder(run.trainer)
+    for number, step in enumerate(run.steps):
+        unknown = {name for name, value in step.metrics.items() if not np.isfinite(value)}
+        assert unknown <= {"selection/uniform_informative_measured", "updates/reuse_z_score"}, "measured of nothing"
+        assert step.metrics["grad_norm"] > 0
+        assert step.metrics["environment/turns"] == step.metrics["tools/call_frequency"] == 2
+        assert (step.metrics["tools/failure_frequency"], step.metrics["environment/failed"]) == (0.5, 0)
+        fresh = [one for group in step.groups if group.source == "fresh" for one in group.completions]
+        tokens += sum(len(one.token_ids) - 2 for one in fresh)
+        assert step.metrics["num_tokens"] == tokens
+        rows = pq.read_table(folder / "completions" / f"step_{number:08d}.parquet").to_pylist()
+        own = [one for group in step.groups for one in group.completions]
+        for row, one in zip(rows, own, strict=True):
+            assert [message["role"] for message in json.loads(row["turns"])] == ["assistant", "tool", "assistant"]
+            assert row["completion_tokens"] == len(one.token_ids) - 2
+            assert row["context"] == run.module.tokenizer.decode(one.context.tolist())
+    (shown, *_) = shown_rows(rows, 1)
+    assert shown["completion"] == "assistant: f(1)\n\ntool: <2>\n\nassistant: f(1)"
+    assert shown["prompt"] == rows[0]["context"]
+    (folder / METRICS).write_text('{"step": 0, "reward": 0.5}\n')
+    assert "assistant: f(1)\n\ntool: &lt;2&gt;\n\nassistant: f(1)" in write_report(folder).read_text()
+
+
+def test_a_transcript_has_calls_and_roles_on_lines_of_their_own() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "é"}}}
+    messages = [
+        {"role": "assistant", "content": "Let me see.\nSo:", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "3"},
+    ]
+    called = '{"name": "add", "arguments": {"a": "é"}}'
+    assert transcript(json.dumps(messages)) == (
+        f"assistant: Let me see.\nSo:\n{called}\n\nassistant: {called}\n\ntool: 3"
+    )

@@ -20,7 +20,9 @@ from tests.support.fuzzing import examples
 
 def write_step(folder, step, groups):
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows_of(groups, step, [], [], {}))), folder / f"step_{step:08d}.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(list(rows_of(groups, step, [], [], {}, str))), folder / f"step_{step:08d}.parquet"
+    )
 
 
 def test_a_run_counts_each_group_once_at_its_birth(tmp_path):

@@ -29,6 +29,10 @@ from tests.support.selector_builders import PLAIN, outcomes, pool_of, random_emb
 ELSEWHERE = {
     "completions/mean_terminated_length",
     "difficulty/predictor_used",  # with a trained predictor only
+    "environment/failed",  # with an environment only
+    "environment/turns",
+    "tools/call_frequency",
+    "tools/failure_frequency",
     "epoch",
     "ranks/update_token_imbalance",
     "group_size/informative_forecast",  # with GroupSizes only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from app.update.minibatch import CompletionId, MiniBatch, shares, token_imbalanc
 from datamodules.errors import UserError
 from datamodules.ledger import WeightedMean
 from datamodules.types import Completion, Prompt, RolloutGroup
+from tests.support.builders import conversation
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto", "ddp_find_unused_parameters_true", "class"])
@@ -150,6 +152,8 @@ def _gradients(ranks: Ranks) -> None:
 
 def _rollouts(ranks: Ranks) -> None:
     groups = [_group(f"p{index}", index) for index in range(4)]
+    talks = conversation(("assistant", [3, 4]), ("tool", [5]), ("assistant", [6]), context=[1, 2, 7])
+    groups[2] = replace(groups[2], completions=(groups[2].completions[0], talks))
     # A group that lost all its completions, and texts that are no valid UTF-8, are passed on too.
     dealt = [[0, 3], [1, 2]]
     mine = [groups[position] for position in dealt[ranks.rank]]
@@ -166,6 +170,9 @@ def _rollouts(ranks: Ranks) -> None:
             np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
             np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
             assert (ours.text, ours.finish_reason) == (theirs.text, theirs.finish_reason)
+            assert [asdict(turn) for turn in ours.turns] == [asdict(turn) for turn in theirs.turns]
+            assert (ours.context is None) == (theirs.context is None)
+            np.testing.assert_array_equal(ours.context, theirs.context)
 
 
 def _different_choices(ranks: Ranks) -> None:

@@ -145,6 +145,8 @@ def test(tests: list[str]) -> None:
     names = {  # but no built-in one, which could make a test pass
         name: _unpack(given[name], find) for name in given if name not in vars(builtins) and name[:2] != "__"
     }
+    program = sys.modules["solution"] = types.ModuleType("solution")  # for tests that import it
+    vars(program).update(names)
     sys.stdout = io.StringIO()  # what tests print
     for one in tests:
         try:

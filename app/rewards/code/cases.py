@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -18,13 +21,21 @@ COLUMNS = (
     "test",
     "input_output",
     "public_test_cases",
+    "test_cases",
+    "verification_info",
+    "private_tests",
+    "public_tests",
+    "inputs",
     "ground_truth",
     "reward_model.ground_truth",
 )
-"""Columns that may hold tests, in order of preference: MBPP, HumanEval, APPS and TACO, LiveCodeBench, verl."""
-BESIDE = ("entry_point", "test_setup_code", "test_imports", "metadata")
+"""Columns that may hold tests, in order of preference: MBPP, HumanEval and KodCode, APPS and TACO, LiveCodeBench,
+AceCode, Open-R1, CodeContests, the lists of APPS as columns, verl."""
+BESIDE = ("entry_point", "test_setup_code", "test_imports", "metadata", "outputs", "fn_name")
 """Columns that say how those tests are run."""
 
+PROGRAM = "solution"
+"""Module that tests import the program's names from, where they do."""
 _CALL = """
 def _listed(value):
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -67,13 +78,16 @@ def read_cases(row: Mapping[str, Any], column: str | None) -> Cases:
         value = _parsed(plain(value))
         if not value:
             continue
+        if path == "inputs":
+            value = {"inputs": value, "outputs": plain(_parsed(row.get("outputs"))), "fn_name": row.get("fn_name")}
         try:
             cases = _cases(value, row)
             for test in cases.tests:
                 _check(test)
         except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, RecursionError) as error:
             raise ValueError(f"column {path!r} ({str(value)[:80]!r}): {type(error).__name__}: {error}") from error
-        return cases
+        if len(cases):
+            return cases
     return Cases()
 
 
@@ -88,20 +102,59 @@ def _parsed(value: Any) -> Any:
 
 
 def _check(test: str) -> None:
-    """Raise ValueError for code that cannot fail: the answer `42`, or tests in functions and classes nobody calls."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    run = [node for node in ast.parse(test).body if not isinstance(node, kinds)]
-    if "assert" not in test or not any(
-        isinstance(part, ast.Assert | ast.Raise | ast.Call) for node in run for part in ast.walk(node)
-    ):
+    """Raise ValueError for code that cannot fail, or only fail.
+
+    The answer `42` cannot fail, and neither can tests in functions and classes that nobody calls; none passes that
+    imports a module which is not installed.
+    """
+    if not _asserts(test):
         raise ValueError("no assertion is reached when this is run")
+    tree = ast.parse(test)
+    imports = [name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names]
+    imports += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    for name in imports:
+        module = name.partition(".")[0]
+        if module != PROGRAM and not _is_installed(module):
+            raise ValueError(f"the tests import {module!r}, which is not installed")
+
+
+def _asserts(code: str) -> bool:
+    """Return whether an assertion may be reached when code is run."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    run = [node for node in ast.parse(code).body if not isinstance(node, kinds)]
+    return "assert" in code and any(
+        isinstance(part, ast.Assert | ast.Raise | ast.Call) for node in run for part in ast.walk(node)
+    )
+
+
+def _functions(code: str) -> list[str]:
+    """Return the tests that pytest would find and call in code that calls none itself."""
+    if _asserts(code):
+        return []
+    found = [
+        node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    ]
+    for node in found:
+        if ast.unparse(node.args):
+            raise ValueError(f"{node.name} takes arguments of pytest's, which are not supported")
+    return [node.name for node in found]
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return module in sys.modules or find_spec(module) is not None
 
 
 def _cases(value: Any, row: Mapping[str, Any]) -> Cases:
-    if isinstance(value, str):  # code: of HumanEval with a function that is called with the program's
-        check = f"\ncheck({row['entry_point']})" if "def check(" in value and row.get("entry_point") else ""
-        return Cases(tests=(_setup(row) + value + check,))
+    if isinstance(value, str):  # code
+        if "def check(" in value and row.get("entry_point"):  # of HumanEval: is called with the program's function
+            value += f"\ncheck({row['entry_point']})"
+        elif names := _functions(value):  # for pytest, which calls them
+            return Cases(tests=tuple(f"{_setup(row)}{value}\n{name}()" for name in names))
+        return Cases(tests=(_setup(row) + value,))
     if isinstance(value, Mapping):
+        if "test_cases" in value:
+            return _cases(value["test_cases"], row)
         if "assert_case" in value:
             return Cases(tests=tuple(value["assert_case"]))
         inputs, outputs = (value[f"{key}s" if f"{key}s" in value else key] for key in ("input", "output"))

@@ -59,7 +59,7 @@ class _Job:
         late: completions in a row before the first that have passed the time limit one by one.
         overran: completions of the job whose time limit this one repeats.
         answered: number of completions, from the first on, that have a score.
-        partial: scores that a generator has yielded so far, from the first on.
+        partial: what a generator has yielded so far, from the first on.
     """
 
     parts: dict[int, CallResult]
@@ -68,7 +68,7 @@ class _Job:
     late: int = 0
     overran: int = 0
     answered: int = 0
-    partial: list[float | None] = field(default_factory=list)
+    partial: CallResult = field(default_factory=lambda: CallResult([]))
 
     def store(self, result: CallResult) -> None:
         """Store the result of the next completions."""
@@ -175,8 +175,8 @@ class RewardWorkers:
 
     def _after_failure(self, job: _Job, failure: Failure) -> _Job | None:
         """Store what a failed job has to say, and return the job for the completions that are to be scored again."""
-        if job.partial:
-            job.store(CallResult(job.partial))
+        if job.partial.scores:
+            job.store(job.partial)
         request, done, late = job.request, job.answered, failure.kind == "timed_out"
         left = len(request) - done
         given_up = request.trial or (late and request.reward in self._given_up)
@@ -266,19 +266,20 @@ class RewardWorkers:
             if reply.kind == "partial":
                 if job.request.one_by_one:
                     return None
-                if reply.row != len(job.partial) or len(reply.scores) != 1 or reply.row >= len(job.request):
+                if reply.row != len(job.partial.scores) or len(reply.scores) != 1 or reply.row >= len(job.request):
                     raise frames.GarbledError
-                job.partial += reply.scores
+                job.partial.scores += reply.scores
+                if reply.failures:
+                    job.partial.failures[reply.row] = reply.failures[0]
                 return None
             expected = 1 if job.request.one_by_one else len(job.request)
             if reply.row != job.answered or not (raised or len(reply.scores) == expected):
                 raise frames.GarbledError
-            failures = {int(item): Failure("crashed", error) for item, error in reply.invalid.items()}
             metrics = [(name, value, float(expected)) for name, value in reply.metrics]
             job.store(
                 CallResult([None], {0: raised})
                 if raised
-                else CallResult(reply.scores, failures, metrics, reply.extras, reply.notes)
+                else CallResult(reply.scores, reply.failures, metrics, reply.extras, reply.notes)
             )
             if job.answered == len(job.request):
                 worker.job = None

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Set
 from typing import SupportsFloat
 
-from app.rewards.base import Scores
+from app.rewards.base import ScoreError, Scores
 from app.rewards.workers.task import MAX_SCORE
 
 
@@ -24,6 +24,8 @@ def shape_error(returned: object, count: int) -> str | None:
 
 def value_error(value: object) -> str | None:
     """Return what is wrong with a value that is neither a number nor None."""
+    if isinstance(value, ScoreError):
+        return str(value)
     if value is None or (isinstance(value, SupportsFloat) and not isinstance(value, str)):
         return None
     return f"returned {reprlib.repr(value)}, expected a finite number or None"

@@ -11,18 +11,20 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from app.rewards.base import Reward
+from app.rewards.base import Reward, ScoreError
 from app.rewards.workers import frames
 from app.rewards.workers.function_log import FunctionLog
 from app.rewards.workers.results import checked
 from app.rewards.workers.task import MAX_REPLY_BYTES, Call, Reply, Setup
-from app.rewards.workers.trial import check_arguments, check_missing_column, check_result, missing_module
+from app.rewards.workers.trial import check_arguments, check_missing_column, check_refusal, check_result, missing_module
 from datamodules.errors import UserError
 
 _MAX_TRACEBACK = 20_000
@@ -99,7 +101,7 @@ def within_limit(reply: Reply) -> bytes:
     if len(encoded) <= MAX_REPLY_BYTES:
         return encoded
     note = f"logged {len(encoded) >> 20} MiB in one call, more than the {MAX_REPLY_BYTES >> 20} MiB allowed: left out"
-    return Reply(reply.kind, row=reply.row, scores=reply.scores, invalid=reply.invalid, notes=[note]).encode()
+    return replace(reply, metrics=[], extras={}, notes=[note]).encode()
 
 
 def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
@@ -138,14 +140,17 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
         if isinstance(returned, Iterator):
             yielded: list[object] = []
             for value in islice(returned, count + 1):
-                scores, errors = checked([value], 1)
-                if len(yielded) < count and not errors:
-                    yield Reply("partial", row=row + len(yielded), scores=scores)
+                if len(yielded) < count:
+                    yield _reply("partial", row + len(yielded), [value], 1)
                 yielded.append(value)
             returned = yielded
     except ImportError as error:
         if call.trial:
             raise missing_module(reward, error) from error
+        raise
+    except ScoreError as error:
+        if call.trial:
+            check_refusal(reward, error)
         raise
     except KeyError as error:
         if call.trial:
@@ -153,11 +158,17 @@ def score(reward: Reward, call: Call, row: int = 0) -> Iterator[Reply]:
         raise
     if call.trial:
         check_result(reward, returned, count)
+    yield replace(_reply("scores", row, returned, count), metrics=log.metrics, extras=log.extras, notes=log.notes)
+
+
+def _reply(kind: Literal["scores", "partial"], row: int, returned: object, count: int) -> Reply:
     scores, errors = checked(returned, count)
-    invalid = {str(position): error for position, error in errors.items()}
-    yield Reply(
-        "scores", row=row, scores=scores, invalid=invalid, metrics=log.metrics, extras=log.extras, notes=log.notes
-    )
+    late = [
+        position
+        for position, one in enumerate(returned if isinstance(returned, list | tuple) else ())
+        if isinstance(one, ScoreError) and one.timed_out and position in errors
+    ]
+    return Reply(kind, row=row, scores=scores, invalid={str(at): error for at, error in errors.items()}, late=late)
 
 
 def _unpickled(reward: Reward, environments: Sequence[bytes | None], labels: Sequence[str]) -> list[object]:

@@ -58,9 +58,10 @@ class Reply:
             normal course; "unusable" (the configuration or data is wrong), "unloadable" and "raised" after an
             exception.
         row: position in the call of the first score. A call that is scored one by one is answered by one message per
-            completion, any other by one with all scores. "partial" holds the score that a generator has just yielded.
+            completion, any other by one with all scores. "partial" holds what a generator has just yielded.
         scores: a number, or None where the reward does not apply or the value was invalid, per completion.
         invalid: what is wrong with a returned score, by position (as text: JSON has no other keys).
+        late: positions of those that took too long.
         metrics: (name, value) pairs that the function logged.
         extras: values by column name that the function logged, one per score.
         notes: what is wrong with what the function logged; with "ready", what the rewards say (`Reward.start_notice`).
@@ -73,6 +74,7 @@ class Reply:
     row: int = 0
     scores: Scores = field(default_factory=list)
     invalid: dict[str, str] = field(default_factory=dict)
+    late: list[int] = field(default_factory=list)
     metrics: list[tuple[str, float]] = field(default_factory=list)
     extras: dict[str, list[Loggable]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -96,12 +98,22 @@ class Reply:
                 and all(abs(value) <= MAX_METRIC for _, value in metrics)
                 and all(len(values) == len(scores) for values in reply.extras.values())
                 and all(0 <= int(position) < len(scores) for position in reply.invalid)
+                and all(str(position) in reply.invalid for position in reply.late)
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise GarbledError from error
         if not well_formed:
             raise GarbledError
         return replace(reply, scores=scores, metrics=metrics)
+
+    @property
+    def failures(self) -> dict[int, Failure]:
+        """Why scores are missing, by position."""
+        late = set(self.late)
+        return {
+            (position := int(key)): Failure("timed_out" if position in late else "crashed", error)
+            for key, error in self.invalid.items()
+        }
 
 
 @dataclass(frozen=True)

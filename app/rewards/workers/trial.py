@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.rewards.base import Reward
+from app.rewards.base import Reward, ScoreError
 from app.rewards.workers.results import shape_error, value_error
 from datamodules.errors import UserError, nearest
 
@@ -55,13 +55,25 @@ def missing_module(reward: Reward, error: ImportError) -> UserError:
 
 
 def check_result(reward: Reward, returned: Any, count: int) -> None:
-    """Raise UserError when a reward has not returned one number or None per completion."""
-    wrong = shape_error(returned, count) or next(filter(None, map(value_error, returned)), None)
+    """Raise UserError when a reward has not returned one number, None or `ScoreError` per completion."""
+    wrong = shape_error(returned, count)
+    if wrong is None:
+        for one in returned:
+            if isinstance(one, ScoreError):
+                check_refusal(reward, one)
+            else:
+                wrong = wrong or value_error(one)
     if wrong:
         raise UserError(
             f"Reward {reward.name!r} {wrong}. Return a list with one score per completion, in order, and None where "
             "the reward does not apply."
         )
+
+
+def check_refusal(reward: Reward, error: ScoreError) -> None:
+    """Raise UserError when what a reward met would happen to any completion."""
+    if error.refused:
+        raise UserError(f"Reward {reward.name!r} cannot work: {error}.") from error
 
 
 def _hint(name: str, arguments: Mapping[str, Any]) -> str:
