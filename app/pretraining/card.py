@@ -58,8 +58,8 @@ def write_card(folder: Path, data: Demonstrations, measured: Measured, parameter
         run, pretraining, config = "calculator", "calculator-policy", "calculator_policy"
         how = "with a calculator, carelessly and often without it,"
         completion = (
-            f"The completion is one call after the other, such as\n`{data.calls.start}37*48{data.calls.end}`, each with "
-            "the calculator's reply, then `#### `, the answer and `<eos>`."
+            f"The completion is one call after\nthe other, such as `{data.calls.start}37*48{data.calls.end}`, each "
+            "with the calculator's reply, then `#### `, the answer and `<eos>`."
         )
         loss = "what the policy says"
         habit = (
@@ -88,8 +88,9 @@ Each byte is a token, and so is each fixed phrase of the questions.
 `make {pretraining}` (`dots fit --config configs/{config}.yaml`, {seconds:.0f} s on a CPU): one epoch of supervised
 training on generated worked solutions, with cross-entropy on {loss}. The first {data.clean_fraction:.0%} of the
 solutions are correct. In the others each step is wrong with the probability of its task, and the following steps
-continue from the wrong value: the policy learns the skill first and then bad habits.{habit} Weights, text and data come from
-this project and from reasoning-gym's generators. The demonstrations use no seed that the pool of `make {run}` can draw.
+continue from the wrong value: the policy learns the skill first and then bad habits.{habit}
+Weights, text and data come from this project and from reasoning-gym's generators. The demonstrations use no seed that
+the pool of `make {run}` can draw.
 
 | task | settings | demonstrations | probability that a step is wrong |
 |---|---|---|---|
