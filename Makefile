@@ -7,10 +7,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart compare tiny-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger test-environments lint format types docs pictures pages clean
+.PHONY: help install quickstart compare tiny-policy calculator calculator-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger test-environments lint format types docs pictures pages clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch comes first and alone: once a build is there, nothing that follows can pull another one (a CUDA build would be
 # several gigabytes).
@@ -72,6 +72,12 @@ compare: install ## Train plain GRPO and the quickstart side by side, under 10 m
 
 tiny-policy: install ## Pretrain the embedded tiny policy again
 	$(BIN)/dots fit --config configs/tiny_policy.yaml $(ARGS)
+
+calculator: install ## Train a tiny policy to use a calculator in several turns, with DOTS
+	$(BIN)/dots fit --config configs/calculator.yaml $(ARGS)
+
+calculator-policy: install ## Pretrain the policy of make calculator again
+	$(BIN)/dots fit --config configs/calculator_policy.yaml $(ARGS)
 
 smollm: $(VENV)/.smollm ## Write SmolLM2-135M-Instruct to models/smollm2-135m-instruct
 	$(BIN)/python -m tests.support.smollm models/smollm2-135m-instruct

@@ -1,9 +1,9 @@
-"""Make the pictures of the pages again from real runs: `python -m docs.pictures [RUN_FOLDER [COMPARISON_FOLDER]]`.
+"""Make the pictures of the pages again from real runs: `python -m docs.pictures [RUN [COMPARISON [CALCULATOR]]]`.
 
 They are the curves of a run of the quickstart, a screenshot of TensorBoard's cockpit, for which chromium and
-chromedriver must be installed, and the two accuracies of `make compare`. What is not given is run first, which takes
-minutes. `images/words_and_sums.png` is a part of the page of a `dots compare` that takes hours (docs/results.md), and
-`images/step.svg` was drawn by hand.
+chromedriver must be installed, the two accuracies of `make compare`, and the curves of `make calculator`. Folders that
+are not given are made first, which takes minutes. `images/words_and_sums.png` is a part of the page of a `dots compare`
+that takes hours (docs/results.md), and `images/step.svg` was drawn by hand.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
     """Write the pictures."""
     with TemporaryDirectory() as folder:
         run, comparison = Path(folder, "quickstart", "version_0"), Path(folder, "compare")
+        calculator = Path(folder, "calculator", "version_0")
         given = [Path(one) for one in sys.argv[1:]]
         if given:
             run = given[0]
@@ -64,6 +65,11 @@ def main() -> None:
             comparison = given[1]
         else:
             make("compare", f"--out {comparison}")
+        if len(given) > 2:
+            calculator = given[2]
+        else:
+            make("calculator", f"--trainer.logger.save_dir={folder}")
+        shutil.copy(calculator / "curves.png", IMAGES / "calculator_curves.png")
         shutil.copy(comparison / "compare.png", IMAGES / "quickstart_compare.png")
         shutil.copy(run / "curves.png", IMAGES / "quickstart_curves.png")
         picture_cockpit(run, IMAGES / "quickstart_cockpit.png")

@@ -54,25 +54,43 @@ def write_card(folder: Path, data: Demonstrations, measured: Measured, parameter
     )
     by_task = ", ".join(f"`{task}` {accuracy:.2f}" for task, accuracy in measured.by_task.items())
     deciles = " | ".join(f"{share:.2f}" for share in measured.deciles)
+    if data.calls:
+        run, pretraining, config = "calculator", "calculator-policy", "calculator_policy"
+        how = "with a calculator, carelessly and often without it,"
+        completion = (
+            f"The completion is one call after\nthe other, such as `{data.calls.start}37*48{data.calls.end}`, each "
+            "with the calculator's reply, then `#### `, the answer and `<eos>`."
+        )
+        loss = "what the policy says"
+        habit = (
+            f" A wrong step is a wrong\nresult without a call ({data.calls.unaided:.0%}), or a call with a wrong digit."
+        )
+    else:
+        run, pretraining, config = "quickstart", "tiny-policy", "tiny_policy"
+        how = "step by step, often wrongly,"
+        completion = "The completion is the work, `#### `, the answer and `<eos>`."
+        loss = "the completion"
+        habit = ""
     text = f"""---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 tags: [dots, reasoning-gym, tiny]
 ---
-# A tiny policy for `make quickstart`
+# A tiny policy for `make {run}`
 
 A Qwen2 with {parameters / 1e6:.2f}M parameters that solves short [reasoning-gym](https://github.com/open-thought/reasoning-gym)
-tasks step by step, often wrongly, so that reinforcement learning has something to improve on two CPU cores. It can do
-nothing else. The prompt is the question and a newline; the completion is the work, `#### `, the answer and `<eos>`.
+tasks {how} so that reinforcement learning has something to improve on two CPU cores. It can do
+nothing else. The prompt is the question and a newline. {completion}
 Each byte is a token, and so is each fixed phrase of the questions.
 
 ## Training
-`make tiny-policy` (`dots fit --config configs/tiny_policy.yaml`, {seconds:.0f} s on a CPU): one epoch of supervised
-training on generated worked solutions, with cross-entropy on the completion. The first {data.clean_fraction:.0%} of the
+`make {pretraining}` (`dots fit --config configs/{config}.yaml`, {seconds:.0f} s on a CPU): one epoch of supervised
+training on generated worked solutions, with cross-entropy on {loss}. The first {data.clean_fraction:.0%} of the
 solutions are correct. In the others each step is wrong with the probability of its task, and the following steps
-continue from the wrong value: the policy learns the skill first and then bad habits. Weights, text and data come from
-this project and from reasoning-gym's generators. The demonstrations use no seed that the quickstart's pool can draw.
+continue from the wrong value: the policy learns the skill first and then bad habits.{habit}
+Weights, text and data come from this project and from reasoning-gym's generators. The demonstrations use no seed that
+the pool of `make {run}` can draw.
 
 | task | settings | demonstrations | probability that a step is wrong |
 |---|---|---|---|

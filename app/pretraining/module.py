@@ -14,12 +14,41 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from app.pretraining.card import Measured, write_card
 from app.rewards import ReasoningGym
 from datamodules.demonstrations import ANSWER_MARKER
+from datamodules.demonstrations.calls import Calls
 from datamodules.demonstrations.supervised import IGNORED, DemonstrationBatch, Demonstrations, Entry
+
+
+class CalculatorReplies(LogitsProcessor):
+    """Lets a calculator write the tokens that follow a call, in a single call of `generate`."""
+
+    def __init__(self, calls: Calls, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.calls, self.tokenizer = calls, tokenizer
+        self.end = tokenizer.convert_tokens_to_ids(calls.end)
+        self.waiting: dict[int, list[int]] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row in torch.nonzero(input_ids[:, -1] == self.end).flatten().tolist():
+            reply = self.calls.answer(str(self.tokenizer.decode(input_ids[row])))
+            self.waiting[row] = self.tokenizer(reply)["input_ids"]
+        for row, tokens in list(self.waiting.items()):
+            scores[row] = -torch.inf
+            scores[row, tokens[0]] = 0.0
+            self.waiting[row] = tokens[1:]
+            if not tokens[1:]:
+                del self.waiting[row]
+        return scores
 
 
 class DemonstrationPretraining(L.LightningModule):
@@ -127,8 +156,10 @@ class DemonstrationPretraining(L.LightningModule):
         """Sample solutions for entries of one task and append an array `[len(batch), G]` of 0 and 1 to `_successes`."""
         tokenizer = self.data.tokenizer
         inputs = tokenizer([entry["question"] + "\n" for entry in batch], return_tensors="pt", padding=True)
+        calls = self.data.calls
         sampled = self.policy.generate(  # type: ignore[misc]  # the stub's `self` type does not match
             **inputs.to(self.device),
+            logits_processor=LogitsProcessorList([CalculatorReplies(calls, tokenizer)] if calls else []),
             generation_config=self._generation(num_return_sequences=self.val_samples),
         )
         ids = sampled[:, inputs["input_ids"].shape[1] :]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from datamodules.demonstrations.calls import CALCULATIONS, Calls, converse
 from datamodules.demonstrations.solutions import DEMONSTRATORS, demonstrate
 from datamodules.errors import UserError, nearest
 from datamodules.procedural import ProceduralTask
@@ -22,7 +23,7 @@ from datamodules.seeding import derive_seed, generator
 
 PAD, END = "<pad>", "<eos>"
 IGNORED = -100
-"""Label of tokens without a loss (prompt and padding)."""
+"""Label of tokens without a loss (prompt, a calculator's replies and padding)."""
 
 Entry: TypeAlias = dict[str, Any]
 """A reasoning-gym entry: `question`, `answer`, `metadata`."""
@@ -58,7 +59,7 @@ class DemonstrationBatch:
 
     Attributes:
         input_ids: int64 `[N, L]`.
-        labels: int64 `[N, L]`: the token itself within a completion, else `IGNORED`.
+        labels: int64 `[N, L]`: the token itself where the policy is to write it, else `IGNORED`.
         position_ids: int64 `[N, L]`: restart at 0 with each demonstration, which keeps them from attending to one
             another.
     """
@@ -69,7 +70,8 @@ class DemonstrationBatch:
 
 
 class Demonstrations(L.LightningDataModule):
-    """Demonstrations of reasoning-gym tasks: `{question}\\n{work}#### {answer}<eos>`.
+    """Demonstrations of reasoning-gym tasks: `{question}\\n{work}#### {answer}<eos>`. With `calls`, the work is done by
+    a calculator, whose replies have no loss.
 
     Training batches are `DemonstrationBatch`es; validation batches are lists of reasoning-gym entries to solve and
     score. Both use seeds derived from `seed` and their purpose, which no `datamodules.procedural` pool can draw.
@@ -84,7 +86,8 @@ class Demonstrations(L.LightningDataModule):
         row_length: tokens of a packed row, `L`; the longest demonstration must fit.
         rows_per_batch: rows of a training batch.
         val_size: number of validation entries, divided among the tasks like the demonstrations.
-        phrases: texts that are one token each.
+        phrases: texts that are one token each, besides the start and the end of a call.
+        calls: how steps are written as calls of a calculator; null for steps that the policy works out itself.
     """
 
     def __init__(
@@ -98,20 +101,24 @@ class Demonstrations(L.LightningDataModule):
         rows_per_batch: int = 2,
         val_size: int = 240,
         phrases: list[str] | None = None,
+        calls: Calls | None = None,
     ) -> None:
         super().__init__()
+        known = CALCULATIONS if calls else DEMONSTRATORS
         for task in tasks:
-            if task.name not in DEMONSTRATORS:
-                raise UserError(f"data.tasks: {task.name!r} has no demonstrations: {nearest(task.name, DEMONSTRATORS)}")
+            if task.name not in known:
+                raise UserError(f"data.tasks: {task.name!r} has no demonstrations: {nearest(task.name, known)}")
             if not 0.0 <= noise.get(task.name, -1.0) <= 1.0:
                 raise UserError(
                     f"data.noise of {task.name!r} is {noise.get(task.name)}, which is not a probability. "
                     "Set a number in [0, 1]."
                 )
         self.tasks, self.noise, self.clean_fraction = tasks, noise, clean_fraction
-        self.repeats, self.seed = repeats, seed
+        self.repeats, self.seed, self.calls = repeats, seed, calls
         self.row_length, self.rows_per_batch, self.val_size = row_length, rows_per_batch, val_size
-        self.tokenizer: PreTrainedTokenizerBase = char_tokenizer(phrases or [])
+        self.tokenizer: PreTrainedTokenizerBase = char_tokenizer(
+            [*(phrases or []), *((calls.start, calls.end) if calls else ())]
+        )
         self._batches: list[DemonstrationBatch] = []
 
     def setup(self, stage: str) -> None:
@@ -149,43 +156,54 @@ class Demonstrations(L.LightningDataModule):
         drawn = [(task.name, entry) for task, group in zip(self.tasks, entries, strict=True) for entry in group]
         rng = generator(self.seed, "demonstrations", "slips")
         clean = round(self.clean_fraction * len(drawn))
-        prompts, completions = [], []
+        conversations: list[tuple[str, ...]] = []
         for position, index in enumerate(rng.permutation(len(drawn))):
             name, entry = drawn[index]
             noise = self.noise[name] if position >= clean else 0.0
-            prompts.append(entry["question"] + "\n")
-            completions.append(demonstrate(name, entry["metadata"], noise, rng).text + self.tokenizer.eos_token)
-        tokens = zip(self.tokenizer(prompts)["input_ids"], self.tokenizer(completions)["input_ids"], strict=True)
-        rows = torch.tensor([_row(members, self.row_length) for members in _pack(list(tokens), self.row_length)])
+            if self.calls:
+                turns = converse(name, entry["metadata"], noise, self.calls, rng).turns
+            else:
+                turns = (demonstrate(name, entry["metadata"], noise, rng).text,)
+            conversations.append((entry["question"] + "\n", *turns[:-1], turns[-1] + END))
+        encoded = iter(self.tokenizer([text for parts in conversations for text in parts])["input_ids"])
+        members = []
+        for parts in conversations:
+            ids, labels = list[int](), list[int]()
+            for part in range(len(parts)):
+                tokens = next(encoded)
+                ids += tokens
+                labels += tokens if part % 2 else [IGNORED] * len(tokens)  # the policy's turns come second, fourth ...
+            members.append((ids, labels))
+        rows = torch.tensor([_row(packed, self.row_length) for packed in _pack(members, self.row_length)])
         return [DemonstrationBatch(*chunk.unbind(dim=1)) for chunk in rows.split(self.rows_per_batch)]
 
 
-TokenPair: TypeAlias = tuple[list[int], list[int]]
-"""Token ids of a prompt and its completion."""
+Member: TypeAlias = tuple[list[int], list[int]]
+"""Token ids of a demonstration, prompt included, and their labels."""
 
 
-def _pack(pairs: Sequence[TokenPair], row_length: int) -> list[list[TokenPair]]:
+def _pack(members: Sequence[Member], row_length: int) -> list[list[Member]]:
     """Divide demonstrations into rows, in order: the first one that does not fit starts the next row."""
-    rows: list[list[TokenPair]] = []
+    rows: list[list[Member]] = []
     left = 0
-    for prompt, completion in pairs:
-        length = len(prompt) + len(completion)
+    for member in members:
+        length = len(member[0])
         if length > row_length:
             raise UserError(f"A demonstration has {length} tokens, more than data.row_length={row_length}. Raise it.")
         if not rows or length > left:
             rows.append([])
             left = row_length
-        rows[-1].append((prompt, completion))
+        rows[-1].append(member)
         left -= length
     return rows
 
 
-def _row(members: Sequence[TokenPair], length: int) -> tuple[list[int], list[int], list[int]]:
+def _row(members: Sequence[Member], length: int) -> tuple[list[int], list[int], list[int]]:
     """Return token ids, labels and position ids of one row; its padding counts as one more demonstration."""
     ids, labels, positions = list[int](), list[int](), list[int]()
-    for prompt, completion in members:
-        ids += prompt + completion
-        labels += [IGNORED] * len(prompt) + completion
-        positions += range(len(prompt) + len(completion))
+    for tokens, learnt in members:
+        ids += tokens
+        labels += learnt
+        positions += range(len(tokens))
     padding = length - len(ids)
     return ids + [0] * padding, labels + [IGNORED] * padding, positions + list(range(padding))
