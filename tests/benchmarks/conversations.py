@@ -17,22 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.engines import RolloutEngine, Sampling, Transformers, Vllm
-from app.engines.turns import TurnRequest
-from datamodules.types import Completion, Prompt
-from tests.support.scripted_conversations import ScriptedConversations
-
-
-class EqualConversations(ScriptedConversations):
-    """Conversations that all have the same number of turns and tokens."""
-
-    def _request(self, number: int) -> TurnRequest:
-        request = super()._request(number)
-        return TurnRequest(number, request.prompt, request.seed, self.limit)
-
-    def ended(self, conversation: int, turn: Completion) -> None:
-        self.talks[conversation].turns.append(turn)
-        if len(self.talks[conversation].turns) < self.turns:
-            self._asked.add(conversation)
+from datamodules.types import Prompt
+from tests.support.scripted_conversations import EqualConversations
 
 
 def engine_of(path: str, vllm: bool) -> RolloutEngine:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from app.engines import Sampling, Transformers
 from datamodules.types import Prompt
+from tests.support.scripted_conversations import EqualConversations
 
 B, G, V, PAIRS = 32, 8, 100, 3
 SHAPES = {"tiny": (4, 128, 2), "middle": (8, 256, 4)}
@@ -69,3 +70,19 @@ def test_not_slower_than_generate_and_faster_at_mixed_lengths(shape: str, mixed:
     print(f"\n{shape}, mixed={mixed}: model.generate / engine = {np.round(ratios, 2)}")
     # The bounds leave room for a busy machine.
     assert np.median(ratios) > (1.5 if mixed else 0.8)
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+def test_turns_cost_little_more_than_completions_of_one_turn() -> None:
+    """64 conversations of 4 turns with short replies; `tests.benchmarks.conversations` measures other sizes."""
+    engine, batch, seeds = Transformers(), prompts(np.full(64, 24)), np.arange(64)[:, None]
+    engine.setup(policy("tiny", ends=False), tokenizer())
+    ratios = []
+    for _ in range(5):
+        start = time.perf_counter()
+        engine.converse(EqualConversations(batch, seeds, turns=4, limit=24, longest_reply=3), Sampling(1, 24))
+        between = time.perf_counter()
+        engine.generate(batch, Sampling(1, 96), seeds)
+        ratios.append((between - start) / (time.perf_counter() - between))
+    assert np.median(ratios) < 1.6, ratios

@@ -82,6 +82,19 @@ class ScriptedConversations(Conversations):
         return [self._request(number) for number in asked]
 
 
+class EqualConversations(ScriptedConversations):
+    """Conversations that all have the same number of turns and tokens."""
+
+    def _request(self, number: int) -> TurnRequest:
+        request = super()._request(number)
+        return TurnRequest(number, request.prompt, request.seed, self.limit)
+
+    def ended(self, conversation: int, turn: Completion) -> None:
+        self.talks[conversation].turns.append(turn)
+        if len(self.talks[conversation].turns) < self.turns:
+            self._asked.add(conversation)
+
+
 @torch.no_grad()
 def gap_of_turns(model: torch.nn.Module, talks: ScriptedConversations, temperature: float = 1.0) -> float:
     """Return the largest difference between the turns' log-probabilities and those of a plain forward of the whole."""
