@@ -136,16 +136,15 @@ class PromptLayer:
     def __init__(self, max_prompts: int, prefilled: DynamicLayer, longest: int | None = None) -> None:
         keys, values = _states_of(prefilled)
         self.longest = longest or keys.shape[2]
+        # Zeros: a masked column enters the weighted sum with weight 0, and 0 * NaN is NaN.
         self.keys, self.values = (
-            values.new_empty(max_prompts, states.shape[1], self.longest, states.shape[3]) for states in (keys, values)
+            values.new_zeros(max_prompts, states.shape[1], self.longest, states.shape[3]) for states in (keys, values)
         )
 
     def admit(self, prefilled: DynamicLayer, first: int) -> None:
         """Write the left-padded prompts of `prefilled` into the slots from `first` on."""
         for buffer, states in zip((self.keys, self.values), _states_of(prefilled), strict=True):
-            slots = buffer[first : first + len(states)]
-            slots[:, :, self.longest - states.shape[2] :] = states
-            slots[:, :, : self.longest - states.shape[2]] = 0  # not NaN: see WrittenLayer.admit
+            buffer[first : first + len(states), :, self.longest - states.shape[2] :] = states
 
     def keep(self, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
         for buffer in (self.keys, self.values):
