@@ -32,12 +32,15 @@ class Conversations(ABC):
     An engine calls `begin`, generates the turns that it gets and reports each by `ended`, and asks for more by `next`
     until none are left. In one process the same calls give the same turns, so that an engine which waits (`next` with
     `wait`) at moments that depend on nothing but the turns generates the same batches again.
-
-    Attributes:
-        longest: maximum number of tokens of a conversation, its prompt included.
     """
 
-    longest: int
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Maximum number of tokens of a conversation, its prompt included, by what is known so far.
+
+        One that has yet to begin may have a longer prompt, because its environment adds to it.
+        """
 
     @abstractmethod
     def __len__(self) -> int:

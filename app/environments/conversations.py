@@ -140,14 +140,14 @@ class PolicyConversations(Conversations):
             _Conversation(prompt, int(seed)) for prompt, its in zip(prompts, seeds, strict=True) for seed in its
         ]
         self.room = rollouts.context_length()
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=1) + self.limit
-        # What `reset` adds to a prompt is known only when its conversation begins.
-        extended = any(prompt.extended for prompt in prompts)
-        self.longest = self.room if extended and self.room is not None else longest
         self._begun = self._ended = 0
 
     def __len__(self) -> int:
         return len(self.all)
+
+    @property
+    def longest(self) -> int:
+        return max((len(one.context or one.prompt.token_ids) for one in self.all), default=1) + self.limit
 
     @property
     def outstanding(self) -> int:

@@ -46,12 +46,15 @@ class ScriptedConversations(Conversations):
     ) -> None:
         self.talks = [Talk(one, int(seed)) for one, its in zip(prompts, seeds, strict=True) for seed in its]
         self.turns, self.limit, self.longest_reply = turns, limit, longest_reply
-        self.longest = max(len(one.token_ids) for one in prompts) + turns * (limit + longest_reply)
         self._asked: set[int] = set()
         self.waits = 0
 
     def __len__(self) -> int:
         return len(self.talks)
+
+    @property
+    def longest(self) -> int:
+        return max(len(one.prompt.token_ids) for one in self.talks) + self.turns * (self.limit + self.longest_reply)
 
     def _request(self, number: int) -> TurnRequest:
         talk = self.talks[number]

@@ -9,6 +9,7 @@ import torch
 from app.engines import Sampling, Transformers
 from app.engines.base import RolloutEngine
 from app.engines.transformers import turns as turns_module
+from app.engines.turns import TurnRequest
 from tests.support.scripted_conversations import ScriptedConversations, gap_of_turns
 from tests.unit.test_transformers_engine import LENGTHS, SEEDS, build, engine, prompts
 
@@ -91,3 +92,35 @@ def test_stop_strings_end_a_turn() -> None:
     assert len(stopped) > 10
     assert all(turn.token_ids[-1] in (1, *range(2, 20)) for turn in stopped)
     assert not any(set(turn.token_ids[:-1].tolist()) & set(range(1, 20)) for talk in talks.talks for turn in talk.turns)
+
+
+class LateConversations(ScriptedConversations):
+    """Conversations of which all but the first begin later, with prompts that nobody knew to be so long."""
+
+    begun = 1
+
+    @property
+    def longest(self) -> int:
+        known = max(len(talk.prompt.token_ids) for talk in self.talks[: self.begun])
+        return known + self.turns * (self.limit + self.longest_reply)
+
+    def begin(self) -> list[TurnRequest]:
+        self._asked.update(range(1, len(self.talks)))
+        return [self._request(0)]
+
+    def next(self, wait: bool = True) -> list[TurnRequest]:
+        late = sorted(self._asked - set(range(self.begun)))
+        self.begun = len(self.talks)
+        self._asked -= set(late)
+        return sorted([*super().next(wait), *map(self._request, late)], key=lambda one: one.conversation)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "sliding"])
+def test_conversations_with_longer_prompts_than_were_known_come_after_the_others(name: str) -> None:
+    model, batch = build(name), prompts([3, 60, 200, 9])
+    talks = LateConversations(batch, SEEDS[:4], turns=2, limit=6, longest_reply=4)
+    engine(model).converse(talks, replace(SAMPLING, max_completion_length=6))
+    known = ScriptedConversations(batch, SEEDS[:4], turns=2, limit=6, longest_reply=4)
+    engine(model).converse(known, replace(SAMPLING, max_completion_length=6))
+    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in known.talks]
+    assert gap_of_turns(model, talks, 0.9) < 2e-5

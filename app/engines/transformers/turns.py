@@ -45,12 +45,14 @@ class TurnGeneration(Generation):
         first = {request.conversation: request for request in requests}
         for number, request in first.items():
             seeds[number], limits[number] = request.seed, request.limit
-        self.conversations = conversations
+        self.conversations, self.longest = conversations, conversations.longest
+        self.too_long: list[TurnRequest] = []
+        """Turns of conversations for which the buffers are too short, which the next generation takes."""
         self.states: dict[int, States] = {}
         """Of the conversations that wait for the environment, by number."""
         self.returning: deque[PromptRows] = deque()
         super().__init__(
-            engine, [request.prompt for request in requests], sampling, seeds, limits, longest=conversations.longest
+            engine, [request.prompt for request in requests], sampling, seeds, limits, longest=self.longest
         )
         # The queue numbers the requests; its rows are conversations.
         numbers = np.array(list(first))
@@ -62,8 +64,10 @@ class TurnGeneration(Generation):
         requests = conversations.begin()
         while not requests and conversations.outstanding:
             requests = conversations.next()
-        if requests:
-            cls(engine, conversations, requests, sampling).run()
+        while requests:
+            generation = cls(engine, conversations, requests, sampling)
+            generation.run()
+            requests = generation.too_long
 
     @property
     def expects_more(self) -> bool:
@@ -85,6 +89,9 @@ class TurnGeneration(Generation):
             return
         for request in self.conversations.next():
             number = request.conversation
+            if len(request.prompt.token_ids) + request.limit > self.longest:
+                self.too_long.append(request)
+                continue
             self.seeds[number], self.limits[number] = request.seed, request.limit
             queue = self.returning if number in self.states else self.waiting
             queue.append(PromptRows(request.prompt.token_ids, np.array([number])))
