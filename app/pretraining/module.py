@@ -35,13 +35,14 @@ class CalculatorReplies(LogitsProcessor):
 
     def __init__(self, calls: Calls, tokenizer: PreTrainedTokenizerBase) -> None:
         self.calls, self.tokenizer = calls, tokenizer
-        self.end = tokenizer.convert_tokens_to_ids(calls.end)
+        self.end = int(tokenizer.convert_tokens_to_ids(calls.end))
         self.waiting: dict[int, list[int]] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for row in (input_ids[:, -1] == self.end).nonzero().flatten().tolist():
-            reply = self.calls.answer(self.tokenizer.decode(input_ids[row]))
-            self.waiting[row] = self.tokenizer(reply)["input_ids"]
+        for row in input_ids[:, -1].eq(self.end).nonzero().flatten().tolist():
+            text = self.tokenizer.decode(input_ids[row])
+            assert isinstance(text, str)
+            self.waiting[row] = self.tokenizer(self.calls.answer(text))["input_ids"]
         for row, tokens in list(self.waiting.items()):
             scores[row] = -torch.inf
             scores[row, tokens[0]] = 0.0
