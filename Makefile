@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart compare tiny-policy calculator calculator-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger lint format types docs pictures pages clean
+.PHONY: help install quickstart compare tiny-policy calculator calculator-policy smollm vllm vllm-cpu test test-long test-resume test-soak test-fuzz test-fast test-vllm test-gpu test-liger test-environments lint format types docs pictures pages clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-17s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,15 @@ $(VENV)/.vllm: $(VENV)/.installed constraints-gpu.txt
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.version.cuda else "torch " + torch.__version__ \
 		+ " is a CPU build: point pip at an index with the CUDA build (PyPI), then make clean vllm")'
 	$(BIN)/pip install --quiet -c constraints-gpu.txt -e '.[gpu]'
+	@touch $@
+
+# Environments of their own for packages that exclude one another: verifiers needs mcp 2, openenv needs mcp 1 and a
+# pillow below 13.
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	grep -v '^pillow==' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/pip install --quiet -c $(VENV)-$*/constraints.txt torch
+	$(VENV)-$*/bin/pip install --quiet -c $(VENV)-$*/constraints.txt -e '.[dev,$*]'
 	@touch $@
 
 install: $(VENV)/.installed ## Create .venv with the tested versions
@@ -119,6 +128,10 @@ test-liger: install ## Install Liger's kernels and compare them in Triton's inte
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[liger]'
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest tests/gpu/test_device_liger.py $(ARGS)
 
+test-environments: $(VENV)-verifiers/.installed $(VENV)-openenv/.installed ## Install verifiers and OpenEnv, each on its own, and run their tests
+	$(VENV)-verifiers/bin/pytest tests/environments/test_verifiers.py $(ARGS)
+	$(VENV)-openenv/bin/pytest tests/environments/test_openenv.py $(ARGS)
+
 lint: install ## Lint, format and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -142,5 +155,5 @@ pages: $(VENV)/.docs ## Build the documentation in site/, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv, caches and build leftovers (runs/ and models/ stay)
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find app callbacks datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,6 +45,7 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
             "datamodules.prompts.PromptFile",
             "datamodules.prompts.Benchmark",
             "datamodules.procedural.Procedural",
+            "datamodules.verifiers.VerifiersTasks",
             "datamodules.validation.ValidationSet",
         ),
     ),
@@ -57,6 +58,10 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
                 "ReasoningGym", "Environment",
             )
         ),
+    ),
+    "Environments": (
+        "`model.environment`.",
+        ("app.environments.Tools", "app.environments.Verifiers", "app.environments.OpenEnv"),
     ),
     "Selectors": (
         "`data.selector`.",

@@ -95,8 +95,8 @@ class EnvironmentRollouts:
         if self.protocol.end_ids and not self.protocol.end_ids & ends:
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(self.protocol.end_ids))))
             raise UserError(
-                f"The chat template ends a turn by {names}, but the policy's generation config and tokenizer name other "
-                "end tokens, so that no turn would end. Add it to eos_token_id in the policy's generation_config.json."
+                f"The chat template ends a turn by {names}, but the policy's generation config and tokenizer name "
+                "other end tokens, so that no turn would end. Add it to eos_token_id of its generation_config.json."
             )
         conversations = PolicyConversations(self, prompts, sampling, seeds, ends)
         try:

@@ -370,7 +370,7 @@ class Sessions:
             self._processes.add(process)
             self._selector.register(connection, selectors.EVENT_READ, process)
             return process
-        raise UserError(f"{self._named} cannot be imported: its process ends at once. Check what its import does.")
+        raise UserError(f"{self._named} cannot be imported: its process ended. Check what its import does.")
 
     def _discard(self, process: _Process) -> None:
         """Kill a process and all that it has started."""

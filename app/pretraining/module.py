@@ -35,14 +35,15 @@ class CalculatorReplies(LogitsProcessor):
 
     def __init__(self, calls: Calls, tokenizer: PreTrainedTokenizerBase) -> None:
         self.calls, self.tokenizer = calls, tokenizer
-        self.end = int(tokenizer.convert_tokens_to_ids(calls.end))
+        end = tokenizer.convert_tokens_to_ids(calls.end)
+        assert isinstance(end, int), "of one token"
+        self.end = end
         self.waiting: dict[int, list[int]] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for row in input_ids[:, -1].eq(self.end).nonzero().flatten().tolist():
-            text = self.tokenizer.decode(input_ids[row])
-            assert isinstance(text, str)
-            self.waiting[row] = self.tokenizer(self.calls.answer(text))["input_ids"]
+            reply = self.calls.answer(str(self.tokenizer.decode(input_ids[row])))
+            self.waiting[row] = self.tokenizer(reply)["input_ids"]
         for row, tokens in list(self.waiting.items()):
             scores[row] = -torch.inf
             scores[row, tokens[0]] = 0.0

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from app.reporting.loggers.base import Cell
 from app.reporting.validation import CORRECT
-from app.rewards.answers import GOLD_COLUMNS, gold_answers, plain
+from app.rewards.answers import GOLD_COLUMNS, gold_answers, plain, whole_text
 from datamodules.types import Messages, RolloutGroup
 
 Row = dict[str, Any]
@@ -121,7 +121,7 @@ def shown_rows(rows: Sequence[Row], count: int) -> list[dict[str, Cell]]:
             "source": row["source"],
             "finish_reason": row["finish_reason"],
             "prompt": cut(row.get("context") or row["prompt"]),
-            "completion": cut(transcript(row["turns"]) if row.get("turns") else row["completion"]),
+            "completion": cut(whole_text(json.loads(row["turns"])) if row.get("turns") else row["completion"]),
         }
         for row in chosen
     ]
@@ -149,17 +149,6 @@ def task_of(columns: Mapping[str, object]) -> str | None:
 def text_of_prompt(prompt: str | Messages) -> str:
     """Return a prompt as text; a conversation as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-
-
-def transcript(turns: str) -> str:
-    """Return the messages of a conversation, given as JSON, as text: each on lines of its own after its role."""
-    parts = []
-    for message in json.loads(turns):
-        content = message.get("content") or ""
-        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or ()]
-        said = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), *calls]
-        parts.append(f"{message['role']}: " + "\n".join(filter(None, said)))
-    return "\n\n".join(parts)
 
 
 def cut(text: str, characters: int = _SHOWN_CHARACTERS) -> str:

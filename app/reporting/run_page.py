@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from app.reporting.completions import cut, transcript
+from app.reporting.completions import cut
 from app.reporting.curves import curves_figure, read_scalars
 from app.reporting.html import SVG_STYLE, render, svg_of
 from app.reporting.pictures import reliability_figure
 from app.reporting.validation import CORRECT
+from app.rewards.answers import whole_text
 from app.runs.record import Curve
 from app.runs.summary import SUMMARY, RunSummary
 from datamodules.errors import UserError
@@ -258,7 +260,7 @@ def _listed(prompts: pd.DataFrame, completions: pd.DataFrame, *, hardest: bool) 
                 forecast=_rate(prompt["forecast"]),
                 completion=None
                 if one is None
-                else cut(transcript(turns) if (turns := _text(one["turns"])) else _text(one["completion"])),
+                else cut(whole_text(json.loads(turns)) if (turns := _text(one["turns"])) else _text(one["completion"])),
                 right=one is not None and bool(one["correctness"] > CORRECT),
                 reward="" if one is None else f"{one['reward']:.3g}",
                 step=-1 if one is None else int(one["step"]),

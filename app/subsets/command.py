@@ -75,6 +75,8 @@ def select(
         )
     if trainer.world_size > 1:
         raise UserError(f"dots select runs in one process, not in {trainer.world_size}. Set trainer.devices=1.")
+    if module.environment is not None:
+        raise UserError("dots select measures single turns, but model.environment is set. Set it to null.")
     if request.out.exists() and not request.folder.exists():
         raise UserError(f"--out is {request.out}, which exists. Choose another name.")
     trainer.strategy.connect(module)

@@ -56,6 +56,7 @@ class Schema:
         system: column with each row's system message; None if there is none.
         tools: column with the functions that the chat template describes; None if there is none.
         others: all other columns, where no column holds answers and none was named.
+        may_be_blank: whether a conversation whose user says nothing is a prompt, because an environment adds to it.
     """
 
     prompt: str
@@ -74,6 +75,7 @@ class Schema:
     system: str | None = None
     tools: str | None = None
     others: tuple[str, ...] = ()
+    may_be_blank: bool = False
 
     def __str__(self) -> str:
         written = "" if self.answer_format == "verbatim" else f" ({self.answer_format})"
@@ -121,7 +123,7 @@ class Schema:
             ends = self.ends_with_answer or self.prompt.lower() in (*CONVERSATIONS, *PREFERENCES)
             while ends and messages and messages[-1]["role"] == "assistant":
                 messages.pop()
-            return messages if question_of(messages).strip() else None
+            return messages if self.may_be_blank or question_of(messages).strip() else None
         main = _text(value, self.prompt)
         if main is not None and self.parts:
             texts = [_text(lookup(row, part), part) for part in self.parts]

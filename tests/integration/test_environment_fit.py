@@ -98,9 +98,10 @@ def test_a_run_killed_in_every_phase_ends_as_if_never_stopped(straight: Path, tm
 
 
 @pytest.mark.ranks
-def test_two_ranks_hold_the_conversations_of_one(straight: Path, tmp_path: Path) -> None:
-    ranks = ("--trainer.strategy=ddp", "--trainer.devices=2")
-    for done in dots_on_ranks(2, *arguments(tmp_path, "--config=configs/strategy/ddp.yaml", *ranks[1:])):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_two_ranks_hold_the_conversations_of_one(straight: Path, tmp_path: Path, strategy: str) -> None:
+    ranks = (f"--config=configs/strategy/{strategy}.yaml", "--trainer.devices=2", "--trainer.max_steps=2")
+    for done in dots_on_ranks(2, *arguments(tmp_path, *ranks)):
         succeeded(done)
     told = ("prompt_id", "completion", "turns", "reward", "finish_reason")
     ours, theirs = (
@@ -227,3 +228,20 @@ def test_an_environment_that_always_fails_ends_the_run(place: Place) -> None:
     code, told = place.run("fit", "--config", "run.yaml")
     assert code == 2
     assert "the environment failed in all 4 conversations" in told and "ZeroDivisionError" in told
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("select", "--config", "run.yaml", "--method", "ufo", "--keep", "2", "--out", "s.jsonl"),
+        ("worth", "--base", "run.yaml", "--out", "w"),
+    ],
+)
+def test_studies_of_single_turns_are_refused(place: Place, command: tuple[str, ...]) -> None:
+    (place.path / "increment.py").write_text(TRL_EXAMPLE)
+    plain = {"start": "1", "end": "=", "tool": "increment", "argument": "step"}
+    chosen = {"factory": "increment.py:IncrementEnvironment", "protocol": plain}
+    place.config(
+        lambda config: model(config).update(environment={"class_path": "app.environments.Tools", "init_args": chosen})
+    )
+    assert f"dots {command[0]} measures single turns, but model.environment is set" in place.refused(*command)

@@ -20,7 +20,7 @@ from app.objective.options import SurrogateOptions
 from app.objective.packing import ScoredSequence, collate, pack, plan_microbatches, plan_packs
 from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
-from app.reporting.completions import shown_rows, transcript
+from app.reporting.completions import shown_rows
 from app.reporting.run_page import write_report
 from app.runs.folder import run_folder
 from app.runs.record import METRICS
@@ -249,20 +249,7 @@ def test_a_run_trains_replays_counts_and_shows_conversations(tmp_path: Path, mon
             assert row["completion_tokens"] == len(one.token_ids) - 2
             assert row["context"] == run.module.tokenizer.decode(one.context.tolist())
     (shown, *_) = shown_rows(rows, 1)
-    assert shown["completion"] == "assistant: f(1)\n\ntool: <2>\n\nassistant: f(1)"
+    assert shown["completion"] == "Assistant: f(1)\n\nTool: <2>\n\nAssistant: f(1)"
     assert shown["prompt"] == rows[0]["context"]
     (folder / METRICS).write_text('{"step": 0, "reward": 0.5}\n')
-    assert "assistant: f(1)\n\ntool: &lt;2&gt;\n\nassistant: f(1)" in write_report(folder).read_text()
-
-
-def test_a_transcript_has_calls_and_roles_on_lines_of_their_own() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "é"}}}
-    messages = [
-        {"role": "assistant", "content": "Let me see.\nSo:", "tool_calls": [call]},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "name": "add", "content": "3"},
-    ]
-    called = '{"name": "add", "arguments": {"a": "é"}}'
-    assert transcript(json.dumps(messages)) == (
-        f"assistant: Let me see.\nSo:\n{called}\n\nassistant: {called}\n\ntool: 3"
-    )
+    assert "Assistant: f(1)\n\nTool: &lt;2&gt;\n\nAssistant: f(1)" in write_report(folder).read_text()

@@ -707,7 +707,7 @@ def test_intervals_that_cannot_be(given: float, max_steps: int, told: str) -> No
 def module_like(**given: Any) -> Any:
     usual = {
         "sampling": Sampling(num_generations=4, max_completion_length=10), "mini_batches": 3,
-        "max_tokens_per_microbatch": 4096, "engine": None,
+        "max_tokens_per_microbatch": 4096, "engine": None, "environment": None,
         "sampling_of": lambda one: Sampling(num_generations=2 * one.every, temperature=0.5),
     }  # fmt: skip
     return SimpleNamespace(**(usual | given))

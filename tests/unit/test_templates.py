@@ -260,3 +260,38 @@ def test_arguments_that_nothing_reads_are_refused(chat: bool, kwargs: dict[str, 
 def test_a_format_that_cannot_be_applied_is_refused(template: str) -> None:
     with pytest.raises(UserError, match="template '"):
         check_template(template)
+
+
+def test_prompts_show_the_tools_of_their_environment_and_what_is_added_to_them() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    named = "{% if tools %}[{% for tool in tools %}{{ tool.function.name }} {% endfor %}]{% endif %}"
+    tokenizer.chat_template = named + tokenizer.chat_template
+    tools = {
+        name: [{"type": "function", "function": {"name": one}} for one in its]
+        for name, its in {"sums": ("add", "take"), "talk": ()}.items()
+    }
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "?"},
+    ]
+    rows = [
+        {"question": "2+3", "environment": "sums", "answer": "5"},
+        {"question": turns, "environment": "talk", "answer": "6"},
+        {"question": turns[:2], "environment": "talk", "answer": "7"},
+    ]
+    schema = Schema("question", "answer")
+    pool = read_pool(ListTable(rows), schema, Renderer(tokenizer, tools=tools), "x")
+    shown = [tokenizer.decode(list(prompt.token_ids)) for prompt in pool]
+    assert shown[0] == "[add take ]<|user|>2+3<|end|><|assistant|>"
+    assert shown[1] == "<|user|>Hi<|end|><|assistant|>Ho<|end|><|user|>?<|end|><|assistant|>"
+    assert pool[0].extended is not None and pool[1].extended is not None
+    assert tokenizer.decode(list(pool[0].extended("=?"))) == "[add take ]<|user|>2+3=?<|end|><|assistant|>"
+    assert tokenizer.decode(list(pool[1].extended("!"))) == shown[1].replace("?<", "?!<")
+    assert pool[2].extended is None  # it has no last message of the user
+    assert read_pool(ListTable(rows), schema, Renderer(tokenizer), "x")[0].extended is None
+    rows[0]["environment"] = "sum"
+    with pytest.raises(UserError, match=r"'sum', expected one of sums, talk.*did you mean 'sums'"):
+        read_pool(ListTable(rows), schema, Renderer(tokenizer, tools=tools), "x")
+    one = read_pool(ListTable(rows), schema, Renderer(tokenizer, tools={"": tools["sums"]}), "x")
+    assert tokenizer.decode(list(one[0].token_ids)) == shown[0]

@@ -49,6 +49,8 @@ def main(args: list[str]) -> None:
         raise UserError("--base is not the config of a GRPO run. Give one that dots fit trains with.")
     if built.trainer.world_size > 1:
         raise UserError(f"dots worth runs in one process, not in {built.trainer.world_size}. Set trainer.devices: 1.")
+    if module.environment is not None:
+        raise UserError("dots worth measures single turns, but model.environment is set. Set it to null.")
     claim_folder(out, _settings(built, plan, checkpoint), "dots worth")
     (out / "cells").mkdir(exist_ok=True)
     todo = [one for one in plan.cells() if not _file(out, one).is_file()]
