@@ -79,17 +79,24 @@ def test_without_noise_every_conversation_is_right_and_the_calculator_says_what_
 @pytest.mark.parametrize("unaided", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("task", CALCULATIONS)
 def test_steps_are_wrong_as_often_and_in_the_ways_that_are_told(task: str, unaided: float) -> None:
-    """Without a call the result is wrong; with one an operand is, so that the right operation is another."""
+    """Each step is judged by the results before it: without a call the result is wrong, with one an operand is."""
     rng, noise, steps, slips, alone = np.random.default_rng(1), 0.3, 0, 0, 0
     for entry in entries(task, 400):
         found = converse(task, entry["metadata"], noise, Calls(unaided=unaided), rng)
-        text = "".join(found.turns)
-        without = re.findall(r"(?m)^(-?\d+[-+*]-?\d+)=(-?\d+)$", text)
-        assert all(Calculator().calc(operation) != result for operation, result in without)
-        assert len(without) <= found.slips
-        results = re.findall(r"=(-?\d+)\n", text)
-        assert found.answer == results[-1]
-        steps, slips, alone = steps + len(results), slips + found.slips, alone + len(without)
+        written = re.findall(r"(<calc>)?(-?\d+[-+*]-?\d+)(?:</calc>)?=(-?\d+)\n", "".join(found.turns))
+        calculation, wrong = CALCULATIONS[task](entry["metadata"]), 0
+        left, sign, right = next(calculation)
+        for position, (called, operation, result) in enumerate(written):
+            if called:
+                wrong += operation != f"{left}{sign}{right}"
+            else:
+                assert operation == f"{left}{sign}{right}" and Calculator().calc(operation) != result
+                alone += 1
+                wrong += 1
+            if position < len(written) - 1:
+                left, sign, right = calculation.send(int(result))
+        assert wrong == found.slips and found.answer == written[-1][2]
+        steps, slips = steps + len(written), slips + wrong
     assert abs(slips / steps - noise) < 4 * np.sqrt(noise * (1 - noise) / steps)
     assert abs(alone / slips - unaided) <= 4 * np.sqrt(unaided * (1 - unaided) / slips)
 
