@@ -2,7 +2,7 @@
 
 They are the curves of a run of the quickstart, a screenshot of TensorBoard's cockpit, for which chromium and
 chromedriver must be installed, the two accuracies of `make compare`, and the curves of `make calculator`. Folders that
-are not given are made first, which takes minutes. `images/words_and_sums.png` and `images/calculator_compare.png` are of
+are not given are made first, which takes minutes. `images/words_and_sums.png` and `calculator_compare.png` are of
 comparisons that take longer (docs/results.md, docs/environments.md), and `images/step.svg` was drawn by hand.
 """
 
