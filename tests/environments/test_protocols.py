@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from app.environments import Plain, ToolCall
 from app.environments.protocols import protocol_of
 from datamodules.errors import UserError
+from tests.support.policies import TINY
 
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 CALC = Plain("<calc>", "</calc>", "calculate", "expression", "<result>{content}</result>")
@@ -52,6 +53,10 @@ WRITTEN = {
 }
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 HERMES_FORM = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'tool' %}<tool_response>\n{{ {'name': m['name'] or raise_exception('Which tool?'), "
@@ -66,11 +71,16 @@ WRITTEN["hermes"] = '<tool_call>\n{"arguments": {"a": 1, "b": "2"}, "name": "add
 
 @cache
 def tokenizer(template: str = ""):
-    """SmolLM2's tokenizer, with a chat template of another model and that one's special tokens."""
-    made = copy.deepcopy(tokenizer()) if template else AutoTokenizer.from_pretrained("models/smollm2-135m-instruct")
+    """A tokenizer of bytes with the chat template of a model and its special tokens; ChatML without a template."""
+    if not template:
+        made = AutoTokenizer.from_pretrained(TINY)
+        made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        made.eos_token, made.chat_template = "<|im_end|>", CHATML
+        return made
+    made = copy.deepcopy(tokenizer())
     if template == "hermes":
         made.chat_template = {"default": "{{ raise_exception('Not this one!') }}", "tool_use": HERMES_FORM}
-    elif template:
+    else:
         made.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     if template.startswith("llama"):
         special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
