@@ -260,7 +260,7 @@ def test_one_call_for_two_purposes_is_the_two_calls(tmp_path: Path, monkeypatch:
 
 
 def test_references_cannot_share_the_call_of_prompts_rolled_out_ahead() -> None:
-    module, data = MODULE, MODULE
+    module, data = SimpleNamespace(environment=None), MODULE
     for with_training, staleness in ((True, 1), (False, 1), (True, 0)):
         ahead = RolloutAhead(staleness=staleness)
         trainer = trainer_with(callbacks=[ReferenceRollouts(with_training=with_training), ahead])
