@@ -140,6 +140,29 @@ def test_logprobs_are_the_trainers_after_every_one_of_20_updates(started: Vllm, 
     assert gap(held, LONG, before) > 0.1
 
 
+def test_turns_of_conversations_are_those_of_the_policy_after_ten_updates(engine: Vllm, model: PreTrainedModel):
+    for step in range(10):
+        move(model, 0.01, step)
+        engine.push(plain_weights(model), step + 1)
+    talks, rounds = (ScriptedConversations(LONG, seeds(LONG), longest_reply=40) for _ in range(2))
+    engine.converse(talks, Sampling(1, 8))
+    assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
+    assert gap_of_turns(model, talks) < 1e-4
+    assert all(turn.policy_version == 10 for talk in talks.talks for turn in talk.turns)
+    RolloutEngine.converse(engine, rounds, Sampling(1, 8))
+    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in rounds.talks]
+    assert talks.waits > 3  # as they come, not in rounds
+
+
+def test_an_environment_that_fails_leaves_no_request_behind(engine: Vllm, model: PreTrainedModel):
+    talks = ScriptedConversations(LONG, seeds(LONG))
+    talks.next = lambda wait=True: 1 / 0  # type: ignore[assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        engine.converse(talks, Sampling(1, 8))
+    whole = engine.generate(LONG, SAMPLING, seeds(LONG))
+    assert gap(model, LONG, whole) < 1e-4
+
+
 def test_a_push_withheld_is_seen_in_the_logprobs(engine: Vllm, model: PreTrainedModel) -> None:
     assert gap(model, LONG, engine.generate(LONG, SAMPLING, seeds(LONG))) < 1e-4
     move(model)
@@ -405,26 +428,3 @@ def test_weights_reach_other_processes_and_a_killed_one_is_one_line(model: PreTr
     finally:
         engine.close()
     assert not [child for child in psutil.Process().children(recursive=True) if "Worker" in child.name()]
-
-
-def test_turns_of_conversations_are_those_of_the_policy_after_ten_updates(engine: Vllm, model: PreTrainedModel):
-    for step in range(10):
-        move(model, 0.01, step)
-        engine.push(plain_weights(model), step + 1)
-    talks, rounds = (ScriptedConversations(LONG, seeds(LONG), longest_reply=40) for _ in range(2))
-    engine.converse(talks, Sampling(1, 8))
-    assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
-    assert gap_of_turns(model, talks) < 1e-4
-    assert all(turn.policy_version == 10 for talk in talks.talks for turn in talk.turns)
-    RolloutEngine.converse(engine, rounds, Sampling(1, 8))
-    assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in rounds.talks]
-    assert talks.waits > 3  # as they come, not in rounds
-
-
-def test_an_environment_that_fails_leaves_no_request_behind(engine: Vllm, model: PreTrainedModel):
-    talks = ScriptedConversations(LONG, seeds(LONG))
-    talks.next = lambda wait=True: 1 / 0  # type: ignore[assignment,return-value]
-    with pytest.raises(ZeroDivisionError):
-        engine.converse(talks, Sampling(1, 8))
-    whole = engine.generate(LONG, SAMPLING, seeds(LONG))
-    assert gap(model, LONG, whole) < 1e-4
