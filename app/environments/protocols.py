@@ -43,7 +43,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def reply_ids(self, messages: Messages, last_token_is_end: bool) -> list[int]:
-        """Return the tokens to append after the policy's own, up to where it goes on.
+        """Return the tokens to append after the policy's own, up to its next turn.
 
         Args:
             messages: what the environment says, at least one message.
@@ -172,7 +172,7 @@ class ChatProtocol(Protocol):
         return [*([] if last_token_is_end else [self._end_id]), *_ids(self._tokenizer, reply)]
 
     def _split(self, messages: Messages) -> tuple[str, str]:
-        """Return a conversation up to the end of the assistant's turn, and how it goes on with messages."""
+        """Return a conversation up to the end of the assistant's turn, and what the messages add to it."""
         turn: dict[str, Any] = {"role": "assistant", "content": _MARK}
         tool = next((message for message in messages if message["role"] == "tool"), None)
         if tool is not None:

@@ -223,7 +223,7 @@ def _first_gold(columns: Mapping[str, Column], row: int, names: Sequence[str]) -
 
 
 def value_at(columns: Mapping[str, Column], name: str, row: int) -> object:
-    """Return a row's value of a column that there is; a dot leads into a nested one, or None where it leads nowhere."""
+    """Return a row's value of an existing column; a dot reads a nested key, None where it is missing."""
     head, *rest = name.split(".")
     value: object = columns[head][row]
     if rest and isinstance(value, str):

@@ -138,7 +138,7 @@ class VllmServer(FleetOptions, RolloutEngine):
         return self._ahead
 
     def converse(self, conversations: Conversations, sampling: Sampling) -> None:
-        """See `RolloutEngine.converse`. Every conversation goes on as soon as the environment has answered.
+        """See `RolloutEngine.converse`. Every conversation continues when the environment answers.
 
         All turns of a conversation go to one server, whose prefix cache keeps what it has read. If a server is lost,
         only the turns that are missing are generated again.

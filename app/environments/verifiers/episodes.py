@@ -170,7 +170,7 @@ class VerifiersEnvironment(Environment):
         messages = [_plain(one) for one in self._turn.request["messages"]]
         if len(self._traces) > 1 or messages[: len(self._messages)] != self._messages:
             raise NotImplementedError(
-                "the agent does not go on with the conversation that it has begun, but begins another one or changes "
+                "the agent does not continue the conversation that it has begun, but begins another one or changes "
                 "what was said, which cannot be trained on"
             )
         tools = self._turn.request.get("tools") or []
