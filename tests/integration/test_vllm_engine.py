@@ -147,7 +147,7 @@ def test_turns_of_conversations_are_those_of_the_policy_after_ten_updates(engine
     talks, rounds = (ScriptedConversations(LONG, seeds(LONG), longest_reply=40) for _ in range(2))
     engine.converse(talks, Sampling(1, 8))
     assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
-    assert gap_of_turns(model, talks) < 1e-4
+    assert gap_of_turns(model, talks) < 5e-5
     assert all(turn.policy_version == 10 for talk in talks.talks for turn in talk.turns)
     RolloutEngine.converse(engine, rounds, Sampling(1, 8))
     assert [talk.tokens for talk in talks.talks] == [talk.tokens for talk in rounds.talks]

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from app.engines.transformers.shared_cache import SLACK, SharedPromptCache
+from app.engines.transformers.shared_cache import SLACK, SharedContextCache
 from app.objective.packing import PackedBatch, ScoredSequence, collate, pack
 from app.policy.adapters import Lora, add_lora
 from app.policy.fused_layers import fuse_layers
@@ -188,14 +188,14 @@ def step_of(**options: object) -> StepSizes:
 def test_cache_is_the_engines_own() -> None:
     model = Policy(str(TINY)).load().eval()
     shape, rows, prompts = DecoderShape.of(model), 5, 2
-    cache = SharedPromptCache(shape.layers, rows, prompts, columns=28, rows_per_prompt=3)
+    cache = SharedContextCache(shape.layers, rows, prompts, columns=28, rows_per_context=3)
     prefilled = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.arange(24).view(2, 12), past_key_values=prefilled, use_cache=True)
         cache.admit(prefilled, np.array([0, 0, 1, 1, 1]), np.full(rows, 12))
         with attending(model, cache.attention):
             model(input_ids=torch.zeros(5, 1, dtype=torch.long), **cache.inputs(model.device), use_cache=True)
-    buffers = [tensor for layer in [*cache.written, *cache.read] for tensor in (layer.keys, layer.values)]
+    buffers = [tensor for layer in [*cache.written, *cache.contexts] for tensor in (layer.keys, layer.values)]
     held = sum(tensor.untyped_storage().nbytes() for tensor in buffers)
     bounds = {"max_rows": rows, "max_cache_tokens": 10**6, "prefill_tokens": 10**6, "spare_columns": SLACK}
     parts = memory_parts(model, PRECISIONS["32"], step_of(rolled_out=prompts, **bounds))

@@ -27,10 +27,11 @@ from transformers import (
 
 from app.engines import Sampling, Transformers
 from app.engines.transformers import shared_cache, step_graphs
+from app.engines.transformers.cache_layers import WrittenLayer
 from app.engines.transformers.generation import cached_bytes, tokens_that_fit
 from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.schedule import fill_holes, prefill_queue, take_bucket
-from app.engines.transformers.shared_cache import SharedPromptCache, WrittenLayer
+from app.engines.transformers.shared_cache import SharedContextCache
 from app.policy.fused_layers import fuse_layers
 from datamodules.errors import UserError
 from datamodules.types import Completion, Prompt
@@ -290,8 +291,8 @@ def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes
         fuse_layers(model)
     made, sampling = engine(model, max_rows=9, share_prompts=share), Sampling(G, 12)
     caches: list[RowCache] = []
-    admit = SharedPromptCache.admit
-    monkeypatch.setattr(SharedPromptCache, "admit", lambda cache, *given: (caches.append(cache), admit(cache, *given)))
+    admit = SharedContextCache.admit
+    monkeypatch.setattr(SharedContextCache, "admit", lambda cache, *given: (caches.append(cache), admit(cache, *given)))
     grown: set[torch.dtype] = set()
 
     class NotedCache(GrowingCache):
@@ -318,8 +319,8 @@ def test_mixed_precision_casts_weights_once_and_records_what_the_policy_computes
 
     assert max(errors()) < 0.02
     for cache in caches:
-        assert isinstance(cache, SharedPromptCache)
-        buffers = [one for layer in [*cache.written, *cache.read] for one in (layer.keys, layer.values)]
+        assert isinstance(cache, SharedContextCache)
+        buffers = [one for layer in [*cache.written, *cache.contexts] for one in (layer.keys, layer.values)]
         assert {one.dtype for one in buffers if one is not None} == {torch.bfloat16}
     assert bool(caches) == (share and name != "sliding")
     assert grown == (set() if caches else {torch.bfloat16})

@@ -12,10 +12,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from app.engines.ahead import Groups
 from app.engines.base import Completed, Sampling, end_token_ids, limits_of, nonfinite_policy
+from app.engines.transformers.cache_layers import StaticLayer, WrittenLayer
 from app.engines.transformers.kv_cache import GrowingCache, PrefilledCache, RowCache
 from app.engines.transformers.sampler import draw, uniforms
 from app.engines.transformers.schedule import DecodingRows, PromptRows, fill_holes, prefill_queue, take_bucket
-from app.engines.transformers.shared_cache import SharedPromptCache, StaticLayer, WrittenLayer
+from app.engines.transformers.shared_cache import SharedContextCache
 from app.engines.transformers.step_graphs import StepGraphs, StepShape, capture_on
 from app.policy.adapters import causal_lm
 from app.policy.model import plain_attention
@@ -73,12 +74,13 @@ class Generation:
             # The rest of a group takes the place of its pilot, and a turn that of the one before.
             rest = min(self.group - self.begun, self.max_rows)
             alone = rest == 0 and longest is None
-            max_prompts = min(len(self.waiting) if alone else seeds.size, self.max_rows)
-            self.cache = SharedPromptCache(
-                layers, self.max_rows, max_prompts, sampling.max_completion_length,
-                rows_per_prompt=max(rest, *(len(one.samples) for one in self.waiting), 1),
+            max_contexts = min(len(self.waiting) if alone else seeds.size, self.max_rows)
+            self.cache = SharedContextCache(
+                layers, self.max_rows, max_contexts, sampling.max_completion_length,
+                rows_per_context=max(rest, *(len(one.samples) for one in self.waiting), 1),
                 layer=WrittenLayer if self.graphs is None else StaticLayer,
-                longest=longest,
+                # A GPU's buffers stay where they are: its graphs name them, and its memory is not to be fragmented.
+                longest=None if self.device.type == "cpu" and self.graphs is None else longest,
             )  # fmt: skip
         self.rows = DecodingRows()
         self.ends = end_token_ids(engine.model, engine.tokenizer)
@@ -97,7 +99,7 @@ class Generation:
             self.queue_more()
             self.admit()
             if len(self.rows):
-                self._sample(self._step(), first=0)
+                self.sample(self._step(), first=0)
         if self.graphs is not None and self.graphs.failed:
             self.engine.cuda_graphs = False
 
@@ -112,12 +114,16 @@ class Generation:
     def leave(self, rows: np.ndarray) -> None:
         """Take leave of rows (int64 positions among `self.rows`) whose completions have ended, still in the cache."""
 
+    @property
+    def free_rows(self) -> int:
+        """Number of rows that can begin."""
+        return self.max_rows - len(self.rows)
+
     def admit(self) -> None:
         """Prefill waiting prompts if many rows are free (joining interrupts decoding) or no row is left."""
-        free = self.max_rows - len(self.rows)
-        if len(self.rows) and not (self.cache.can_join and free >= self.max_rows // 8):
+        if len(self.rows) and not (self.cache.can_join and self.free_rows >= self.max_rows // 8):
             return
-        while bucket := take_bucket(self.waiting, self.max_rows - len(self.rows), self.engine.prefill_tokens):
+        while bucket := take_bucket(self.waiting, self.free_rows, self.engine.prefill_tokens):
             self.begin_rows(bucket, *self.prefill(bucket))
             if not self.cache.can_join and len(self.rows):
                 return
@@ -137,15 +143,22 @@ class Generation:
 
     def begin_rows(self, bucket: Sequence[PromptRows], logits: torch.Tensor, prefilled: PrefilledCache) -> None:
         """Admit the samples of prompts that have been read, and draw the first token of each."""
-        first, lengths = len(self.rows), np.array([len(prompt.token_ids) for prompt in bucket])
+        lengths = np.array([len(prompt.token_ids) for prompt in bucket])
         source = np.repeat(np.arange(len(bucket)), [len(prompt.samples) for prompt in bucket])
         self.cache.admit(prefilled, source, lengths[source])
-        self.rows.add(np.concatenate([prompt.samples for prompt in bucket]), lengths[source])
-        self._sample(logits[self.to_device(source)], first)
+        self.begin(
+            np.concatenate([prompt.samples for prompt in bucket]), lengths[source], logits[self.to_device(source)]
+        )
+
+    def begin(self, samples: np.ndarray, lengths: np.ndarray, logits: torch.Tensor) -> None:
+        """Draw the first token of samples whose contexts of `lengths` tokens have been read, with `logits` `[n, V]`."""
+        first = len(self.rows)
+        self.rows.add(samples, lengths)
+        self.sample(logits, first)
 
     def _step(self) -> torch.Tensor:
         """Return the logits `[rows, V]` of the next token of all rows."""
-        if self.graphs is not None and isinstance(self.cache, SharedPromptCache):
+        if self.graphs is not None and isinstance(self.cache, SharedContextCache):
             shape, numbers = self.cache.static_numbers(self.rows.token, self.rows.position)
             return self.graphs(shape, numbers)[: len(self.rows)]
         cached = self.cache.inputs(self.device)
@@ -154,11 +167,11 @@ class Generation:
             return self.engine.forward(token[:, None], position[:, None], **cached)
 
     def _static_step(self, shape: StepShape, numbers: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.cache, SharedPromptCache)
+        assert isinstance(self.cache, SharedContextCache)
         with attending(self.lm, self.cache.attention):
             return self.engine.forward(**self.cache.static_inputs(shape, numbers))
 
-    def _sample(self, logits: torch.Tensor, first: int) -> None:
+    def sample(self, logits: torch.Tensor, first: int) -> None:
         """Draw a token for all rows from `first` to the last, and remove finished rows."""
         sample, age = self.rows.sample[first:], self.rows.age[first:].copy()
         uniform = self.to_device(uniforms(self.seeds[sample], age))

@@ -1,20 +1,22 @@
-"""Key-value cache that stores each prompt once for all its completions.
+"""Key-value cache that stores each context once for all rows that read it.
 
-Prompts are right-aligned in separate buffers that are written once. The tokens that rows generate share one column per
-step; a row that joins later has padding before its first column. Positions are encoded in the keys, so a row can begin
-at any column.
+A context is a prompt, which its completions share, or a conversation so far. Contexts begin at the first column of
+separate buffers. The tokens that rows generate share one column per step; a row that joins later has padding before its
+first column. Positions are encoded in the keys, so a row can begin at any column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from app.engines.transformers.decode_attention import DECODE, SharedKeys
+from app.engines.transformers.cache_layers import ContextLayer, StaticLayer, WrittenLayer
+from app.engines.transformers.decode_attention import DECODE, ContextKeys, SharedKeys
 from app.engines.transformers.kv_cache import RowCache
 from app.engines.transformers.schedule import fill_holes
 from app.engines.transformers.step_graphs import StepShape, padded_columns, padded_count
@@ -23,151 +25,20 @@ SLACK = 64
 """Spare columns: the window of generated tokens moves back to the left at most once per this many tokens."""
 
 
-class WrittenLayer(CacheLayerMixin):
-    """Keys and values of generated tokens in one layer: buffers `[max_rows, key_value_heads, columns, head_dim]`.
-
-    The model sees the first `rows` rows and the columns from `first` to `end`.
-    """
-
-    is_sliding = False
-
-    def __init__(self, max_rows: int, columns: int) -> None:
-        super().__init__()
-        self.max_rows, self.columns = max_rows, columns
-        self.rows = self.first = self.end = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # Autocast rotates keys in float32 and then multiplies them in the dtype of values.
-        self.keys, self.values = (
-            value_states.new_empty(self.max_rows, states.shape[1], self.columns, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        return self.keys, self.values
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[rows, key_value_heads, 1, head_dim]` states and return views of the whole window."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        before, self.end = self.end, self.end + key_states.shape[2]
-        keys, values = self.buffers()
-        keys[: self.rows, :, before : self.end] = key_states
-        values[: self.rows, :, before : self.end] = value_states
-        return keys[: self.rows, :, self.first : self.end], values[: self.rows, :, self.first : self.end]
-
-    def admit(self, count: int) -> None:
-        """Append `count` rows without generated tokens."""
-        if self.rows == 0:
-            self.first = self.end = 0
-        elif self.is_initialized:
-            for buffer in self.buffers():
-                # A masked column enters the weighted sum with weight 0, and 0 * NaN is NaN.
-                buffer[self.rows : self.rows + count, :, self.first : self.end] = 0
-        self.rows += count
-
-    def keep(self, rows: int, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
-        """Keep `rows` rows, after moving some into the slots of removed rows."""
-        if len(moved_to) and self.is_initialized:
-            for buffer in self.buffers():
-                buffer[moved_to, :, self.first : self.end] = buffer[moved_from, :, self.first : self.end]
-        self.rows = rows
-
-    def rewind(self) -> None:
-        """Move the window to the buffer's left end."""
-        for buffer in self.buffers():
-            window = buffer[: self.rows, :, self.first : self.end].clone()
-            buffer[: self.rows, :, : window.shape[2]] = window
-        self.first, self.end = 0, self.end - self.first
-
-    def get_seq_length(self) -> int:
-        return self.end - self.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.columns
-
-
-class StaticLayer(WrittenLayer):
-    """The same with views whose shapes and addresses stay: new states go to the column that a tensor names.
-
-    Attributes:
-        column: int64 `[1]`, on the device: where the next states are written.
-        shown: numbers of rows and columns that the model sees; `first` stays 0.
-    """
-
-    column: torch.Tensor
-    shown: tuple[int, int]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        for buffer in self.buffers():
-            buffer.zero_()  # columns are seen, with weight 0, before they are written; 0 * NaN is NaN
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[R, key_value_heads, 1, head_dim]` states and return views of the shown rows and columns."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, columns = self.shown
-        keys, values = self.buffers()
-        for buffer, states in ((keys, key_states), (values, value_states)):
-            buffer[:rows].index_copy_(2, self.column, states.to(buffer.dtype))
-        return keys[:rows, :, :columns], values[:rows, :, :columns]
-
-
-class PromptLayer:
-    """Keys and values of the prompts in one layer: buffers `[max_prompts, key_value_heads, longest, head_dim]`.
-
-    Args:
-        max_prompts: number of prompts that are kept.
-        prefilled: states of the first prompts, for shapes and dtype.
-        longest: maximum number of tokens of a prompt; None for that of the first ones.
-    """
-
-    def __init__(self, max_prompts: int, prefilled: DynamicLayer, longest: int | None = None) -> None:
-        keys, values = _states_of(prefilled)
-        self.longest = longest or keys.shape[2]
-        # Zeros: a masked column enters the weighted sum with weight 0, and 0 * NaN is NaN.
-        self.keys, self.values = (
-            values.new_zeros(max_prompts, states.shape[1], self.longest, states.shape[3]) for states in (keys, values)
-        )
-
-    def admit(self, prefilled: DynamicLayer, first: int) -> None:
-        """Write the left-padded prompts of `prefilled` into the slots from `first` on."""
-        for buffer, states in zip((self.keys, self.values), _states_of(prefilled), strict=True):
-            buffer[first : first + len(states), :, self.longest - states.shape[2] :] = states
-
-    def keep(self, moved_to: torch.Tensor, moved_from: torch.Tensor) -> None:
-        for buffer in (self.keys, self.values):
-            buffer[moved_to] = buffer[moved_from]
-
-
-def _states_of(prefilled: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    assert prefilled.keys is not None
-    assert prefilled.values is not None
-    return prefilled.keys, prefilled.values
-
-
-class SharedPromptCache(RowCache):
+class SharedContextCache(RowCache):
     """Shared cache for models whose layers all attend to the whole context.
 
     Args:
         layers: number of layers of the model.
         max_rows: maximum number of rows decoded together.
-        max_prompts: maximum number of prompts whose rows are decoded together.
+        max_contexts: maximum number of contexts that rows read or that are parked.
         columns: maximum number of tokens that a row can generate.
-        rows_per_prompt: maximum number of a prompt's rows.
+        rows_per_context: maximum number of a context's rows.
         layer: `StaticLayer` for `static_numbers` and `static_inputs` instead of `inputs`.
-        longest: maximum number of tokens of a prompt; None for that of those that are admitted first.
+        longest: maximum number of tokens of a context; None for buffers that grow with them.
+
+    Attributes:
+        parked: the place of each context that is kept though no row reads it, by conversation.
     """
 
     can_join = True
@@ -177,89 +48,142 @@ class SharedPromptCache(RowCache):
         self,
         layers: int,
         max_rows: int,
-        max_prompts: int,
+        max_contexts: int,
         columns: int,
-        rows_per_prompt: int,
+        rows_per_context: int,
         layer: type[WrittenLayer] = WrittenLayer,
         longest: int | None = None,
     ) -> None:
         super().__init__()
         self.longest = longest
-        self.max_rows, self.max_prompts, self.rows_per_prompt = max_rows, max_prompts, rows_per_prompt
+        self.max_rows, self.max_contexts, self.rows_per_context = max_rows, max_contexts, rows_per_context
         self.written = [layer(max_rows, columns + SLACK) for _ in range(layers)]
-        self.read: list[PromptLayer] = []
+        self.contexts: list[ContextLayer] = []
         self.past = Cache(layers=[*self.written])
-        self.prompt_of_row = self.lengths = np.zeros(0, dtype=np.int64)
+        self.context_of_row = self.lengths = np.zeros(0, dtype=np.int64)
+        self.parked: dict[int, int] = {}
 
     def admit(self, prefilled: Cache, source: np.ndarray, lengths: np.ndarray) -> None:
         states = [layer for layer in prefilled.layers if isinstance(layer, DynamicLayer)]
-        self.read = self.read or [PromptLayer(self.max_prompts, layer, self.longest) for layer in states]
-        for written, read, layer in zip(self.written, self.read, states, strict=True):
-            written.admit(len(source))
-            read.admit(layer, len(self.lengths))
-        self.starts = np.concatenate([self.starts, np.full(len(source), self.written[0].end)])
-        self.prompt_of_row = np.concatenate([self.prompt_of_row, source + len(self.lengths)])
+        self.contexts = self.contexts or [ContextLayer(self.max_contexts, layer, self.longest) for layer in states]
         _, first_rows = np.unique(source, return_index=True)
+        self._fit(int(lengths.max()))
+        for context, layer in zip(self.contexts, states, strict=True):
+            context.admit(layer, len(self.lengths), lengths[first_rows])
+        added = source + len(self.lengths)
         self.lengths = np.concatenate([self.lengths, lengths[first_rows]])
+        self._join(added)
+
+    def _join(self, contexts: np.ndarray) -> None:
+        """Append a row without generated tokens for each entry of `contexts`, whose context it reads."""
+        for written in self.written:
+            written.admit(len(contexts))
+        self.starts = np.concatenate([self.starts, np.full(len(contexts), self.written[0].end)])
+        self.context_of_row = np.concatenate([self.context_of_row, contexts])
         self._place_rows()
 
     def keep(self, order: np.ndarray) -> None:
         moved = np.flatnonzero(order != np.arange(len(order)))
         for layer in self.written:
             layer.keep(len(order), torch.from_numpy(moved), torch.from_numpy(order[moved]))
-        self.starts, self.prompt_of_row = self.starts[order], self.prompt_of_row[order]
-        self._drop_finished_prompts()
+        self.starts, self.context_of_row = self.starts[order], self.context_of_row[order]
+        self._drop_unread()
         self._place_rows()
 
-    def states_of(self, rows: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return copies of the keys and values of rows (int64 `[r]`), their prompts included.
+    def _fit(self, tokens: int) -> None:
+        for context in self.contexts if self.longest is None else ():
+            context.fit(tokens)
 
-        Returns:
-            For each row its keys and its values, `[layers, key_value_heads, tokens, head_dim]`. The last token that was
-            drawn for it is not among them: the model has not read it.
+    def park(self, rows: np.ndarray, conversations: np.ndarray) -> None:
+        """Keep what rows (int64 `[r]`) that are about to leave have read and generated, as contexts of conversations.
+
+        Not the last token that was drawn for a row: the model has not read it.
         """
-        prompts, starts = self.prompt_of_row[rows], self.starts[rows]
-        lengths = self.lengths[prompts]
-        longest, first, end = int(lengths.max()), int(starts.min()), self.written[0].end
-        written = self.written if self.written[0].is_initialized else []  # by the second token of any row
-        parts = []
-        for number in (0, 1):
-            of_prompts = [(read.keys, read.values)[number][prompts, :, read.longest - longest :] for read in self.read]
-            of_rows = [layer.buffers()[number][rows, :, first:end] for layer in written]
-            parts.append(torch.cat([torch.stack(of_prompts), *([torch.stack(of_rows)] if written else [])], dim=3))
-        # The tokens of a row's prompt end where its own begin, unless another row has begun before it.
-        found = []
-        for row, (length, start) in enumerate(zip(lengths.tolist(), starts.tolist(), strict=True)):
-            both = (whole[:, row, :, longest - length :] for whole in parts)
-            if start > first:
-                both = (torch.cat([one[:, :, :length], one[:, :, length + start - first :]], dim=2) for one in both)
-            keys, values = both
-            found.append((keys, values))
-        return found
+        contexts = self.context_of_row[rows]
+        # The last row of a context takes it over, the others take copies.
+        readers = np.bincount(self.context_of_row, minlength=len(self.lengths))
+        takes_over = np.zeros(len(rows), dtype=bool)
+        for place in np.flatnonzero(np.bincount(contexts, minlength=len(readers)) == readers):
+            takes_over[np.flatnonzero(contexts == place)[-1:]] = True
+        copied = contexts[~takes_over]
+        if len(copied):
+            copies = len(self.lengths) + np.arange(len(copied))
+            for context in self.contexts:
+                context.copy(torch.from_numpy(copies), torch.from_numpy(copied), int(self.lengths[copied].max()))
+            self.lengths = np.concatenate([self.lengths, self.lengths[copied]])
+            contexts[~takes_over] = copies
+        generated = self.written[0].end - self.starts[rows]
+        self._fit(int((self.lengths[contexts] + generated).max()))
+        for count in np.unique(generated[generated > 0]):
+            its = generated == count
+            into, columns = contexts[its], self.lengths[contexts[its], None] + np.arange(count)
+            source = torch.from_numpy(rows[its])
+            for context, written in zip(self.contexts, self.written, strict=True):
+                keys, values = (buffer[source, :, written.end - count : written.end] for buffer in written.buffers())
+                context.write(torch.from_numpy(into), torch.from_numpy(columns), keys, values)
+        self.lengths[contexts] += generated
+        self.parked |= zip(conversations.tolist(), contexts.tolist(), strict=True)
 
-    def _drop_finished_prompts(self) -> None:
-        alive = np.bincount(self.prompt_of_row, minlength=len(self.lengths)) > 0
+    def forget(self, conversations: Collection[int]) -> None:
+        """Drop parked contexts."""
+        for conversation in conversations:
+            del self.parked[conversation]
+        if conversations:
+            self._drop_unread()
+            self._place_rows()
+
+    def reading(self, conversations: Sequence[int], lengths: np.ndarray, new: int) -> dict[str, object]:
+        """Return the further arguments of a forward that reads the last `new` tokens of parked conversations.
+
+        Their keys and values are written to the parked contexts, those of tokens that had been read once more.
+
+        Args:
+            conversations: `n` of them.
+            lengths: int64 `[n]`: tokens of each conversation, at least `new`.
+            new: `T`.
+        """
+        contexts = np.array([self.parked[one] for one in conversations])
+        self.lengths[contexts] = lengths
+        self._fit(int(lengths.max()))
+        layout = ContextKeys(self.contexts, contexts, lengths[:, None] - new + np.arange(new))
+        return {"past_key_values": layout.past, "layout": layout}
+
+    def resume(self, conversations: Sequence[int]) -> None:
+        """Append a row for each of some parked conversations, which reads its context."""
+        self._join(np.array([self.parked.pop(one) for one in conversations]))
+
+    def _drop_unread(self) -> None:
+        """Drop contexts that no row reads and that are not parked."""
+        alive = np.bincount(self.context_of_row, minlength=len(self.lengths)) > 0
+        alive[list(self.parked.values())] = True
         if alive.all():
             return
         order = fill_holes(alive)
         moved = np.flatnonzero(order != np.arange(len(order)))
-        for layer in self.read if len(moved) else ():
-            layer.keep(torch.from_numpy(moved), torch.from_numpy(order[moved]))
+        if len(moved):
+            width = int(self.lengths[order[moved]].max())
+            for layer in self.contexts:
+                layer.copy(torch.from_numpy(moved), torch.from_numpy(order[moved]), width)
         self.lengths = self.lengths[order]
         place = np.empty(len(alive), dtype=np.int64)
         place[order] = np.arange(len(order))
-        self.prompt_of_row = place[self.prompt_of_row]
+        self.context_of_row = place[self.context_of_row]
+        self.parked = {one: int(place[context]) for one, context in self.parked.items()}
 
     def _place_rows(self) -> None:
-        """Number the rows of every prompt, and record which of its prompt's columns each row sees."""
-        counts = np.bincount(self.prompt_of_row, minlength=len(self.lengths))
-        by_prompt = np.argsort(self.prompt_of_row, kind="stable")
-        within = np.empty_like(by_prompt)
-        within[by_prompt] = np.arange(len(by_prompt)) - np.repeat(np.cumsum(counts) - counts, counts)
+        """Number the rows of every context, and record which of its context's columns each row sees."""
+        counts = np.bincount(self.context_of_row, minlength=len(self.lengths))
+        by_context = np.argsort(self.context_of_row, kind="stable")
+        within = np.empty_like(by_context)
+        within[by_context] = np.arange(len(by_context)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._within = within
-        self._rows, self._places = places_of_rows(self.prompt_of_row, within, self.read[0].keys.shape[1])
+        self._rows, self._places = places_of_rows(self.context_of_row, within, self._heads, len(self.lengths))
         longest = int(self.lengths.max(initial=0))
-        self._unread = np.arange(longest) < (longest - self.lengths[self.prompt_of_row])[:, None]
+        self._unread = np.arange(longest) >= self.lengths[self.context_of_row, None]
+
+    @property
+    def _heads(self) -> int:
+        return self.contexts[0].keys.shape[1]
 
     def _make_room(self) -> None:
         """Move the window of generated tokens to the left if its buffer is full."""
@@ -279,8 +203,8 @@ class SharedPromptCache(RowCache):
         unseen = np.concatenate([self._unread, np.arange(first, end + 1) < self.starts[:, None]], axis=1)
         g, longest = len(self.lengths), self._unread.shape[1]
         layout = SharedKeys(
-            keys=[layer.keys[:g, :, layer.longest - longest :] for layer in self.read],
-            values=[layer.values[:g, :, layer.longest - longest :] for layer in self.read],
+            keys=[layer.keys[:g, :, :longest] for layer in self.contexts],
+            values=[layer.values[:g, :, :longest] for layer in self.contexts],
             rows=torch.from_numpy(self._rows).to(device),
             places=torch.from_numpy(self._places).to(device),
             bias=torch.from_numpy(np.where(unseen, np.float32(-np.inf), np.float32(0))[:, None]).to(device)
@@ -303,37 +227,40 @@ class SharedPromptCache(RowCache):
         column = self.written[0].end
         for layer in self.written:
             layer.end += 1
-        n, heads, longest = len(token), self.read[0].keys.shape[1], self._unread.shape[1]
+        n, heads, longest = len(token), self._heads, self._unread.shape[1]
         shape = StepShape(
             padded_count(n, self.max_rows),
-            padded_count(len(self.lengths), self.max_prompts),
-            padded_columns(longest, self.read[0].longest),
+            padded_count(len(self.lengths), self.max_contexts),
+            padded_columns(longest, self.contexts[0].columns),
             padded_columns(column + 1, self.written[0].columns),
         )
         # A padding row is one of a token that sees everything: nothing that it computes is infinite, or read.
         rows = np.zeros((4, shape.rows), dtype=np.int64)
-        rows[:, :n] = token, position, shape.longest - self.lengths[self.prompt_of_row], self.starts
+        rows[2] = shape.longest
+        rows[:, :n] = token, position, self.lengths[self.context_of_row], self.starts
         places = np.zeros(shape.rows * heads, dtype=np.int64)
-        slots = np.zeros(shape.prompts * heads * self.rows_per_prompt, dtype=np.int64)
-        found, places[: n * heads] = places_of_rows(self.prompt_of_row, self._within, heads, self.rows_per_prompt)
+        slots = np.zeros(shape.contexts * heads * self.rows_per_context, dtype=np.int64)
+        found, places[: n * heads] = places_of_rows(
+            self.context_of_row, self._within, heads, len(self.lengths), self.rows_per_context
+        )
         slots[: len(found)] = found
         return shape, np.concatenate([rows.reshape(-1), [column], places, slots])
 
     def static_inputs(self, shape: StepShape, numbers: torch.Tensor) -> dict[str, Any]:
         """Return the forward's arguments, whose tensors are made of `numbers` on its device."""
-        heads = self.read[0].keys.shape[1]
-        slots = shape.prompts * heads * self.rows_per_prompt
-        rows, column, places, by_prompt = numbers.split([4 * shape.rows, 1, shape.rows * heads, slots])
-        token, position, unread, start = rows.view(4, shape.rows)
+        heads = self._heads
+        slots = shape.contexts * heads * self.rows_per_context
+        rows, column, places, by_context = numbers.split([4 * shape.rows, 1, shape.rows * heads, slots])
+        token, position, length, start = rows.view(4, shape.rows)
         for layer in self.written:
             assert isinstance(layer, StaticLayer)
             layer.column, layer.shown = column, (shape.rows, shape.columns)
-        of_prompt, of_row = (torch.arange(size, device=numbers.device) for size in (shape.longest, shape.columns))
-        seen = torch.cat([of_prompt >= unread[:, None], (of_row >= start[:, None]) & (of_row <= column)], dim=1)
+        of_context, of_row = (torch.arange(size, device=numbers.device) for size in (shape.longest, shape.columns))
+        seen = torch.cat([of_context < length[:, None], (of_row >= start[:, None]) & (of_row <= column)], dim=1)
         layout = SharedKeys(
-            keys=[layer.keys[: shape.prompts, :, layer.longest - shape.longest :] for layer in self.read],
-            values=[layer.values[: shape.prompts, :, layer.longest - shape.longest :] for layer in self.read],
-            rows=by_prompt,
+            keys=[layer.keys[: shape.contexts, :, : shape.longest] for layer in self.contexts],
+            values=[layer.values[: shape.contexts, :, : shape.longest] for layer in self.contexts],
+            rows=by_context,
             places=places,
             bias=torch.zeros(seen.shape, device=numbers.device).masked_fill_(~seen, -torch.inf)[:, None],
         )
@@ -346,20 +273,20 @@ class SharedPromptCache(RowCache):
 
 
 def places_of_rows(
-    prompt_of_row: np.ndarray, within: np.ndarray, heads: int, most: int | None = None
+    context_of_row: np.ndarray, within: np.ndarray, heads: int, contexts: int, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `SharedKeys.rows` and `SharedKeys.places`.
 
     Args:
-        prompt_of_row: int64 `[n]`: 0 .. g - 1, each at least once.
-        within: int64 `[n]`: index of the row among those of its prompt.
+        context_of_row: int64 `[n]`: each below `contexts`.
+        within: int64 `[n]`: index of the row among those of its context.
         heads: number of key-value heads.
-        most: `SharedKeys.W`; None for the largest number of a prompt's rows.
+        contexts: `SharedKeys.g`.
+        most: `SharedKeys.W`; None for the largest number of a context's rows.
     """
     most = int(within.max(initial=-1)) + 1 if most is None else most
-    prompts = int(prompt_of_row.max(initial=-1)) + 1
     head = np.arange(heads)
-    places = (prompt_of_row[:, None] * heads + head) * most + within[:, None]
-    rows = np.zeros(prompts * heads * most, dtype=np.int64)
+    places = (context_of_row[:, None] * heads + head) * most + within[:, None]
+    rows = np.zeros(contexts * heads * most, dtype=np.int64)
     rows[places] = np.arange(len(within))[:, None] * heads + head
     return rows, places.reshape(-1)

@@ -23,7 +23,7 @@ EAGER_STEPS = 4
 """Steps of a shape before it is captured, which costs about as much as these."""
 
 SMALLEST = 8
-"""Smallest padded number of rows or prompts."""
+"""Smallest padded number of rows or contexts."""
 
 COLUMNS = 256
 """Columns of keys and values are padded to a multiple of this."""
@@ -35,13 +35,13 @@ class StepShape:
 
     Attributes:
         rows: rows that are decoded, `R`.
-        prompts: prompts whose keys and values are read, `g`.
-        longest: columns of a prompt, `P`.
+        contexts: contexts whose keys and values are read, `g`.
+        longest: columns of a context, `P`.
         columns: columns of generated tokens, `C`.
     """
 
     rows: int
-    prompts: int
+    contexts: int
     longest: int
     columns: int
 
