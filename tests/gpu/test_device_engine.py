@@ -24,6 +24,7 @@ from tests.gpu.conftest import Measured
 from tests.gpu.shapes import DEVICE, large, mixed, on_gpu, peak, plain, seconds
 from tests.support.policies import TINY
 from tests.support.recorded_step import Recorder
+from tests.support.scripted_conversations import ScriptedConversations, gap_of_turns
 
 POLICY = Policy(str(TINY))
 Groups = Sequence[tuple[Completion, ...]]
@@ -89,6 +90,23 @@ def test_log_probabilities_are_those_of_the_update(
         measured(**{f"{name}_mean": float(gap.mean()), f"{name}_max": float(gap.max())})
         assert float(gap.mean()) < (1e-4 if name == "float32" else 0.05)
         assert float(gap.max()) < (1e-3 if name == "float32" else 1.0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_turns_have_the_log_probabilities_of_a_forward_over_the_conversation(
+    device: torch.device, prompts: list[Prompt], autocast: bool, measured: Measured
+) -> None:
+    """Contexts stay in the cache between turns, at the addresses that CUDA graphs know."""
+    model = causal_lm(POLICY.load()).to(device)
+    engine = Transformers(max_rows=12)
+    engine.setup(model, POLICY.load_tokenizer())
+    talks = ScriptedConversations(prompts, np.arange(len(prompts) * 4).reshape(-1, 4), turns=4, limit=24)
+    with mixed(device) if autocast else plain():
+        engine.converse(talks, Sampling(num_generations=1, max_completion_length=24))
+        assert {len(talk.turns) for talk in talks.talks} == {1, 2, 3, 4}
+        gap = gap_of_turns(model, talks)
+    measured(**{f"turns_{'mixed' if autocast else 'float32'}_max": gap})
+    assert gap < (1.0 if autocast else 1e-3)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -101,10 +101,12 @@ class EqualConversations(ScriptedConversations):
 @torch.no_grad()
 def gap_of_turns(model: torch.nn.Module, talks: ScriptedConversations, temperature: float = 1.0) -> float:
     """Return the largest difference between the turns' log-probabilities and those of a plain forward of the whole."""
-    largest = 0.0
+    largest, device = 0.0, next(model.parameters()).device
     for talk in talks.talks:
-        ids = torch.tensor([[*talk.prompt.token_ids, *talk.tokens]])
-        logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        ids = torch.tensor([[*talk.prompt.token_ids, *talk.tokens]], device=device)
+        logits = model(ids).logits[0, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logprobs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
         place = len(talk.prompt.token_ids) - 1
         for turn, reply in zip(talk.turns, [*talk.replies, ()], strict=True):
             expected = logprobs[place : place + len(turn.token_ids)].numpy()
