@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.engines import Sampling, Transformers
+from app.engines.base import RolloutEngine
+from app.engines.turns import TurnRequest
 from app.environments import Plain, Tools
-from app.environments.conversations import EnvironmentRollouts
+from app.environments.conversations import EnvironmentRollouts, PolicyConversations
 from app.environments.protocols import protocol_of
-from app.environments.sessions import Sessions
+from app.environments.sessions import Event, Sessions
 from datamodules.seeding import sample_seeds
 from datamodules.types import Completion, Prompt
 from tests.support.policies import TINY
@@ -148,7 +150,37 @@ def test_a_conversation_is_the_tokens_that_were_generated_and_those_that_were_sa
             assert one.outcome.reward == one.outcome.calls - one.outcome.failed_calls
         assert len(draws) <= 1  # all completions of a prompt have the same task
     assert several > 12
-    assert retokenised > 5  # so that a conversation which was tokenised again would be another one
+    assert retokenised > 5
+
+
+def test_a_context_that_is_tokenised_again_is_found_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sessions: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The comparison with a plain forward must fail where a turn begins with the text so far, tokenised again."""
+    heard = PolicyConversations._heard
+
+    def again(self: PolicyConversations, event: Event) -> TurnRequest | None:
+        request = heard(self, event)
+        if request is None:
+            return None
+        text = tokenizer.decode(request.prompt.token_ids)
+        tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return replace(request, prompt=replace(request.prompt, token_ids=tokens))
+
+    monkeypatch.setattr(PolicyConversations, "_heard", again)
+    monkeypatch.setattr(Transformers, "converse", RolloutEngine.converse)  # which reads what it is given
+    batch = prompts(tokenizer, *[""] * 6)
+    groups = rollouts(model, tokenizer, sessions).generate(batch, SAMPLING, seeds(batch))
+    found = [
+        np.allclose(one.logprobs[one.generated], expected[one.generated], atol=2e-5)
+        for prompt, group in zip(batch, groups, strict=True)
+        for one in group
+        for expected in [logprobs_of(model, prompt.token_ids, one.token_ids.tolist())]
+    ]
+    assert found.count(False) > 2
 
 
 def test_a_conversation_depends_on_its_seed_alone(
