@@ -9,8 +9,10 @@ import torch
 
 from datamodules.difficulty.calibration import sigmoid
 
-KEPT = 0.98
-"""Weight of a batch relative to the next one: about the last fifty count."""
+KEPT = np.array([0.98, 0.96, 0.92, 0.84, 0.68])
+"""Weights of a batch relative to the next one, float64 `[K]`: about the latest fifty count, 25, 12, six or three."""
+DISCOUNT = 0.99
+"""Weight of a batch's evidence for each of them, relative to the next batch's (Raftery et al. 2010, section 2.2)."""
 CLIP = 1e-4
 """Probabilities nearer to 0 or 1 than this are treated alike: their log-odds stay finite."""
 _SHIFTS = np.array([2.0, 1.6])
@@ -19,8 +21,9 @@ the first one."""
 _EXPECTED = np.array([0.0, 1.0, 0.0, 0.0])
 _PRECISION = np.diag([2.0, 2.0, 2.0, 2.0])
 """Prior precision of the weights around `_EXPECTED`, the forecast as it is; a dozen outcomes outweigh it."""
+_START = _EXPECTED, _PRECISION, _SHIFTS
 _BINS = 10
-_STATE = ("weights", "precision", "shifts", "bins")
+_STATE = ("weights", "precision", "shifts", "evidence", "bins")
 _ITERATIONS, _LARGEST_STEP, _NEGLIGIBLE_STEP = 40, 0.5, 1e-9
 
 
@@ -52,30 +55,43 @@ class Calibration:
     is Bayesian: the posterior of one batch, widened, is the prior of the next (Laplace's approximation; Spiegelhalter &
     Lauritzen 1990, "Sequential updating of conditional probabilities on directed graphical structures").
 
+    How fast the model's errors change depends on the run. So there is a regression for each rate of forgetting in
+    `KEPT`, and a promise is their mean, weighted by how well each has predicted the batches so far (Raftery, Karny &
+    Ettler 2010, "Online prediction under model uncertainty via dynamic model averaging").
+
     Attributes:
-        weights: float64 `[4]` of the columns of `design`.
-        precision: float64 `[4, 4]` of the belief over them.
-        shifts: float64 `[2]` number of batches and the expected sum of their squared shifts, older ones counting less.
+        weights: float64 `[K, 4]` of the columns of `design`, by rate of forgetting.
+        precision: float64 `[K, 4, 4]` of the beliefs over them.
+        shifts: float64 `[K, 2]` number of batches and the expected sum of their squared shifts, older ones counting
+            less.
+        evidence: float64 `[K]` log-probabilities given to the outcomes of the batches, older ones counting less.
         bins: float64 `[10, 3]` by calibrated probability: outcomes, their summed probabilities made before them, and
             how many were informative.
     """
 
     def __init__(self) -> None:
-        self.weights, self.precision, self.shifts = _EXPECTED.copy(), _PRECISION.copy(), _SHIFTS.copy()
-        self.bins = np.zeros((_BINS, 3))
+        self.weights, self.precision, self.shifts = (np.stack([one] * len(KEPT)) for one in _START)
+        self.evidence, self.bins = np.zeros(len(KEPT)), np.zeros((_BINS, 3))
 
     @property
-    def variance(self) -> float:
-        """Variance of the log-odds' shift that all outcomes of a batch have in common."""
-        return float(self.shifts[1] / self.shifts[0])
+    def variance(self) -> np.ndarray:
+        """Variance of the log-odds' shift that all outcomes of a batch have in common, float64 `[K]`."""
+        return self.shifts[:, 1] / self.shifts[:, 0]
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Weights of the rates of forgetting in a promise, float64 `[K]`; their sum is 1."""
+        likelihood = np.exp(self.evidence - self.evidence.max())
+        return likelihood / likelihood.sum()
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """Return calibrated probabilities, float64 `[N]`, of prompts with the `design` `[N, 4]`.
 
-        They are the means over the batch's shift, approximately (MacKay 1992, "The evidence framework applied to
-        classification networks", equation 10).
+        Those of each rate are the means over the batch's shift, approximately (MacKay 1992, "The evidence framework
+        applied to classification networks", equation 10).
         """
-        return sigmoid(rows @ (self.weights / np.sqrt(1 + np.pi / 8 * self.variance)))
+        weights = self.weights / np.sqrt(1 + np.pi / 8 * self.variance)[:, None]
+        return np.sum([share * sigmoid(rows @ one) for share, one in zip(self.shares, weights, strict=True)], axis=0)
 
     def learn(self, rows: np.ndarray, informative: np.ndarray) -> None:
         """Score the promises of a batch with the `design` `[N, 4]` against its outcomes, then learn from them.
@@ -86,29 +102,36 @@ class Calibration:
         places = np.minimum((promised * _BINS).astype(np.int64), _BINS - 1)
         for column, values in enumerate((np.ones(len(promised)), promised, informative)):
             self.bins[:, column] += np.bincount(places, values, _BINS)
-        width = len(self.weights)
+        width = self.weights.shape[1]
         rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)  # the last weight is the batch's shift
-        prior = np.zeros((width + 1, width + 1))
-        prior[:width, :width] = KEPT * self.precision + (1 - KEPT) * _PRECISION
-        prior[width, width] = 1 / self.variance
-        before = np.append(self.weights, 0.0)
+        prior = np.zeros((len(KEPT), width + 1, width + 1))
+        kept = KEPT[:, None, None]
+        prior[:, :width, :width] = kept * self.precision + (1 - kept) * _PRECISION
+        prior[:, width, width] = 1 / self.variance
+        before = np.pad(self.weights, ((0, 0), (0, 1)))
         weights, precision = before, prior
         for _ in range(_ITERATIONS):
-            expected = sigmoid(rows @ weights)
-            gradient = rows.T @ (informative - expected) - prior @ (weights - before)
-            precision = (rows.T * (expected * (1 - expected))) @ rows + prior
-            step = np.linalg.solve(precision, gradient)
-            largest = float(np.abs(step).max())
+            expected = sigmoid(weights @ rows.T)
+            gradient = (informative - expected) @ rows - _times(prior, weights - before)
+            precision = (rows.T * (expected * (1 - expected))[:, None]) @ rows + prior
+            step = np.linalg.solve(precision, gradient[..., None])[..., 0]
+            largest = np.abs(step).max(axis=1, keepdims=True)
             # Far from the optimum the curvature vanishes and a whole step of Newton's would leap across it.
-            weights = weights + step / max(1.0, largest / _LARGEST_STEP)
-            if largest < _NEGLIGIBLE_STEP:
+            weights = weights + step / np.maximum(1.0, largest / _LARGEST_STEP)
+            if largest.max() < _NEGLIGIBLE_STEP:
                 break
-        self.weights = weights[:width]
+        log_odds, moved = weights @ rows.T, weights - before
+        likelihood = (informative * log_odds - np.logaddexp(0, log_odds)).sum(axis=1)
+        likelihood -= 0.5 * (moved * _times(prior, moved)).sum(axis=1)
+        occam = 0.5 * (np.linalg.slogdet(prior)[1] - np.linalg.slogdet(precision)[1])
+        self.evidence = DISCOUNT * self.evidence + likelihood + occam
+        self.weights = weights[:, :width]
         # The shift is gone with its batch: the precision of the others without knowing it.
-        shared = precision[:width, width]
-        self.precision = precision[:width, :width] - np.outer(shared, shared) / precision[width, width]
-        square = weights[width] ** 2 + np.linalg.inv(precision)[width, width]
-        self.shifts = KEPT * self.shifts + (1 - KEPT) * _SHIFTS + np.array([1.0, square])
+        shared, own = precision[:, :width, width], precision[:, width, width]
+        self.precision = precision[:, :width, :width] - shared[:, :, None] * shared[:, None] / own[:, None, None]
+        square = weights[:, width] ** 2 + np.linalg.inv(precision)[:, width, width]
+        counted = np.stack([np.ones(len(KEPT)), square], axis=1)
+        self.shifts = KEPT[:, None] * self.shifts + (1 - KEPT[:, None]) * _SHIFTS + counted
 
     @property
     def error(self) -> float:
@@ -121,4 +144,10 @@ class Calibration:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state."""
-        self.weights, self.precision, self.shifts, self.bins = (state[name].numpy().copy() for name in _STATE)
+        arrays = (state[name].numpy().copy() for name in _STATE)
+        self.weights, self.precision, self.shifts, self.evidence, self.bins = arrays
+
+
+def _times(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Return the products of `[K, n, n]` with `[K, n]`, `[K, n]`."""
+    return np.einsum("kij,kj->ki", matrices, vectors)
