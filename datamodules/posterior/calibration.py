@@ -12,7 +12,7 @@ from datamodules.difficulty.calibration import sigmoid
 KEPT = np.array([0.98, 0.96, 0.92, 0.84, 0.68])
 """Weights of a batch relative to the next one, float64 `[K]`: about the latest fifty count, 25, 12, six or three."""
 DISCOUNT = 0.99
-"""Weight of a batch's evidence for each of them, relative to the next batch's (Raftery et al. 2010, section 2.2)."""
+"""Weight of a batch's evidence for each of them, relative to the next batch's (Raftery et al. 2010)."""
 CLIP = 1e-4
 """Probabilities nearer to 0 or 1 than this are treated alike: their log-odds stay finite."""
 _SHIFTS = np.array([2.0, 1.6])
