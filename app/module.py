@@ -285,7 +285,7 @@ class GRPOModule(LightningModule):
         if self._checked_pools is not data.pools:  # once: `prepare_data` may have set up before
             self._checked_pools = data.pools
             self.measured = metrics_of_sets(data, self.scorer.names, self.sampling_of, self.pass_at_k)
-            check_rewards(data, self.scorer)
+            check_rewards(data, self.scorer, self.sessions)
         check_tokens(data, self.policy, self.tokenizer)
         if stage != "fit":
             return

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-PHASES = ("select", "rollout", "reference", "reward", "update", "sync", "validate", "checkpoint")
+PHASES = ("select", "rollout", "environment", "reference", "reward", "update", "sync", "validate", "checkpoint")
 STEP_PHASES = tuple(phase for phase in PHASES if phase not in ("validate", "checkpoint"))
 """Phases that belong to a step; the others lie between steps."""
 
@@ -132,6 +132,11 @@ class Ledger:
         if self._phases:
             self._timed.append((self._phases[-1], self._since, now))
         self._since = now
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Let seconds that were timed as one phase count as another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     def count(self, name: str, amount: float = 1) -> None:
         """Add an amount to the count of that name."""

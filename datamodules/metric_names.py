@@ -155,6 +155,7 @@ METRIC_NAMES = tuple(
         ("time/training", "s", "training clock: sum of all steps, without validation and checkpoints"),
         ("time/rollout_overlapped", "s", "generation that updates hid: what RolloutAhead saved"),
         ("time/pilots_dropped", "s", "rollout seconds of pilots that were not completed, by tokens (Pilots)"),
+        ("time/environment", "s", "waiting of training rollouts for the environment: nothing was generated"),
         ("time/*", "s", "select, rollout, reference, reward, update or sync; on a GPU until its work is done"),
         ("ranks/update_token_imbalance", "fraction", "excess of the largest rank's tokens over the mean"),
         ("val/accuracy", "fraction", "validation completions that are correct, failed ones not; mean over prompts"),
@@ -170,6 +171,10 @@ METRIC_NAMES = tuple(
         ("val/unscored_fraction", "fraction", "validation completions to which no correctness reward applies"),
         ("val/reward", "", "mean reward of the validation completions"),
         ("val/completions/mean_length", "tokens", "their mean length"),
+        ("val/environment/turns", "turns", "mean number of the policy's turns in validation conversations"),
+        ("val/environment/failed", "conversations", "validation conversations whose environment failed"),
+        ("val/tools/call_frequency", "calls", "tool calls per validation conversation"),
+        ("val/tools/failure_frequency", "fraction", "those that raised an error or named no tool"),
         ("val/*=*/accuracy", "fraction", "accuracy on the prompts with one value of a column (`tags` of the set)"),
         ("val/*=*/prompts", "prompts", "these prompts"),
         ("test/*", "", "as val/*, on the test prompts (`dots test`)"),
@@ -177,7 +182,7 @@ METRIC_NAMES = tuple(
         ("train/loss", "nats", "cross-entropy per completion token (pretraining)"),
         ("val/informative_fraction", "fraction", "validation groups with both outcomes (pretraining)"),
         ("val/accuracy_*", "fraction", "accuracy on one task (pretraining)"),
-        ("val/*/*", "", "as val/*, of one of several validation sets; val/* is their mean, or sum of prompts"),
+        ("val/*/*", "", "as val/*, of one of several validation sets; val/* is their mean, or sum of counts"),
     )
 )  # fmt: skip
 

@@ -281,7 +281,7 @@ class Place:
         yield from _findings(self._rewards)
 
     def _rewards(self) -> Iterator[Finding]:
-        check_rewards(self.data, self.module.scorer)
+        check_rewards(self.data, self.module.scorer, self.module.sessions)
         yield Finding("rewards", f"{', '.join(self.module.scorer.names)} read the answers")
 
 

@@ -34,6 +34,10 @@ class Conversations(ABC):
     `wait`) at moments that depend on nothing but the turns generates the same batches again.
     """
 
+    waited: float = 0.0
+    """Seconds in which the engine had nothing to generate, or left it until the environment had answered. `begin` and
+    `next` add those that they wait; an engine that waits by itself adds its own."""
+
     @property
     @abstractmethod
     def longest(self) -> int:

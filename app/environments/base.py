@@ -62,6 +62,11 @@ class Environment(ABC):
             calls: the tool calls in it.
         """
 
+    @property
+    def scores_itself(self) -> bool:
+        """Whether `reward` may return a score; False if it is known that it never does."""
+        return type(self).reward is not Environment.reward
+
     def reward(self) -> float | None:
         """Return its own reward for the conversation so far; None if it has none."""
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,6 +70,9 @@ class EnvironmentRollouts:
         tokenizer: the policy's.
         sessions: the environment's processes; started with the first conversation.
         context_length: maximum number of tokens of a prompt and its conversation; None if it is not known.
+
+    Attributes:
+        waited: seconds so far in which nothing was generated because the environment had yet to answer.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class EnvironmentRollouts:
     ) -> None:
         self.engine, self.options, self.protocol = engine, options, protocol
         self.tokenizer, self.sessions, self.context_length = tokenizer, sessions, context_length
+        self.waited = 0.0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> Groups:
         """Return `G` conversations of each prompt, in order; see `RolloutEngine.generate`.
@@ -104,6 +109,7 @@ class EnvironmentRollouts:
         except BaseException:
             self.sessions.close()  # the next conversation starts them again
             raise
+        self.waited += conversations.waited
         size = sampling.num_generations
         completions = conversations.completions()
         return [tuple(completions[first : first + size]) for first in range(0, len(completions), size)]
@@ -180,7 +186,9 @@ class PolicyConversations(Conversations):
     def next(self, wait: bool = True) -> list[TurnRequest]:
         found: dict[int, TurnRequest] = {}
         while self.outstanding:
+            started = time.perf_counter()
             events = self.sessions.events(None if wait else 0.0)
+            self.waited += time.perf_counter() - started if wait else 0.0
             for event in events:
                 if (request := self._heard(event)) is not None:
                     found[event.key] = request

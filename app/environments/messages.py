@@ -26,7 +26,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Describe:
-    """Ask for the schemas of all tools."""
+    """Ask for the schemas of all tools, and which environments score themselves."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Answer:
         reply: with "replied".
         reward: with "finished".
         schemas: with "described", by name of the environment.
+        unscored: with "described", names of the environments that never have a reward of their own.
         pickled: the final object, with "finished"; not part of the JSON.
     """
 
@@ -79,6 +80,7 @@ class Answer:
     reply: Reply | None = None
     reward: float | None = None
     schemas: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unscored: list[str] = field(default_factory=list)
     pickled: bytes | None = None
 
     def encode(self) -> bytes:
@@ -110,6 +112,7 @@ class Answer:
             and (self.observation is None or isinstance(self.observation, str))
             and (reward is None or (isinstance(reward, int | float) and abs(reward) <= MAX_SCORE))
             and isinstance(self.schemas, dict)
+            and isinstance(self.unscored, list)
             and (
                 reply is None
                 or (

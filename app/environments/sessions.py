@@ -99,7 +99,7 @@ class Sessions:
         self._conversations: dict[int, _Process] = {}
         self._queue: dict[int, Open] = {}
         self._events: list[Event] = []
-        self._schemas: dict[str, list[dict[str, Any]]] | None = None
+        self._description: Answer | None = None
         self._failed_starts = 0
         self._numbers = count(frames.SETUP + 1)
 
@@ -125,15 +125,22 @@ class Sessions:
         Raises:
             UserError: the environment's code cannot be imported in time, or is not what it should be.
         """
-        if self._schemas is None:
+        return self._described().schemas
+
+    def unscored(self) -> frozenset[str]:
+        """Return the names of the environments that have no reward of their own. Raises UserError as `describe`."""
+        return frozenset(self._described().unscored)
+
+    def _described(self) -> Answer:
+        if self._description is None:
             process = self._spawn()
             try:
                 self._ask(process, "described", Describe())
-                while self._schemas is None:
+                while self._description is None:
                     self._wait(None)
             finally:  # a process without the memory of what describing it takes serves conversations
                 self._discard(process)
-        return self._schemas
+        return self._description
 
     def open(self, key: int, columns: Mapping[str, Any], seed: int) -> None:
         """Begin a conversation, as soon as a process is free.
@@ -306,7 +313,7 @@ class Sessions:
     def _handle_result(self, process: _Process, answer: Answer) -> None:
         key = process.key
         if answer.kind == "described":
-            self._schemas = answer.schemas
+            self._description = answer
         elif key is None:  # abandoned
             self._free.append(process)
             self._serve_queue()

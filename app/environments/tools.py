@@ -123,6 +123,10 @@ class ToolEnvironment(Environment):
             messages.append({"role": "tool", "name": call.name, "content": content})
         return Reply(messages, done=not calls, calls=len(calls), failed_calls=failed)
 
+    @property
+    def scores_itself(self) -> bool:
+        return self._get_reward is not None
+
     def reward(self) -> float | None:
         return None if self._get_reward is None else self._result(self._get_reward())
 

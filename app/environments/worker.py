@@ -93,7 +93,9 @@ class _Process:
         if isinstance(request, Describe):
             for name in self._options.names:
                 yield from self._build(name)
-            yield Answer("described", schemas={name: built.tools() for name, built in self._built.items()})
+            schemas = {name: built.tools() for name, built in self._built.items()}
+            unscored = [name for name, built in self._built.items() if not built.scores_itself]
+            yield Answer("described", schemas=schemas, unscored=unscored)
         elif isinstance(request, Open):
             self._limit_memory()
             name, columns = self._chosen(dict(request.columns))

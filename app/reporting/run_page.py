@@ -180,12 +180,12 @@ def _cards(summary: RunSummary | None, curves: Mapping[str, Curve]) -> dict[str,
 
 
 def _phases(summary: RunSummary | None) -> list[tuple[str, float, float, float]]:
-    """Return name, seconds, seconds per step and share of all phases' seconds."""
+    """Return name, seconds, seconds per step and share of all phases' seconds, of each phase that took time."""
     if summary is None:
         return []
-    whole = sum(summary.seconds.get(name, 0.0) for name in PHASES)
-    seconds = {name: summary.seconds.get(name, 0.0) for name in PHASES}
-    return [(name, one, one / max(1, summary.steps), one / whole if whole else 0.0) for name, one in seconds.items()]
+    seconds = {name: summary.seconds[name] for name in PHASES if summary.seconds[name]}
+    whole = sum(seconds.values())
+    return [(name, one, one / max(1, summary.steps), one / whole) for name, one in seconds.items()]
 
 
 def _tasks(prompts: pd.DataFrame) -> list[dict[str, str]]:

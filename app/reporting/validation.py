@@ -20,6 +20,25 @@ CORRECT = 0.5
 """A completion counts as correct when its correctness reward is above this."""
 
 
+CONVERSATION_COUNTS = (
+    "environment/conversations", "environment/turns", "environment/failed", "tools/calls", "tools/failed_calls",
+)  # fmt: skip
+"""Names of the counts of conversations with an environment in a ledger."""
+
+
+def conversation_metrics(counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of conversations with an environment by name, given `CONVERSATION_COUNTS`; none of none."""
+    conversations, turns, failed, calls, failed_calls = (counts.get(name, 0.0) for name in CONVERSATION_COUNTS)
+    if not conversations:
+        return {}
+    return {
+        "environment/turns": turns / conversations,
+        "environment/failed": failed,
+        "tools/call_frequency": calls / conversations,
+        "tools/failure_frequency": failed_calls / max(1.0, calls),
+    }
+
+
 class PromptMean:
     """Mean over prompts, summed in float64, with the values that it is the mean of."""
 
@@ -112,6 +131,7 @@ class ValidationMetrics:
         self.majority_at = {k: PromptMean() for k in self._ks if k > 1}
         self._by_reward = {name: PromptMean() for name in self._rewards}
         self._by_tag: dict[str, PromptMean] = {}
+        self._conversations = dict.fromkeys(CONVERSATION_COUNTS, 0.0)
         self.measured = False
         """Whether there has been a batch."""
 
@@ -123,6 +143,8 @@ class ValidationMetrics:
             counts: those of its ledger, which know of the completions that are not in the groups.
         """
         self.measured = True
+        for name in CONVERSATION_COUNTS if counts is not None else ():
+            self._conversations[name] += counts.get(name, 0.0)
         if counts is not None and (completions := counts["rewards/completions"]):
             self.unscored.update(counts["rewards/unscored"] / completions, completions)
             self.failed.update(counts["rewards/failed"] / completions, completions)
@@ -174,6 +196,7 @@ class ValidationMetrics:
                 }
         for tag, mean in sorted(self._by_tag.items()):
             values |= {f"{tag}/accuracy": float(mean.compute()), f"{tag}/prompts": float(mean.prompts)}
+        values |= conversation_metrics(self._conversations)
         return {f"{stage}/{name}": value for name, value in values.items()}
 
     def bootstrap(self, *context: str | int) -> dict[str, np.ndarray]:
@@ -190,7 +213,7 @@ class ValidationMetrics:
 
 
 def mean_over_sets(stage: str, sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the metrics that all sets have, averaged over the sets; the numbers of prompts are added up.
+    """Return the metrics that all sets have, averaged over the sets; numbers of prompts and failures are added up.
 
     Args:
         stage: the prefix of the returned names, e.g. "val".
@@ -201,7 +224,7 @@ def mean_over_sets(stage: str, sets: Mapping[str, Mapping[str, float]]) -> dict[
     found = {}
     for name in shared:
         total = sum(one[name] for one in plain)
-        found[f"{stage}/{name}"] = total if name.endswith("prompts") else total / len(plain)
+        found[f"{stage}/{name}"] = total if name.endswith(("prompts", "environment/failed")) else total / len(plain)
     return found
 
 

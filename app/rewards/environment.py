@@ -22,12 +22,12 @@ class Environment(Reward):
         """Return `columns["environment_rewards"]`.
 
         Raises:
-            UserError: an environment gave none.
+            UserError: an environment gave none. One of `app.environments.Tools` without `get_reward` is refused before.
         """
         rewards: Scores = columns["environment_rewards"]
         if None in rewards:
             raise UserError(
-                f"Reward {self.name!r} is what the environment's get_reward returns, but it has no get_reward. Give it "
-                "one, or choose rewards that score the conversation."
+                f"Reward {self.name!r} is the environment's own score (get_reward), but it gave a conversation none. "
+                "Let it give every conversation a number, or choose rewards that score the conversation."
             )
         return rewards

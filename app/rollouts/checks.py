@@ -8,14 +8,16 @@ from itertools import chain
 from transformers import PreTrainedTokenizerBase
 
 from app.engines import Sampling
+from app.environments.sessions import Sessions
 from app.policy.model import Policy
 from app.reporting.validation import ValidationMetrics
-from app.rewards import RewardScorer
+from app.rewards import Environment, RewardScorer
 from app.rewards.answers import check_answers, gold_columns
 from app.rewards.code.reward import Code
 from datamodules.errors import UserError
 from datamodules.mixture import Mixture
 from datamodules.online import OnlinePromptDataModule
+from datamodules.pool import PromptPool
 from datamodules.prompts.reading import reward_columns
 from datamodules.validation import ValidationSet
 
@@ -56,11 +58,17 @@ def metrics_of_sets(
     return found
 
 
-def check_rewards(data: OnlinePromptDataModule, scorer: RewardScorer) -> None:
+def check_rewards(data: OnlinePromptDataModule, scorer: RewardScorer, sessions: Sessions | None) -> None:
     """Read the answers of every source and set, and score the answer of its first prompt.
 
+    Args:
+        data: the pools and sets, read.
+        scorer: has the rewards.
+        sessions: the environment's; None without one.
+
     Raises:
-        UserError: a reward cannot read the answers, or cannot work; see `RewardScorer.try_out`.
+        UserError: a reward cannot read the answers, cannot work (see `RewardScorer.try_out`), or is that of an
+            environment which has none.
     """
     tried = []
     for name, pool in data.pools.items():
@@ -69,6 +77,8 @@ def check_rewards(data: OnlinePromptDataModule, scorer: RewardScorer) -> None:
                 continue
             where = f"data.{name}.{part}".rstrip(".").replace("/", ".", 1)
             rewards = [scorer.rewards[place] for place in scorer.applying_to(its[0], where)]
+            if sessions is not None and (own := [one for one in rewards if isinstance(one, Environment)]):
+                _check_scores_itself(own[0].name, its, sessions, where)
             rows = reward_columns(its, gold_columns(rewards))
             check_answers(rewards, its.ids, rows, f"the {part or name} prompts")
             for reward in rewards:
@@ -76,6 +86,23 @@ def check_rewards(data: OnlinePromptDataModule, scorer: RewardScorer) -> None:
                     reward.check_tests(its.ids, reward_columns(its, reward.columns_read), f"the {part or name} prompts")
             tried.append(its[0])
     scorer.try_out(tried)
+
+
+def _check_scores_itself(reward: str, pool: PromptPool, sessions: Sessions, where: str) -> None:
+    """Raise UserError if prompts that the environment is to score are of one that has no reward of its own."""
+    if not (unscored := sessions.unscored()):
+        return
+    names = {str(columns.get("environment")) for columns in reward_columns(pool, ["environment"])}
+    if "" in unscored:  # the only one
+        which = ""
+    elif lacking := sorted(names & unscored):
+        which = f" {lacking[0]!r}, which prompts of {where} name,"
+    else:
+        return
+    raise UserError(
+        f"Reward {reward!r} is what the environment's get_reward returns, but the environment{which} has no "
+        "get_reward. Give it one, or choose rewards that score the conversation."
+    )
 
 
 def check_tokens(data: OnlinePromptDataModule, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -98,7 +98,12 @@ class RolloutPipeline:
         self.engine, self.scorer, self.seed, self.ranks = engine, scorer, seed, ranks
         self.precision, self.trainer_state = precision, trainer_state
         self._whole_policy = whole_policy if engine.uses_policy else None
-        self.generator = environment or engine
+        self.generator, self._environment = environment or engine, environment
+
+    @property
+    def _waited(self) -> float:
+        """Seconds so far that the engine waited for the environment."""
+        return 0.0 if self._environment is None else self._environment.waited
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -145,7 +150,8 @@ class RolloutPipeline:
         """Roll out the prompts of several requests in one call of the engine, and return the groups of each, in order.
 
         Samples have the seeds that they have in a call of their own. The seconds of the call are divided between the
-        requests' phases by tokens. For the arguments see `roll`.
+        requests' phases by tokens. What training rollouts wait for the environment is a phase of its own; reference
+        sets and validation keep theirs. For the arguments see `roll`.
         """
         prompts = [prompt for request in requests for prompt in request.prompts]
         ends = np.cumsum([len(request.prompts) for request in requests]).tolist()
@@ -162,11 +168,12 @@ class RolloutPipeline:
             for position in its
         ]
         phase = _phase(requests[0].purpose)
-        spent = -ledger.seconds[phase]
+        spent, waited = -ledger.seconds[phase], -self._waited
         # Ranks without a share enter the contexts too: these may be collective.
         with ledger.phase(phase), self._gathered(), self.precision(), _finite(step):
             completions = self._generated([one for its in mine for one in its], sampling, seeds, set(sizes))
         spent += ledger.seconds[phase]
+        waited += self._waited
         rolled, first = Rolled(), 0
         for its, request in zip(mine, requests, strict=True):
             if its:
@@ -182,10 +189,12 @@ class RolloutPipeline:
                 rolled = exchange(self.ranks, prompts, shares, rolled)
             spent += ledger.seconds[phase]
         tokens = [rolled.counts.get(f"{request.purpose}/tokens", 0) for request in requests]
-        for written_tokens, request in list(zip(tokens, requests, strict=True))[1:]:
-            share = spent * written_tokens / max(1, sum(tokens))
-            ledger.seconds[phase] -= share
-            ledger.seconds[_phase(request.purpose)] += share
+        rest = [written_tokens / max(1, sum(tokens)) for written_tokens in tokens[1:]]
+        for share, request in zip([1 - sum(rest), *rest], requests, strict=True):
+            its_phase = _phase(request.purpose)
+            ledger.move(spent * share, phase, its_phase)
+            if its_phase == "rollout":
+                ledger.move(waited * share, its_phase, "environment")
         groups = rolled.account(ledger)
         if requests[0].purpose != "validate":  # whose batches may be as small as one prompt
             self.stop_if_a_reward_fails(ledger, f"Step {step}")
@@ -228,9 +237,10 @@ class RolloutPipeline:
             groups.update(zip(pilots, scored.groups, strict=True))
             return [place for place in pilots if completed(groups[place])]
 
-        seeds = self._seeds(mine, sampling, "train", step)
+        seeds, waited = self._seeds(mine, sampling, "train", step), -self._waited
         with ledger.phase("rollout"), self._gathered(), self.precision(), _finite(step):
             completions = self.generator.generate_with_pilots(mine, sampling, seeds, pilot, judge)
+        ledger.move(waited + self._waited, "rollout", "environment")
         rest = {place: its[pilot:] for place, its in enumerate(completions) if len(its) > pilot}
         if rest:
             asked = [mine[place] for place in rest]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datamodules.errors import UserError
+from datamodules.ledger import PHASES
 
 SUMMARY = "summary.json"
 
@@ -55,7 +56,7 @@ class RunSummary:
         val: "first", "best" and "last" validation accuracy; empty without validation.
         validation_prompts: fingerprint of the validation prompts, or None without any.
         training_seconds: seconds of training (`TrainingClock`).
-        seconds: seconds by phase, and in total since the start of the run.
+        seconds: seconds by phase, and in total since the start of the run; 0 for a phase that the file does not have.
         rollout_overlapped_seconds: seconds of generation that ran during updates (`RolloutAhead`), and so were saved.
         config_sha256: hash of the run's config.yaml, or None if it has none.
         completed: whether the run ended as configured.
@@ -106,6 +107,7 @@ class RunSummary:
             content = json.loads(path.read_text())
             for name in ("reference", "validation", "discarded", "wasted"):
                 content[name] = RolloutCounts(**content[name])
+            content["seconds"] = dict.fromkeys(PHASES, 0.0) | content["seconds"]
             content["evaluations"] = tuple(Evaluation(**one) for one in content["evaluations"])
             return cls(**content)
         except (ValueError, TypeError, KeyError) as error:

@@ -186,7 +186,7 @@ class RolloutReplay(StepCallback):
         """
         seconds, counts, surrogate = batch.ledger.seconds, batch.ledger.counts, pl_module.options.surrogate
         reads_silent = bool(surrogate.beta or surrogate.entropy_coef)
-        generating = seconds["rollout"] + seconds["reference"] + seconds["reward"]
+        generating = sum(seconds[phase] for phase in ("rollout", "environment", "reference", "reward"))
         slowest = pl_module.ranks.max(torch.tensor([generating, seconds["update"]], dtype=torch.float64))
         everything = batch.of("trained", "surplus", "dropped")
         cost = Cost(

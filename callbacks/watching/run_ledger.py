@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from app.module import GRPOModule
 from app.reporting.curves import draw_curves
 from app.reporting.loggers import media_of
+from app.reporting.validation import conversation_metrics
 from app.runs.folder import run_folder
 from app.runs.summary import SUMMARY, Evaluation, RolloutCounts, RunSummary
 from callbacks.stages import Stage, StepCallback
@@ -118,7 +119,8 @@ class RunLedger(StepCallback):
         elapsed = self.clock.lap()
         counts, seconds = batch.ledger.counts, batch.ledger.seconds
         rolled = counts["train/tokens"] + counts["reference/tokens"]
-        batch.metrics |= {f"time/{phase}": seconds[phase] for phase in STEP_PHASES}
+        phases = [phase for phase in STEP_PHASES if phase != "environment" or pl_module.environment is not None]
+        batch.metrics |= {f"time/{phase}": seconds[phase] for phase in phases}
         batch.metrics |= {
             "time/training": self.clock.seconds,
             "step_time": elapsed,
@@ -131,13 +133,7 @@ class RunLedger(StepCallback):
         if completions := counts["rewards/completions"]:
             batch.metrics["rewards/unscored_fraction"] = counts["rewards/unscored"] / completions
             batch.metrics["rewards/failed_fraction"] = counts["rewards/failed"] / completions
-        if conversations := counts["environment/conversations"]:
-            batch.metrics |= {
-                "environment/turns": counts["environment/turns"] / conversations,
-                "environment/failed": counts["environment/failed"],
-                "tools/call_frequency": counts["tools/calls"] / conversations,
-                "tools/failure_frequency": counts["tools/failed_calls"] / max(1, counts["tools/calls"]),
-            }
+        batch.metrics |= conversation_metrics(counts)
         pl_module.scorer.incidents.report(f"Step {batch.step}")
         for name, mean in batch.ledger.reward_metrics.items():
             full = f"rewards/{name}"

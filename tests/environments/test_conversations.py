@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +19,11 @@ from app.environments import Plain, Tools
 from app.environments.conversations import EnvironmentRollouts, PolicyConversations
 from app.environments.protocols import protocol_of
 from app.environments.sessions import Event, Sessions
+from app.rewards import Environment, RewardScorer, WorkerOptions
+from app.rollouts.pipeline import RolloutPipeline, RolloutRequest
+from datamodules.ledger import Ledger
 from datamodules.seeding import sample_seeds
-from datamodules.types import Completion, Prompt
+from datamodules.types import Completion, Prompt, RolloutGroup
 from tests.support.policies import TINY
 
 ENVIRONMENT = '''
@@ -36,8 +41,8 @@ class Notes:
             text: anything.
         """
         self.notes.append(text)
-        if self.kind == "hangs":
-            time.sleep(60)
+        if self.kind in ("thinks", "hangs"):
+            time.sleep(0.06 if self.kind == "thinks" else 60)
         if self.kind == "dies":
             os._exit(1)
         if self.kind == "raises":
@@ -256,3 +261,81 @@ def test_what_reset_returns_is_read_as_part_of_the_prompt(
         found = logprobs_of(model, one.context.tolist(), one.token_ids.tolist())
         np.testing.assert_allclose(one.logprobs[one.generated], found[one.generated], atol=2e-5)
     assert all(one.context is None for one in plain)
+
+
+def outcomes(group: RolloutGroup) -> list[tuple[float | None, str, int, int]]:
+    """Return what does not depend on the process of a conversation, which pickles the final object."""
+    found = [one.outcome for one in group.completions if one.outcome is not None]
+    assert len(found) == len(group.completions)
+    return [(one.reward, one.error, one.calls, one.failed_calls) for one in found]
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[RewardScorer]:
+    made = RewardScorer([Environment()], workers=WorkerOptions(num_workers=1), environment=True)
+    made.start()
+    yield made
+    made.close()
+
+
+def test_a_group_that_is_completed_after_its_pilot_is_the_group_without_pilots(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: Sessions, scorer: RewardScorer
+) -> None:
+    made = rollouts(model, tokenizer, sessions)
+    pipeline = RolloutPipeline(made.engine, scorer, 0, nullcontext, environment=made)
+    batch, seen, whole, parts = prompts(tokenizer, *[""] * 8), dict[str, RolloutGroup](), Ledger(), Ledger()
+    expected = pipeline.roll(batch, SAMPLING, whole, purpose="train", step=3)
+
+    def completed(pilot: RolloutGroup) -> bool:
+        seen[pilot.prompt.id] = pilot
+        return pilot.prompt.index % 2 == 0
+
+    found = pipeline.roll_with_pilots(batch, SAMPLING, parts, step=3, pilot=2, completed=completed)
+    assert [group.prompt.id for group in found] == [prompt.id for prompt in batch] and len(seen) == 8
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        size = 4 if number % 2 == 0 else 2
+        for group, count in ((one, size), (seen[one.prompt.id], 2)):
+            assert len(group.completions) == count
+            assert all(map(same, group.completions, other.completions[:count]))
+            assert outcomes(group) == outcomes(other)[:count]
+            assert group.rewards.tolist() == other.rewards[:count].tolist()
+    assert {len(one.turns) for group in found for one in group.completions} >= {1, 3}
+    assert (whole.counts["environment/conversations"], parts.counts["environment/conversations"]) == (32, 24)
+    assert parts.counts["tools/calls"] == sum(one.outcome.calls for group in found for one in group.completions)
+
+
+def test_what_training_rollouts_wait_for_the_environment_is_a_phase(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sessions: Sessions, scorer: RewardScorer
+) -> None:
+    made = rollouts(model, tokenizer, sessions)
+    pipeline = RolloutPipeline(made.engine, scorer, 0, nullcontext, environment=made)
+    pipeline.roll(prompts(tokenizer, *[""] * 4), SAMPLING, Ledger(), purpose="train", step=0)  # starts processes
+
+    def roll(kind: str, *purposes: str) -> tuple[float, Ledger, float]:
+        """Return the seconds of a roll, their account, and those waited."""
+        asked = [RolloutRequest(prompts(tokenizer, kind, kind), one) for one in purposes]
+        ledger, before, started = Ledger(), made.waited, time.perf_counter()
+        pipeline.roll_together(asked, SAMPLING, ledger, step=0)
+        return time.perf_counter() - started, ledger, made.waited - before
+
+    def roll_pilots(kind: str) -> tuple[float, Ledger, float]:
+        ledger, before, started, asked = Ledger(), made.waited, time.perf_counter(), prompts(tokenizer, kind, kind)
+        pipeline.roll_with_pilots(asked, SAMPLING, ledger, step=0, pilot=2, completed=lambda pilot: True)
+        return time.perf_counter() - started, ledger, made.waited - before
+
+    for rolling in (lambda kind: roll(kind, "train"), roll_pilots):
+        (quick, _, little), (slow, ledger, much) = rolling(""), rolling("thinks")
+        # The same tokens are generated: what the tools take longer is waited for.
+        assert slow - quick > 0.15
+        assert much - little == pytest.approx(slow - quick, abs=0.1)
+        assert ledger.seconds["environment"] == pytest.approx(much)
+        assert 0 < ledger.seconds["rollout"] < slow - much
+        assert sum(ledger.seconds.values()) == pytest.approx(slow, abs=0.05)
+    _, ledger, much = roll("thinks", "train", "reference")
+    share = ledger.counts["train/tokens"] / (ledger.counts["train/tokens"] + ledger.counts["reference/tokens"])
+    assert 0.2 < share < 0.8
+    assert ledger.seconds["environment"] == pytest.approx(share * much)
+    assert ledger.seconds["reference"] > (1 - share) * much
+    for purpose in ("validate", "reference"):
+        slow, ledger, much = roll("thinks", purpose)
+        assert ledger.seconds["environment"] == 0 and slow > ledger.seconds[purpose] > much > 0.15

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from datamodules.ledger import STEP_PHASES
 from tests.integration.test_resume_kills import KILLER, KILLS, kills
 from tests.support.command import (
     EVERY_STEP,
@@ -23,7 +25,7 @@ from tests.support.command import (
     run_of,
     scalars,
 )
-from tests.support.refusal import Place, model
+from tests.support.refusal import Place, model, write_pool
 
 pytestmark = pytest.mark.slow
 COUNTING = "tests/support/counting.yaml"
@@ -69,6 +71,16 @@ def test_a_run_in_an_environment_trains_on_conversations(straight: Path) -> None
     assert set(curves["environment/failed"].values()) == {0.0}
     assert all(np.isfinite(value) for value in curves["loss"].values())
     assert all(value > 0 for value in curves["grad_norm"].values())
+    told = json.loads((run_of(straight) / "summary.json").read_text())["seconds"]
+    assert told["environment"] == pytest.approx(sum(curves["time/environment"].values()), abs=0.01)
+    for step, seconds in curves["step_time"].items():
+        parts = [curves[f"time/{phase}"][step] for phase in STEP_PHASES]
+        assert min(parts) >= 0 and 0 < curves["time/environment"][step] < sum(parts) <= seconds
+    # Validation, in the same environment.
+    assert sorted(curves["val/environment/turns"]) == sorted(curves["val/accuracy"])
+    assert all(1 <= turns <= 4 for turns in curves["val/environment/turns"].values())
+    assert all(0 < calls < 4 for calls in curves["val/tools/call_frequency"].values())
+    assert set(curves["val/environment/failed"].values()) == {0.0}
     # The engine's log-probabilities are those of the policy; later steps replay.
     assert curves["sampling/sampling_logp_difference/max"][0] < 5e-5
 
@@ -195,6 +207,40 @@ def test_environments_that_cannot_work_are_refused_in_one_line(
     lines = [line for line in told.splitlines() if line.strip()]
     assert said in lines[-1]
     assert not os.path.exists("runs")
+
+
+def test_a_missing_get_reward_is_refused_before_anything_is_generated(place: Place) -> None:
+    scoring = "    def get_reward(self):\n        return float(self.counter)\n\n\ndef reward_func"
+    (place.path / "increment.py").write_text(TRL_EXAMPLE)
+    (place.path / "scoring.py").write_text(TRL_EXAMPLE.replace("def reward_func", scoring))
+    plain = {"start": "1", "end": "=", "tool": "increment", "argument": "step"}
+    chosen: dict[str, Any] = {"class_path": "app.environments.Tools"}
+    without, having = "increment.py:IncrementEnvironment", "scoring.py:IncrementEnvironment"
+
+    doctor, named = ("doctor", "--config", "run.yaml"), {"first": without, "second": having}
+
+    def told(factory: object, *command: str) -> tuple[int, list[str]]:
+        """Return the exit code, and the lines about the reward."""
+        chosen["init_args"] = {"factory": factory, "protocol": plain}
+        place.config(lambda config: model(config).update(environment=chosen, rewards="environment"))
+        code, out, said = place.run_with_output(*command)
+        return code, [line for line in (out + said).splitlines() if "eward 'env" in line or "rewards: env" in line]
+
+    rows = [{"question": f"{n} + 1 =", "answer": str(n + 1), "environment": "first"} for n in range(8)]
+    write_pool(place.path / "pool.jsonl", rows)
+    for command, code in ((("fit", "--config", "run.yaml"), 2), (("fit", "--config", "run.yaml", "--dry_run"), 2)):
+        found, (line,) = told(without, *command)
+        assert found == code
+        assert line == (
+            "dots: error: Reward 'environment' is what the environment's get_reward returns, but the environment has "
+            "no get_reward. Give it one, or choose rewards that score the conversation."
+        )
+    assert not os.path.exists("runs")
+    code, (line,) = told(named, *doctor)
+    assert code == 1 and "the environment 'first', which prompts of data.train name, has no get_reward" in line
+    # One that no prompt names needs none.
+    for factory in (having, {"first": having, "second": without}):
+        assert "environment read the answers" in told(factory, *doctor)[1][0]
 
 
 def test_rollouts_ahead_are_refused(place: Place) -> None:

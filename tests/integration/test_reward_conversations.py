@@ -129,7 +129,7 @@ def test_what_is_missing_is_refused_in_one_line(code: ModuleType) -> None:
         RewardScorer(rewards_of("environment"))
     with scoring(Environment()) as scorer:
         scorer.try_out(prompts())
-        with pytest.raises(UserError, match="get_reward returns, but it has no get_reward"):
+        with pytest.raises(UserError, match=r"own score \(get_reward\), but it gave a conversation none"):
             score(scorer, (talk(Outcome()),))
     told = r"requires the argument 'environments', but.*Only a run with an environment"
     with scoring(Function("dots_talk.counted"), environment=False) as scorer, pytest.raises(UserError, match=told):

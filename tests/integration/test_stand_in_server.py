@@ -27,14 +27,26 @@ from app.engines.server import client, fleet
 from app.engines.server.endpoints import EndpointChoice
 from app.engines.server.options import ServerOptions
 from app.engines.server.process import is_local
+from app.engines.turns import TurnRequest
 from app.engines.wire import shared_file
 from app.engines.worker.guard import KeyGuard, Message
 from datamodules.errors import UserError
-from datamodules.types import Prompt
+from datamodules.types import Completion, Prompt
 from tests.support.command import logged
 from tests.support.policies import TINY, tiny_model
 from tests.support.refusal import Place, model, write_pool
-from tests.support.stand_in_server import COMPLETION, COMPLETIONS, TOKENS, Asked, Spoiled, StandIn, Written, stand_in
+from tests.support.scripted_conversations import ScriptedConversations
+from tests.support.stand_in_server import (
+    COMPLETION,
+    COMPLETIONS,
+    TOKENS,
+    Asked,
+    Spoiled,
+    StandIn,
+    Written,
+    fives,
+    stand_in,
+)
 from tests.support.tables import few
 
 FIT = ("fit", "--config", "run.yaml")
@@ -448,3 +460,45 @@ def test_the_next_start_removes_what_a_killed_push_has_left(place: Place) -> Non
         assert os.path.exists(held)
     shared_file.remove_abandoned()
     assert held not in glob.glob(f"{shared_file.FOLDER}/dots-*")
+
+
+class Late(ScriptedConversations):
+    """Conversations whose environment takes 0.3 s for an answer."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._due: dict[int, float] = {}
+
+    def ended(self, conversation: int, turn: Completion) -> None:
+        super().ended(conversation, turn)
+        self._due[conversation] = time.monotonic() + 0.3
+
+    def next(self, wait: bool = True) -> list[TurnRequest]:
+        late = {number for number in self._asked if self._due[number] > time.monotonic()}
+        self._asked -= late
+        found = super().next(wait)
+        self._asked = late
+        return found
+
+
+@pytest.mark.parametrize(("longest_turn_s", "waited_s"), [(0.0, 0.3), (0.6, 0.0)])
+def test_waiting_for_an_environment_counts_while_nothing_is_generated(
+    server: StandIn, longest_turn_s: float, waited_s: float
+) -> None:
+    """Of two conversations one has a reply. It is waited for, or comes while the other's turn is generated."""
+
+    def write(asked: Asked) -> Written:
+        time.sleep(longest_turn_s if asked.token_ids[0] == 7 else 0.0)
+        return fives(asked)
+
+    server.write = write
+    engine = VllmServer(url=server.url)
+    engine.setup(tiny_model(12, seed=0), AutoTokenizer.from_pretrained(TINY))
+    talks = Late([Prompt(f"p{n}", n, "", "", (7 + n, 3), {}) for n in range(2)], np.arange(2)[:, None], turns=2)
+    try:
+        engine.push(engine.weights(), 1)
+        engine.converse(talks, Sampling(1, 8))
+    finally:
+        engine.close()
+    assert [len(talk.turns) for talk in talks.talks] == [1, 2]
+    assert talks.waited == pytest.approx(waited_s, abs=0.1)

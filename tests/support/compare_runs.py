@@ -51,7 +51,8 @@ def finished_run(
     steps = 10 * (len(accuracy) - 1)
     seconds = dict.fromkeys(PHASES, pace * steps) | {"total": 100.0}
     if rollout_share is not None:
-        seconds["rollout"] = rollout_share * evaluations[-1].seconds
+        seconds["rollout"] = 0.75 * rollout_share * evaluations[-1].seconds
+        seconds["environment"] = 0.25 * rollout_share * evaluations[-1].seconds
     none = RolloutCounts(0, 0, 0)
     summary = RunSummary(
         steps=steps, prompts_rolled_out=0, completions=0, completion_tokens=0, replayed_groups=7,

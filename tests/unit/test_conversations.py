@@ -22,6 +22,7 @@ from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
 from app.reporting.completions import shown_rows
 from app.reporting.run_page import write_report
+from app.reporting.validation import ValidationMetrics, mean_over_sets
 from app.runs.folder import run_folder
 from app.runs.record import METRICS
 from app.update.metrics import batch_metrics
@@ -253,3 +254,23 @@ def test_a_run_trains_replays_counts_and_shows_conversations(tmp_path: Path, mon
     assert shown["prompt"] == rows[0]["context"]
     (folder / METRICS).write_text('{"step": 0, "reward": 0.5}\n')
     assert "Assistant: f(1)\n\nTool: &lt;2&gt;\n\nAssistant: f(1)" in write_report(folder).read_text()
+
+
+def test_validation_has_the_metrics_of_conversations_by_set() -> None:
+    """Worked by hand: two sets, one of them in two batches, and one whose completions are single turns."""
+    sets = {name: ValidationMetrics([1], generations=2) for name in ("val/a", "val/b")}
+    names = ("environment/conversations", "environment/turns", "environment/failed", "tools/calls", "tools/failed_calls")
+    for name, counts in (("val/a", (4, 6, 1, 3, 1)), ("val/a", (2, 6, 0, 3, 2)), ("val/b", (2, 2, 1, 0, 0))):
+        sets[name].update([], dict(zip(names, counts, strict=True)))
+    found = {name: one.named(name) for name, one in sets.items()}
+    assert found["val/a"].items() >= {
+        "val/a/environment/turns": 2.0, "val/a/environment/failed": 1.0, "val/a/tools/call_frequency": 1.0,
+        "val/a/tools/failure_frequency": 0.5,
+    }.items()  # fmt: skip
+    both = mean_over_sets("val", found)
+    assert both["val/environment/turns"] == 1.5  # of 2 and 1
+    assert both["val/environment/failed"] == 2.0  # conversations of both
+    assert both["val/tools/failure_frequency"] == 0.25
+    sets["val/a"].reset()
+    sets["val/a"].update([], {"rewards/completions": 4.0})
+    assert not [name for name in sets["val/a"].named("val/a") if "environment" in name or "tools" in name]

@@ -31,8 +31,13 @@ ELSEWHERE = {
     "difficulty/predictor_used",  # with a trained predictor only
     "environment/failed",  # with an environment only
     "environment/turns",
+    "time/environment",
     "tools/call_frequency",
     "tools/failure_frequency",
+    "val/environment/failed",
+    "val/environment/turns",
+    "val/tools/call_frequency",
+    "val/tools/failure_frequency",
     "epoch",
     "ranks/update_token_imbalance",
     "group_size/informative_forecast",  # with GroupSizes only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -277,7 +278,9 @@ class _Table:
                     timeout = _POLL_S if conversations.outstanding else None
                     done, running = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 else:
+                    since = time.perf_counter()
                     await asyncio.sleep(_POLL_S)
+                    conversations.waited += time.perf_counter() - since
                 for task in sorted(done, key=_failed):  # what has arrived is kept, whatever else is lost
                     number, answer = task.result()
                     started.discard(number)

@@ -49,8 +49,9 @@ def summarise(comparison: Comparison) -> Figures:
     known = {seed: share for seed, share in shares.items() if share is not None}
     # Perfect choice rolls out informative groups alone. Assumed: choosing is free, a token costs the same in every
     # rollout, and a group teaches the same in any batch. A method that finds other informative groups may do better.
+    rolled = {one.seed: one.summary.seconds["rollout"] + one.summary.seconds["environment"] for one in baseline}
     times = {
-        one.seed: 1.0 - one.summary.seconds["rollout"] / one.summary.training_seconds * (1.0 - known[one.seed])
+        one.seed: 1.0 - rolled[one.seed] / one.summary.training_seconds * (1.0 - known[one.seed])
         for one in baseline
         if one.seed in known
     }

@@ -17,6 +17,7 @@ from app.studies.compare.figures import Figures
 from app.studies.compare.reach import smooth
 from app.studies.compare.records import Comparison
 from app.studies.compare.tables import ceiling_line, sections, setting_lines, title_of
+from datamodules.ledger import STEP_PHASES
 
 _INFORMATIVE = {
     "rolled out": "selection/fresh_informative_fraction",
@@ -27,9 +28,11 @@ _FORECAST = {
     "Pearson of the choice": "selection/forecast_pearson",
     "Pearson, uniform references": "difficulty/reference_pearson",
 }
-_PHASES = ("select", "rollout", "reference", "reward", "update", "sync")
 _WINDOWS = 25  # per run, over which a metric of single steps is averaged
-_PHASE_COLORS = (GREY, "#0072b2", "#56b4e9", "#cc79a7", "#d55e00", "#e69f00", "#c9ced6")
+_PHASE_COLORS = {
+    "select": GREY, "rollout": "#0072b2", "environment": "#009e73", "reference": "#56b4e9", "reward": "#cc79a7",
+    "update": "#d55e00", "sync": "#e69f00", "other": "#c9ced6",
+}  # fmt: skip
 
 
 def page(comparison: Comparison, figures: Figures) -> str:
@@ -77,9 +80,9 @@ def _metric_charts(comparison: Comparison, styles: list[ArmStyle], panel: str) -
 
 
 def _phase_charts(arms: Figures) -> dict[str, str]:
-    """Seconds by phase, of a step and of a whole run; "other" is the rest of the training clock."""
+    """Seconds by phase that takes any, of a step and of a whole run; "other" is the rest of the training clock."""
     seconds = pd.DataFrame({name: arm["seconds"] for name, arm in arms.items()}).T
-    run = seconds[list(_PHASES)]
+    run = seconds[[phase for phase in STEP_PHASES if seconds[phase].any()]]
     run = run.assign(other=(seconds["training"] - run.sum(axis=1)).clip(lower=0))
     steps = pd.Series({name: max(1.0, arm["totals"]["steps"]) for name, arm in arms.items()})
     found = {}
@@ -89,7 +92,7 @@ def _phase_charts(arms: Figures) -> dict[str, str]:
         ends = table.cumsum(axis=1)
         for number, phase in enumerate(table):
             left = ends[phase] - table[phase]
-            bars.append(axes.barh(table.index, table[phase], left=left, color=_PHASE_COLORS[number], label=phase))
+            bars.append(axes.barh(table.index, table[phase], left=left, color=_PHASE_COLORS[phase], label=phase))
             for row, (bar, name) in enumerate(zip(bars[-1], table.index, strict=True)):
                 bar.set_gid(f"part-{number}-{row}-phases-{place}")
                 bar.set_label(f"{name}: {phase} {table[phase].iloc[row]:.2f} s")

@@ -14,7 +14,7 @@ def sections(figures: Figures) -> list[tuple[str, str, pd.DataFrame]]:
     The first is the cost to the final accuracy, where there is more than one arm.
     """
     arms, baseline = figures["arms"], figures["setting"]["baseline"]
-    names = ["training", *PHASES]
+    names = ["training", *(phase for phase in PHASES if any(arm["seconds"][phase] for arm in arms.values()))]
     seconds = {name: {one: f"{arm['seconds'][one]:.1f}" for one in names} for name, arm in arms.items()}
     last = ("Seconds of a run", "The training clock excludes validate and checkpoint.", _table(seconds))
     if is_alone(figures):
