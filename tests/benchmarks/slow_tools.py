@@ -152,8 +152,8 @@ def main() -> None:
                     low, high = np.min(told[1:], axis=0)[0], np.max(told[1:], axis=0)[0]
                     rule = "as they come" if at_once else "the engine's"
                     print(
-                        f"sleep 0 to {sleep:g} s, {rule}: {total:.2f} s ({low:.2f} to {high:.2f}), waited {waited:.2f}, "
-                        f"a conversation idle {idle:.2f}, slept at most {talks.slept.max():.2f}"
+                        f"sleep 0 to {sleep:g} s, {rule}: {total:.2f} s ({low:.2f} to {high:.2f}), "
+                        f"waited {waited:.2f}, a conversation idle {idle:.2f}, slept at most {talks.slept.max():.2f}"
                     )
         finally:
             sessions.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from app.objective.surrogate import policy_loss
 from app.policy.scoring import completion_logprobs
 from app.reporting.completions import shown_rows
 from app.reporting.run_page import write_report
-from app.reporting.validation import ValidationMetrics, mean_over_sets
+from app.reporting.validation import CONVERSATION_COUNTS, ValidationMetrics, mean_over_sets
 from app.runs.folder import run_folder
 from app.runs.record import METRICS
 from app.update.metrics import batch_metrics
@@ -259,9 +260,8 @@ def test_a_run_trains_replays_counts_and_shows_conversations(tmp_path: Path, mon
 def test_validation_has_the_metrics_of_conversations_by_set() -> None:
     """Worked by hand: two sets, one of them in two batches, and one whose completions are single turns."""
     sets = {name: ValidationMetrics([1], generations=2) for name in ("val/a", "val/b")}
-    names = ("environment/conversations", "environment/turns", "environment/failed", "tools/calls", "tools/failed_calls")
     for name, counts in (("val/a", (4, 6, 1, 3, 1)), ("val/a", (2, 6, 0, 3, 2)), ("val/b", (2, 2, 1, 0, 0))):
-        sets[name].update([], dict(zip(names, counts, strict=True)))
+        sets[name].update([], defaultdict(float, zip(CONVERSATION_COUNTS, counts, strict=True)))
     found = {name: one.named(name) for name, one in sets.items()}
     assert found["val/a"].items() >= {
         "val/a/environment/turns": 2.0, "val/a/environment/failed": 1.0, "val/a/tools/call_frequency": 1.0,
@@ -272,5 +272,5 @@ def test_validation_has_the_metrics_of_conversations_by_set() -> None:
     assert both["val/environment/failed"] == 2.0  # conversations of both
     assert both["val/tools/failure_frequency"] == 0.25
     sets["val/a"].reset()
-    sets["val/a"].update([], {"rewards/completions": 4.0})
+    sets["val/a"].update([], defaultdict(float, {"rewards/completions": 4.0}))
     assert not [name for name in sets["val/a"].named("val/a") if "environment" in name or "tools" in name]
