@@ -193,7 +193,7 @@ class RolloutPipeline:
         for share, request in zip([1 - sum(rest), *rest], requests, strict=True):
             its_phase = _phase(request.purpose)
             ledger.move(spent * share, phase, its_phase)
-            if its_phase == "rollout":
+            if waited and its_phase == "rollout":
                 ledger.move(waited * share, its_phase, "environment")
         groups = rolled.account(ledger)
         if requests[0].purpose != "validate":  # whose batches may be as small as one prompt
@@ -240,7 +240,8 @@ class RolloutPipeline:
         seeds, waited = self._seeds(mine, sampling, "train", step), -self._waited
         with ledger.phase("rollout"), self._gathered(), self.precision(), _finite(step):
             completions = self.generator.generate_with_pilots(mine, sampling, seeds, pilot, judge)
-        ledger.move(waited + self._waited, "rollout", "environment")
+        if waited := waited + self._waited:
+            ledger.move(waited, "rollout", "environment")
         rest = {place: its[pilot:] for place, its in enumerate(completions) if len(its) > pilot}
         if rest:
             asked = [mine[place] for place in rest]

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning.pytorch import LightningModule, Trainer
+
 from callbacks import GenerationCost, RolloutReplay, Rollouts, RunLedger, WeightSync
 from callbacks.algorithm.replay_buffer import ReplayBuffer
 from callbacks.algorithm.replay_worth import ENOUGH, PROBE_EVERY, Cost, ReplayWorth, agreement, ratio
+from callbacks.stages import Stage, StepCallback
 from datamodules.errors import UserError
 from datamodules.seeding import generator
-from datamodules.types import GroupSketch, Source
+from datamodules.types import GroupSketch, Source, TrainBatch
 from tests.support.builders import group, pool, prompt
 from tests.support.scripted_run import HALF, WRONG, names, scripted_run
 from tests.unit.test_replay import PER_STEP, batch_of, begin, end, on_data, resumed
@@ -157,3 +160,24 @@ def test_a_run_follows_its_own_seconds_and_says_so(
     assert len(told) >= 1 and "a replayed group is worth " in told[0] and replay.worth is not None
     pays = last.metrics["replay/share"] > 0
     assert ("so groups are replayed" in told[-1]) == pays
+
+
+class Waiting(StepCallback):
+    """Lets every generated token have cost a thousand seconds of waiting for an environment."""
+
+    stage = Stage.FILTER
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        batch.ledger.seconds["environment"] += 1000.0 * batch.ledger.counts["train/tokens"]
+
+
+def test_waiting_for_an_environment_is_part_of_what_a_fresh_group_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    replay = RolloutReplay(share="auto", capacity=64, admit="informative")
+    callbacks = [WeightSync(), Rollouts(), replay, Waiting(), RunLedger()]
+    run = scripted_run(tmp_path, monkeypatch, [HALF] * 60 + [WRONG] * 4, callbacks, steps=3)
+    assert replay.worth is not None and 0 < replay.worth.cost().threshold() < 0.01
+    assert "time/environment" not in run.steps[-1].metrics  # for a run without an environment
