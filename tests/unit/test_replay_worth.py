@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks import GenerationCost, RolloutReplay, Rollouts, RunLedger, WeightSync
