@@ -143,11 +143,12 @@ class ValidationMetrics:
             counts: those of its ledger, which know of the completions that are not in the groups.
         """
         self.measured = True
-        for name in CONVERSATION_COUNTS if counts is not None else ():
-            self._conversations[name] += counts.get(name, 0.0)
-        if counts is not None and (completions := counts["rewards/completions"]):
-            self.unscored.update(counts["rewards/unscored"] / completions, completions)
-            self.failed.update(counts["rewards/failed"] / completions, completions)
+        if counts is not None:
+            for name in CONVERSATION_COUNTS:
+                self._conversations[name] += counts.get(name, 0.0)
+            if completions := counts["rewards/completions"]:
+                self.unscored.update(counts["rewards/unscored"] / completions, completions)
+                self.failed.update(counts["rewards/failed"] / completions, completions)
         for group in groups:
             correct = torch.from_numpy(group.correctness) > CORRECT
             self.prompts.update(float(len(correct) > 0))
