@@ -13,6 +13,8 @@ from app.rewards.workers.frames import GarbledError
 from app.rewards.workers.task import MAX_SCORE
 
 MAX_ANSWER_BYTES = 16 * 2**20
+MAX_OUTPUT_BYTES = 2**20
+"""What a process may print while it lives, and all that it has started; the rest is left out."""
 MAX_PICKLE_BYTES = 8 * 2**20
 """Largest final object, pickled, that is handed to reward functions."""
 

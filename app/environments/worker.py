@@ -20,6 +20,7 @@ import numpy as np
 from app.environments.base import Environment, Reply
 from app.environments.messages import (
     MAX_ANSWER_BYTES,
+    MAX_OUTPUT_BYTES,
     MAX_PICKLE_BYTES,
     Answer,
     Describe,
@@ -182,4 +183,4 @@ def _pickled(final: object) -> bytes | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], serve)
+    main(sys.argv[1:], serve, MAX_OUTPUT_BYTES)

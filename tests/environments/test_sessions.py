@@ -99,11 +99,21 @@ def write_to_all():
             pass
     return "wrote"
 
+def flood():
+    """Print 8 MiB, as Python and by a process of its own."""
+    print("first words", flush=True)
+    for _ in range(64):
+        print("x" * 2**16, flush=True)
+    subprocess.run([sys.executable, "-c", "print('y' * 2**22)"])
+    os.write(2, b"last words")
+    return "printed"
+
 ACTS = {
     "raise": lambda: 1 / 0, "hang": lambda: time.sleep(600), "exit": lambda: os._exit(3), "leave": lambda: sys.exit(0),
     "memory": lambda: str(len(bytearray(2**32))), "long": lambda: "x" * 10**7,
     "endless": lambda: "".join(iter(str, None)),
-    "print": lambda: print("noise") or "printed", "children": children, "write": write_to_all,
+    "print": lambda: print("noise") or "printed", "flood": flood,
+    "say": lambda: print("another process", flush=True), "children": children, "write": write_to_all,
     "surrogate": lambda: "\\ud83d!", "fork": lambda: str(os.fork() == 0), "kill": lambda: os.kill(0, signal.SIGKILL),
     "stop": lambda: threading.Timer(0.2, os._exit, [1]).start() or "soon",
 }
@@ -270,6 +280,22 @@ def test_long_replies_are_cut_and_odd_ones_pass(sessions):
     assert said(sessions, "act", what="surrogate") == "?!"
     assert said(sessions, "act", what="fork") == "False"
     assert [said(sessions, "add", by=1) for _ in range(6)] == list("123456")
+
+
+def test_what_a_process_prints_is_passed_on_up_to_a_limit(module, capfd):
+    with sessions_of(f"{module}:Counter", time_limit_s=5.0) as sessions:  # whose output is this test's
+        for key in range(2):
+            opened(sessions, key)
+        assert said(sessions, "act", what="flood") == "printed"  # it does not wait for its output
+        assert said(sessions, "act", key=1, what="say") == "None"
+        printed, deadline = "", time.monotonic() + 5
+        while not ("left out]" in printed and "another process" in printed) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            printed += "".join(capfd.readouterr())
+    begins, says_so, last = printed[:14] == "first words\nxx", printed.count("left out]"), "last words" in printed
+    assert (begins, says_so, last) == (True, 1, False)
+    assert 2**20 <= len(printed) < 2**20 + 200
+    assert "another process" in printed[-200:]
 
 
 @pytest.mark.parametrize(

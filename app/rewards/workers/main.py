@@ -16,7 +16,7 @@ import fcntl
 import gc
 import os
 import resource
-import select
+import selectors
 import signal
 import socket
 import sys
@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from app.rewards.workers.outputs import Outputs
 from app.rewards.workers.task import COMMAND
 from app.user_code import import_code
 
@@ -35,12 +36,13 @@ _HIGH_DESCRIPTOR = 512
 _LAST_SECONDS = 0.8
 
 
-def main(arguments: Sequence[str], serve: Callable[[socket.socket], None]) -> None:
+def main(arguments: Sequence[str], serve: Callable[[socket.socket], None], max_output_bytes: int | None = None) -> None:
     """Fork and kill workers on command until the trainer closes its end or ends.
 
     Args:
         arguments: those of the command line.
         serve: what a worker does with its connection.
+        max_output_bytes: bytes that a worker may print; None for no limit.
     """
     control_fd, parent, modules = int(arguments[0]), int(arguments[1]), arguments[2:]
     _keep_orphans()
@@ -52,11 +54,18 @@ def main(arguments: Sequence[str], serve: Callable[[socket.socket], None]) -> No
     gc.freeze()  # otherwise garbage collection in the workers would copy the shared pages
     control = socket.socket(fileno=control_fd)
     workers = _children()  # what the modules have started lives as long as the server
-    while os.getppid() == parent:
-        readable, _, _ = select.select([control], [], [], 1.0)
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    outputs = None if max_output_bytes is None else Outputs(selector, max_output_bytes)
+    over = False
+    while os.getppid() == parent and not over:
+        ready = [key for key, _ in selector.select(1.0)]
         _reap(workers)
-        if readable and not _execute_command(control, workers, serve):
-            break
+        for key in ready:
+            if outputs is not None and key.data is outputs:
+                outputs.pass_on(key.fd)
+            elif not _execute_command(control, workers, serve, selector, outputs):
+                over = True
     deadline = time.monotonic() + _LAST_SECONDS
     for worker in workers:
         _kill(worker)
@@ -100,7 +109,13 @@ def _children() -> set[int]:
     return found
 
 
-def _execute_command(control: socket.socket, workers: set[int], serve: Callable[[socket.socket], None]) -> bool:
+def _execute_command(
+    control: socket.socket,
+    workers: set[int],
+    serve: Callable[[socket.socket], None],
+    selector: selectors.BaseSelector,
+    outputs: Outputs | None,
+) -> bool:
     """Receive and execute one command. Return False when the trainer has closed its end."""
     data, descriptors, _, _ = socket.recv_fds(control, COMMAND.size, 1)
     if not data:
@@ -110,12 +125,21 @@ def _execute_command(control: socket.socket, workers: set[int], serve: Callable[
         if pid in workers:
             _kill(pid)
         return True
-    server = os.getpid()
+    server, printing = os.getpid(), None if outputs is None else outputs.open()
     child = os.fork()
     if child == 0:
         control.close()
+        selector.close()
+        if outputs is not None:
+            outputs.close_all()
+        if printing is not None:
+            for standard in (1, 2):
+                os.dup2(printing, standard)
+            os.close(printing)
         _run_worker(descriptors[0], server, serve)
     os.close(descriptors[0])
+    if printing is not None:
+        os.close(printing)
     workers.add(child)
     return True
 
