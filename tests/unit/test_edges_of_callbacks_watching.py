@@ -399,7 +399,10 @@ def ledger_on(tmp_path: Path, **given: Any) -> tuple[RunLedger, MODULE, MODULE, 
     )
     reports: list[str] = []
     module = SimpleNamespace(
-        scorer=scorer(incidents=SimpleNamespace(report=reports.append)), last_measured={}, reports=reports
+        scorer=scorer(incidents=SimpleNamespace(report=reports.append)),
+        last_measured={},
+        reports=reports,
+        environment=None,
     )
     ledger.setup(trainer, module, "fit")  # type: ignore[arg-type]
     return ledger, trainer, module, logger
