@@ -114,13 +114,14 @@ class ContextKeys:
             value: same shape as `key`.
             scale: factor of the dot products.
         """
-        rows, heads, new, width = query.shape
-        shared = heads // key.shape[1]  # query heads of one key-value head are as further tokens
         keys, values = (buffer[self.contexts, :, : self.longest] for buffer in self.layers[layer].buffers())
-        query = query.reshape(rows, -1, shared * new, width).to(keys.dtype)
-        seen = self.seen[:, None, None].expand(-1, 1, shared, -1, -1).flatten(2, 3)
-        output = scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
-        return output.view(rows, heads, new, width).transpose(1, 2)
+        # Repeated for the query heads that share them, which takes less memory than a mask that is repeated.
+        shared = query.shape[1] // key.shape[1]
+        keys, values = (one[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for one in (keys, values))
+        output = scaled_dot_product_attention(
+            query.to(keys.dtype), keys, values, attn_mask=self.seen[:, None], scale=scale
+        )
+        return output.transpose(1, 2)
 
 
 class _WritingLayer(CacheLayerMixin):
