@@ -38,7 +38,11 @@ class Replay(Callback):
 
 class Module(LightningModule):
     def __init__(
-        self, lr: float = 1e-3, drawing: Drawing | None = None, loss: Literal["grpo", "dapo"] = "grpo"
+        self,
+        lr: float = 1e-3,
+        drawing: Drawing | None = None,
+        loss: Literal["grpo", "dapo"] = "grpo",
+        validation: Drawing = Drawing(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.lr = lr

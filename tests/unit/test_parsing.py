@@ -173,6 +173,11 @@ IN_FILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: data(c).update(chooser=5),
         "data.chooser=5: expected subclass of Chooser or null.",
     ),
+    "null in place of a group of options": (
+        lambda c: model(c).update(validation=None),
+        f"model.validation is null, but {HERE}.Module takes a group of options there (temperature, top_k). Give those "
+        "that differ from the defaults, or leave validation out.",
+    ),
     "value that the class refuses": (
         lambda c: data(c)["chooser"]["init_args"].update(target=1.5),
         "target=1.5: expected a success rate in [0, 1]",
@@ -204,6 +209,10 @@ ON_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "short name of a class": (
         ["--data.chooser", "Unifrm"],
         "data.chooser=Unifrm: no class of this name is known. Did you mean 'Uniform'?",
+    ),
+    "null in place of a group of options": (
+        ["--model.validation", "null"],
+        "model.validation=null: expected options by name, as in --model.validation.NAME VALUE, or a file of them.",
     ),
     "class": (
         ["--data.chooser", f"{HERE}.Unifrm"],
@@ -269,6 +278,11 @@ def test_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "to be one of {fit,validate,test,predict}, but it was not provided" in error_line([], capsys)
+
+
+def test_null_where_no_group_of_options_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(["validate", "--config", written(tmp_path, lambda c: model(c).update(drawing=None))])
+    assert "ran" in capsys.readouterr().out
 
 
 def test_right_input_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
