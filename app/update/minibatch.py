@@ -91,7 +91,9 @@ def minibatches(
 ) -> list[MiniBatch]:
     """Split whole groups into mini-batches, shuffled if there are several, and weight their tokens.
 
-    Groups of unlike sizes weigh alike (see `objective.ratios.token_weights`).
+    Each mini-batch gets as many groups with an advantage as any other, give or take one: dealt by chance, some steps
+    would rest on few groups, and an optimizer that normalises gradients goes as far on those. Groups of unlike sizes
+    weigh alike (see `objective.ratios.token_weights`).
 
     Args:
         groups: the groups of one batch.
@@ -107,10 +109,13 @@ def minibatches(
         step: groups born before it count as replayed, from any source: another policy generated them.
     """
     order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
+    if parts > 1:
+        silent = np.array([not one.any() for one in advantages], dtype=bool)
+        order = order[np.argsort(silent[order], kind="stable")]
     sizes = np.array([len(group.completions) for group in groups])
     mean_size = sizes.sum() / max(1, (sizes > 0).sum())
     found = []
-    for chosen in np.array_split(order, parts):
+    for chosen in (order[part::parts] for part in range(parts)):
         rows = [
             (int(index), sample, completion, float(advantage))
             for index in chosen

@@ -58,6 +58,42 @@ def test_every_group_goes_whole_into_one_mini_batch():
     assert [pytest.approx(1 / 12)] == list(weights)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_with_an_advantage_are_dealt_evenly(seed):
+    informative = {1, 4, 5, 9, 10}
+    groups = [group(prompt(index), [0, int(index in informative)]) for index in range(12)]
+    advantages = advantages_of(groups, "group")
+    parts = minibatches(
+        groups,
+        advantages,
+        parts=3,
+        generator=generator(seed, "minibatches", 0),
+        aggregation="token",
+        max_completion_length=10,
+        keep_zero_advantage=True,
+    )
+    homes = [{name.prompt_id for name in part.ids} for part in parts]
+    assert [len(home) for home in homes] == [4, 4, 4]
+    taught = {groups[index].prompt.id for index in informative}
+    assert sorted(len(home & taught) for home in homes) == [1, 2, 2]
+
+
+def test_every_group_may_come_first():
+    first = set()
+    for seed in range(40):
+        parts = minibatches(
+            groups := [group(prompt(index), [0, 1]) for index in range(4)],
+            advantages_of(groups, "group"),
+            parts=2,
+            generator=generator(seed, "minibatches", 0),
+            aggregation="token",
+            max_completion_length=10,
+            keep_zero_advantage=False,
+        )
+        first |= {frozenset(name.prompt_id for name in parts[0].ids)}
+    assert len(first) == 6  # all pairs of four
+
+
 def test_completions_are_named_as_in_the_files_of_completions():
     (part,) = make([group(prompt(0), [1, 1, 1]), group(prompt(1, "x/7"), [0, 0, 1])])
     assert [str(one) for one in part.ids] == ["x/7[0]", "x/7[1]", "x/7[2]"]
