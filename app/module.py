@@ -84,8 +84,8 @@ class GRPOModule(LightningModule):
         aggregation: average over the completion tokens of a mini-batch ("token"), over tokens and then sequences
             ("sequence"), divide by the completion limit times sequences ("constant"), add up tokens and average over
             sequences ("sequence_sum"), or add up all ("token_sum").
-        mini_batches: optimizer steps per batch. `trainer.max_steps` counts optimizer steps, and the last batch is
-            trained to its end.
+        mini_batches: optimizer steps per batch, each on as many groups that teach as any other. `trainer.max_steps`
+            counts optimizer steps, and the last batch is trained to its end.
         reuse: further updates on the informative groups of a batch.
         max_tokens_per_microbatch: tokens, padding included, of one forward and backward pass.
         share_prompts: read a prompt once for all its completions in a micro-batch, without padding, if the model
