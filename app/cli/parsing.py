@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from app.cli import jsonargparse_rules
 from app.cli.diagnosis import explain
 from app.cli.failures import chain, describe, find_user_error, notes_of, passed_user_code, raised_by_user
-from app.cli.null_groups import check_null_groups
+from app.cli.nulls import check_nulls
 from callbacks.upkeep.failed_step import NOTE
 from datamodules.errors import UserError
 
@@ -74,7 +74,7 @@ class DotsArgumentParser(LightningArgumentParser):
                 for token, following in zip(given, after, strict=True)
             ]
         found = super().parse_args(given, *rest, **kwargs)
-        check_null_groups(found.get(found.get("subcommand"), found))
+        check_nulls(found.get(found.get("subcommand"), found))
         return found
 
     def parse_path(self, path: Any, *rest: Any, **kwargs: Any) -> Namespace:

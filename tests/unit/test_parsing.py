@@ -175,8 +175,37 @@ IN_FILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "null in place of a group of options": (
         lambda c: model(c).update(validation=None),
-        f"model.validation is null, but {HERE}.Module takes a group of options there (temperature, top_k). Give those "
-        "that differ from the defaults, or leave validation out.",
+        "model.validation is null, expected options (temperature, top_k). Leave validation out for its default.",
+    ),
+    "number in place of a group of options": (
+        lambda c: model(c).update(validation=2),
+        "model.validation is 2, expected options (temperature, top_k). Write them below it, by name.",
+    ),
+    "null": (lambda c: model(c).update(lr=None), "model.lr is null, expected float. Leave lr out for its default."),
+    "null of a literal": (
+        lambda c: model(c).update(loss=None),
+        "model.loss is null, expected one of grpo, dapo. Leave loss out for its default.",
+    ),
+    "null in a group of options": (
+        lambda c: model(c).update(drawing={"top_k": None}),
+        "model.drawing.top_k is null, expected int. Leave top_k out for its default.",
+    ),
+    "null, deep": (
+        lambda c: data(c)["chooser"]["init_args"].update(target=None),
+        "data.chooser.target is null, expected float. Leave target out for its default.",
+    ),
+    "null of a callback": (
+        lambda c: callback(c)["init_args"].update(delta=None),
+        "trainer.callbacks[0].delta is null, expected float. Leave delta out for its default.",
+    ),
+    "null of a trainer option": (
+        lambda c: c["trainer"].update(max_steps=None),
+        "trainer.max_steps is null, expected int. Leave max_steps out for its default.",
+    ),
+    "null of the trainer": (lambda c: c.update(trainer=None), "trainer is null. Leave it out for its default."),
+    "null of the seed": (
+        lambda c: c.update(seed_everything=None),
+        "seed_everything is null. Leave it out for its default.",
     ),
     "value that the class refuses": (
         lambda c: data(c)["chooser"]["init_args"].update(target=1.5),
@@ -280,8 +309,14 @@ def test_no_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "to be one of {fit,validate,test,predict}, but it was not provided" in error_line([], capsys)
 
 
-def test_null_where_no_group_of_options_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(["validate", "--config", written(tmp_path, lambda c: model(c).update(drawing=None))])
+def test_null_where_it_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(config: dict[str, Any]) -> None:
+        model(config).update(drawing=None)
+        data(config).update(chooser=None)
+        callback(config)["init_args"].update(capacity=None)
+        config["trainer"].update(max_epochs=None, precision=None)
+
+    command(["validate", "--config", written(tmp_path, change)])
     assert "ran" in capsys.readouterr().out
 
 
