@@ -70,7 +70,7 @@ class DryRun(AbstractContextManager["DryRun"]):
         counted = [str(one) for one in (trainer.devices, trainer.num_nodes)]
         if all(one.isdigit() for one in counted) or counted[0] == "auto":
             processes = 1 if counted[0] == "auto" else int(counted[0]) * int(counted[1])
-            data.prompts_per_step = min(data.prompts_per_step, _PROMPTS * model.mini_batches * processes)
+            data.prompts_per_step = min(data.prompts_per_step, _PROMPTS * max(1, model.mini_batches) * processes)
         data.val_batch_size, data.cache_dir = min(data.val_batch_size, _PROMPTS), self._folder.name
         trainer.logger, trainer.default_root_dir = False, self._folder.name
         trainer.limit_val_batches, trainer.val_check_interval = 1, 1

@@ -40,7 +40,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
         return
     items = vars(value) if isinstance(value, Namespace) else value
     if isinstance(path := items.get("class_path"), str):
-        kind, items = resolve_name(path), items.get("init_args") or {}
+        try:
+            kind, items = resolve_name(path), items.get("init_args") or {}
+        except (ImportError, AttributeError, ValueError):
+            return  # under a key that is no option, which is told later
         items = vars(items) if isinstance(items, Namespace) else items
     hints, defaults = _signature(kind)
     for option, one in items.items():

@@ -81,12 +81,10 @@ def check_settings(precision: str, module: GRPOModule, datamodule: OnlinePromptD
                 f"{tokens * _TOKEN_BYTES >> 30:,} GiB, but this machine has {memory >> 30} GiB. Lower "
                 "num_generations."
             )
-    completions = datamodule.prompts_per_step * module.sampling.num_generations
-    if module.mini_batches > completions:
+    if module.mini_batches > datamodule.prompts_per_step:
         raise UserError(
-            f"model.mini_batches is {module.mini_batches}, but a step has {completions} completions "
-            f"(data.prompts_per_step={datamodule.prompts_per_step} times model.sampling.num_generations="
-            f"{module.sampling.num_generations}). Lower it."
+            f"model.mini_batches is {module.mini_batches}, but a step has {datamodule.prompts_per_step} prompts "
+            "(data.prompts_per_step), whose completions stay together. Lower it."
         )
     if ranks > 1 and datamodule.prompts_per_step // module.mini_batches < ranks:
         raise UserError(

@@ -168,9 +168,9 @@ IN_CONFIG: dict[str, tuple[Change, str]] = {
         "data.prompts_per_step is 0, expected at least",
     ),
     "no mini-batch": (lambda c: model(c).update(mini_batches=0), "model.mini_batches is 0; set it to 1 or more"),
-    "more mini-batches than completions": (
-        lambda c: model(c).update(mini_batches=5),
-        "model.mini_batches is 5, but a step has 4 completions",
+    "more mini-batches than prompts": (
+        lambda c: model(c).update(mini_batches=3),
+        "model.mini_batches is 3, but a step has 2 prompts",
     ),
     "more completions than memory": (
         lambda c: model(c)["sampling"].update(num_generations=10**12),

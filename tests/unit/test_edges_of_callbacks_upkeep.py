@@ -490,9 +490,9 @@ def test_a_step_needs_12_bytes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_is_divided_among_mini_batches_and_processes() -> None:
-    checked(plain(), mini_batches=8)
-    with pytest.raises(UserError, match=r"model.mini_batches is 9, but a step has 8 completions"):
-        checked(plain(), mini_batches=9)
+    checked(plain(), mini_batches=4)
+    with pytest.raises(UserError, match=r"model.mini_batches is 5, but a step has 4 prompts"):
+        checked(plain(), mini_batches=5)
     both = plain(world_size=2, strategy=DDPStrategy())
     checked(both, prompts=4, mini_batches=2)
     with pytest.raises(UserError, match=r"Set data.prompts_per_step to at least 6, or use fewer"):
