@@ -58,12 +58,13 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 def _signature(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the annotations of a class's arguments, or a function's, and the defaults; none that can't be resolved."""
-    target = kind.__init__ if inspect.isclass(kind) else kind
     try:
-        hints = typing.get_type_hints(target)
-        parameters = inspect.signature(target).parameters
+        # `typing.get_type_hints` would build unions anew, and the order of their members that jsonargparse then sees
+        # depends on what was built first.
+        parameters = inspect.signature(kind.__init__ if inspect.isclass(kind) else kind, eval_str=True).parameters
     except (NameError, TypeError, ValueError):  # names that are imported for type checkers only, or code in C
         return {}, {}
+    hints = {name: one.annotation for name, one in parameters.items() if one.annotation is not one.empty}
     return hints, {name: one.default for name, one in parameters.items() if one.default is not one.empty}
 
 

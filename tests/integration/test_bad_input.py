@@ -64,8 +64,8 @@ COMMAND_LINE: dict[str, tuple[tuple[str, ...], str]] = {
     "strategy": ((*FIT, "--trainer.strategy=dpp"), "dpp"),
     "devices": ((*FIT, "--trainer.devices=0"), "`Trainer(devices='0')` value is not a valid input"),
     "clipping by the trainer": (
-        (*FIT, "--trainer.gradient_clip_val=1"),
-        "trainer.gradient_clip_val is 1, which GRPO does not use. Set model.optimization.clip_norm.",
+        (*FIT, "--trainer.gradient_clip_val=1.5"),
+        "trainer.gradient_clip_val is 1.5, which GRPO does not use. Set model.optimization.clip_norm.",
     ),
     "accumulation by the trainer": (
         (*FIT, "--trainer.accumulate_grad_batches=2"),
