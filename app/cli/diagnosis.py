@@ -99,7 +99,7 @@ def explain(message: str, parser: KnownNames) -> str:
         path = Path(found[1])
         return f"{path}: no such file.{_hint(path.name, [one.name for one in path.parent.glob(f'*{path.suffix}')])}"
     if found := re.search(r'Unable to load config "(.*)"', cause):
-        option = re.sub(r"(?<![\w])(\w+)\.\1$", r"\1", option)  # a group's own option has the name of the group
+        option = re.sub(r"\b(\w+)\.\1$", r"\1", option)  # a group's own option has the name of the group
         return f"{option}={found[1]}: expected options by name, as in --{option}.NAME VALUE, or a file of them."
     if found := re.search(r"argument --(data|model): expected one argument", cause):
         return f"An option whose name begins with --{found[1]} has no value. Write its value after its name."

@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 
 from datamodules.errors import UserError
 
-_OF_RUN: dict[str, Any] = {"trainer": Trainer, "seed_everything": int}
-"""What the options of a run are that no `class_path` tells."""
+_NEEDED = ("trainer", "seed_everything")
+"""Options of a run that have a default and no `class_path`, and can't be null."""
 
 
 def check_nulls(config: Namespace) -> None:
@@ -25,9 +25,9 @@ def check_nulls(config: Namespace) -> None:
     may be nothing but options either.
     """
     for option, one in vars(config).items():
-        if one is None and option in _OF_RUN:
+        if one is None and option in _NEEDED:
             raise UserError(f"{option} is null. Leave it out for its default.")
-        _check(option, one, _OF_RUN.get(option))
+        _check(option, one, Trainer if option == "trainer" else None)
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
@@ -59,11 +59,9 @@ def _check(name: str, value: Any, kind: Any) -> None:
 def _signature(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the annotations of a class's arguments, or a function's, and the defaults; none that can't be resolved."""
     try:
-        # `typing.get_type_hints` would build unions anew, and the order of their members that jsonargparse then sees
-        # depends on what was built first.
         parameters = inspect.signature(kind.__init__ if inspect.isclass(kind) else kind, eval_str=True).parameters
-    except (NameError, TypeError, ValueError):  # names that are imported for type checkers only, or code in C
-        return {}, {}
+    except (NameError, AttributeError, SyntaxError, TypeError, ValueError):
+        return {}, {}  # annotations that only type checkers can read, or code in C
     hints = {name: one.annotation for name, one in parameters.items() if one.annotation is not one.empty}
     return hints, {name: one.default for name, one in parameters.items() if one.default is not one.empty}
 

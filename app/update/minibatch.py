@@ -108,9 +108,10 @@ def minibatches(
             filtering, DAPO, arXiv 2503.14476, section 3.4); their rewards still count in their groups' baselines.
         step: groups born before it count as replayed, from any source: another policy generated them.
     """
-    order = generator.permutation(len(groups)) if parts > 1 else np.arange(len(groups))
+    order = np.arange(len(groups))
     if parts > 1:
         silent = np.array([not one.any() for one in advantages], dtype=bool)
+        order = generator.permutation(len(groups))
         order = order[np.argsort(silent[order], kind="stable")]
     sizes = np.array([len(group.completions) for group in groups])
     mean_size = sizes.sum() / max(1, (sizes > 0).sum())

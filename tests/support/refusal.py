@@ -70,7 +70,7 @@ class Place:
     def at(cls, path: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> Place:
         monkeypatch.chdir(path)
         monkeypatch.setattr("sys.argv", ["dots"])
-        # Loggers of Lightning write to the stream that pytest captured with when they were made, which may be closed.
+        # A log handler of Lightning's keeps the stream that pytest captured with when it was made, closed by now.
         monkeypatch.setattr("logging.raiseExceptions", False)
         for name in ("DOTS_DEBUG", "PL_GLOBAL_SEED"):
             monkeypatch.setenv(name, "0")

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from app.cli.nulls import check_nulls
 from app.cli.parsing import MOVED, DotsArgumentParser, MovedModule, run_or_exit
 from callbacks.upkeep.failed_step import NOTE
 from datamodules.errors import UserError
@@ -318,6 +320,16 @@ def test_null_where_it_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture
 
     command(["validate", "--config", written(tmp_path, change)])
     assert "ran" in capsys.readouterr().out
+
+
+class Unreadable:
+    def __init__(self, size: Absent = 3) -> None:  # type: ignore[name-defined]  # noqa: F821
+        pass
+
+
+def test_annotations_that_cannot_be_read_allow_null() -> None:
+    given = Namespace(class_path=f"{__name__}.Unreadable", init_args=Namespace(size=None))
+    check_nulls(Namespace(model=given))
 
 
 def test_right_input_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
